@@ -1,0 +1,143 @@
+"""A grid of experiments: YAMLs x overrides x seeds, several at a time, resumed where it stopped, and one table of results.
+
+    python -m benchmarks.reproduce benchmarks/camvid.yaml runs=2 threads=1
+    python -m benchmarks.reproduce benchmarks/camvid.yaml table          only the table, from what is finished
+
+The grid file:
+
+    name: camvid_cbp                       # results/camvid_cbp.md and .json
+    script: train_supervised.py
+    seeds: [0, 1, 2]
+    metric: mIoU                           # of the summary in results.json
+    common: [data.root=data/camvid, train.iters=800]
+    rows:
+      linear: {config: configs/camvid/resnet18_linear.yaml}
+      CBP + OCCL: {config: configs/camvid/resnet18_cbp_occl.yaml, set: [model.classifier.length=2], seeds: [0]}
+
+Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes on from its last
+checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run), `folder` can be set on the command line.
+A failed run is reported with the end of its output, and the others go on.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.config import ConfigError, read_yaml
+from engine.errors import run
+
+KEYS = ("name", "script", "seeds", "metric", "common", "rows", "runs", "threads", "folder", "out")
+
+
+def load_grid(path, overrides):
+    """Grid file and `key=value` overrides -> dict with every key of KEYS."""
+    defaults = {"script": "train_supervised.py", "seeds": [0], "metric": "mIoU", "common": [], "runs": 1, "threads": 0}
+    defaults |= {"folder": "runs", "out": "benchmarks/results"}
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no grid file {path}")
+    grid = defaults | read_yaml(Path(path).read_text(), path)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        grid[key] = read_yaml(value, text)
+    for key in [k for k in grid if k not in KEYS] + [k for k in KEYS if k not in grid]:
+        raise ConfigError(f"{path}: {'unknown' if key in grid else 'missing'} key '{key}'; a grid has {', '.join(KEYS)}")
+    return grid
+
+
+def jobs(grid):
+    """All runs of a grid -> [(row, seed, folder, command)], seed by seed, so that every row has a first number early."""
+    result = []
+    for row, spec in grid["rows"].items():
+        for seed in spec.get("seeds", grid["seeds"]):
+            folder = Path(grid["folder"]) / grid["name"] / re.sub(r"[^\w.=-]+", "_", row) / f"seed{seed}"
+            settings = [*grid["common"], *spec.get("set", []), f"seed={seed}", f"folder={folder}", "resume=auto"]
+            settings += [f"threads={grid['threads']}"] if grid["threads"] else []
+            result.append((row, seed, folder, [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings]))
+    return sorted(result, key=lambda job: job[1])
+
+
+def execute(todo, at_a_time, threads):
+    """Run the commands, `at_a_time` side by side -> {folder: exit code}."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    waiting, running, codes = list(todo), {}, {}
+    while waiting or running:
+        while waiting and len(running) < at_a_time:
+            row, seed, folder, command = waiting.pop(0)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "output.txt", "a") as output:
+                running[folder] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            print(f"{time.strftime('%H:%M')} started {row}, seed {seed} ({len(waiting)} wait)", flush=True)
+        for folder, process in list(running.items()):
+            if process.poll() is not None:
+                codes[folder] = running.pop(folder).returncode
+                if codes[folder]:
+                    tail = (folder / "output.txt").read_text()[-800:]
+                    print(f"{folder} failed with code {codes[folder]}:\n{tail}", flush=True)
+        time.sleep(0.5)
+    return codes
+
+
+def collect(grid):
+    """Finished runs -> {row: {test set: {seed: summary}}} and the facts of every run."""
+    table, runs = {}, []
+    for row, seed, folder, command in jobs(grid):
+        path = folder / "results.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:])})
+        for name, summary in result["results"].items():
+            table.setdefault(row, {}).setdefault(name, {})[seed] = summary
+    return table, runs
+
+
+def markdown(grid, table, runs):
+    """One line per row, one column per test set: mean and standard deviation over seeds."""
+    sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
+    lines = [f"| row | seeds | {' | '.join(f'{name} {grid['metric']}' for name in sets)} |", f"|---|---|{'---|' * len(sets)}"]
+    for row in grid["rows"]:
+        columns = table.get(row, {})
+        cells = []
+        for name in sets:
+            values = [summary[grid["metric"]] for summary in columns.get(name, {}).values()]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
+        seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
+        lines.append(f"| {row} | {seeds} | {' | '.join(cells)} |")
+
+    def distinct(key):
+        return ", ".join(sorted({str(r[key]) for r in runs})) or "-"
+
+    minutes = sorted(r["seconds"] / 60 for r in runs) or [0]
+    lines += [
+        "",
+        f"Command: `python -m benchmarks.reproduce {grid['file']}`. Commit {distinct('commit')}; {distinct('device')}; torch "
+        f"{distinct('torch')}; {distinct('iters')} steps; seeds {distinct('seed')}; {minutes[0]:.1f} to {minutes[-1]:.1f} minutes a run. "
+        "Last checkpoint. ± is the standard deviation over seeds.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments):
+    only_table = "table" in arguments
+    grid = load_grid(arguments[0], [a for a in arguments[1:] if a != "table"]) | {"file": arguments[0]}
+    todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
+    codes = {} if only_table else execute(todo, grid["runs"], grid["threads"])
+    table, runs = collect(grid)
+    text = markdown(grid, table, runs)
+    out = Path(grid["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{grid['name']}.md").write_text(text)
+    (out / f"{grid['name']}.json").write_text(json.dumps({"grid": grid, "runs": runs}, indent=1))
+    print(f"\n{text}\nwritten to {out / grid['name']}.md and .json")
+    if any(codes.values()):
+        sys.exit(f"{sum(map(bool, codes.values()))} of {len(codes)} runs failed; start again to go on with them")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

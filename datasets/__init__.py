@@ -1,0 +1,12 @@
+"""Data sets. A new one is one new file: a subclass of `base.SegmentationData` with
+
+    CLASSES, PALETTE    names and colours of the K classes, in the order of the ids that the network learns
+    ID_MAP              {id on disk: class id, 255 = ignore}; None when the file holds class ids already
+    KNOWN_BAD           {stem: reason}: files of the official release that are left out and reported
+    pairs()             [(image path, label path or None)]
+    read_label(path)    (H, W) ids as they are on disk; the default reads grey and palette PNGs
+
+Everything else is inherited: checks, id mapping, augmentation. A sample is a dict
+
+    image (3, H, W) uint8 RGB     label (H, W) uint8, 255 = ignore     index in the data set     sample: number in the stream
+"""

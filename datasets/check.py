@@ -1,0 +1,111 @@
+"""Look at the data before training on it.
+
+    python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
+
+Reads every sample of data.train, data.val and data.test, prints sizes, the share of each class and what cannot be used,
+and draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.base import IGNORE, DataError
+from engine.config import ConfigError, build, load
+from engine.errors import run
+from engine.pictures import colorize, legend, overlay, stack, strip
+
+DRAWN, HEIGHT = 4, 240  # samples per picture, pixels of each
+
+
+class Measured(Dataset):
+    """Of each sample ((height, width), pixels of each of the 256 ids, None), or (None, None, problem)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            _, label = self.dataset.load(index)
+        except DataError as error:
+            return None, None, str(error)
+        return label.shape, np.bincount(label.ravel(), minlength=256), None
+
+
+def measure(dataset, name, workers):
+    """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256), problems [text]."""
+    loader = DataLoader(Measured(dataset), batch_size=None, num_workers=workers, collate_fn=tuple)
+    measured = list(tqdm(loader, desc=name, unit=" images", disable=None, leave=False))
+    sizes = [size for size, _, problem in measured if not problem]
+    counts = np.array([count for _, count, problem in measured if not problem]).reshape(-1, 256)
+    return sizes, counts, [problem for *_, problem in measured if problem]
+
+
+def describe(dataset, name, sizes, counts, problems):
+    """The report on one data set, as lines of text."""
+    yield f"{name}: {type(dataset).__name__} {dataset.split}, {len(dataset)} images"
+    for image in getattr(dataset, "left_out", []):
+        yield f"  left out: {image} ({dataset.KNOWN_BAD[Path(image).stem]})"
+    if sizes:
+        (low_h, low_w), (high_h, high_w) = min(sizes, key=np.prod), max(sizes, key=np.prod)
+        yield f"  width x height: {low_w}x{low_h} to {high_w}x{high_h}, {len(set(sizes))} different"
+    if sizes and dataset.labels:
+        pixels, images = counts.sum(0), (counts > 0).sum(0)
+        yield f"  {'id':>3} {'class':20} {'pixels':>9} {'images':>7}"
+        for i, title in [*enumerate(dataset.CLASSES), (IGNORE, "ignore")]:
+            yield f"  {i:3} {title:20} {pixels[i] / pixels.sum():9.3%} {images[i]:7}"
+        if absent := [title for i, title in enumerate(dataset.CLASSES) if not images[i]]:
+            yield f"  never occur: {', '.join(absent)}"
+    yield f"  problems: {len(problems)}"
+    yield from (f"    {problem}" for problem in problems[:5])
+
+
+def draw(dataset, path):
+    """Write evenly spaced samples of a data set as rows image | overlay | labels, as the set augments them."""
+    rows, palette = [], dataset.PALETTE
+    for index in np.unique(np.linspace(0, len(dataset) - 1, DRAWN).astype(int)).tolist():
+        try:
+            sample = dataset[index]
+        except DataError:
+            continue  # already among the problems
+        image, label = sample["image"].permute(1, 2, 0).numpy(), sample["label"].numpy()
+        panels = [(Path(dataset.samples[index][0]).stem, image), ("overlay", overlay(image, label, palette))]
+        rows.append(strip([*panels, ("labels", colorize(label, palette))], height=HEIGHT))
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = legend([*dataset.CLASSES, "ignore"], [*palette, (0, 0, 0)], max(row.shape[1] for row in rows))
+        Image.fromarray(stack([*rows, key])).save(path)
+        print(f"  drawn: {path}")
+
+
+def main(arguments):
+    cfg = load(arguments[0], arguments[1:])
+    specs = {"train": cfg.data.train, "val": cfg.data.val} | {f"test.{n}": spec for n, spec in cfg.data.test.items()}
+    specs = {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
+    if not specs:
+        raise ConfigError(f"{arguments[0]} names no data set: data.train, data.val and data.test are empty")
+    # all of them first: a mistake should not show up only after minutes of reading
+    sets = {name: build("datasets", spec, root=cfg.data.root, seed=cfg.seed) for name, spec in specs.items()}
+    augment = build("datasets", cfg.data.augment) if "train" in sets else None
+    folder, bad = Path(cfg.folder) / "check", 0
+    for name, dataset in sets.items():
+        sizes, counts, problems = measure(dataset, name, cfg.data.workers)
+        print("\n".join(describe(dataset, name, sizes, counts, problems)))
+        draw(dataset, folder / f"{name}.png")
+        bad += len(problems)
+    if "train" in sets:
+        train = build("datasets", cfg.data.train, root=cfg.data.root, seed=cfg.seed, augment=augment)
+        print("train, augmented:")
+        draw(train, folder / "augmented.png")
+    if bad:
+        raise DataError(f"{bad} of {sum(map(len, sets.values()))} samples cannot be used; see the problems above")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,124 @@
+"""Checkpoints: safe types, written whole or not at all, found again after the queue has killed the job.
+
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without running any code:
+
+    format step model teacher prototypes optimizer scaler rng score config classes palette
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from engine import distributed, weights
+from engine.errors import UserError
+
+FORMAT = 1
+logger = logging.getLogger("engine")
+
+
+def save(path, content):
+    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(errno.EIO, f"could not write {path} ({error}); {free:.1f} GiB are free there") from None
+
+
+def load(path):
+    """Read a checkpoint of this project.
+
+    Raises:
+        weights.WeightsError: no such file, an incomplete one, an unsafe one, or no checkpoint of this project.
+    """
+    content = weights.read(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise weights.WeightsError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    return content
+
+
+def save_step(folder, content, keep, final=False):
+    """Write `step_<n>.pt` on the main process and remove all but the `keep` newest.
+
+    A periodic save that fails is a warning and training goes on; the last one of a run is an error.
+    """
+    if not distributed.is_main():
+        return
+    try:
+        save(Path(folder) / f"step_{content['step']:07d}.pt", content)
+    except OSError as error:
+        if final:
+            raise
+        logger.warning(f"{error.strerror}; training continues")
+        return
+    for path in list_steps(folder)[keep:]:
+        try:
+            path.unlink()
+        except OSError as error:
+            logger.warning(f"could not remove the old checkpoint {path} ({error})")
+
+
+def list_steps(folder):
+    """Paths of `step_<n>.pt`, the newest first."""
+    paths = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)]
+    return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def find(folder, resume):
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Args:
+        folder: run folder.
+        resume: "auto" takes the newest complete checkpoint, "none" starts anew, a path must exist.
+    Returns:
+        The checkpoint's content, or None.
+    """
+    if resume == "none":
+        if list_steps(folder):
+            raise UserError(f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto")
+        return None
+    if resume != "auto":
+        return load(resume)
+    for path in Path(folder).glob("*.tmp.*"):
+        if distributed.is_main():
+            path.unlink(missing_ok=True)  # what a killed save left behind
+    for path in list_steps(folder):
+        try:
+            return load(path)
+        except weights.WeightsError as error:
+            logger.warning(f"skipping a checkpoint: {error}")
+    return None
+
+
+def rng_state():
+    """The state of this process's random generators. Only dropout and drop path need it: all else is a function of the step."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(states):
+    """Restore the generators from the list that one `rng_state` per process made."""
+    if len(states) != distributed.world_size():
+        logger.warning(
+            f"the checkpoint comes from {len(states)} processes and there are {distributed.world_size()} now: "
+            "dropout will not repeat bitwise"
+        )
+        return
+    state = states[distributed.rank()]
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

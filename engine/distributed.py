@@ -1,0 +1,118 @@
+"""Processes: torchrun's environment or a single process, and the few collectives that the project needs.
+
+Everything here works unchanged on one process, so no other file asks whether it runs distributed.
+
+    torchrun --nproc_per_node=8 train_supervised.py configs/...      NCCL on CUDA, gloo on the CPU
+    python train_supervised.py configs/...                           one process
+"""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def init(device="auto", timeout=30):
+    """Join the process group that torchrun announces, if there is one.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        timeout: minutes a collective waits for the other processes.
+    Returns:
+        torch.device of this process.
+    Raises:
+        RuntimeError: no CUDA device, or more processes on this machine than CUDA devices.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"process {local_rank} of this machine has no CUDA device: there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node or set device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+def close():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch alike on every process, for an identical initialisation."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@torch.no_grad()
+def all_reduce(tensor):
+    """Sum over processes, a new tensor without a graph."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean(tensor):
+    """Mean over processes, without a graph."""
+    return all_reduce(tensor) / world_size()
+
+
+class _SyncedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * world_size()
+
+
+def synced_sum(tensor):
+    """Sum over processes that keeps the graph of the local summand.
+
+    Every process computes the same loss from the sum, and DDP averages the gradients over processes; the factor
+    `world_size` in the backward pass makes that average the gradient of the one global loss.
+    """
+    return _SyncedSum.apply(tensor) if world_size() > 1 else tensor
+
+
+def any_process(flag):
+    """True on every process if the flag is set on one of them. A collective on the CPU: no GPU waits for it."""
+    return bool(all_reduce(torch.tensor(int(flag))))
+
+
+def gather(value):
+    """The value of every process, as a list in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,91 @@
+"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at the label's resolution."""
+
+import torch
+from tqdm import tqdm
+
+from engine import distributed
+from engine.errors import UserError
+from engine.metrics import ConfusionMatrix
+from engine.statistics import resize_logits
+
+
+def _window_logits(network, image, options):
+    """Logits at image size (1, K, H, W) by a sliding window; overlaps are averaged."""
+    if not all(0 < stride <= crop for stride, crop in zip(options.stride, options.crop)):
+        raise UserError(f"eval.stride must be between 1 and eval.crop, not {options.stride} for {options.crop}")
+    height, width = image.shape[-2:]
+    crop = [min(options.crop[0], height), min(options.crop[1], width)]
+
+    def starts(size, window, stride):
+        return [*range(0, size - window, stride), size - window]
+
+    total, count = 0, image.new_zeros(1, 1, height, width)
+    for top in starts(height, crop[0], options.stride[0]):
+        for left in starts(width, crop[1], options.stride[1]):
+            window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
+            logits = resize_logits(network.segment(image[window]).logits.float(), crop)
+            if not torch.is_tensor(total):
+                total = logits.new_zeros(1, logits.shape[1], height, width)
+            total[window] += logits
+            count[window] += 1
+    return total / count
+
+
+def _logits(network, image, options):
+    if options.mode == "slide":
+        return _window_logits(network, image, options)
+    if options.mode == "whole":
+        return network.segment(image).logits.float()
+    raise UserError(f"eval.mode must be whole or slide, not '{options.mode}'")
+
+
+@torch.no_grad()
+def predict(network, image, options, size=None):
+    """Class scores of one image.
+
+    Args:
+        network: Segmentor in eval mode.
+        image: (1, 3, H, W) in [0, 1].
+        options: the `eval` section: mode, crop, stride, short_side, scales, flip.
+        size: (H, W) of the result; None keeps the image's.
+    Returns:
+        (1, K, H, W): logits for one view of the image, mean probabilities for several.
+    """
+    size = size or image.shape[-2:]
+    base = options.short_side / min(image.shape[-2:]) if options.short_side else 1.0
+    views = [(base * scale, mirror) for scale in options.scales for mirror in ((False, True) if options.flip else (False,))]
+    total = 0
+    for scale, mirror in views:
+        scaled = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        view = image if scale == 1.0 else torch.nn.functional.interpolate(image, scaled, mode="bilinear", antialias=True)
+        view = view.flip(-1) if mirror else view
+        logits = resize_logits(_logits(network, view, options), size)
+        logits = logits.flip(-1) if mirror else logits
+        if len(views) == 1:
+            return logits
+        total = total + logits.softmax(1) / len(views)
+    return total
+
+
+@torch.no_grad()
+def evaluate(network, dataset, options, device, autocast, title=""):
+    """Confusion matrix over a data set; each process takes every n-th image, none is seen twice.
+
+    Args:
+        network: Segmentor (not DDP); put into eval mode here and back into its mode afterwards.
+        dataset: labelled data set without augmentation.
+        autocast: context of the forward pass.
+    """
+    mode = network.training
+    network.eval()
+    matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device)
+    indices = range(distributed.rank(), len(dataset), distributed.world_size())
+    for index in tqdm(indices, desc=title, leave=False, disable=not distributed.is_main(), mininterval=1.0):
+        sample = dataset[index]
+        image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
+        label = sample["label"].to(device)
+        with autocast:
+            scores = predict(network, image, options, label.shape[-2:])
+        matrix.update(scores.argmax(1)[0], label.long())
+    network.train(mode)
+    return matrix.all_reduce()

@@ -1,0 +1,87 @@
+"""One int64 confusion matrix over the whole data set, and what is read from it.
+
+Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the predictions have no IoU
+(nan, shown as "-") and do not enter the means; the table says how many classes did.
+"""
+
+import torch
+
+from engine import distributed
+from engine.errors import UserError
+
+
+class ConfusionMatrix:
+    """Counts (K, K) of label pixels by predicted class.
+
+    Args:
+        classes: K names.
+        subsets: {name: [class names]} further means, such as SYNTHIA's mIoU16 and mIoU13.
+    """
+
+    def __init__(self, classes, subsets=None, device="cpu"):
+        self.classes = list(classes)
+        self.subsets = {name: [self._position(c, name) for c in members] for name, members in (subsets or {}).items()}
+        self.matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+
+    def _position(self, name, subset):
+        if name not in self.classes:
+            raise UserError(f"eval.subsets.{subset} names the class '{name}'; the data set has {', '.join(self.classes)}")
+        return self.classes.index(name)
+
+    def update(self, predictions, labels):
+        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are not counted."""
+        k = len(self.classes)
+        rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # ignored pixels go to a row that is cut off
+        counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
+        self.matrix += counts[: k * k].view(k, k)
+
+    def all_reduce(self):
+        """Add the counts of all processes, once, after the last image."""
+        self.matrix = distributed.all_reduce(self.matrix)
+        return self
+
+    def per_class(self):
+        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur."""
+        matrix = self.matrix.double().cpu()
+        hit, truth, prediction = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        return {
+            "IoU": hit / (truth + prediction - hit),
+            "Acc": hit / truth,
+            "F1": 2 * hit / (truth + prediction),
+        }
+
+    def summary(self):
+        """{"mIoU", "mAcc", "aAcc", "mF1", one per subset}: floats in per cent."""
+        values = self.per_class()
+        total = self.matrix.sum().clamp_min(1)
+        result = {
+            "mIoU": values["IoU"].nanmean(),
+            "mAcc": values["Acc"].nanmean(),
+            "aAcc": self.matrix.diag().sum() / total,
+            "mF1": values["F1"].nanmean(),
+        }
+        result |= {name: values["IoU"][members].nanmean() for name, members in self.subsets.items()}
+        return {name: 100 * float(value) for name, value in result.items()}
+
+    def table(self):
+        """Text for the console: one line per class, then the means."""
+        values = self.per_class()
+        width = max(len("class"), *(len(name) for name in self.classes))
+        share = self.matrix.sum(1) / self.matrix.sum().clamp_min(1)
+        lines = [f"{'class':<{width}}     IoU     Acc      F1   pixels"]
+        for i, name in enumerate(self.classes):
+            cells = [f"{100 * float(v[i]):7.2f}" if v[i] == v[i] else "      -" for v in values.values()]
+            lines.append(f"{name:<{width}} {' '.join(cells)} {100 * float(share[i]):7.2f}%")
+        means = "   ".join(f"{name} {value:.2f}" for name, value in self.summary().items())
+        counted = int(values["IoU"].isfinite().sum())
+        return "\n".join([*lines, f"{means}   (mean over {counted} of {len(self.classes)} classes)"])
+
+    def as_dict(self):
+        """Plain values for JSON."""
+        values = {name: [round(100 * x, 4) if x == x else None for x in v.tolist()] for name, v in self.per_class().items()}
+        return {
+            "summary": {name: round(x, 4) if x == x else None for name, x in self.summary().items()},
+            "classes": self.classes,
+            **values,
+            "matrix": self.matrix.tolist(),
+        }

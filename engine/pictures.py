@@ -1,0 +1,200 @@
+"""Pictures: everything that the scripts write as PNG or show in TensorBoard, drawn with NumPy and Pillow.
+
+    row = strip([("image", image), ("truth", overlay(image, labels, palette)), ("prediction", colorize(pred, palette))])
+    picture = stack([row, legend(names, palette, row.shape[1])])
+    confusion = heatmap(matrix, names, names, title="rows: truth, columns: prediction", text="{:.0%}")
+
+Every function is pure. A picture is a uint8 RGB array (H, W, 3), also where the arguments ask for one.
+"""
+
+import functools
+import math
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, WHITE, GREY, FRAME = (34, 34, 34), (255, 255, 255), (222, 222, 222), (150, 150, 150)
+SEQUENTIAL = ((36, 18, 72), (52, 66, 132), (34, 124, 142), (72, 180, 120), (172, 218, 84), (252, 240, 120))
+DIVERGING = ((24, 66, 140), (92, 152, 204), (248, 248, 248), (232, 124, 98), (150, 20, 42))
+GAP, FONT = 8, 14  # pixels: the space between things, the size of most text
+MAX_NAME = 200  # pixels: a longer name is shortened, so that one name cannot push a picture out of shape
+MAX_NUMBERED = 20  # classes: a heatmap with more of them has no room for numbers in its cells
+
+
+@functools.cache
+def _font(size):
+    return ImageFont.load_default(size=size)
+
+
+def _shorten(text, font, width):
+    """The longest beginning of `text` that fits into `width` pixels, ended by dots when something is cut off."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _page(height, width):
+    page = Image.new("RGB", (int(width), int(height)), WHITE)
+    return page, ImageDraw.Draw(page)
+
+
+def _check_pictures(*pictures):
+    if not pictures:
+        raise ValueError("expected at least one picture, got 0")
+    for picture in pictures:
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
+            raise ValueError(f"expected a uint8 picture (H, W, 3), got {picture.dtype} {picture.shape}")
+
+
+def _check_palette(palette):
+    palette = np.asarray(palette)
+    if palette.ndim != 2 or palette.shape[1] != 3 or not np.array_equal(palette, palette.astype(np.uint8)):
+        raise ValueError(f"expected a palette (K, 3) of integers 0..255, got {palette.dtype} {palette.shape}")
+    return palette.astype(np.uint8)
+
+
+def _known(labels, palette):
+    """Class ids (H, W) with one common id, K, for everything that is not a class."""
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(f"expected integer labels (H, W), got {labels.dtype} {labels.shape}")
+    return np.where((labels >= 0) & (labels < len(palette)), labels.astype(np.int64), len(palette))
+
+
+def colorize(labels, palette):
+    """Labels (H, W) in the colours of the palette (K, 3); ids outside 0..K-1, such as 255 for ignore, become black."""
+    palette = _check_palette(palette)
+    return np.concatenate([palette, np.zeros((1, 3), np.uint8)])[_known(labels, palette)]
+
+
+def overlay(image, labels, palette, alpha=0.55):
+    """Class colours over the image (H, W, 3), labels (H, W), palette (K, 3); ignored pixels show the plain image.
+
+    `alpha` is the share of the class colour, 0..1. Borders between classes are a fine light line.
+    """
+    _check_pictures(image)
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f"image {image.shape} and labels {labels.shape} differ in size")
+    palette = _check_palette(palette)
+    ids, border = _known(labels, palette), np.zeros(labels.shape, bool)
+    blended = np.rint(alpha * colorize(labels, palette) + (1 - alpha) * image)
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    border[1:] |= ids[1:] != ids[:-1]
+    blended[border] = (blended[border] + WHITE) / 2  # pure white would hide what is as thin as a pole
+    return np.where((ids < len(palette))[..., None], blended, image).astype(np.uint8)
+
+
+def strip(panels, height=None):
+    """Panels (caption, picture) side by side, scaled to the same `height` in pixels, by default that of the tallest."""
+    _check_pictures(*(picture for _, picture in panels))
+    height = height or max(picture.shape[0] for _, picture in panels)
+    widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for _, picture in panels]
+    bar = FONT + GAP
+    page, draw = _page(bar + height, sum(widths) + GAP * (len(panels) - 1))
+    left = 0
+    for (caption, picture), width in zip(panels, widths):
+        # enlarging by the nearest pixel invents no colours, which in a label map would be colours of other classes
+        method = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_NEAREST
+        page.paste(Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar))
+        draw.text((left + width / 2, bar / 2), _shorten(caption, _font(FONT), width), INK, _font(FONT), anchor="mm")
+        left += width + GAP
+    return np.array(page)
+
+
+def stack(rows):
+    """Pictures of any size below each other, the narrow ones padded with white on the right."""
+    _check_pictures(*rows)
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate(padded)[:-GAP]
+
+
+def legend(names, palette, width):
+    """A box of colour before each of the K names, palette (K, 3), wrapped to `width` pixels."""
+    palette, font, box, line = _check_palette(palette), _font(FONT), FONT, FONT + GAP
+    if len(names) != len(palette) or len(names) == 0:
+        raise ValueError(f"{len(names)} names do not fit a palette {palette.shape}")
+    longest = min(MAX_NAME, math.ceil(max(map(font.getlength, names))))
+    step = min(width, box + longest + 3 * GAP)
+    lines = math.ceil(len(names) / (width // step))
+    columns = math.ceil(len(names) / lines)  # as many names in the last line as in the others, or nearly
+    page, draw = _page(lines * line, width)
+    for i, name in enumerate(names):
+        left, top = i % columns * step, i // columns * line + GAP // 2
+        draw.rectangle((left, top, left + box, top + box), tuple(palette[i].tolist()), FRAME)
+        draw.text((left + box + GAP, top + box / 2), _shorten(name, font, step - box - 2 * GAP), INK, font, anchor="lm")
+    return np.array(page)
+
+
+def _ramp(values, anchors, low, high):
+    """Values (...) to colours (..., 3) along the anchors, from `low` to `high`; NaN is grey."""
+    missing = np.isnan(values)
+    place = np.clip((np.where(missing, low, values) - low) / (high - low), 0, 1)
+    stops = np.linspace(0, 1, len(anchors))
+    colors = np.stack([np.interp(place, stops, channel) for channel in zip(*anchors)], axis=-1)
+    colors[missing] = GREY
+    return np.rint(colors).astype(np.uint8)
+
+
+def _name_list(names, cell, anchor):
+    """Names below each other, one per `cell` pixels, FONT spare pixels at both ends; in low cells only every nth."""
+    font = _font(min(FONT, max(11, cell)))
+    step = math.ceil((font.size + 1) / cell)
+    shown = {i: _shorten(names[i], font, MAX_NAME) for i in range(0, len(names), step)}
+    width = math.ceil(max(map(font.getlength, shown.values())))
+    page, draw = _page(cell * len(names) + 2 * FONT, width)
+    for i, name in shown.items():
+        draw.text((width if anchor == "rm" else 0, FONT + (i + 0.5) * cell), name, INK, font, anchor=anchor)
+    return np.array(page)
+
+
+def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, diverging=False, text="{:.2f}"):
+    """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a colour bar.
+
+    Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash. `diverging` is blue,
+    white halfway, red. `text` formats the numbers (None: none); matrices beyond 20 x 20 have them only at the bar.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.shape != (len(row_names), len(column_names)) or matrix.size == 0:
+        raise ValueError(f"{len(row_names)} row and {len(column_names)} column names do not fit {matrix.shape}")
+    if not low < high:
+        raise ValueError(f"low {low} is not below high {high}")
+    anchors, small, font = DIVERGING if diverging else SEQUENTIAL, _font(FONT - 2), _font(FONT)
+    rows, columns = matrix.shape
+    colors = _ramp(matrix, anchors, low, high)
+    numbers, cell = {}, max(2, min(26, 1200 // max(rows, columns)))
+    if max(rows, columns) <= MAX_NUMBERED:
+        numbers = {at: "-" if np.isnan(v) else (text or "").format(v) for at, v in np.ndenumerate(matrix)}
+        cell = max(cell, math.ceil(max(map(small.getlength, numbers.values()))) + GAP)
+
+    left_names = _name_list(row_names, cell, "rm")
+    top_names = np.rot90(_name_list(column_names, cell, "lm"))  # counter-clockwise: each name starts at its column
+    ticks = [(text or "{:g}").format(value) for value in (high, (low + high) / 2, low)]
+    left = GAP + left_names.shape[1] + GAP
+    top = GAP + (FONT + 2 * GAP if title else 0) + top_names.shape[0] + GAP
+    right, bar = left + columns * cell, max(rows * cell, 4 * FONT)
+    width = max(right + 5 * GAP + max(map(small.getlength, ticks)), GAP + font.getlength(title)) + GAP
+    page, draw = _page(top + bar + FONT + GAP, math.ceil(width))
+    draw.text((GAP, GAP), title, INK, font, anchor="lt")
+
+    cells = colors.repeat(cell, axis=0).repeat(cell, axis=1)
+    if cell >= 16:  # a white line between cells; smaller ones would lose too much of their colour
+        cells[cell - 1 :: cell] = cells[:, cell - 1 :: cell] = 255
+    page.paste(Image.fromarray(cells), (left, top))
+    for (row, column), number in numbers.items():
+        ink = INK if colors[row, column] @ (0.299, 0.587, 0.114) > 128 else WHITE
+        draw.text((left + (column + 0.5) * cell, top + (row + 0.5) * cell), number, ink, small, anchor="mm")
+
+    scale = _ramp(np.linspace(high, low, bar), anchors, low, high)[:, None]
+    page.paste(Image.fromarray(scale.repeat(2 * GAP, axis=1)), (right + 2 * GAP, top))
+    for tick, y in zip(ticks, (0, bar / 2, bar)):
+        draw.text((right + 4 * GAP + GAP // 2, top + y), tick, INK, small, anchor="lm")
+
+    picture = np.array(page)
+    for names, y, x in ((left_names, top - FONT, GAP), (top_names, top - GAP - top_names.shape[0], left - FONT)):
+        # the spare pixels of both lists meet in the corner: the darker pixel keeps the text of both
+        region = picture[y : y + names.shape[0], x : x + names.shape[1]]
+        np.minimum(region, names, out=region)
+    return picture

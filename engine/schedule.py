@@ -1,0 +1,59 @@
+"""Optimiser, parameter groups, and the learning rate as a pure function of the step (so that resuming needs no state)."""
+
+import torch
+
+from engine.errors import UserError
+
+
+def factor(step, iters, schedule):
+    """Learning rate at a step, relative to the optimiser's: linear warm-up, then polynomial decay.
+
+    Args:
+        step: 0 .. iters - 1.
+        schedule: warmup (steps), warmup_ratio (at step 0), power, min_ratio (at the end).
+    """
+    if step < schedule.warmup:
+        return schedule.warmup_ratio + (1 - schedule.warmup_ratio) * step / schedule.warmup
+    progress = min((step - schedule.warmup) / max(iters - schedule.warmup, 1), 1.0)
+    return max((1 - progress) ** schedule.power, schedule.min_ratio)
+
+
+def parameter_groups(model, options):
+    """Split the trainable parameters into backbone / head x with / without weight decay.
+
+    Norms, biases (all tensors of at most one dimension) and positions (`pos` in the name) get no decay.
+    Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = "backbone" if name.startswith("backbone.") else "head"
+        decay = parameter.ndim > 1 and "pos" not in name
+        groups.setdefault((part, decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "label": part,
+            "base_lr": options.lr * (options.head_lr_factor if part == "head" else 1.0),
+            "weight_decay": options.weight_decay if decay else 0.0,
+        }
+        for (part, decay), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model, options):
+    """AdamW or SGD over `parameter_groups`."""
+    groups = parameter_groups(model, options)
+    if options.name == "AdamW":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
+    if options.name == "SGD":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    raise UserError(f"optimizer.name must be AdamW or SGD, not '{options.name}'")
+
+
+def set_lr(optimizer, scale):
+    """Set every group's learning rate to its base times `scale` -> {label: learning rate}."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * scale
+    return {group["label"]: group["lr"] for group in optimizer.param_groups}

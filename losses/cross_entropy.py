@@ -1,0 +1,50 @@
+"""Pixel cross-entropy, normalised by the global number of labelled pixels, optionally on hard pixels only.
+
+    losses: [{name: cross_entropy.CrossEntropy, weight: 1}]
+
+OHEM (online hard example mining; Shrivastava et al., CVPR 2016; in the per-pixel form of segmentation tool boxes): keep the pixels whose
+true class has a probability below `ohem`, and at least `ohem_min` pixels per image.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import distributed
+from engine.statistics import IGNORE, resize_logits
+
+
+class CrossEntropy(nn.Module):
+    """sum_p w(p) CE(p) / number of labelled pixels.
+
+    Args:
+        view: the view whose logits are scored.
+        ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
+        ohem_min: pixels per image that are kept at least.
+    """
+
+    def __init__(self, *, view: str = "source", ohem: float = 0.0, ohem_min: int = 10000):
+        super().__init__()
+        self.view, self.ohem, self.ohem_min = view, ohem, ohem_min
+
+    def forward(self, outputs, labels, valid, weights):
+        logits, labels = outputs[self.view].logits, labels[self.view]
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
+            count = valid[self.view].to(loss.dtype)
+            if self.ohem:
+                kept = self.hard(loss.detach(), labels)
+                loss, count = loss * kept, distributed.mean(kept.sum())
+            if self.view in weights:
+                loss = loss * weights[self.view]
+            return loss.sum() / count.clamp_min(1)
+
+    def hard(self, loss, labels):
+        """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend on the batch."""
+        k = min(self.ohem_min, loss[0].numel())
+        least = loss.flatten(1).topk(k, 1).values[:, -1, None, None]  # the k-th largest loss of each image
+        bound = least.clamp_max(-math.log(self.ohem))
+        return ((loss >= bound) & (labels != IGNORE)).to(loss.dtype)

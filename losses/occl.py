@@ -1,0 +1,126 @@
+"""OCCL, the online centroid contrastive loss of "Frozen is better than learning" (Chen et al., Pattern Recognition 2024).
+
+    losses: [..., {name: occl.OCCL, weight: 1, centroid: 1.0, category: 0.1}]
+
+The pixels of each class are split into two halves, the views. With v_lx the mean feature of class l in view x, s_l the mean of both and
+w_l the class prototype, all normalised (equations 3 to 6; lambda = centroid, phi = category):
+
+    L_v(x) = mean_l -log  exp(<v_l1, v_l2> / tau) / (exp(<v_l1, v_l2> / tau) + sum_{j != l} exp(<v_lx, sg(s_j)> / tau))
+    L_c(x) = mean_l -log  exp(<v_lx, w_l> / tau) / sum_j exp(<v_lx, w_j> / tau)
+    L      = (lambda (L_v(1) + L_v(2)) + phi (L_c(1) + L_c(2))) / 2
+
+Reconstructed, because the paper does not say or prints something else: the logarithm and the indices of the negatives (standard
+InfoNCE), normalised vectors, the mean over present classes (the paper prints a sum), and how the views are drawn. Here each image's
+pixels of a class are halved by a hash of (seed, sample, pixel), so a resumed or differently distributed run draws the same views.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.statistics import IGNORE, class_sums, resize_labels
+
+ABSENT = -1e9  # logit of a class without pixels: finite, so that fully masked rows have finite gradients
+
+
+def pixel_hash(seed, samples, pixels):
+    """Pseudo-random integers in [0, 2^32) of every (sample, pixel) -> (B, pixels), the same on every device."""
+    mask = 0xFFFFFFFF
+    pixel = torch.arange(pixels, device=samples.device)
+    x = (samples[:, None] * 0x9E3779B1 + pixel * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & mask
+    for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of xor-shift and multiply mix all bits
+        x = x ^ (x >> 16)
+        x = (x * multiplier) & mask
+    return x ^ (x >> 16)
+
+
+def halve(labels, samples, num_classes, seed):
+    """Split the pixels of each class of each image in two halves at random.
+
+    Args:
+        labels: (B, h, w); values outside 0..K-1 belong to no class.
+        samples: (B) int64, number of each sample in the stream.
+    Returns:
+        (B, h, w) int64: label for the first half, K + label for the second, 255 or more elsewhere. Of n pixels,
+        n // 2 go to the first half.
+    """
+    known = (labels >= 0) & (labels < num_classes)
+    ids = torch.where(known, labels, num_classes).flatten(1)  # (B, N)
+    # By class, and at random within it: the number of a class lies above the 32 bits of the hash.
+    keys, order = ((ids << 32) | pixel_hash(seed, samples, ids.shape[1])).sort(1)
+    sorted_ids = keys >> 32
+    classes = torch.arange(num_classes + 2, device=ids.device).repeat(len(ids), 1)
+    starts = torch.searchsorted(sorted_ids, classes)  # (B, K + 2), the position of the first pixel of each class
+    middles = (starts[:, :-1] + starts[:, 1:]) // 2
+    second = torch.arange(ids.shape[1], device=ids.device) >= middles.gather(1, sorted_ids)
+    views = torch.where(sorted_ids < num_classes, sorted_ids + num_classes * second, 2 * num_classes + IGNORE)
+    return torch.empty_like(views).scatter_(1, order, views).view_as(labels)
+
+
+class OCCL(nn.Module):
+    """Contrast of online class centroids.
+
+    Args:
+        centroid: lambda, factor of the centroid loss L_v.
+        category: phi, factor of the category loss L_c.
+        temperature: tau.
+        min_pixels: classes with fewer labelled feature cells in the batch are left out.
+        sync: centroids over the batch of all processes, so that the loss does not depend on their number; otherwise each
+            process uses its own images.
+        view: the view whose features are contrasted.
+        prototypes: whose class vectors are w: "classifier" or a named member.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes,
+        seed=0,
+        centroid: float = 1.0,
+        category: float = 0.1,
+        temperature: float = 0.07,
+        min_pixels: int = 2,
+        sync: bool = True,
+        view: str = "source",
+        prototypes: str = "classifier",
+    ):
+        super().__init__()
+        self.num_classes, self.seed, self.min_pixels, self.sync = num_classes, seed, min_pixels, sync
+        self.centroid, self.category, self.temperature = centroid, category, temperature
+        self.view, self.prototypes = view, prototypes
+
+    def forward(self, outputs, labels, samples, prototypes):
+        features = outputs[self.view].features
+        labels = resize_labels(labels[self.view], features.shape[-2:])
+        views = halve(labels, samples[self.view], self.num_classes, self.seed)
+        sums, counts = class_sums(features, views, 2 * self.num_classes, sync=self.sync)
+        with torch.autocast(features.device.type, enabled=False):
+            means = (sums / counts[:, None].clamp_min(1)).view(2, self.num_classes, -1)  # (2, K, D)
+            n = counts.view(2, self.num_classes)
+            present = (n > 0).all(0) & (n.sum(0) >= self.min_pixels)
+            return self.contrast(means, present, prototypes[self.prototypes].means().to(means.dtype))
+
+    def contrast(self, means, present, prototypes):
+        """Equations 4 to 6.
+
+        Args:
+            means: (2, K, D) view centroids.
+            present: (K) bool, the classes that take part.
+            prototypes: (K, D).
+        """
+        center = F.normalize(means.mean(0), dim=1, eps=1e-6).detach()  # s, stop-gradient
+        views = F.normalize(means, dim=2, eps=1e-6)
+        prototypes = F.normalize(prototypes, dim=1, eps=1e-6)
+        classes = torch.arange(len(present), device=present.device)
+        own = torch.eye(len(present), dtype=torch.bool, device=present.device)
+        positive = (views[0] * views[1]).sum(1)  # (K)
+        count = present.sum().clamp_min(1)
+        total = 0
+        for view in views:
+            between = torch.where(own, positive[:, None], view @ center.T) / self.temperature
+            between = between.masked_fill(~present, ABSENT)
+            to_prototypes = view @ prototypes.T / self.temperature
+            centroid = F.cross_entropy(between, classes, reduction="none")
+            category = F.cross_entropy(to_prototypes, classes, reduction="none")
+            total = total + ((self.centroid * centroid + self.category * category) * present).sum() / count
+        return total / 2

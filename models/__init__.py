@@ -1,0 +1,19 @@
+"""Networks. A new part is one new file; the shared tests in tests/test_parts.py find it by themselves.
+
+    Backbone.forward(image (B, 3, H, W) in [0, 1], domain="target", bias=None) -> [maps, fine to coarse]
+        .channels  .strides     one number per map. It normalises the image itself.
+    Decoder(in_channels, strides, ...).forward(maps) -> features (B, D, h, w)
+        .channels  D
+    Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)
+        .means() -> (K, D)      the class vectors that the logits compare features with
+
+Prototypes (`models/prototypes`) are interchangeable; state in buffers of at least float32, so a checkpoint holds it:
+
+    score(features (B, D, h, w)) -> (B, K, h, w)    similarity or log-likelihood
+    means() -> (K, D)       seen  (K) bool
+    update(batches)         after an optimiser step, no grad, one all-reduce; a frozen member does nothing
+    fit(batches)            from a function that returns a fresh iterable: several passes, offline
+
+`batches` is an iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None): the micro-batches of one step in
+`update`, so that accumulating gradients changes nothing, or the whole data set in `fit`.
+"""

@@ -1,0 +1,73 @@
+"""ResNet-18/34/50/101 (He et al., CVPR 2016) as torchvision builds them, with a choice of output stride and of stages.
+
+    model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
+"""
+
+from typing import Literal
+
+from torch import nn
+from torchvision.models import get_model, get_model_weights
+
+from engine.weights import load_pretrained
+from models.blocks import Normalize
+
+
+def dilate(stage, dilation):
+    """Keep a stage at the size of its input: its stride becomes a dilation.
+
+    As in DeepLab, the first block keeps the dilation of the stage before, because its input was not yet thinned out.
+    """
+    for i, block in enumerate(stage):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    rate = dilation // 2 if i == 0 else dilation
+                    module.dilation = module.padding = (rate, rate)
+
+
+class ResNet(nn.Module):
+    """Maps of stages 1 to `stages`, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        output_stride: 8, 16 or 32; later stages are dilated instead of strided.
+        stages: 4, or 3 to stop before layer4.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys.
+        allow_missing: patterns of keys that the file may lack, such as ["layer4.*"].
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: Literal[18, 34, 50, 101] = 50,
+        output_stride: Literal[8, 16, 32] = 32,
+        stages: Literal[3, 4] = 4,
+        weights: str = "imagenet",
+        allow_missing: list = (),
+    ):
+        super().__init__()
+        net = get_model(f"resnet{depth}", weights=None)
+        self.normalize = Normalize()
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.stage_names = [f"layer{i}" for i in range(1, stages + 1)]
+        width = 64 if depth < 50 else 256
+        self.channels = [width * 2**i for i in range(stages)]
+        self.strides = [min(4 * 2**i, output_stride) for i in range(stages)]
+        for i, name in enumerate(self.stage_names):
+            stage = getattr(net, name)
+            if 4 * 2**i > output_stride:
+                dilate(stage, 4 * 2**i // output_stride)
+            setattr(self, name, stage)
+        url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
+        unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
+        load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused)
+
+    def forward(self, image, domain="target", bias=None):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]; `domain` and `bias` have no effect here."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(image)))))
+        maps = []
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            maps.append(x)
+        return maps

@@ -1,0 +1,63 @@
+"""The network: backbone -> decoder -> classifier, over all views of a training step in one call.
+
+One forward of the DDP module and one backward per micro-batch keep DDP simple: every trainable parameter of a run lives in the
+Segmentor, and views (source, target, strongly augmented target ...) are entries of one dict.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class View(NamedTuple):
+    """What the network sees: image (B, 3, H, W) in [0, 1], and the domain whose stem and statistics it takes."""
+
+    image: torch.Tensor
+    domain: str = "source"
+
+
+class Output(NamedTuple):
+    """logits (B, K, h, w) and features (B, D, h, w), the tensor that entered the classifier; aux: further named tensors."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    aux: dict
+
+
+class Segmentor(nn.Module):
+    """Backbone, decoder and classifier.
+
+    Args:
+        frozen_bn: names of parts ("backbone", "decoder") whose batch norm keeps its running statistics and its affine
+            parameters: the safe choice for small batches and for pretrained weights.
+    """
+
+    def __init__(self, backbone, decoder, classifier, frozen_bn=()):
+        super().__init__()
+        self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
+        unknown = set(frozen_bn) - {"backbone", "decoder"}
+        if unknown:
+            raise ValueError(f"model.frozen_bn may name backbone and decoder, not {', '.join(sorted(unknown))}")
+        self.frozen_bn = list(frozen_bn)
+        for norm in self._frozen_norms():
+            norm.requires_grad_(False)
+
+    def _frozen_norms(self):
+        for part in self.frozen_bn:
+            yield from (m for m in getattr(self, part).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for norm in self._frozen_norms():
+            norm.eval()
+        return self
+
+    def segment(self, image, domain="target"):
+        """One view: image (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them."""
+        features = self.decoder(self.backbone(image, domain))
+        return Output(self.classifier(features), features, {})
+
+    def forward(self, views, step=0):
+        """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
+        return {name: self.segment(view.image, view.domain) for name, view in views.items()}

@@ -1,0 +1,466 @@
+"""Configuration: what is read, how layers merge, that a mistake is an error with the key in it, and what `build` makes."""
+
+import re
+import sys
+
+import pytest
+import yaml
+
+from engine import config
+from engine.config import ConfigError, build, build_losses, call, difference, load, override, plain, read_yaml, save
+
+KEYS = """
+checkpoint.every checkpoint.keep data.augment.name data.root data.test data.train.name data.val.name data.workers deterministic
+device eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride eval.subsets eval.weights
+folder log.every log.images_every losses model.backbone.name model.channels_last model.classifier.name model.decoder.name
+model.frozen_bn model.sync_bn optimizer.betas optimizer.clip optimizer.head_lr_factor optimizer.lr optimizer.momentum
+optimizer.name optimizer.weight_decay precision prototypes resume schedule.min_ratio schedule.power schedule.warmup
+schedule.warmup_ratio seed threads timeout train.accumulate train.batch_size train.iters train.teacher
+""".split()
+
+PARTS = '''
+from typing import Literal
+import torch
+
+class Simple:
+    def __init__(self, *, width: int = 8, rate: float = 0.5, mode: Literal["soft", "hard"] = "soft", crop: list = (),
+                 path: str | None = None, num_classes=None, seed=0):
+        self.options = dict(width=width, rate=rate, mode=mode, crop=crop, path=path, num_classes=num_classes, seed=seed)
+
+class Needs:
+    def __init__(self, *, length: float, num_classes):
+        self.length, self.num_classes = length, num_classes
+
+class Picky:
+    def __init__(self, *, size: int = 1):
+        if size < 1:
+            raise ValueError(f"size must be positive, not {size}")
+
+class Bare(torch.nn.Module):
+    pass
+
+def function():
+    pass
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="experiment.yaml"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A package `parts` with the module `parts.thing`, allowed for components during one test."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("")
+    (tmp_path / "parts" / "thing.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(config, "PACKAGES", (*config.PACKAGES, "parts"))
+    yield "parts"
+    for name in [name for name in sys.modules if name.split(".")[0] == "parts"]:
+        del sys.modules[name]
+
+
+def dotted(value, prefix=""):
+    """The dotted keys of the leaves; an empty mapping is a leaf."""
+    if not isinstance(value, dict) or not value:
+        return [prefix[:-1]]
+    return [name for key, item in value.items() for name in dotted(item, f"{prefix}{key}.")]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-4", 1e-4), ("1.e-4", 1e-4), ("-2E+3", -2000.0), (".5", 0.5), ("-3", -3), ("+7", 7), ("010", 10), ("2.0", 2.0),
+        (".inf", float("inf")), ("on", "on"), ("off", "off"), ("no", "no"), ("yes", "yes"), ("true", True), ("false", False),
+        ("null", None), ("~", None), ("", None), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"),
+        ("'1e-4'", "1e-4"), ("[1e-3, [no, 2]]", [1e-3, ["no", 2]]),
+    ],
+)  # fmt: skip
+def test_scalars_are_read_as_in_yaml_1_2(text, value):
+    result = read_yaml(f"key: {text}", "a file")["key"]
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize("text, line", [("seed: 1\nthreads: 2\nseed: 3", 3), ("train:\n  iters: 1\n  iters: 2", 3)])
+def test_a_key_that_appears_twice_names_file_line_and_key(write, text, line):
+    with pytest.raises(ConfigError, match=rf"experiment\.yaml, line {line}: .*'({text.split()[-2][:-1]})'"):
+        load(write(text))
+
+
+@pytest.mark.parametrize("text", ["seed: [1", "a: {{b}}", "[1, 2]: 3", "seed: \x07", "- 1", "just words", "[]", "0"])
+def test_a_file_that_is_no_mapping_names_the_file(write, text):
+    with pytest.raises(ConfigError, match=r"experiment\.yaml"):
+        load(write(text))
+
+
+def test_environment_variables_are_expanded_in_files_and_overrides(write, monkeypatch):
+    monkeypatch.setenv("ROOT", "/data")
+    monkeypatch.setenv("SET", "camvid")
+    cfg = load(write("data: {root: '${ROOT}/${SET}', test: {a: {name: x.Y, files: ['${SET}']}}}"), ["folder=out/${SET}"])
+    assert cfg.data.root == "/data/camvid"
+    assert cfg.data.test.a.files == ["camvid"]
+    assert cfg.folder == "out/camvid"
+
+
+@pytest.mark.parametrize("overrides", [[], ["folder=${NOT_SET}/x"]])
+def test_an_environment_variable_that_is_not_set_is_an_error(write, monkeypatch, overrides):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(ConfigError, match="NOT_SET.*is not set"):
+        load(write("" if overrides else "folder: ${NOT_SET}/x"), overrides)
+
+
+def test_a_key_that_is_missing_in_code_suggests_one(write):
+    with pytest.raises(AttributeError, match="'weight_decai'; did you mean 'weight_decay'"):
+        load(write("")).optimizer.weight_decai  # noqa: B018
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, given, message",
+    [
+        ("sed: 1", "sed=1", r"'sed'; did you mean 'seed'\?"),
+        ("optimizer: {lrr: 1}", "optimizer.lrr=1", r"'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
+        ("train: {iter: 1}", "train.iter=1", r"'train\.iter'; did you mean 'train\.iters'\?"),
+        ("eval: {strides: [1, 1]}", "eval.strides=[1, 1]", r"'eval\.strides'; did you mean 'eval\.stride'\?"),
+        ("model: {zzz: 1}", "model.zzz=1", r"'model\.zzz'; known here: backbone, decoder"),
+        ("optimizer: {lr: fast}", "optimizer.lr=fast", r"optimizer\.lr must be a float .* not 'fast'"),
+        ("optimizer: {lr: true}", "optimizer.lr=true", r"optimizer\.lr must be a float .* not True"),
+        ("optimizer: {lr: }", "optimizer.lr=", r"optimizer\.lr must be a float .* not None"),
+        ("train: {iters: 2.5}", "train.iters=2.5", r"train\.iters must be an int .* not 2\.5"),
+        ("train: {iters: true}", "train.iters=true", r"train\.iters must be an int .* not True"),
+        ("eval: {flip: 1}", "eval.flip=1", r"eval\.flip must be true or false .* not 1"),
+        ("eval: {flip: on}", "eval.flip=on", r"eval\.flip must be true or false .* not 'on'"),
+        ("eval: {scales: 1.0}", "eval.scales=1.0", r"eval\.scales must be a list .* not 1\.0"),
+        ("precision: 16", "precision=16", r"precision must be a string .* not 16"),
+        ("optimizer: SGD", "optimizer=SGD", r"optimizer must be a mapping .* not 'SGD'"),
+        ("losses: {name: a.B}", "losses={name: a.B}", r"losses must be a list"),
+        ("model: {backbone: {name: 3}}", "model.backbone.name=3", r"model\.backbone\.name must be a string"),
+    ],
+)  # fmt: skip
+def test_unknown_keys_and_wrong_types_are_errors_in_files_and_on_the_command_line(write, text, given, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(write(text))
+    assert "experiment.yaml" in str(error.value)
+    with pytest.raises(ConfigError, match=message):
+        load(write(""), [given])
+
+
+def test_an_int_is_fine_where_a_float_is_expected_and_null_defaults_take_anything(write):
+    cfg = load(write("optimizer: {lr: 1}\ndata: {root: somewhere}"), ["optimizer.clip=2", "data.root=3"])
+    assert (cfg.optimizer.lr, cfg.optimizer.clip, cfg.data.root) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", "seed 3", ""])
+def test_an_override_without_key_and_value_is_an_error(write, text):
+    with pytest.raises(ConfigError, match=r"not of the form key\.sub=value"):
+        load(write(""), [text])
+
+
+def test_an_override_below_a_value_is_an_error(write):
+    with pytest.raises(ConfigError, match=r"'seed\.x': 0 has no key 'x'"):
+        load(write(""), ["seed.x=1"])
+
+
+# --- bases and merging ---------------------------------------------------------------------------------------------
+
+
+def test_bases_merge_from_left_to_right_and_own_keys_win(write):
+    write("train: {iters: 1, batch_size: 1, accumulate: 1}\neval: {crop: [1, 1]}", "base/a.yaml")
+    write("train: {iters: 2, batch_size: 2}", "base/b.yaml")
+    cfg = load(write("base: [../base/a.yaml, ../base/b.yaml]\ntrain: {iters: 3}", "deep/experiment.yaml"))
+    assert (cfg.train.iters, cfg.train.batch_size, cfg.train.accumulate) == (3, 2, 1)
+    assert cfg.eval.crop == [1, 1] and cfg.eval.stride == [341, 341]
+    assert "base" not in cfg
+
+
+def test_a_base_is_found_relative_to_the_file_that_names_it(write):
+    write("seed: 5", "a/b/c.yaml")
+    write("base: b/c.yaml", "a/middle.yaml")
+    assert load(write("base: a/middle.yaml")).seed == 5
+    assert load(write("base:")).seed == 0
+
+
+def test_a_mistake_in_a_base_names_the_base(write):
+    write("sead: 5", "wrong.yaml")
+    with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'sead'"):
+        load(write("base: wrong.yaml"))
+
+
+def test_two_files_may_share_a_base_but_a_cycle_is_an_error(write):
+    write("seed: 5", "root.yaml")
+    write("base: root.yaml", "left.yaml")
+    write("base: root.yaml", "right.yaml")
+    assert load(write("base: [left.yaml, right.yaml]")).seed == 5
+    write("base: b.yaml", "a.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml is its own base, through a\.yaml -> b\.yaml"):
+        load(write("base: a.yaml", "b.yaml").with_name("a.yaml"))
+
+
+@pytest.mark.parametrize("base", ["missing.yaml", "."])
+def test_a_base_that_is_no_file_names_the_path(write, base):
+    path = write(f"base: {base}")
+    with pytest.raises(ConfigError, match=re.escape(str((path.parent / base).resolve()))):
+        load(path)
+
+
+def test_naming_another_class_replaces_the_component_and_the_same_or_none_merges(write):
+    write("model: {decoder: {name: fcn.FCN, width: 7, dropout: 0.3}}", "base.yaml")
+
+    def decoder(text, *overrides):
+        return plain(load(write(f"base: base.yaml\n{text}"), overrides).model.decoder)
+
+    assert decoder("model: {decoder: {name: other.Other, depth: 2}}") == {"name": "other.Other", "depth": 2}
+    assert decoder("model: {decoder: {name: fcn.FCN, width: 9}}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+    assert decoder("model: {decoder: {width: 9}}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+    assert decoder("", "model.decoder.name=other.Other") == {"name": "other.Other"}
+    assert decoder("", "model.decoder={name: other.Other, depth: 2}") == {"name": "other.Other", "depth": 2}
+    assert decoder("", "model.decoder={width: 9}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+    assert decoder("", "model.decoder.width=9") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+
+
+def test_a_component_that_the_defaults_leave_open_can_be_named(write):
+    cfg = load(write("data: {train: {name: toy.Toy, length: 4}}"), ["data.val.name=toy.Toy", "data.val.length=5"])
+    assert plain(cfg.data.train) == {"name": "toy.Toy", "length": 4}
+    assert plain(cfg.data.val) == {"name": "toy.Toy", "length": 5}
+
+
+def test_another_optimiser_keeps_the_other_options_of_the_section(write):
+    """`optimizer.name` is a word, not module.Class: the section is no component."""
+    for cfg in (load(write("optimizer: {name: SGD, lr: 0.1}")), load(write(""), ["optimizer.name=SGD", "optimizer.lr=0.1"])):
+        assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.momentum) == ("SGD", 0.1, 0.9)
+
+
+# --- overrides of lists and open mappings --------------------------------------------------------------------------
+
+LOSSES = "losses: [{name: cross_entropy.CrossEntropy, weight: 1.0}, {name: occl.OCCL, weight: 1.0}]"
+
+
+@pytest.mark.parametrize("key, position", [("losses.0", 0), ("losses.1", 1), ("losses.cross_entropy", 0), ("losses.occl", 1)])
+def test_an_entry_of_a_list_is_addressed_by_position_or_module(write, key, position):
+    cfg = load(write(LOSSES), [f"{key}.weight=0.25", f"{key}.extra=[1, 2]"])
+    changed, other = cfg.losses[position], cfg.losses[1 - position]
+    assert (changed.weight, changed.extra) == (0.25, [1, 2])
+    assert other.weight == 1.0 and "extra" not in other and "." in changed.name
+
+
+def test_an_entry_of_a_list_can_be_replaced(write):
+    cfg = load(write(LOSSES), ["losses.occl={name: dice.Dice}", "eval.crop.1=7"])
+    assert [spec.name for spec in cfg.losses] == ["cross_entropy.CrossEntropy", "dice.Dice"]
+    assert cfg.eval.crop == [512, 7]
+
+
+@pytest.mark.parametrize("entry", ["2", "-1", "ocl"])
+def test_an_entry_that_the_list_does_not_have_is_an_error(write, entry):
+    with pytest.raises(ConfigError, match=f"no entry '{entry}'; it has cross_entropy, occl"):
+        load(write(LOSSES), [f"losses.{entry}.weight=1"])
+
+
+def test_open_mappings_take_new_names_and_components_new_options(write):
+    cfg = load(write(""), ["prototypes.means.name=centroids.Centroids", "prototypes.means.momentum=0.9",
+                           "model.backbone.depth=18", "data.test.night.name=toy.Toy"])  # fmt: skip
+    assert plain(cfg.prototypes) == {"means": {"name": "centroids.Centroids", "momentum": 0.9}}
+    assert cfg.model.backbone.depth == 18 and cfg.data.test.night.name == "toy.Toy"
+
+
+def test_overrides_are_applied_in_order_and_leave_the_original_alone(write):
+    cfg = load(write(LOSSES))
+    before = plain(cfg)
+    changed = override(cfg, ["seed=1", "seed=2", "losses.occl.weight=0"])
+    assert (changed.seed, changed.losses[1].weight) == (2, 0) and isinstance(changed.losses[1], config.Config)
+    assert plain(cfg) == before
+
+
+# --- saving, the folder, comparing ---------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path):
+    write(f"optimizer: {{lr: 1e-5}}\n{LOSSES}\ndata: {{test: {{b: {{name: x.Y, boxes: [[1, 2.5], [], [null]]}}}}}}", "base.yaml")
+    strings = ["1e-4", "09", "010", "12e3", "on", "null", "", "~", "1:30", "true", ".5", "a: b", "# c", "Straße"]
+    cfg = load(write("base: base.yaml\nschedule: {warmup_ratio: 1.e-7}"), [f"model.frozen_bn={strings!r}", "eval.scales=[1e20, 1]"])
+    target = tmp_path / "elsewhere" / "config.yaml"
+    target.parent.mkdir()
+    save(cfg, target)
+    again = load(target)
+    assert repr(plain(again)) == repr(plain(cfg))  # values, types and order
+    assert again.optimizer.lr == 1e-5 and again.schedule.warmup_ratio == 1e-7 and again.model.frozen_bn == strings
+    assert again.data.test.b.boxes == [[1, 2.5], [], [None]]
+    assert yaml.safe_load(target.read_text())["model"]["frozen_bn"] == strings  # other programs read YAML 1.1
+
+
+def test_the_automatic_folder_names_the_experiment_and_the_seed(write):
+    assert load(write("seed: 3")).folder == "runs/experiment/seed3"
+    assert load(write("", "configs/work/configs/camvid/small.yaml"), ["seed=2"]).folder == "runs/camvid/small/seed2"
+    assert load(write("folder: mine")).folder == "mine"
+    assert load(write(""), ["folder=there"]).folder == "there"
+
+
+def test_plain_leaves_neither_config_nor_tuple():
+    value = plain(config.Config(a=config.Config(b=(1, config.Config(c=2)))))
+    assert value == {"a": {"b": [1, {"c": 2}]}}
+    assert type(value) is dict and type(value["a"]) is dict and type(value["a"]["b"][1]) is dict
+
+
+def test_difference_lists_dotted_keys_with_both_values():
+    old = {"a": 1, "b": {"c": [1], "d": 2}, "gone": 0}
+    new = {"a": 1, "b": {"c": [1, 2], "d": 2}, "new": {"x": 1}}
+    assert difference(old, new) == {"b.c": ([1], [1, 2]), "gone": (0, None), "new": (None, {"x": 1})}
+    assert difference(old, old) == {}
+
+
+def test_a_run_goes_on_only_with_the_configuration_that_it_had(write):
+    old = plain(load(write("")))
+    config.check_resume(old, load(write(""), ["eval.flip=true", "data.workers=0", "device=cpu", "folder=new"]))
+    changed = load(write(""), ["optimizer.lr=1e-3"])
+    with pytest.raises(ConfigError, match=r"optimizer\.lr 0\.0001 -> 0\.001"):
+        config.check_resume(old, changed)
+    config.check_resume(old, override(changed, ["resume=some/step_0000001.pt"]))
+
+
+# --- the defaults --------------------------------------------------------------------------------------------------
+
+
+def test_every_default_has_a_comment_on_its_line():
+    checked = 0
+    for number, line in enumerate(config.DEFAULTS.read_text().splitlines(), start=1):
+        section = re.fullmatch(r" *\w+:", line)
+        component = re.fullmatch(r" *(- |\w+: )\{name: \w+\.\w+.*\}", line)  # documented in its own file
+        if not line.strip() or line.startswith("#") or section or component:
+            continue
+        assert re.search(r"\S\s+# \S", line), f"line {number} of defaults.yaml has no comment: {line}"
+        checked += 1
+    assert checked > 40
+
+
+def test_options_do_not_grow_unnoticed():
+    """A new option is a decision: does the field expect it, and can it not be a constant? Then write it here too."""
+    assert sorted(dotted(read_yaml(config.DEFAULTS.read_text(), "defaults"))) == sorted(KEYS)
+
+
+# --- building ------------------------------------------------------------------------------------------------------
+
+
+def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
+    made = build(parts, {"name": "thing.Simple", "width": 3}, num_classes=11, in_channels=64)
+    assert made.options["width"] == 3 and made.options["num_classes"] == 11 and made.options["rate"] == 0.5
+    assert build(parts, {"name": "thing.Simple", "num_classes": 5}, num_classes=11).options["num_classes"] == 5
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"name": "think.Simple"}, "parts has no module 'think'; did you mean 'thing'"),
+        ({"name": "zzz.Simple"}, "parts has no module 'zzz'; known here: thing"),
+        ({"name": "thing.Simpel"}, r"parts\.thing has no class 'Simpel'; did you mean 'Simple'"),
+        ({"name": "thing.function"}, r"parts\.thing has no class 'function'; known here: Simple, Needs"),
+        ({"name": "thing.Simple", "widht": 3}, r"thing\.Simple has no option 'widht'; did you mean 'width'"),
+        ({"name": "thing.Simple", "width": "wide"}, r"thing\.Simple: option 'width' must be an int, not 'wide'"),
+        ({"name": "thing.Simple", "width": 2.0}, "'width' must be an int, not 2.0"),
+        ({"name": "thing.Simple", "width": True}, "'width' must be an int, not True"),
+        ({"name": "thing.Simple", "rate": "two"}, "'rate' must be a float, not 'two'"),
+        ({"name": "thing.Simple", "mode": "sofft"}, r"'mode' must be Literal\['soft', 'hard'\], not 'sofft'"),
+        ({"name": "thing.Simple", "crop": 3}, "'crop' must be a list, not 3"),
+        ({"name": "thing.Simple", "path": 3}, r"'path' must be str \| None, not 3"),
+        ({"name": "thing.Needs"}, r"thing\.Needs needs the options length, num_classes"),
+        ({"name": "thing.Needs", "num_classes": 3}, r"thing\.Needs needs the option length"),
+        ({"name": "thing.Bare", "kwargs": 3}, r"thing\.Bare has no option 'kwargs'"),
+        ({"name": "thing.Picky", "size": 0}, r"thing\.Picky: size must be positive, not 0"),
+        ({"width": 3}, "parts: a component needs 'name: module.Class'"),
+        ({"name": 3}, "parts: a component needs 'name: module.Class'"),
+        ("thing.Simple", "parts: a component needs 'name: module.Class', got 'thing.Simple'"),
+        ({"name": "none"}, "'none' must be 'module.Class'"),
+    ],
+)
+def test_a_component_that_cannot_be_built_says_why(parts, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        build(parts, spec)
+
+
+@pytest.mark.parametrize("options", [{"rate": 2}, {"mode": "hard"}, {"crop": [1, 2]}, {"path": None}, {"path": "x"}])
+def test_options_of_the_annotated_type_are_accepted(parts, options):
+    assert build(parts, {"name": "thing.Simple", **options}).options.items() >= options.items()
+
+
+def test_a_class_without_a_constructor_needs_no_options(parts):
+    assert type(build(parts, {"name": "thing.Bare"}, num_classes=3)).__name__ == "Bare"
+
+
+@pytest.mark.parametrize(
+    "package, name, message",
+    [
+        ("models.classifiers", "linaer.Linear", "no module 'linaer'; did you mean 'linear'"),
+        ("models.classifiers", "linear.Lineer", "no class 'Lineer'; did you mean 'Linear'"),
+        ("losses", "os.system", "losses has no module 'os'"),
+        ("losses", "..evil.X", "must be 'module.Class' of the package losses"),
+        ("losses", "a.b.c", "must be 'module.Class'"),
+        ("losses", "occl", "must be 'module.Class'"),
+        ("losses", "occl.OCCL()", "must be 'module.Class'"),
+        ("os", "path.PurePath", "must be 'module.Class'"),
+        ("engine", "config.Config", "must be 'module.Class'"),
+    ],
+)
+def test_only_classes_of_our_packages_can_be_named(package, name, message):
+    with pytest.raises(ConfigError, match=message):
+        build(package, {"name": name})
+
+
+@pytest.mark.parametrize(
+    "package, spec, message",
+    [
+        ("models.classifiers", {"name": "cbp.CBP", "length": "two"}, r"cbp\.CBP: option 'length' must be a float, not 'two'"),
+        ("models.backbones", {"name": "resnet.ResNet", "depth": 20}, r"'depth' must be Literal\[18, 34, 50, 101\], not 20"),
+        ("losses", {"name": "occl.OCCL", "temprature": 0.07}, "has no option 'temprature'; did you mean 'temperature'"),
+        ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),
+    ],
+)
+def test_mistakes_in_real_components(package, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        build(package, spec)
+
+
+def test_losses_are_named_after_their_modules():
+    specs = [{"name": "cross_entropy.CrossEntropy", "weight": 0.5}, {"name": "cross_entropy.CrossEntropy", "view": "target"},
+             {"name": "occl.OCCL", "weight": 2}]  # fmt: skip
+    terms, weights = build_losses(specs, num_classes=3)
+    assert weights == {"cross_entropy": 0.5, "cross_entropy_2": 1.0, "occl": 2}
+    assert terms["cross_entropy_2"].view == "target" and terms["occl"].num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"name": "cross_entropy.CrossEntropy", "weight": "heavy"}, "weight must be a float, not 'heavy'"),
+        ("cross_entropy.CrossEntropy", "a component needs 'name: module.Class'"),
+        ({"weight": 1.0}, "a component needs 'name: module.Class'"),
+    ],
+)
+def test_a_loss_that_is_not_understood_is_an_error(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        build_losses([spec], num_classes=3)
+
+
+def test_call_passes_what_is_asked_for_and_nothing_else():
+    class Term:
+        def forward(self, b):
+            return b
+
+        def __call__(self, **arguments):
+            return self.forward(**arguments)
+
+    assert call(lambda a, c=7: (a, c), a=1, b=2) == (1, 7)
+    assert call(lambda c=7, a=0: (a, c), a=1, c=2) == (1, 2)
+    assert call(Term(), a=1, b=2) == 2
+    with pytest.raises(TypeError, match="missing"):
+        call(lambda missing: missing, a=1)

@@ -1,0 +1,441 @@
+"""Data sets on tiny files in their true formats: what is read, and what is said about files that are wrong."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import check, folder
+from datasets.base import DataError, SegmentationData, read_ids, read_image
+from datasets.camvid import CamVid
+from datasets.folder import Folder, distinct_colors
+from datasets.sampler import StreamSampler, make_loader
+from datasets.transforms import Augment
+from engine.config import build, load
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "camvid"
+SIZE = (8, 12)  # height, width
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)
+    return path
+
+
+def picture(seed=0, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def rows(*values):
+    """A label whose rows repeat the values: ids, or colours."""
+    columns = np.array(values, np.uint8)[np.arange(SIZE[0]) % len(values)]
+    return np.repeat(columns[:, None], SIZE[1], axis=1)
+
+
+def column(label):
+    return label[:, 0].tolist()
+
+
+class Files(SegmentationData):
+    """Three classes, `images/*` beside `labels/*.png`."""
+
+    CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
+
+    def pairs(self):
+        return [(p, self.root / "labels" / f"{p.stem}.png") for p in sorted((self.root / "images").glob("*"))]
+
+
+def files(root, count=3, ids=(0, 1, 2, 255)):
+    for i in range(count):
+        save(root / "images" / f"{i}.png", picture(i))
+        save(root / "labels" / f"{i}.png", rows(*ids))
+    return root
+
+
+# --- what all data sets share --------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_image_label_and_numbers(tmp_path):
+    sample = Files(root=files(tmp_path))[(1, 17)]
+    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), picture(1))
+    assert sample["label"].shape == SIZE and column(sample["label"])[:4] == [0, 1, 2, 255]
+    assert sample["image"].dtype == sample["label"].dtype == torch.uint8
+    assert type(sample["image"]) is type(sample["label"]) is torch.Tensor
+    assert (sample["index"], sample["sample"]) == (1, 17)
+
+
+def test_an_unlabelled_set_has_no_label_path_and_ignores_every_pixel(tmp_path):
+    files(tmp_path)
+    for path in (tmp_path / "labels").iterdir():
+        path.unlink()  # it must not even look for them
+    dataset = Files(root=tmp_path, labels=False)
+    assert all(label is None for _, label in dataset.samples)
+    assert (dataset[0]["label"] == 255).all() and dataset[0]["label"].shape == SIZE
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
+    grey = picture()[..., 0]
+    alpha = np.dstack([picture(), grey])
+    assert np.array_equal(read_image(save(tmp_path / "grey.png", grey)), np.dstack([grey] * 3))
+    assert np.array_equal(read_image(save(tmp_path / "alpha.png", alpha)), picture())
+    Image.fromarray(rows((9, 8, 7), (1, 2, 3))).quantize(2).save(tmp_path / "palette.png")
+    assert np.array_equal(read_image(tmp_path / "palette.png"), rows((9, 8, 7), (1, 2, 3)))
+
+
+def test_palette_16_bit_and_1_bit_labels_are_read_as_ids(tmp_path):
+    image = Image.fromarray(rows(0, 2, 1)).convert("P")
+    image.putpalette([200, 10, 10, 0, 255, 0, 7, 7, 7])
+    image.save(tmp_path / "palette.png")
+    assert np.array_equal(read_ids(tmp_path / "palette.png"), rows(0, 2, 1))
+    Image.fromarray(rows(1, 2).astype(np.uint16) * 1000).save(tmp_path / "deep.png")
+    assert np.array_equal(read_ids(tmp_path / "deep.png"), rows(1, 2).astype(int) * 1000)
+    files(tmp_path, count=1)
+    Image.fromarray(rows(0, 1) > 0).save(tmp_path / "labels" / "0.png")
+    assert np.array_equal(Files(root=tmp_path).load(0)[1], rows(0, 1))
+
+
+def test_known_bad_files_are_left_out_and_reported(tmp_path):
+    class Official(Files):
+        KNOWN_BAD = {"1": "the label is of another image"}  # noqa: RUF012
+
+    dataset = Official(root=files(tmp_path))
+    assert [image.stem for image, _ in dataset.samples] == ["0", "2"]
+    assert [image.stem for image in dataset.left_out] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "root, says", [(None, "set data.root=PATH"), ("nowhere", r"no folder .*nowhere; set data.root")]
+)
+def test_a_missing_root_says_which_key_to_set(tmp_path, root, says):
+    with pytest.raises(DataError, match=f"Files.*{says}"):
+        Files(root=root and tmp_path / root)
+
+
+def test_an_empty_folder_names_data_set_split_and_folder(tmp_path):
+    with pytest.raises(DataError, match=rf"Files val: no images under {tmp_path}; see the layouts"):
+        Files(root=tmp_path, split="val")
+
+
+def test_missing_labels_are_counted_and_named(tmp_path):
+    files(tmp_path, count=4)
+    (tmp_path / "labels" / "1.png").unlink()
+    (tmp_path / "labels" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"2 of 4 labels do not exist, such as .*labels/1.png, .*labels/3.png"):
+        Files(root=tmp_path)
+
+
+def test_different_sizes_name_both_files_and_both_sizes(tmp_path):
+    files(tmp_path)
+    save(tmp_path / "labels" / "1.png", np.zeros((6, 10)))
+    with pytest.raises(DataError, match=r"sizes differ: .*images/1.png is 12x8, .*labels/1.png is 10x6"):
+        Files(root=tmp_path)[1]
+
+
+def test_a_truncated_jpeg_is_an_error_that_names_it(tmp_path):
+    path = save(tmp_path / "cut.jpg", picture(size=(64, 64)))
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"cannot read the image .*cut.jpg"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"<html>not found</html>", lambda data: b""]
+)
+def test_a_damaged_label_is_an_error_that_names_it(tmp_path, damage):
+    path = save(tmp_path / "cut.png", picture(size=(64, 64))[..., 0])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"cannot read the label .*cut.png"):
+        read_ids(path)
+
+
+def test_unknown_ids_are_named_with_file_and_remedy(tmp_path):
+    files(tmp_path)
+    save(tmp_path / "labels" / "2.png", rows(0, 7, 254))
+    with pytest.raises(DataError, match=r"labels/2.png holds the ids \[7, 254\].* \(3 classes\) .*id_map"):
+        Files(root=tmp_path)[2]
+
+
+def test_a_colour_label_where_ids_are_expected_says_what_to_do(tmp_path):
+    files(tmp_path)
+    save(tmp_path / "labels" / "0.png", picture())
+    with pytest.raises(DataError, match=r"labels/0.png is a colour picture \(3 channels\).*color_labels: true"):
+        Files(root=tmp_path)[0]
+
+
+# --- augmentation is a function of (seed, sample) ------------------------------------------------------------------
+
+
+def augmented(root, seed=0):
+    return Files(root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1], blur=0.5))
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in ("image", "label"))
+
+
+def test_augmentation_depends_on_seed_and_sample_alone(tmp_path):
+    dataset = augmented(files(tmp_path))
+    first = dataset[(0, 5)]
+    torch.manual_seed(123)
+    assert same(first, dataset[(0, 5)]) and same(first, augmented(tmp_path)[(0, 5)])
+    assert not same(first, dataset[(0, 6)])
+    assert not same(first, augmented(tmp_path, seed=1)[(0, 5)])
+
+
+def test_augmentation_leaves_the_global_generators_alone(tmp_path):
+    dataset, torch_before, numpy_before = augmented(files(tmp_path)), torch.get_rng_state(), np.random.get_state()[1]
+    dataset[(0, 5)]
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+def test_workers_change_nothing(tmp_path):
+    dataset = augmented(files(tmp_path))
+    alone, helped = (make_loader(dataset, StreamSampler(3, batch_size=2, stop=3), workers=n) for n in (0, 2))
+    for a, b in zip(alone, helped, strict=True):
+        assert same(a, b) and torch.equal(a["sample"], b["sample"])
+
+
+# --- CamVid --------------------------------------------------------------------------------------------------------
+
+
+def test_camvid_segnet_layout_maps_eleven_to_ignore(tmp_path):
+    save(tmp_path / "train" / "0006R0_f00930.png", picture())
+    save(tmp_path / "trainannot" / "0006R0_f00930.png", rows(0, 10, 11))
+    dataset = CamVid(root=tmp_path)
+    assert len(dataset) == 1 and column(dataset[0]["label"])[:3] == [0, 10, 255]
+
+
+def original(root, stem, *colors):
+    save(root / "701_StillsRaw_full" / f"{stem}.png", picture())
+    save(root / "LabeledApproved_full" / f"{stem}_L.png", rows(*colors))
+
+
+def test_camvid_original_layout_groups_colours(tmp_path):
+    road, markings, sidewalk, bus, void = (128, 64, 128), (128, 0, 192), (0, 0, 192), (192, 128, 192), (0, 0, 0)
+    original(tmp_path, "0006R0_f00930", road, markings, sidewalk, bus, void)
+    assert column(CamVid(root=tmp_path)[0]["label"])[:5] == [3, 3, 4, 8, 255]
+
+
+def test_camvid_original_layout_splits_by_sequence_and_frame(tmp_path):
+    splits = {
+        "train": ["0001TP_008520", "0006R0_f00930", "0016E5_00390", "0016E5_07920", "0016E5_08190"],
+        "val": ["0016E5_07959", "0016E5_07961", "0016E5_08159"],
+        "test": ["0001TP_008550", "Seq05VD_f00000"],
+    }
+    for stem in sum(splits.values(), []):
+        original(tmp_path, stem, (0, 0, 0))
+    for split, stems in splits.items():
+        assert [image.stem for image, _ in CamVid(root=tmp_path, split=split).samples] == stems
+
+
+def test_camvid_unknown_colour_names_colour_and_file(tmp_path):
+    original(tmp_path, "0006R0_f00930", (128, 64, 128), (1, 2, 3))
+    with pytest.raises(DataError, match=r"0006R0_f00930_L.png holds 1 colours .* such as \(1, 2, 3\)"):
+        CamVid(root=tmp_path)[0]
+
+
+def with_lists(root):
+    for split, stem in (("train", "0001TP_006690"), ("train", "0006R0_f00930"), ("test", "Seq05VD_f00000")):
+        save(root / "images" / split / f"{stem}.jpg", picture())
+        save(root / "labels" / split / f"{stem}.png", rows(0, 10, 255))
+    (root / "lists").mkdir()
+    (root / "lists" / "train_dusk.txt").write_text("train/0001TP_006690\n")
+    return root
+
+
+def test_camvid_lists_are_splits(tmp_path):
+    with_lists(tmp_path)
+    assert [i.stem for i, _ in CamVid(root=tmp_path, split="train").samples] == ["0001TP_006690", "0006R0_f00930"]
+    dusk = CamVid(root=tmp_path, split="train_dusk")
+    assert [i.stem for i, _ in dusk.samples] == ["0001TP_006690"]
+    assert column(dusk[0]["label"])[:3] == [0, 10, 255]
+
+
+def test_camvid_unknown_split_names_those_that_there_are(tmp_path):
+    with pytest.raises(DataError, match=r"no split 'dusk'; there are train, val, test and the lists \['train_dusk'\]"):
+        CamVid(root=with_lists(tmp_path), split="dusk")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the CamVid images are not here")
+def test_camvid_real_data_has_the_published_numbers():
+    counts = {"train": 367, "val": 101, "test": 233, "train_day": 305, "train_dusk": 62}
+    assert {split: len(CamVid(root=REAL, split=split)) for split in counts} == counts
+    sample = CamVid(root=REAL, split="val")[0]
+    assert sample["image"].shape == (3, 360, 480) and set(sample["label"].unique().tolist()) <= {*range(11), 255}
+    target = CamVid(root=REAL, split="train_dusk", labels=False)
+    assert all(path is None for _, path in target.samples) and (target[0]["label"] == 255).all()
+
+
+# --- Folder --------------------------------------------------------------------------------------------------------
+
+CLASSES = ["road", "building", "car"]
+
+
+def mine(root, split="train", names=("a", "b"), ids=(0, 1, 2)):
+    for i, name in enumerate(names):
+        save(root / "images" / split / f"{name}.jpg", picture(i))
+        save(root / "labels" / split / f"{name}.png", rows(*ids))
+    return root
+
+
+def test_folder_docstring_is_a_complete_example(tmp_path):
+    mine(tmp_path, "train", ("berlin/1", "ulm/1"), (7, 11, 26, 27, 0, 255))
+    mine(tmp_path, "val", ("c",), (11, 7, 27))
+    example = folder.__doc__.split("\n\n")[1]
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(example))
+    data = load(tmp_path / "mine.yaml", [f"data.root={tmp_path}"]).data
+    augment = build("datasets", data.augment)
+    train, val = (build("datasets", spec, root=data.root, seed=0, augment=None) for spec in (data.train, data.val))
+    assert train.CLASSES == val.CLASSES == tuple(CLASSES) and train.PALETTE[0] == (128, 64, 128)
+    assert len(train) == 2 and column(train[0]["label"])[:6] == [0, 1, 2, 2, 255, 255]
+    assert len(val) == 1 and column(val[0]["label"])[:3] == [1, 0, 2]
+    train.augment = augment
+    assert train[0]["image"].shape == (3, 256, 256)
+
+
+def test_folder_without_options_reads_class_ids(tmp_path):
+    dataset = Folder(root=mine(tmp_path, ids=(0, 2, 255)), classes=CLASSES)
+    assert column(dataset[1]["label"])[:3] == [0, 2, 255]
+    assert dataset.PALETTE == distinct_colors(3)
+
+
+def test_folder_id_map_takes_ids_and_names_and_reports_what_is_not_listed(tmp_path):
+    mine(tmp_path, ids=(0, 4, 5))
+    dataset = Folder(root=tmp_path, classes=CLASSES, id_map={0: 255, 4: "car", 5: 1})
+    assert column(dataset[0]["label"])[:3] == [255, 2, 1]
+    with pytest.raises(DataError, match=r"a.png holds the ids \[5\]"):
+        Folder(root=tmp_path, classes=CLASSES, id_map={0: 255, 4: "car"})[0]
+
+
+def test_folder_colour_labels_use_the_palette_and_black_is_ignored(tmp_path):
+    save(tmp_path / "images" / "train" / "a.jpg", picture())
+    label = save(tmp_path / "labels" / "train" / "a.png", rows((9, 0, 0), (0, 9, 0), (0, 0, 0)))
+    options = {"root": tmp_path, "color_labels": True}
+    dataset = Folder(classes=["x", "y"], palette=[[9, 0, 0], [0, 9, 0]], **options)
+    assert column(dataset[0]["label"])[:3] == [0, 1, 255]
+    black = Folder(classes=["x", "y", "z"], palette=[[9, 0, 0], [0, 9, 0], [0, 0, 0]], **options)
+    assert column(black[0]["label"])[:3] == [0, 1, 2]
+    with pytest.raises(DataError, match=rf"{label} holds 1 colours .*\(0, 9, 0\)"):
+        Folder(classes=["x"], palette=[[9, 0, 0]], **options)[0]
+
+
+def test_folder_suffixes_may_be_long_several_and_in_one_folder(tmp_path):
+    save(tmp_path / "all" / "a.png", picture())
+    save(tmp_path / "all" / "a_mask.png", rows(0, 1))
+    save(tmp_path / "all" / "b.JPG", picture())
+    save(tmp_path / "all" / "b_mask.png", rows(1, 2))
+    (tmp_path / "all" / "._b.JPG").write_bytes(b"left behind by a file manager")
+    options = {"image_dir": "all", "label_dir": "all", "image_suffix": [".png", ".jpg"], "label_suffix": "_mask.png"}
+    dataset = Folder(root=tmp_path, classes=CLASSES, **options)
+    found = [(image.name, label.name) for image, label in dataset.samples]
+    assert found == [("a.png", "a_mask.png"), ("b.JPG", "b_mask.png")]
+
+
+def test_folder_list_chooses_and_orders_images(tmp_path):
+    mine(tmp_path, "train", ("x/a", "x/b", "c"))
+    (tmp_path / "train.txt").write_text("c\n\n  x/a  \n")
+    options = {"root": tmp_path, "classes": CLASSES, "list": "{split}.txt"}
+    assert [image.stem for image, _ in Folder(**options).samples] == ["c", "a"]
+    (tmp_path / "train.txt").write_text("c\nx/a.jpg\n")
+    with pytest.raises(DataError, match=r"1 of 2 names in train.txt have no image \*.jpg in images/train: x/a.jpg"):
+        Folder(**options)
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(DataError, match=r"there is no list .*train.txt"):
+        Folder(**options)
+
+
+def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
+    mine(tmp_path, names=("a", "b", "c"))
+    (tmp_path / "labels" / "train" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 3 images have no label \*.png in labels/train: b"):
+        Folder(root=tmp_path, classes=CLASSES)
+    assert len(Folder(root=tmp_path, classes=CLASSES, labels=False)) == 3
+    (tmp_path / "images" / "train" / "a.jpg").unlink()
+    (tmp_path / "images" / "train" / "b.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 labels have no image \*.jpg or \*.png in images/train: a"):
+        Folder(root=tmp_path, classes=CLASSES, image_suffix=[".jpg", ".png"])
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"split": "val"}, r"no folder .*images/val"),
+        ({"split": "val", "image_dir": "images/train"}, r"split 'val' has no effect; put \{split\}"),
+        ({"classes": ["a", "a"]}, "different names"),
+        ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours"),
+        ({"palette": [[1, 2, 3], [1, 2, 300], [0, 0, 0]]}, "of 0..255"),
+        ({"color_labels": True}, "color_labels needs a palette"),
+        ({"id_map": {0: "lorry"}}, r"0 'lorry'; classes: road, building, car, ignore"),
+        ({"id_map": {"7": 0}}, r"id_map cannot make '7'"),
+        ({"id_map": {0: 3}}, r"id_map cannot make 0 3"),
+    ],
+)
+def test_folder_options_that_cannot_be_meant_are_named(tmp_path, options, says):
+    with pytest.raises(DataError, match=f"Folder: .*{says}"):
+        Folder(root=mine(tmp_path), **{"classes": CLASSES, **options})
+
+
+def test_default_palette_is_distinct_fixed_and_not_black(tmp_path):
+    colors = np.array(distinct_colors(30))
+    distance = np.abs(colors[:, None] - colors).max(-1) + 255 * np.eye(30, dtype=int)
+    assert distance.min() >= 40 and (colors.max(1) >= 60).all()
+    assert distinct_colors(30)[:7] == distinct_colors(7)
+    assert len(set(distinct_colors(253))) == 253
+
+
+# --- python -m datasets.check --------------------------------------------------------------------------------------
+
+
+def configuration(root):
+    text = """
+    data:
+      root: ROOT
+      train: {name: folder.Folder, classes: [road, building, car]}
+      val: {name: folder.Folder, split: val, classes: [road, building, car]}
+      augment: {name: transforms.Augment, crop: [16, 16]}
+      workers: 0
+    """
+    (root / "mine.yaml").write_text(textwrap.dedent(text).replace("ROOT", str(root)))
+    return [str(root / "mine.yaml"), f"folder={root / 'run'}"]
+
+
+def test_check_counts_and_draws(tmp_path, capsys):
+    mine(mine(tmp_path, ids=(0, 0, 0, 1)), "val", ("c",), (0, 255))
+    check.main(configuration(tmp_path))
+    text = capsys.readouterr().out
+    assert "train: Folder train, 2 images" in text and "12x8" in text and "problems: 0" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["0", "road", "75.000%", "2"] in lines and ["1", "building", "25.000%", "2"] in lines
+    assert ["255", "ignore", "50.000%", "1"] in lines
+    assert "never occur: car" in text and "never occur: building, car" in text
+    for name in ("train", "val", "augmented"):
+        drawn = tmp_path / "run" / "check" / f"{name}.png"
+        assert str(drawn) in text and read_image(drawn).std() > 10
+
+
+def test_check_collects_problems_names_them_and_fails(tmp_path, capsys):
+    mine(mine(tmp_path, names=("a", "b", "c")), "val")
+    save(tmp_path / "labels" / "train" / "b.png", rows(0, 9))
+    save(tmp_path / "labels" / "val" / "a.png", np.zeros((5, 5)))
+    with pytest.raises(DataError, match="2 of 5 samples"):
+        check.main(configuration(tmp_path))
+    text = capsys.readouterr().out
+    assert text.count("problems: 1") == 2
+    assert "train/b.png holds the ids [9]" in text and "val/a.png is 5x5" in text
+
+
+def test_check_ends_with_one_line_for_mistakes(tmp_path, capsys, monkeypatch):
+    for arguments, says in (
+        (["missing.yaml"], "missing.yaml"),
+        (configuration(tmp_path), "no folder"),
+        ([*configuration(tmp_path), "data.train.clases=[a]"], "did you mean 'classes'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["check", *arguments])
+        with pytest.raises(SystemExit, match=f"^error: .*{says}") as stopped:
+            check.run(check.main, check.__doc__)
+        assert "\n" not in stopped.value.code  # sys.exit(text) prints it and ends with code 1

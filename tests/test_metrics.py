@@ -1,0 +1,279 @@
+"""Metrics against numbers worked out by hand and a naive loop; inference against the plain forward pass."""
+
+import contextlib
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine.config import Config
+from engine.errors import UserError
+from engine.inference import evaluate, predict
+from engine.metrics import ConfusionMatrix
+
+CLASSES = ["road", "tree", "sky"]
+CPU = torch.device("cpu")
+
+
+def filled(counts, **options):
+    matrix = ConfusionMatrix(CLASSES, **options)
+    matrix.matrix += torch.tensor(counts)
+    return matrix
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_three_classes_by_hand():
+    labels = torch.tensor([[0, 0, 0, 0], [1, 1, 2, 255]])
+    predictions = torch.tensor([[0, 0, 1, 2], [1, 0, 2, 1]])
+    matrix = ConfusionMatrix(CLASSES, {"ground": ["road", "tree"]})
+    matrix.update(predictions, labels)
+    assert matrix.matrix.tolist() == [[2, 1, 1], [1, 1, 0], [0, 0, 1]]
+    values = matrix.per_class()
+    assert values["IoU"].tolist() == pytest.approx([2 / 5, 1 / 3, 1 / 2])
+    assert values["Acc"].tolist() == pytest.approx([1 / 2, 1 / 2, 1])
+    assert values["F1"].tolist() == pytest.approx([4 / 7, 1 / 2, 2 / 3])
+    summary = matrix.summary()
+    assert summary == pytest.approx({
+        "mIoU": 100 * (2 / 5 + 1 / 3 + 1 / 2) / 3, "mAcc": 200 / 3, "aAcc": 400 / 7,
+        "mF1": 100 * (4 / 7 + 1 / 2 + 2 / 3) / 3, "ground": 100 * (2 / 5 + 1 / 3) / 2,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("ignored", [255, 3, -1])
+@pytest.mark.parametrize("prediction", [0, 2])
+def test_ignored_pixels_do_not_count(ignored, prediction):
+    matrix = ConfusionMatrix(CLASSES)
+    matrix.update(torch.tensor([1, prediction]), torch.tensor([1, ignored]))
+    assert matrix.matrix.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_a_class_that_does_not_occur_is_left_out_and_the_table_says_so():
+    matrix = filled([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    values = matrix.per_class()
+    assert all(math.isnan(values[name][2]) for name in ("IoU", "Acc", "F1"))
+    assert matrix.summary()["mIoU"] == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
+    lines = matrix.table().splitlines()
+    assert lines[3].split()[:4] == ["sky", "-", "-", "-"]
+    assert lines[1].split()[:2] == ["road", "75.00"] and "mIoU 77.50" in lines[-1] and "2 of 3 classes" in lines[-1]
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero():
+    matrix = filled([[3, 0, 1], [0, 4, 0], [0, 0, 0]])
+    values = matrix.per_class()
+    assert values["IoU"][2] == 0 and values["F1"][2] == 0 and math.isnan(values["Acc"][2])
+    assert matrix.summary()["mIoU"] == pytest.approx(100 * (3 / 4 + 1 + 0) / 3)
+    assert "3 of 3 classes" in matrix.table()
+
+
+def test_a_subset_with_an_unknown_class_is_an_error():
+    with pytest.raises(UserError, match=r"eval\.subsets\.mIoU2 names the class 'grass'; the data set has road, tree, sky"):
+        ConfusionMatrix(CLASSES, {"mIoU2": ["road", "grass"]})
+
+
+def test_updates_add_up():
+    predictions, labels = torch.randint(0, 3, (2, 4, 5)), torch.randint(0, 3, (2, 4, 5))
+    once, twice = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES)
+    once.update(predictions, labels)
+    for pair in zip(predictions, labels):
+        twice.update(*pair)
+    assert torch.equal(once.matrix, twice.matrix) and once.matrix.sum() == 40
+    assert once.matrix.dtype == torch.int64 and torch.equal(once.all_reduce().matrix, twice.matrix)
+
+
+@pytest.mark.parametrize("k", [1, 5, 19])
+def test_random_labels_against_a_loop_over_pixels(k):
+    random = np.random.default_rng(k)
+    labels = random.choice([*range(k), 255], (17, 13))
+    predictions = random.integers(0, k, (17, 13))
+    matrix = ConfusionMatrix([str(i) for i in range(k)])
+    matrix.update(torch.from_numpy(predictions), torch.from_numpy(labels).to(torch.uint8))
+    expected = np.zeros((k, k), int)
+    for truth, prediction in zip(labels.flat, predictions.flat):
+        if truth != 255:
+            expected[truth, prediction] += 1
+    assert matrix.matrix.tolist() == expected.tolist()
+    valid = labels != 255
+    for i, value in enumerate(matrix.per_class()["IoU"].tolist()):
+        truth, prediction = (labels == i) & valid, (predictions == i) & valid
+        assert value == pytest.approx((truth & prediction).sum() / (truth | prediction).sum())
+    assert matrix.summary()["aAcc"] == pytest.approx(100 * (labels == predictions)[valid].mean())
+
+
+@pytest.mark.parametrize("counts", [[[3, 1, 0], [0, 4, 0], [0, 0, 0]], [[0] * 3] * 3])
+def test_as_dict_is_strict_json_with_null_for_what_does_not_occur(counts):
+    matrix = filled(counts, subsets={"top": ["sky"]})
+    again = json.loads(json.dumps(matrix.as_dict(), allow_nan=False))
+    assert again["classes"] == CLASSES and again["matrix"] == counts
+    assert again["IoU"][2] is None and again["summary"]["top"] is None
+    assert again["summary"]["aAcc"] == pytest.approx(100 * 7 / 8 if counts[0][0] else 0)
+
+
+# --- inference -----------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+
+
+class Pointwise(nn.Module):
+    """Logits that depend on the pixel alone, at the image's size or at a fraction of it."""
+
+    def __init__(self, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(3, len(CLASSES), 1)
+        self.stride, self.windows, self.training_seen = stride, [], set()
+
+    def segment(self, image):
+        self.windows.append(tuple(image.shape[-2:]))
+        self.training_seen.add(self.training)
+        return Output(self.conv(nn.functional.avg_pool2d(image, self.stride, ceil_mode=True)))
+
+
+class Position(nn.Module):
+    """The column inside the window as the only logit: shows which windows a pixel was seen in."""
+
+    def segment(self, image):
+        return Output(torch.arange(image.shape[-1], dtype=image.dtype).expand(1, 1, *image.shape[-2:]))
+
+
+def options(**changes):
+    default = {"mode": "whole", "crop": [8, 8], "stride": [5, 5], "short_side": 0, "scales": [1.0], "flip": False, "subsets": {}}
+    return Config(default | changes)
+
+
+def random_image(height, width, seed=0):
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def same_weights():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 23), (17, 8), (5, 30), (31, 6), (1, 1), (18, 18)])
+@pytest.mark.parametrize("stride", [[5, 5], [8, 8], [1, 3], [7, 2]])
+def test_sliding_windows_equal_the_whole_image_for_a_pointwise_network(size, stride):
+    network, image = Pointwise(), random_image(*size)
+    whole = predict(network, image, options())
+    slide = predict(network, image, options(mode="slide", stride=stride))
+    assert whole.shape == slide.shape == (1, 3, *size)
+    torch.testing.assert_close(slide, whole)  # a pixel that no window covers would be nan
+
+
+def test_windows_have_the_crop_size_and_the_last_one_ends_at_the_border():
+    network = Pointwise()
+    predict(network, random_image(8, 19), options(mode="slide", crop=[8, 8], stride=[8, 8]))
+    assert network.windows[0] == (8, 8) and len(network.windows) == 3
+    columns = predict(Position(), random_image(8, 12), options(mode="slide", stride=[4, 4]))[0, 0, 0]
+    assert columns.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7]  # windows at 0 and 4, averaged where both see
+
+
+def test_window_logits_are_resized_to_the_window():
+    network = Pointwise(stride=2)
+    slide = predict(network, random_image(12, 20), options(mode="slide", crop=[8, 8], stride=[4, 6]))
+    assert slide.shape == (1, 3, 12, 20) and slide.isfinite().all()
+
+
+@pytest.mark.parametrize("stride", [[9, 8], [8, 9], [0, 4]])
+def test_a_stride_that_leaves_gaps_is_an_error(stride):
+    with pytest.raises(UserError, match=r"eval\.stride"):
+        predict(Pointwise(), random_image(30, 30), options(mode="slide", stride=stride))
+
+
+def test_an_unknown_mode_is_an_error():
+    with pytest.raises(UserError, match=r"eval\.mode must be whole or slide, not 'windows'"):
+        predict(Pointwise(), random_image(4, 4), options(mode="windows"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_averaging_with_the_mirrored_image_changes_nothing_for_a_mirror_equivariant_network(stride):
+    network, image = Pointwise(stride), random_image(10, 14)
+    plain = predict(network, image, options())
+    mirrored = predict(network, image, options(flip=True))
+    torch.testing.assert_close(mirrored, plain.softmax(1))
+    assert torch.equal(mirrored.argmax(1), plain.argmax(1))
+
+
+def test_the_mirrored_view_is_really_mirrored():
+    both = predict(BorderAware(), random_image(4, 6), options(flip=True))
+    torch.testing.assert_close(both, both.flip(-1))
+
+
+class BorderAware(nn.Module):
+    """Prefers class 0 on the left whatever the image shows."""
+
+    def segment(self, image):
+        ramp = torch.linspace(1, -1, image.shape[-1]).expand(1, 1, *image.shape[-2:])
+        return Output(torch.cat([ramp, -ramp, 0 * ramp], 1))
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_several_scales_give_mean_probabilities_at_the_image_size(mode):
+    network = Pointwise()
+    scores = predict(network, random_image(11, 15), options(scales=[0.5, 1.0, 1.75], flip=True, mode=mode))
+    assert scores.shape == (1, 3, 11, 15) and (scores >= 0).all()
+    torch.testing.assert_close(scores.sum(1), torch.ones(1, 11, 15))
+    if mode == "whole":
+        assert network.windows == [(6, 8)] * 2 + [(11, 15)] * 2 + [(19, 26)] * 2
+
+
+def test_scales_are_averaged():
+    network, image = Pointwise(), random_image(8, 8)
+    one, two = (predict(network, image, options(scales=[s])).softmax(1) for s in (1.0, 2.0))
+    torch.testing.assert_close(predict(network, image, options(scales=[1.0, 2.0])), (one + two) / 2)
+
+
+@pytest.mark.parametrize("size, seen", [((20, 30), (10, 15)), ((30, 20), (15, 10)), ((5, 8), (10, 16)), ((10, 17), (10, 17))])
+def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
+    network = Pointwise()
+    assert predict(network, random_image(*size), options(short_side=10)).shape[-2:] == size
+    assert network.windows == [seen]
+    assert predict(network, random_image(*size), options(), size=(7, 9)).shape == (1, 3, 7, 9)
+
+
+class Labelled:
+    """Images whose labels may have another size than the image."""
+
+    CLASSES = CLASSES
+
+    def __init__(self, length=5, scale=1):
+        self.asked, self.length, self.scale = [], length, scale
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        image = (255 * random_image(6, 7, index)[0]).to(torch.uint8)
+        label = torch.full((6 * self.scale, 7 * self.scale), index % 3, dtype=torch.uint8)
+        label[0, 0] = 255
+        return {"image": image, "label": label}
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_counts_every_image_once_at_label_size_in_eval_mode(scale, training):
+    network, dataset = Pointwise().train(training), Labelled(scale=scale)
+    matrix = evaluate(network, dataset, options(), CPU, contextlib.nullcontext())
+    assert sorted(dataset.asked) == list(range(5))
+    pixels = 42 * scale**2 - 1
+    assert matrix.matrix.sum(1).tolist() == [2 * pixels, 2 * pixels, pixels]
+    assert network.training_seen == {False} and network.training is training
+    assert network.conv.weight.grad is None
+
+
+def test_evaluate_scores_what_predict_says():
+    network, dataset = Pointwise(), Labelled()
+    matrix = evaluate(network, dataset, options(subsets={"ground": ["road"]}), CPU, torch.autocast("cpu", enabled=False))
+    expected = ConfusionMatrix(CLASSES)
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        scores = predict(network, sample["image"][None].float() / 255, options())
+        expected.update(scores.argmax(1)[0].detach(), sample["label"].long())
+    assert torch.equal(matrix.matrix, expected.matrix) and "ground" in matrix.summary()

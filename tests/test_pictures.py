@@ -1,0 +1,113 @@
+"""Pictures: exact colours, ignored pixels, sizes, readable errors. How good they look is for the eye."""
+
+import numpy as np
+import pytest
+
+from engine.pictures import GREY, WHITE, colorize, heatmap, legend, overlay, stack, strip
+
+PALETTE = np.array([[128, 128, 128], [128, 0, 0], [0, 128, 192]])
+NAMES = ["Sky", "Building", "Bicyclist"]
+
+
+def has(picture, color):
+    return (picture == np.array(color)).all(axis=-1).any()
+
+
+def random_picture(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_colorize_is_exact_and_ignored_ids_are_black():
+    picture = colorize(np.array([[0, 1, 2], [255, -1, 3]]), PALETTE)
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [PALETTE.tolist(), [[0, 0, 0]] * 3]
+    many = np.full((171, 3), 9)  # more classes than an int8 can count
+    assert colorize(np.array([[-1, 100]], np.int8), many).tolist() == [[[0] * 3, [9] * 3]]
+
+
+def test_overlay_blends_classes_and_leaves_ignored_pixels_alone():
+    image, labels = random_picture(6, 8), np.ones((6, 8), np.uint8)
+    labels[:, 4:] = 255
+    before = image.copy()
+    picture = overlay(image, labels, PALETTE, alpha=0.25)
+    assert np.array_equal(picture[:, 4:], image[:, 4:])
+    assert np.array_equal(picture[:, :4], np.rint(0.25 * PALETTE[1] + 0.75 * image[:, :4]))
+    assert np.array_equal(image, before)
+
+
+def test_overlay_draws_a_border_between_classes_only():
+    labels = np.repeat([[0, 0, 1, 1]], 3, axis=0)
+    picture = overlay(np.zeros((3, 4, 3), np.uint8), labels, PALETTE, alpha=1.0)
+    assert np.array_equal(picture[:, [0, 1, 3]], PALETTE[labels[:, [0, 1, 3]]])
+    assert (picture[:, 2] > PALETTE[1]).all()
+
+
+def test_strip_brings_panels_to_one_height_without_new_colours():
+    small = colorize(np.array([[0, 1], [2, 0]]), PALETTE)
+    picture = strip([("image", random_picture(40, 60)), ("prediction", small)])
+    bar = picture.shape[0] - 40
+    assert bar > 0 and picture.shape[1] > 60 + 40
+    assert np.array_equal(picture[bar:, :60], random_picture(40, 60))
+    assert {tuple(color) for color in picture[bar:, -40:].reshape(-1, 3)} == set(map(tuple, PALETTE))
+    assert strip([("image", random_picture(40, 60))], height=20).shape == (bar + 20, 30, 3)
+
+
+def test_stack_pads_with_white():
+    picture = stack([random_picture(5, 30), np.zeros((4, 10, 3), np.uint8)])
+    assert picture.shape[1] == 30 and picture.shape[0] >= 9
+    assert np.array_equal(picture[:5], random_picture(5, 30))
+    assert (picture[-4:, :10] == 0).all() and (picture[-4:, 10:] == 255).all()
+
+
+def test_legend_wraps_and_shows_every_colour():
+    wide, narrow = legend(NAMES, PALETTE, 600), legend(NAMES, PALETTE, 110)
+    assert wide.shape[1] == 600 and narrow.shape[1] == 110
+    assert narrow.shape[0] == 3 * wide.shape[0]
+    assert all(has(picture, color) for picture in (wide, narrow) for color in PALETTE)
+
+
+def test_heatmap_shows_low_high_and_missing_values():
+    def middle_of_cell(value, **options):
+        one = heatmap([[value]], [""], [""], text=None, **options)
+        other = heatmap([[0.5]], [""], [""], text=None, **options)
+        changed = np.argwhere((one != other).any(axis=-1))  # the two pictures differ in their only cell
+        return one[tuple(changed.min(axis=0))]
+
+    assert middle_of_cell(1.0).mean() > middle_of_cell(0.0).mean() + 50
+    assert np.array_equal(middle_of_cell(7.0), middle_of_cell(1.0))
+    assert np.array_equal(middle_of_cell(np.nan), GREY)
+    blue, red = (middle_of_cell(value, low=-1.0, diverging=True).astype(int) for value in (-1.0, 1.0))
+    assert blue[2] > blue[0] + 50 and red[0] > red[2] + 50
+
+
+def test_heatmap_writes_numbers_where_they_fit():
+    plain = heatmap(np.full((3, 3), np.nan), NAMES, NAMES, text=None)
+    assert plain.dtype == np.uint8 and has(plain, GREY) and has(plain, WHITE)
+    zeros = np.zeros((2, 3))
+    assert heatmap(zeros, NAMES[:2], NAMES).shape[1] < heatmap(zeros, NAMES[:2], NAMES, text="{:.6f}").shape[1]
+
+
+@pytest.mark.parametrize("rows, columns", [(171, 171), (1, 5), (11, 330)])
+def test_heatmap_of_any_size_stays_a_sensible_picture(rows, columns):
+    matrix = np.random.default_rng(0).random((rows, columns))
+    names = [f"a rather long name of a class, number {i}, with its synonyms" for i in range(max(rows, columns))]
+    picture = heatmap(matrix, names[:rows], names[:columns], title="rows: truth, columns: prediction", text="{:.0%}")
+    assert max(picture.shape) < 1600
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: colorize(np.zeros((2, 2)), PALETTE), r"float64 \(2, 2\)"),
+        (lambda: colorize(np.zeros((2, 2), int), PALETTE / 255), r"float64 \(3, 3\)"),
+        (lambda: overlay(random_picture(4, 6), np.zeros((6, 4), int), PALETTE), r"\(4, 6, 3\).*\(6, 4\)"),
+        (lambda: strip([("image", np.zeros((4, 6, 3)))]), r"float64 \(4, 6, 3\)"),
+        (lambda: stack([]), "got 0"),
+        (lambda: legend(NAMES[:2], PALETTE, 100), r"2 names.*\(3, 3\)"),
+        (lambda: heatmap(np.zeros((3, 2)), NAMES, NAMES), r"3 row and 3 column names.*\(3, 2\)"),
+        (lambda: heatmap(np.zeros((3, 3)), NAMES, NAMES, low=1.0), "low 1.0 is not below high 1.0"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_with_the_numbers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

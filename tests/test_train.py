@@ -1,0 +1,330 @@
+"""The training script as a user runs it: resume, signals, several processes, precisions, degenerate batches, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_supervised
+from engine import checkpoint, distributed
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "tiny.yaml")
+DOUBLE = "import sys, torch; torch.set_default_dtype(torch.float64); import train_supervised; train_supervised.main(sys.argv[1:])"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def train(folder, *overrides):
+    """Run the script in this process -> its scalars, one dict per step."""
+    train_supervised.main([TINY, f"folder={folder}", *overrides])
+    return scalars(folder)
+
+
+def scalars(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "scalars.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
+def command(folder, *overrides, processes=1, double=False):
+    """The command line of a run in processes of its own."""
+    python = [sys.executable]
+    if processes > 1:
+        port = 29500 + os.getpid() % 1000
+        python = [*python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    if double:
+        script = Path(folder).parent / "double.py"
+        script.write_text(DOUBLE)
+        python.append(str(script))
+    else:
+        python.append(str(ROOT / "train_supervised.py"))
+    return [*python, TINY, f"folder={folder}", *overrides]
+
+
+def run(*arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command(*arguments, **options), env=environment, capture_output=True, text=True, cwd=ROOT)
+    return result.returncode, result.stdout + result.stderr
+
+
+def last(folder):
+    return checkpoint.load(checkpoint.list_steps(folder)[0])
+
+
+def leaves(value, prefix=""):
+    """Every leaf of a nested state -> {dotted name: value}."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{prefix}.{key}").items()}
+
+
+def assert_same_state(a, b, tolerance=None, keys=("model", "teacher", "prototypes", "optimizer", "scaler")):
+    """Equal tensors, bitwise or up to a tolerance, and equal everything else."""
+    for key in keys:
+        first, second = leaves(a[key]), leaves(b[key])
+        assert first.keys() == second.keys() and (first or key == "scaler")  # a disabled scaler has no state
+        for name, value in first.items():
+            other = second[name]
+            if not torch.is_tensor(value):
+                assert value == other, f"{key}{name}"
+            elif tolerance is None or not value.is_floating_point():
+                assert torch.equal(value, other), f"{key}{name}"
+            else:
+                torch.testing.assert_close(value, other, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{key}{n}: {m}")
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_six_steps_equal_three_and_a_new_process_and_three(tmp_path, workers):
+    straight = train(tmp_path / "straight")
+    code, output = run(tmp_path / "parts", "train.iters=6", f"data.workers={workers}", "checkpoint.every=3")
+    assert code == 0, output
+    for path in checkpoint.list_steps(tmp_path / "parts")[:1]:
+        path.unlink()  # as if the queue had killed the run after step 3
+    code, output = run(tmp_path / "parts", f"data.workers={workers}")
+    assert code == 0 and "resumed at step 3" in output, output
+    assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(*(leaves(last(tmp_path / f)["rng"]).values() for f in ("straight", "parts"))))
+    resumed = scalars(tmp_path / "parts")
+    assert list(resumed) == [1, 2, 3, 4, 5, 6]
+    assert [resumed[step]["train/loss"] for step in resumed] == [straight[step]["train/loss"] for step in straight]
+
+
+def test_a_finished_run_trains_no_further_and_reports_again(tmp_path):
+    train(tmp_path / "run", "train.iters=2")
+    before = last(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(tmp_path / "run", "train.iters=2")
+    assert_same_state(before, last(tmp_path / "run"))
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_saved_configuration_runs_alone(tmp_path):
+    first = train(tmp_path / "a", "train.iters=2", "losses.occl.weight=0.5")
+    train_supervised.main([str(tmp_path / "a" / "config.yaml"), f"folder={tmp_path / 'b'}"])
+    assert first[2]["train/loss"] == scalars(tmp_path / "b")[2]["train/loss"]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    train(tmp_path / "run", "train.iters=1")
+    with pytest.raises(ValueError, match=r"optimizer\.lr 0\.001 -> 0\.1.*another folder"):
+        train(tmp_path / "run", "train.iters=1", "optimizer.lr=0.1")
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        train(tmp_path / "run", "resume=none")
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def start_and_wait(folder, text, *overrides):
+    """Start a run in the background and wait until its output has the text -> process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(folder, *overrides), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    deadline = time.time() + 120
+    while not (Path(folder) / text).exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    return process
+
+
+def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000")
+    while not scalars(folder):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "saved at step" in output, output
+    stopped = last(folder)["step"]
+    assert 0 < stopped < 2000 and not (folder / "results.json").exists()
+    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000")
+    while stopped + 1 not in scalars(folder):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+
+
+def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    process = start_and_wait(folder, "step_0000002.pt", "train.iters=100000", "checkpoint.every=1", "checkpoint.keep=2")
+    for _ in range(2000):  # a save is under way whenever a temporary file lies there
+        if list(folder.glob("*.tmp.*")):
+            break
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    found = checkpoint.find(folder, "auto")
+    assert found is not None and found["step"] >= 2
+    assert not list(folder.glob("*.tmp.*"))
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+EXACT = ("model.frozen_bn=[backbone, decoder]", "model.decoder.dropout=0.0", "train.iters=3", "checkpoint.every=1")
+EXACT += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}", "schedule.warmup=0")
+
+
+@pytest.mark.parametrize("losses", ["all", "cross-entropy"])
+def test_two_processes_equal_one(tmp_path, losses):
+    """float64: after one step SGD's momentum is the gradient; three data-dependent steps, uneven ignored pixels and shards."""
+    options = [*EXACT, *(["losses.occl.weight=0", "model.classifier={name: linear.Linear}"] if losses != "all" else [])]
+    for name, processes in (("one", 1), ("two", 2)):
+        code, output = run(tmp_path / name, *options, processes=processes, double=True)
+        assert code == 0, output
+    for step in (1, 3):
+        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        assert one["model"]["decoder.join.0.weight"].dtype == torch.float64
+        assert_same_state(one, two, 1e-10, ("model", "teacher", "prototypes", "optimizer"))
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for step in (1, 2, 3):
+        for key in ("train/loss", "train/loss_cross_entropy", "train/loss_occl", "train/grad_norm"):
+            assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
+    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    assert matrices[0] == matrices[1] and sum(map(sum, matrices[0])) > 0
+
+
+def test_accumulating_equals_one_batch_for_cross_entropy_prototypes_and_metrics(tmp_path):
+    options = [*EXACT, "losses=[{name: cross_entropy.CrossEntropy}]"]
+    for name, accumulate in (("one", 1), ("two", 2)):
+        code, output = run(tmp_path / name, *options, f"train.accumulate={accumulate}", double=True)
+        assert code == 0, output
+    assert_same_state(last(tmp_path / "one"), last(tmp_path / "two"), 1e-10, ("model", "teacher", "prototypes", "optimizer"))
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    assert all(one[s]["train/loss"] == pytest.approx(two[s]["train/loss"], rel=0, abs=1e-10) for s in one)
+    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    assert matrices[0] == matrices[1]
+
+
+def test_accumulated_occl_is_the_mean_over_micro_batches(tmp_path):
+    """Centroids couple the pixels of a micro-batch, so 2 x 2 is the mean of two losses over 2, not the loss over 4."""
+    only = ("losses=[{name: occl.OCCL}]", *EXACT, "train.iters=1")
+    code, output = run(tmp_path / "two", *only, "train.accumulate=2", double=True)
+    assert code == 0, output
+    code, output = run(tmp_path / "first", *only, "train.batch_size=2", "train.iters=2", "optimizer.lr=0.0", double=True)
+    assert code == 0, output
+    halves = scalars(tmp_path / "first")  # at learning rate 0 steps 1 and 2 are the two micro-batches
+    mean = (halves[1]["train/loss"] + halves[2]["train/loss"]) / 2
+    assert scalars(tmp_path / "two")[1]["train/loss"] == pytest.approx(mean, rel=0, abs=1e-10)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
+    folder = tmp_path / "run"
+    script = tmp_path / "signal_one.py"
+    script.write_text(
+        "import os, signal, sys, threading\n"
+        "import train_supervised\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "train_supervised.main(sys.argv[1:])\n"
+    )
+    arguments = command(folder, "train.iters=100000", "checkpoint.every=100000", processes=2)
+    arguments[arguments.index(str(ROOT / "train_supervised.py"))] = str(script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert last(folder)["step"] > 0 and len(last(folder)["rng"]) == 2
+
+
+# --- precision and degenerate batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_on_the_cpu(tmp_path, precision):
+    values = train(tmp_path / "run", f"precision={precision}", "train.iters=4", "data.train.length=4", "model.channels_last=true")
+    assert values[4]["train/loss_cross_entropy"] < values[1]["train/loss_cross_entropy"]
+    assert all(v.dtype == torch.float32 for v in last(tmp_path / "run")["prototypes"].values() if v.is_floating_point())
+    assert ("train/amp_scale" in values[4]) == (precision == "fp16")
+
+
+def test_a_step_that_fp16_skips_leaves_teacher_and_prototypes_alone(tmp_path, monkeypatch):
+    original = train_supervised.precision.make_scaler
+    scaler = {}
+
+    def overflowing(device, precision):
+        scaler["it"] = torch.amp.GradScaler(device.type, init_scale=2.0**120)  # every gradient overflows
+        return scaler["it"]
+
+    monkeypatch.setattr(train_supervised.precision, "make_scaler", overflowing)
+    train(tmp_path / "run", "precision=fp16", "train.iters=1", "checkpoint.every=1")
+    monkeypatch.setattr(train_supervised.precision, "make_scaler", original)
+    state = last(tmp_path / "run")
+    assert state["teacher"]["updates"] == 0 and not state["prototypes"]["centroids.seen"].any()
+    assert scaler["it"].get_scale() < 2.0**120
+
+
+@pytest.mark.parametrize("value", [255, 3])
+def test_all_ignored_and_single_class_batches_train_on(tmp_path, monkeypatch, value):
+    original = train_supervised.to_device
+
+    def uniform_labels(batch, device):
+        batch = original(batch, device)
+        return batch | {"label": torch.full_like(batch["label"], value)}
+
+    monkeypatch.setattr(train_supervised, "to_device", uniform_labels)
+    values = train(tmp_path / "run", "train.iters=3")
+    assert all(abs(values[step]["train/loss"]) < float("inf") for step in values)
+    assert (values[1]["train/loss"] == 0) == (value == 255)
+    assert all(v.isfinite().all() for v in last(tmp_path / "run")["model"].values() if v.is_floating_point())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"train/loss.*up to step.*checkpoints before are intact"):
+        train(tmp_path / "run", "optimizer={name: SGD, lr: 1e30}", "schedule.warmup=0")
+    kept = checkpoint.find(tmp_path / "run", "auto")
+    assert kept is None or all(v.isfinite().all() for v in kept["model"].values() if v.is_floating_point())
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_classes_of_test_and_training_data_must_agree(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / "labels" / "a.png")
+    spec = f"{{name: folder.Folder, root: {tmp_path}, image_dir: images, label_dir: labels, classes: [one, two]}}"
+    with pytest.raises(ValueError, match=r"data\.mine has 2 classes \(one, two\) and data\.train has 11"):
+        train(tmp_path / "run", f"data.test.mine={spec}")
+
+
+def test_too_few_feature_channels_for_cbp_names_both_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"cbp\.CBP: 11 classes need at least 11 feature channels.*has 8"):
+        train(tmp_path / "run", "model.decoder.width=8")
+
+
+def test_batch_that_does_not_divide_names_the_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 4 does not divide into 1 processes x 3 micro-batches"):
+        train(tmp_path / "run", "train.accumulate=3")
+
+
+def test_a_mistake_ends_the_script_with_one_line_and_no_traceback(tmp_path):
+    code, output = run(tmp_path / "run", "optimizer.lrr=1")
+    assert code == 1 and "Traceback" not in output
+    assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in output
+
+
+def test_single_process_helpers_are_identities():
+    assert distributed.world_size() == 1 and distributed.gather(3) == [3]

@@ -1,0 +1,216 @@
+"""Supervised training: CBP + OCCL, or any classifier and losses that a configuration names.
+
+    python train_supervised.py configs/toy/supervised.yaml
+    python train_supervised.py configs/camvid/resnet18_cbp_occl.yaml data.root=PATH optimizer.lr=1e-4
+    torchrun --nproc_per_node=8 train_supervised.py configs/camvid/resnet18_cbp_occl.yaml
+
+The same command goes on where a killed run stopped. The run folder, the options and their units: configs/defaults.yaml.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from datasets.base import IGNORE, to_device
+from datasets.sampler import StreamSampler, make_loader
+from engine import checkpoint, config, distributed, pictures, precision, schedule
+from engine.config import build, build_losses, build_segmentor, call
+from engine.ema import Teacher
+from engine.errors import run
+from engine.inference import evaluate
+from engine.log import Averages, Log, facts, to_console
+from engine.preempt import Preemption
+from engine.report import comparison, confusion_picture, report, similarity
+from engine.statistics import resize_labels, resize_logits
+from models.segmentor import View
+
+logger = logging.getLogger("engine")
+
+
+def build_data(cfg):
+    """Training, validation and test sets; they must share their classes."""
+    augment = build("datasets", cfg.data.augment)
+    train = build("datasets", cfg.data.train, root=cfg.data.root, augment=augment, seed=cfg.seed)
+    val = build("datasets", cfg.data.val, root=cfg.data.root)
+    tests = {name: build("datasets", spec, root=cfg.data.root) for name, spec in cfg.data.test.items()}
+    for name, dataset in {"val": val, **tests}.items():
+        if tuple(dataset.CLASSES) != tuple(train.CLASSES):
+            raise config.ConfigError(
+                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
+                f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
+            )
+    return train, val, tests
+
+
+def draw_training(log, step, batch, outputs, palette, vectors, classes):
+    """TensorBoard pictures: the first images with truth and prediction, and how similar the class vectors are."""
+    size = batch["label"].shape[-2:]
+    predictions = resize_logits(outputs["source"].logits.detach()[:2].float(), size).argmax(1)
+    rows = [comparison(*pair, palette) for pair in zip(batch["image"][:2], batch["label"][:2], predictions)]
+    log.picture("images/source", pictures.stack([*rows, pictures.legend(classes, palette, rows[0].shape[1])]), step)
+    for name, member in vectors.items():
+        picture = pictures.heatmap(similarity(member.means()), classes, classes, low=-1.0, diverging=True, title=name)
+        log.picture(f"prototypes/{name}", picture, step)
+
+
+@record
+def main(arguments):
+    cfg = config.load(arguments[0], arguments[1:])
+    device = distributed.init(cfg.device, cfg.timeout)
+    to_console()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    distributed.seed_everything(cfg.seed)
+    world, folder = distributed.world_size(), Path(cfg.folder)
+
+    # --- build ---
+    train_set, val_set, test_sets = build_data(cfg)
+    num_classes = len(train_set.CLASSES)
+    saved = checkpoint.find(folder, cfg.resume)
+    if saved:
+        config.check_resume(saved["config"], cfg)
+    model = build_segmentor(cfg.model, num_classes, pretrained=not saved).to(device)
+    if cfg.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if cfg.model.sync_bn and device.type == "cuda" and world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
+    members = nn.ModuleDict({n: build("models.prototypes", spec, **context) for n, spec in cfg.prototypes.items()}).to(device)
+    terms, weights = build_losses(cfg.losses, **context)
+    teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
+    reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
+    optimizer = schedule.make_optimizer(model, cfg.optimizer)
+    scaler = precision.make_scaler(device, cfg.precision)
+    autocast = precision.autocast(device, cfg.precision)
+    student = model
+    if world > 1:
+        student = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+
+    # --- resume ---
+    stateful = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
+    stateful |= {"teacher": teacher} if teacher else {}
+    start, best, seconds = 0, -1.0, 0.0
+    if saved:
+        for name, item in stateful.items():
+            item.load_state_dict(saved[name])
+        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
+    log = Log(folder, start)
+    logger.info(f"{folder}: {len(train_set)} images, {num_classes} classes, {'resumed at' if saved else 'starting at'} step {start}")
+    if distributed.is_main():
+        config.save(cfg, folder / "config.yaml")
+    about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
+    logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
+    sampler = StreamSampler(
+        len(train_set), batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, start=start, stop=cfg.train.iters,
+        seed=cfg.seed, rank=distributed.rank(), world_size=world,
+    )  # fmt: skip
+    batches = iter(make_loader(train_set, sampler, cfg.data.workers, pin_memory=device.type == "cuda"))
+    if saved:
+        checkpoint.set_rng_state(saved["rng"])
+    preemption, averages, overflow = Preemption(), Averages(), precision.StepCounter()
+    vectors = {"classifier": model.classifier, **members}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    clock, stop = time.time(), False
+
+    def content(step):
+        """What a checkpoint holds after `step` steps."""
+        state = {name: item.state_dict() for name, item in stateful.items()}
+        facts = {"classes": list(train_set.CLASSES), "palette": [list(map(int, c)) for c in train_set.PALETTE]}
+        rng = distributed.gather(checkpoint.rng_state())
+        return state | facts | {
+            "step": step, "best": best, "seconds": seconds + time.time() - clock, "rng": rng, "config": config.plain(cfg),
+        }  # fmt: skip
+
+    # --- train ---
+    model.train()
+    bar = tqdm(range(start, cfg.train.iters), initial=start, total=cfg.train.iters, disable=not distributed.is_main(), smoothing=0.05)
+    for step in bar:
+        rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
+        micro_batches = [to_device(next(batches), device) for _ in range(cfg.train.accumulate)]
+        # Labelled pixels of the whole step: with it every pixel weighs the same on all processes and in all micro-batches.
+        labelled = sum((batch["label"] != IGNORE).sum() for batch in micro_batches)
+        valid = {"source": distributed.mean(labelled.double()) / cfg.train.accumulate}
+
+        seen = []
+        for i, batch in enumerate(micro_batches):
+            views = {"source": View(batch["image"])}
+            labels, samples = {"source": batch["label"]}, {"source": batch["sample"]}
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or world == 1 else student.no_sync():
+                with autocast:
+                    outputs = student(views, step)
+                losses = {
+                    name: call(
+                        term, outputs=outputs, labels=labels, weights={}, valid=valid, samples=samples,
+                        prototypes=vectors, step=step,
+                    )
+                    for name, term in terms.items()
+                }  # fmt: skip
+                loss = sum(weights[name] * value for name, value in losses.items()) / cfg.train.accumulate
+                scaler.scale(loss).backward()
+            features = outputs["source"].features.detach()
+            seen.append((features, resize_labels(batch["label"], features.shape[-2:]), None))
+            averages.add({"train/loss": loss * cfg.train.accumulate} | {f"train/loss_{n}": v for n, v in losses.items()})
+
+        norm, taken = precision.step(optimizer, scaler, parameters, cfg.optimizer.clip)
+        optimizer.zero_grad(set_to_none=True)
+        overflow(taken, step)
+        if taken:
+            if teacher:
+                teacher.update(model)
+            for member in members.values():
+                member.update(seen)
+
+        # --- log, validate, save ---
+        done = step + 1
+        stop = preemption.requested()
+        final = done == cfg.train.iters
+        save = stop or final or done % cfg.checkpoint.every == 0
+        validate = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
+        if save or validate or done % cfg.log.every == 0:
+            values = averages.take(step)
+            rate = {f"train/lr_{name}": value for name, value in rates.items()}
+            amp = {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
+            log.scalars(values | rate | amp | {"train/grad_norm": float(norm)} | log.speed(step, cfg.train.batch_size, device), done)
+            bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
+        if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
+            draw_training(log, done, batch, outputs, train_set.PALETTE, vectors, train_set.CLASSES)
+        if validate:
+            matrix = evaluate(reported, val_set, cfg.eval, device, autocast, title="val")
+            score = matrix.summary()
+            log.scalars({f"val/{name}": value for name, value in score.items()}, done)
+            log.scalars({f"val/IoU_{n}": float(v) for n, v in zip(matrix.classes, matrix.per_class()["IoU"]) if v == v}, done)
+            log.picture("val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), done)
+            logger.info(f"step {done}: val mIoU {score['mIoU']:.2f}, loss {values['train/loss']:.3f}")
+            if score["mIoU"] > best:
+                best, state = score["mIoU"], content(done)
+                if distributed.is_main():
+                    checkpoint.save(folder / "best.pt", {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")})
+        if save:
+            checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
+        if stop:
+            logger.info(f"signal received: saved at step {done}; the same command goes on from there")
+            break
+
+    # --- report: the last weights on the test sets; best.pt is for eval.py ---
+    if not stop:
+        about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock)}
+        matrices = report(reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder / "eval", about)
+        results = about | {"best_val": best, "results": {name: matrix.summary() for name, matrix in matrices.items()}}
+        if distributed.is_main():
+            (folder / "results.json").write_text(json.dumps(results, indent=1))
+        logger.info(f"\nwritten to {folder}: config.yaml, log.txt, eval/, best.pt; look at it with: tensorboard --logdir {folder}")
+    log.close()
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
