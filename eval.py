@@ -5,8 +5,9 @@
     python eval.py CHECKPOINT data.test.dusk='{name: camvid.CamVid, split: test_dusk}'
     torchrun --nproc_per_node=8 eval.py CHECKPOINT
 
-The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none). Tables go to the console, JSON, CSV and
-pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the averaged network.
+The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none). Tables go to the
+console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the
+averaged network.
 """
 
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine import checkpoint, config, distributed, precision
-from engine.config import ConfigError, build, build_segmentor
+from engine.build import build, build_segmentor
+from engine.config import ConfigError
 from engine.errors import run
 from engine.log import facts, to_console
 from engine.report import report
@@ -49,8 +51,8 @@ def main(arguments):
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:
             raise ConfigError(
-                f"data.test.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was trained "
-                f"with {len(saved['classes'])} ({', '.join(saved['classes'])})"
+                f"data.test.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
+                f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
     autocast = precision.autocast(device, cfg.precision)

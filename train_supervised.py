@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.base import IGNORE, to_device
 from datasets.sampler import StreamSampler, make_loader
 from engine import checkpoint, config, distributed, pictures, precision, schedule
-from engine.config import build, build_losses, build_segmentor, call
+from engine.build import build, build_losses, build_segmentor, call
 from engine.ema import Teacher
 from engine.errors import run
 from engine.inference import evaluate
@@ -69,6 +69,7 @@ def main(arguments):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic
     distributed.seed_everything(cfg.seed)
     world, folder = distributed.world_size(), Path(cfg.folder)
 
@@ -84,7 +85,8 @@ def main(arguments):
     if cfg.model.sync_bn and device.type == "cuda" and world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
-    members = nn.ModuleDict({n: build("models.prototypes", spec, **context) for n, spec in cfg.prototypes.items()}).to(device)
+    members = {name: build("models.prototypes", spec, **context) for name, spec in cfg.prototypes.items()}
+    members = nn.ModuleDict(members).to(device)
     terms, weights = build_losses(cfg.losses, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
@@ -93,7 +95,8 @@ def main(arguments):
     autocast = precision.autocast(device, cfg.precision)
     student = model
     if world > 1:
-        student = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        devices = [device.index] if device.type == "cuda" else None
+        student = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     # --- resume ---
     stateful = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
@@ -104,14 +107,17 @@ def main(arguments):
             item.load_state_dict(saved[name])
         start, best, seconds = saved["step"], saved["best"], saved["seconds"]
     log = Log(folder, start)
-    logger.info(f"{folder}: {len(train_set)} images, {num_classes} classes, {'resumed at' if saved else 'starting at'} step {start}")
+    logger.info(
+        f"{folder}: {len(train_set)} images, {num_classes} classes, {'resumed' if saved else 'started'} at step {start}"
+    )
     if distributed.is_main():
         config.save(cfg, folder / "config.yaml")
     about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
     logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
+    distributed.seed_everything(cfg.seed + distributed.rank())  # from here on dropout differs between processes
     sampler = StreamSampler(
-        len(train_set), batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, start=start, stop=cfg.train.iters,
-        seed=cfg.seed, rank=distributed.rank(), world_size=world,
+        len(train_set), batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, seed=cfg.seed,
+        start=start, stop=cfg.train.iters, rank=distributed.rank(), world_size=world,
     )  # fmt: skip
     batches = iter(make_loader(train_set, sampler, cfg.data.workers, pin_memory=device.type == "cuda"))
     if saved:
@@ -127,16 +133,18 @@ def main(arguments):
         facts = {"classes": list(train_set.CLASSES), "palette": [list(map(int, c)) for c in train_set.PALETTE]}
         rng = distributed.gather(checkpoint.rng_state())
         return state | facts | {
-            "step": step, "best": best, "seconds": seconds + time.time() - clock, "rng": rng, "config": config.plain(cfg),
+            "step": step, "best": best, "seconds": seconds + time.time() - clock, "rng": rng,
+            "config": config.plain(cfg),
         }  # fmt: skip
 
     # --- train ---
     model.train()
-    bar = tqdm(range(start, cfg.train.iters), initial=start, total=cfg.train.iters, disable=not distributed.is_main(), smoothing=0.05)
+    steps = range(start, cfg.train.iters)
+    bar = tqdm(steps, initial=start, total=cfg.train.iters, disable=not distributed.is_main(), smoothing=0.05)
     for step in bar:
         rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
         micro_batches = [to_device(next(batches), device) for _ in range(cfg.train.accumulate)]
-        # Labelled pixels of the whole step: with it every pixel weighs the same on all processes and in all micro-batches.
+        # Labelled pixels of the whole step: every pixel weighs the same in all processes and micro-batches.
         labelled = sum((batch["label"] != IGNORE).sum() for batch in micro_batches)
         valid = {"source": distributed.mean(labelled.double()) / cfg.train.accumulate}
 
@@ -159,7 +167,8 @@ def main(arguments):
                 scaler.scale(loss).backward()
             features = outputs["source"].features.detach()
             seen.append((features, resize_labels(batch["label"], features.shape[-2:]), None))
-            averages.add({"train/loss": loss * cfg.train.accumulate} | {f"train/loss_{n}": v for n, v in losses.items()})
+            named = {f"train/loss_{name}": value for name, value in losses.items()}
+            averages.add({"train/loss": loss * cfg.train.accumulate, **named})
 
         norm, taken = precision.step(optimizer, scaler, parameters, cfg.optimizer.clip)
         optimizer.zero_grad(set_to_none=True)
@@ -178,23 +187,25 @@ def main(arguments):
         validate = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
         if save or validate or done % cfg.log.every == 0:
             values = averages.take(step)
-            rate = {f"train/lr_{name}": value for name, value in rates.items()}
-            amp = {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
-            log.scalars(values | rate | amp | {"train/grad_norm": float(norm)} | log.speed(step, cfg.train.batch_size, device), done)
+            values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
+            values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
+            log.scalars(values | log.speed(step, cfg.train.batch_size, device), done)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_training(log, done, batch, outputs, train_set.PALETTE, vectors, train_set.CLASSES)
         if validate:
             matrix = evaluate(reported, val_set, cfg.eval, device, autocast, title="val")
             score = matrix.summary()
-            log.scalars({f"val/{name}": value for name, value in score.items()}, done)
-            log.scalars({f"val/IoU_{n}": float(v) for n, v in zip(matrix.classes, matrix.per_class()["IoU"]) if v == v}, done)
+            ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
+            per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
+            log.scalars({f"val/{name}": value for name, value in score.items()} | per_class, done)
             log.picture("val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), done)
             logger.info(f"step {done}: val mIoU {score['mIoU']:.2f}, loss {values['train/loss']:.3f}")
             if score["mIoU"] > best:
                 best, state = score["mIoU"], content(done)
                 if distributed.is_main():
-                    checkpoint.save(folder / "best.pt", {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")})
+                    light = {key: value for key, value in state.items() if key not in ("optimizer", "scaler", "rng")}
+                    checkpoint.save(folder / "best.pt", light, required=False)
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:
@@ -205,10 +216,13 @@ def main(arguments):
     if not stop:
         about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock)}
         matrices = report(reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder / "eval", about)
-        results = about | {"best_val": best, "results": {name: matrix.summary() for name, matrix in matrices.items()}}
+        results = about | {
+            "best_val": best,
+            "results": {n: matrix.as_dict()["summary"] for n, matrix in matrices.items()},
+        }
         if distributed.is_main():
             (folder / "results.json").write_text(json.dumps(results, indent=1))
-        logger.info(f"\nwritten to {folder}: config.yaml, log.txt, eval/, best.pt; look at it with: tensorboard --logdir {folder}")
+        logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
     log.close()
 
 

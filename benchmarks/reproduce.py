@@ -1,4 +1,5 @@
-"""A grid of experiments: YAMLs x overrides x seeds, several at a time, resumed where it stopped, and one table of results.
+"""A grid of experiments: YAMLs x overrides x seeds, several at a time, resumed where it stopped, and one table of
+results.
 
     python -m benchmarks.reproduce benchmarks/camvid.yaml runs=2 threads=1
     python -m benchmarks.reproduce benchmarks/camvid.yaml table          only the table, from what is finished
@@ -14,9 +15,9 @@ The grid file:
       linear: {config: configs/camvid/resnet18_linear.yaml}
       CBP + OCCL: {config: configs/camvid/resnet18_cbp_occl.yaml, set: [model.classifier.length=2], seeds: [0]}
 
-Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes on from its last
-checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run), `folder` can be set on the command line.
-A failed run is reported with the end of its output, and the others go on.
+Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes
+on from its last checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run),
+`folder` can be set on the command line. A failed run is reported with the end of its output, and the others go on.
 """
 
 import json
@@ -45,19 +46,24 @@ def load_grid(path, overrides):
         key, _, value = text.partition("=")
         grid[key] = read_yaml(value, text)
     for key in [k for k in grid if k not in KEYS] + [k for k in KEYS if k not in grid]:
-        raise ConfigError(f"{path}: {'unknown' if key in grid else 'missing'} key '{key}'; a grid has {', '.join(KEYS)}")
+        raise ConfigError(
+            f"{path}: {'unknown' if key in grid else 'missing'} key '{key}'; a grid has {', '.join(KEYS)}"
+        )
     return grid
 
 
 def jobs(grid):
-    """All runs of a grid -> [(row, seed, folder, command)], seed by seed, so that every row has a first number early."""
+    """All runs of a grid -> [(row, seed, folder, command)], seed by seed, so that every row has a first number
+    early."""
     result = []
     for row, spec in grid["rows"].items():
         for seed in spec.get("seeds", grid["seeds"]):
             folder = Path(grid["folder"]) / grid["name"] / re.sub(r"[^\w.=-]+", "_", row) / f"seed{seed}"
             settings = [*grid["common"], *spec.get("set", []), f"seed={seed}", f"folder={folder}", "resume=auto"]
             settings += [f"threads={grid['threads']}"] if grid["threads"] else []
-            result.append((row, seed, folder, [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings]))
+            result.append(
+                (row, seed, folder, [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings])
+            )
     return sorted(result, key=lambda job: job[1])
 
 
@@ -99,12 +105,13 @@ def collect(grid):
 def markdown(grid, table, runs):
     """One line per row, one column per test set: mean and standard deviation over seeds."""
     sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
-    lines = [f"| row | seeds | {' | '.join(f'{name} {grid['metric']}' for name in sets)} |", f"|---|---|{'---|' * len(sets)}"]
+    metric = grid["metric"]
+    lines = [f"| row | seeds | {' | '.join(f'{name} {metric}' for name in sets)} |", f"|---|---|{'---|' * len(sets)}"]
     for row in grid["rows"]:
         columns = table.get(row, {})
         cells = []
         for name in sets:
-            values = [summary[grid["metric"]] for summary in columns.get(name, {}).values()]
+            values = [s[metric] for s in columns.get(name, {}).values() if s[metric] is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
         seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
@@ -116,9 +123,9 @@ def markdown(grid, table, runs):
     minutes = sorted(r["seconds"] / 60 for r in runs) or [0]
     lines += [
         "",
-        f"Command: `python -m benchmarks.reproduce {grid['file']}`. Commit {distinct('commit')}; {distinct('device')}; torch "
-        f"{distinct('torch')}; {distinct('iters')} steps; seeds {distinct('seed')}; {minutes[0]:.1f} to {minutes[-1]:.1f} minutes a run. "
-        "Last checkpoint. ± is the standard deviation over seeds.",
+        f"Command: `python -m benchmarks.reproduce {grid['file']}`. Commit {distinct('commit')}; {distinct('device')}; "
+        f"torch {distinct('torch')}; {distinct('iters')} steps; seeds {distinct('seed')}; {minutes[0]:.1f} to "
+        f"{minutes[-1]:.1f} minutes a run. Last checkpoint. ± is the standard deviation over seeds.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -8,5 +8,6 @@
 
 Everything else is inherited: checks, id mapping, augmentation. A sample is a dict
 
-    image (3, H, W) uint8 RGB     label (H, W) uint8, 255 = ignore     index in the data set     sample: number in the stream
+    image (3, H, W) uint8 RGB     label (H, W) uint8, 255 = ignore     index in the data set     sample: number in the
+    stream
 """

@@ -19,7 +19,8 @@ class DataError(UserError):
 
 
 def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB. Pillow, because OpenCV returns truncated JPEGs half filled and says nothing."""
+    """Image file -> (H, W, 3) uint8 RGB. Pillow, because OpenCV returns truncated JPEGs half filled and says
+    nothing."""
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
@@ -88,7 +89,9 @@ class SegmentationData(Dataset):
         self.root, self.split, self.labels = Path(root), split, labels
         self.augment, self.seed = augment, seed
         if not self.root.is_dir():
-            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH (layouts: README, Data)")
+            raise DataError(
+                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH (layouts: README, Data)"
+            )
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
         self.samples = [(image, label if labels else None) for image, label in found if image not in self.left_out]
@@ -102,7 +105,9 @@ class SegmentationData(Dataset):
         for kind, paths in (("images", [i for i, _ in self.samples]), ("labels", [p for _, p in self.samples if p])):
             missing = [str(path) for path in paths if not Path(path).is_file()]
             if missing:
-                raise DataError(f"{name}: {len(missing)} of {len(paths)} {kind} do not exist, such as {', '.join(missing[:5])}")
+                raise DataError(
+                    f"{name}: {len(missing)} of {len(paths)} {kind} do not exist, such as {', '.join(missing[:5])}"
+                )
 
     def pairs(self):
         raise NotImplementedError
@@ -119,14 +124,15 @@ class SegmentationData(Dataset):
         ids = self.read_label(label_path)
         if ids.shape != image.shape[:2]:
             raise DataError(
-                f"sizes differ: {image_path} is {image.shape[1]}x{image.shape[0]}, {label_path} is {ids.shape[1]}x{ids.shape[0]}"
+                f"sizes differ: {image_path} is {image.shape[1]}x{image.shape[0]}, "
+                f"{label_path} is {ids.shape[1]}x{ids.shape[0]}"
             )
         label = self.table[ids]
         if (label == UNKNOWN).any():
             bad = np.unique(ids[label == UNKNOWN]).tolist()
             raise DataError(
-                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.CLASSES)} classes) does not know: "
-                "map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
+                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.CLASSES)} classes) "
+                "does not know: map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
             )
         return image, label
 

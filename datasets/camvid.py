@@ -6,10 +6,11 @@ Three layouts are recognised by what lies in the folder:
 
     images/<split>/*  labels/<split>/*.png  lists/*.txt     ids 0-10, 255 void; a split may be the name of a list
     <split>/*.png  <split>annot/*.png                       the SegNet release: ids 0-10, 11 void
-    701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours, grouped here into 11 classes
+    701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours, grouped here into 11
+    classes
 
-The original release has no lists; frames are assigned to splits by sequence and frame number, which gives SegNet's split. Its grouping
-of 32 classes (COLORS) is the usual one, from general knowledge.
+The original release has no lists; frames are assigned to splits by sequence and frame number, which gives SegNet's
+split. Its grouping of 32 classes (COLORS) is the usual one, from general knowledge.
 """
 
 from pathlib import Path
@@ -90,7 +91,9 @@ class CamVid(SegmentationData):
             stems = [f"{self.split}/{p.stem}" for p in sorted((images / self.split).iterdir())]
         else:
             lists = sorted(p.stem for p in (self.root / "lists").glob("*.txt"))
-            raise DataError(f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test and the lists {lists}")
+            raise DataError(
+                f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test and the lists {lists}"
+            )
         suffixes = {p.relative_to(images).with_suffix("").as_posix(): p.suffix for p in images.glob("*/*")}
         return [(images / f"{s}{suffixes.get(s, '.jpg')}", self.root / "labels" / f"{s}.png") for s in stems]
 

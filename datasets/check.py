@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.base import IGNORE, DataError
-from engine.config import ConfigError, build, load
+from engine.build import build
+from engine.config import ConfigError, load
 from engine.errors import run
 from engine.pictures import colorize, legend, overlay, stack, strip
 

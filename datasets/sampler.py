@@ -1,7 +1,8 @@
 """Which samples make up which step: a pure function of (seed, step, process), so there is no state to save.
 
-The stream of samples is one random permutation of the data set after the other. Step s takes the samples s B .. (s + 1) B - 1 of the
-stream for a batch of B over all processes and micro-batches; with another number of processes the same step holds the same samples.
+The stream of samples is one random permutation of the data set after the other. Step s takes the samples s B .. (s + 1)
+B - 1 of the stream for a batch of B over all processes and micro-batches; with another number of processes the same
+step holds the same samples.
 """
 
 import torch
@@ -26,7 +27,8 @@ class StreamSampler:
     def __init__(self, length, *, batch_size, accumulate=1, start=0, stop, seed=0, rank=0, world_size=1):
         if batch_size % (accumulate * world_size):
             raise UserError(
-                f"train.batch_size {batch_size} does not divide into {world_size} processes x {accumulate} micro-batches"
+                f"train.batch_size {batch_size} does not divide into {world_size} processes x {accumulate} "
+                "micro-batches"
             )
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
         self.start, self.stop, self.seed, self.rank, self.world_size = start, stop, seed, rank, world_size

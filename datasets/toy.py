@@ -2,7 +2,8 @@
 
     data.train: {name: toy.Toy, domain: synthetic, split: train, length: 400, size: [96, 128]}
 
-The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes nothing but the appearance:
+The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes nothing but the
+appearance:
 
     synthetic   a game: saturated flat colours, hardly any texture or shadow, crisp edges
     real        a camera: muted palette that varies per image, brick, grain and foliage, cast shadows, uneven light,
@@ -12,8 +13,8 @@ The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; t
     rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the lens
     snow        the real scene, whitened on the ground and on whatever looks up, with flakes
 
-The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours and depth are look-ups in that
-map, so they agree to the pixel.
+The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours and depth are
+look-ups in that map, so they agree to the pixel.
 
     image, label = draw(seed=0, index=7, domain="real", size=(240, 320))      # (240, 320, 3) uint8, (240, 320) uint8
 """
@@ -282,8 +283,8 @@ SPLITS = ("train", "val", "test")
 class Toy(SegmentationData):
     """A series of drawn scenes with the 11 classes of CamVid.
 
-    Training scenes differ between domains, so that a source and a target are never pairs; the scenes of `val` and `test` are
-    the same in all domains, so that results differ by the appearance alone.
+    Training scenes differ between domains, so that a source and a target are never pairs; the scenes of `val` and
+    `test` are the same in all domains, so that results differ by the appearance alone.
 
     Args:
         domain: one of DOMAINS.

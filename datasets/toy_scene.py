@@ -1,7 +1,7 @@
 """The geometry of the toy scenes: which flat shapes stand where, in metres, in front of a pinhole camera.
 
-`compose` draws one scene from a random generator: a camera, a sun, and the shapes from far to near. Appearance is the business of
-`datasets/toy.py`; here a shape only names its class and its material.
+`compose` draws one scene from a random generator: a camera, a sun, and the shapes from far to near. Appearance is the
+business of `datasets/toy.py`; here a shape only names its class and its material.
 """
 
 from functools import cache

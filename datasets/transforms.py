@@ -1,6 +1,7 @@
 """Augmentation: geometry replayed on image and label alike, colour on the image alone.
 
-    data.augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3, 0.05]}
+    data.augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3,
+    0.05]}
 
 The window is cut out of the original and then resized; resizing the whole image first costs five times as much.
 """
@@ -25,7 +26,8 @@ class Augment:
         crop: [height, width] of the result in pixels.
         scale: [low, high]: the image is scaled by a uniform factor.
         flip: probability of mirroring.
-        color: largest relative change of brightness, contrast and saturation, and largest shift of hue (0.5 = half circle);
+        color: largest relative change of brightness, contrast and saturation, and largest shift of hue (0.5 = half
+        circle);
             [] for none.
         blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     """

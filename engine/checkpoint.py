@@ -21,8 +21,11 @@ FORMAT = 1
 logger = logging.getLogger("engine")
 
 
-def save(path, content):
-    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing."""
+def save(path, content, required=True):
+    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing.
+
+    A failure is an OSError if the file is `required`; otherwise it is a warning, and training goes on.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -33,8 +36,11 @@ def save(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**30
-        raise OSError(errno.EIO, f"could not write {path} ({error}); {free:.1f} GiB are free there") from None
+        free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
+        message = f"could not write {path} ({error}); {free:.1f} GiB are free there"
+        if required:
+            raise OSError(errno.EIO, message) from None
+        logger.warning(f"{message}; training continues")
 
 
 def load(path):
@@ -50,20 +56,11 @@ def load(path):
 
 
 def save_step(folder, content, keep, final=False):
-    """Write `step_<n>.pt` on the main process and remove all but the `keep` newest.
-
-    A periodic save that fails is a warning and training goes on; the last one of a run is an error.
-    """
+    """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one is required."""
     if not distributed.is_main():
         return
-    try:
-        save(Path(folder) / f"step_{content['step']:07d}.pt", content)
-    except OSError as error:
-        if final:
-            raise
-        logger.warning(f"{error.strerror}; training continues")
-        return
-    for path in list_steps(folder)[keep:]:
+    save(Path(folder) / f"step_{content['step']:07d}.pt", content, required=final)
+    for path in list_steps(folder)[max(keep, 1) :]:
         try:
             path.unlink()
         except OSError as error:
@@ -103,7 +100,7 @@ def find(folder, resume):
 
 
 def rng_state():
-    """The state of this process's random generators. Only dropout and drop path need it: all else is a function of the step."""
+    """The state of this process's generators. Dropout and drop path need it; all else is a function of the step."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

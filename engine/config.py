@@ -1,23 +1,18 @@
-"""Configuration: one YAML per experiment, and the components that it names.
+"""Configuration: one YAML per experiment.
 
     cfg = load("configs/camvid/resnet18_cbp_occl.yaml", ["optimizer.lr=1e-4", "losses.occl.weight=0"])
-    model = build_segmentor(cfg.model, num_classes=11)
-    loss = build("losses", {"name": "occl.OCCL", "temperature": 0.07}, num_classes=11)
 
-A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own keys). Below them all lies
-`configs/defaults.yaml`: it lists every key with its meaning and unit, and a key or a type that is not in it is an error.
-A mapping with a `name: module.Class` is a component; its other keys are keywords of the constructor. Naming another class
-replaces the component, so no option of the old class is left behind.
+A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own keys). Below them all
+lies `configs/defaults.yaml`: it lists every key with its meaning and unit, and a key or a type that is not in it is an
+error. A mapping with a `name: module.Class` is a component (engine/build.py); its other keys are keywords of the
+constructor. Naming another class replaces the component, so no option of the old class is left behind.
 
 YAML is read as version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no` are strings, `010` is ten, and a key that
 appears twice is an error. `${NAME}` in a string is the environment variable NAME.
 """
 
 import difflib
-import importlib
-import inspect
 import os
-import pkgutil
 import re
 import types
 import typing
@@ -28,14 +23,6 @@ import yaml
 from engine.errors import UserError
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "defaults.yaml"
-PACKAGES = (
-    "datasets",
-    "losses",
-    "models.backbones",
-    "models.decoders",
-    "models.classifiers",
-    "models.prototypes",
-)
 
 
 class ConfigError(UserError):
@@ -49,7 +36,7 @@ class Config(dict):
         try:
             return self[key]
         except KeyError:
-            raise AttributeError(f"the configuration has no key '{key}'{_suggest(key, self)}") from None
+            raise AttributeError(f"the configuration has no key '{key}'{suggest(key, self)}") from None
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -61,6 +48,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node)
             if isinstance(key, (list, dict)):
                 continue  # not a key: the parent class says so
@@ -84,6 +73,7 @@ _NUMBERS = {
 for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])  # `<<: *anchor`
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
@@ -125,7 +115,7 @@ def load(path, overrides=()):
     Raises:
         ConfigError: unknown key, wrong type, duplicate key, unreadable file; with a suggestion where there is one.
     """
-    schema = read_yaml(DEFAULTS.read_text(), DEFAULTS)
+    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
     config = override(_merge(schema, _read_with_bases(Path(path), schema, ())), overrides)
     if config["folder"] == "auto":
         config["folder"] = str(Path("runs") / _experiment(path) / f"seed{config['seed']}")
@@ -134,7 +124,7 @@ def load(path, overrides=()):
 
 def override(config, overrides):
     """Apply `key.sub=value` strings to a complete configuration, such as a checkpoint's."""
-    schema = read_yaml(DEFAULTS.read_text(), DEFAULTS)
+    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -145,7 +135,7 @@ def override(config, overrides):
 
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
-    Path(path).write_text(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def plain(config):
@@ -158,7 +148,7 @@ def plain(config):
 def difference(old, new, prefix=""):
     """The keys at which two configurations differ -> {dotted key: (old value, new value)}."""
     changes = {}
-    for key in sorted(set(old) | set(new)):
+    for key in sorted(set(old) | set(new), key=str):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             changes.update(difference(a, b, f"{name}."))
@@ -168,8 +158,10 @@ def difference(old, new, prefix=""):
 
 
 # Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
-FREE = ("folder", "resume", "device", "threads", "timeout", "data.root", "data.workers", "data.test", "model.backbone.weights",
-        "eval", "log", "checkpoint")  # fmt: skip
+FREE = (
+    "folder", "resume", "device", "threads", "timeout", "eval", "log", "checkpoint",
+    "data.root", "data.workers", "data.test", "model.backbone.weights",
+)  # fmt: skip
 
 
 def check_resume(old, new):
@@ -181,10 +173,10 @@ def check_resume(old, new):
     changes = difference(old, new)
     changes = {k: v for k, v in changes.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
     if changes and new["resume"] == "auto":
-        listing = ", ".join(f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items())
+        changed = ", ".join(f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items())
         raise ConfigError(
-            f"{new['folder']} holds a run with another configuration: {listing}. Choose another folder=..., or go on from "
-            "it all the same with resume=PATH of the checkpoint"
+            f"{new['folder']} holds a run with another configuration: {changed}. Choose another folder=..., or go on "
+            "from it all the same with resume=PATH of the checkpoint"
         )
 
 
@@ -201,7 +193,7 @@ def _read_with_bases(path, schema, chain):
         raise ConfigError(f"{path} is its own base, through {' -> '.join(p.name for p in chain)}")
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
-    own = read_yaml(path.read_text(), path)
+    own = read_yaml(path.read_text("utf-8"), path)
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
@@ -219,15 +211,15 @@ def _check(value, schema, key, where):
         return  # null in the defaults: any value; {}: names chosen by the user
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} must be a mapping with keys such as {_some(schema)}, not {value!r}")
+            raise ConfigError(f"{where}: {key} must be a mapping with keys such as {listing(schema)}, not {value!r}")
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else str(name)
             if name in schema:
                 _check(item, schema[name], dotted, where)
             elif not _is_component(schema):
-                raise ConfigError(f"{where}: unknown key '{dotted}'{_suggest(name, schema, key)}")
-    elif not _is_a(value, type(schema)):
-        raise ConfigError(f"{where}: {key} must be {_article(type(schema))} such as {schema!r}, not {value!r}")
+                raise ConfigError(f"{where}: unknown key '{dotted}'{suggest(name, schema, key)}")
+    elif not is_a(value, type(schema)):
+        raise ConfigError(f"{where}: {key} must be {article(type(schema))} such as {schema!r}, not {value!r}")
 
 
 def _merge(old, new):
@@ -246,16 +238,16 @@ def _override(config, keys, value, schema, dotted):
     """Set one dotted key, through mappings and lists of components."""
     head, *rest = keys
     if isinstance(config, list):
-        names = [item.get("name", "").split(".")[0] if isinstance(item, dict) else "" for item in config]
-        choices = names.index(head) if head in names else int(head) if head.isdigit() else -1
-        if not 0 <= choices < len(config):
-            raise ConfigError(f"'{dotted}': the list has no entry '{head}'; it has {_some(names) or len(config)}")
-        entry = _override(config[choices], rest, value, None, dotted) if rest else value
-        return [*config[:choices], entry, *config[choices + 1 :]]
+        names = module_names(config)
+        index = names.index(head) if head in names else int(head) if head.isdigit() else -1
+        if not 0 <= index < len(config):
+            raise ConfigError(f"'{dotted}': the list has no entry '{head}'; it has {listing(names) or len(config)}")
+        entry = _override(config[index], rest, value, None, dotted) if rest else value
+        return [*config[:index], entry, *config[index + 1 :]]
     if not isinstance(config, dict):
         raise ConfigError(f"'{dotted}': {config!r} has no key '{head}'")
     if schema is not None and schema and head not in schema and not _is_component(schema):
-        raise ConfigError(f"unknown key '{dotted}'{_suggest(head, schema, '.'.join(dotted.split('.')[: -len(keys)]))}")
+        raise ConfigError(f"unknown key '{dotted}'{suggest(head, schema, '.'.join(dotted.split('.')[: -len(keys)]))}")
     below = schema.get(head) if isinstance(schema, dict) else None
     if rest:
         return {**config, head: _override(config.get(head, {}), rest, value, below, dotted)}
@@ -263,8 +255,21 @@ def _override(config, keys, value, schema, dotted):
     return _merge(config, {head: value})
 
 
+def module_names(specs):
+    """Names of the components in a list: their modules; a second one of a module is called `module_2`."""
+    names = []
+    for spec in specs:
+        name = module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{module}_{count}"
+        names.append(name)
+    return names
+
+
 def _is_component(value):
-    """Does `name` say module.Class, or none where one is to be chosen? `optimizer: {name: AdamW}` is a plain section."""
+    """Does `name` say module.Class, or none where it is to be chosen? `optimizer: {name: AdamW}` is a plain section."""
     name = value.get("name")
     return isinstance(name, str) and ("." in name or name == "none")
 
@@ -275,28 +280,30 @@ def _wrap(value):
     return [_wrap(item) for item in value] if isinstance(value, list) else value
 
 
-def _suggest(word, known, prefix=""):
+def suggest(word, known, prefix=""):
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{prefix + '.' if prefix else ''}{close[0]}'?"
-    return f"; known here: {_some(known)}" if known else ""
+    return f"; known here: {listing(known)}" if known else ""
 
 
-def _some(names):
+def listing(names):
     return ", ".join(str(name) for name in names)
 
 
-def _article(kind):
-    return {int: "an int", float: "a float", str: "a string", bool: "true or false", list: "a list"}.get(kind, str(kind))
+def article(kind):
+    return {int: "an int", float: "a float", str: "a string", bool: "true or false", list: "a list"}.get(
+        kind, str(kind)
+    )
 
 
-def _is_a(value, kind):
+def is_a(value, kind):
     """Is a YAML value of this annotated type? An int counts as a float, a bool counts as neither."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, argument) for argument in arguments)
+        return any(is_a(value, argument) for argument in arguments)
     if origin is typing.Literal:
-        return value in arguments
+        return any(value == argument and type(value) is type(argument) for argument in arguments)
     if origin in (list, tuple) or kind in (list, tuple):
         return isinstance(value, (list, tuple))
     if kind in (int, float):
@@ -304,99 +311,3 @@ def _is_a(value, kind):
     if kind is None or kind is types.NoneType:
         return value is None
     return isinstance(value, kind) if kind in (str, bool, dict) else True
-
-
-# --- building ------------------------------------------------------------------------------------------------------
-
-
-def build(package, spec, **context):
-    """Make the object that a component names.
-
-    Args:
-        package: one of PACKAGES; it comes from our code, never from the YAML, so a YAML cannot import anything else.
-        spec: {"name": "module.Class", keyword: value, ...}
-        context: what only the running program knows (num_classes, in_channels, root ...). The constructor gets what it
-            asks for by name; a key in the spec wins.
-    Raises:
-        ConfigError: no such module or class, an unknown, missing or wrongly typed keyword.
-    """
-    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise ConfigError(f"{package}: a component needs 'name: module.Class', got {spec!r}")
-    name = spec["name"]
-    if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", name):
-        raise ConfigError(f"'{name}' must be 'module.Class' of the package {package}")
-    module_name, class_name = name.split(".")
-    modules = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    if module_name not in modules:
-        raise ConfigError(f"{package} has no module '{module_name}'{_suggest(module_name, modules)}")
-    module = importlib.import_module(f"{package}.{module_name}")
-    constructor = getattr(module, class_name, None)
-    if not inspect.isclass(constructor):
-        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
-        raise ConfigError(f"{package}.{module_name} has no class '{class_name}'{_suggest(class_name, classes)}")
-    keywords = _keywords(constructor, name, spec, context)
-    try:
-        return constructor(**keywords)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def _keywords(constructor, name, spec, context):
-    """Check a spec against a constructor's signature and add the context that it asks for."""
-    parameters = inspect.signature(constructor).parameters
-    # A class without a constructor has the (*args, **kwargs) of nn.Module; neither is an option.
-    parameters = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    hints = typing.get_type_hints(constructor.__init__)
-    given = {key: value for key, value in spec.items() if key != "name"}
-    options = [key for key in parameters if key not in context]
-    for key, value in given.items():
-        if key not in parameters:
-            raise ConfigError(f"{name} has no option '{key}'{_suggest(key, options)}")
-        if not _is_a(value, hints.get(key, object)):
-            hint = hints[key]
-            wanted = _article(hint) if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ConfigError(f"{name}: option '{key}' must be {wanted}, not {value!r}")
-    keywords = {key: value for key, value in context.items() if key in parameters} | given
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in keywords]
-    if missing:
-        raise ConfigError(f"{name} needs the option{'s' * (len(missing) > 1)} {_some(missing)}")
-    return keywords
-
-
-def build_segmentor(model, num_classes, pretrained=True):
-    """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
-    from models.segmentor import Segmentor
-
-    spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
-    backbone = build("models.backbones", spec)
-    decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
-    classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
-    return Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn)
-
-
-def build_losses(specs, **context):
-    """The `losses` of a configuration -> ({name: term}, {name: weight}); a term is named after its module.
-
-    A second term of the same module gets a number, as in `cross_entropy_2`.
-    """
-    terms, weights = {}, {}
-    for spec in specs:
-        weight = spec.get("weight", 1.0) if isinstance(spec, dict) else 1.0
-        options = {key: value for key, value in spec.items() if key != "weight"} if isinstance(spec, dict) else spec
-        term = build("losses", options, **context)
-        if not _is_a(weight, float):
-            raise ConfigError(f"{spec['name']}: weight must be a float, not {weight!r}")
-        name = module = spec["name"].split(".")[0]
-        count = 2
-        while name in terms:
-            name, count = f"{module}_{count}", count + 1
-        terms[name], weights[name] = term, weight
-    return terms, weights
-
-
-def call(function, **available):
-    """Call with those of the available arguments that the function asks for by name."""
-    parameters = inspect.signature(getattr(function, "forward", function)).parameters
-    return function(**{name: available[name] for name in parameters if name in available})

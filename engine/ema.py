@@ -14,7 +14,7 @@ class Teacher(nn.Module):
 
     Args:
         student: network, not wrapped by DDP.
-        momentum: alpha of teacher <- alpha teacher + (1 - alpha) student, reached by the ramp min(1 - 1 / (t + 1), alpha).
+        momentum: alpha of teacher <- alpha teacher + (1 - alpha) student, with the ramp min(1 - 1 / (t + 1), alpha).
             The count t of updates is a buffer, so a resumed run goes on where it stopped.
     """
 

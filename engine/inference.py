@@ -1,6 +1,7 @@
-"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at the label's resolution."""
+"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at label resolution."""
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from engine import distributed
@@ -53,11 +54,12 @@ def predict(network, image, options, size=None):
     """
     size = size or image.shape[-2:]
     base = options.short_side / min(image.shape[-2:]) if options.short_side else 1.0
-    views = [(base * scale, mirror) for scale in options.scales for mirror in ((False, True) if options.flip else (False,))]
+    mirrors = (False, True) if options.flip else (False,)
+    views = [(base * scale, mirror) for scale in options.scales for mirror in mirrors]
     total = 0
     for scale, mirror in views:
         scaled = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        view = image if scale == 1.0 else torch.nn.functional.interpolate(image, scaled, mode="bilinear", antialias=True)
+        view = image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
         view = view.flip(-1) if mirror else view
         logits = resize_logits(_logits(network, view, options), size)
         logits = logits.flip(-1) if mirror else logits

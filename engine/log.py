@@ -1,6 +1,6 @@
-"""What a run leaves behind: console and log.txt, TensorBoard events, scalars.jsonl (the same numbers in full precision).
+"""What a run leaves behind: console and log.txt, TensorBoard events, and the same numbers in full precision.
 
-    runs/<config>/seed0/{config.yaml, log.txt, scalars.jsonl, events.*, step_*.pt, best.pt, results.json, eval/, pictures/}
+    runs/<config>/seed0/{config.yaml, log.txt, scalars.jsonl, events.*, step_*.pt, best.pt, results.json, eval/}
 
 Only the main process writes.
 """
@@ -73,8 +73,8 @@ class Averages:
         """Averages over steps and processes -> {name: float}, the same on every process; starts anew.
 
         Raises:
-            FloatingPointError: a loss was not finite. All processes see the same sums, so they stop together, and before the
-                next checkpoint is written.
+            FloatingPointError: a loss was not finite. All processes see the same sums, so they stop together, before
+                the next checkpoint is written.
         """
         names, count = list(self.sums), max(self.count, 1)
         if not names:

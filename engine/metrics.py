@@ -25,7 +25,9 @@ class ConfusionMatrix:
 
     def _position(self, name, subset):
         if name not in self.classes:
-            raise UserError(f"eval.subsets.{subset} names the class '{name}'; the data set has {', '.join(self.classes)}")
+            raise UserError(
+                f"eval.subsets.{subset} names the class '{name}'; the data set has {', '.join(self.classes)}"
+            )
         return self.classes.index(name)
 
     def update(self, predictions, labels):
@@ -78,7 +80,9 @@ class ConfusionMatrix:
 
     def as_dict(self):
         """Plain values for JSON."""
-        values = {name: [round(100 * x, 4) if x == x else None for x in v.tolist()] for name, v in self.per_class().items()}
+        values = {
+            name: [round(100 * x, 4) if x == x else None for x in v.tolist()] for name, v in self.per_class().items()
+        }
         return {
             "summary": {name: round(x, 4) if x == x else None for name, x in self.summary().items()},
             "classes": self.classes,

@@ -28,8 +28,8 @@ def step(optimizer, scaler, parameters, clip):
         parameters: all trainable parameters.
         clip: largest gradient norm; 0 measures the norm and leaves the gradients alone.
     Returns:
-        (gradient norm, 0-dim tensor; whether the step was taken). fp16 skips a step whose gradients overflow; teacher and
-        prototypes must then stay as they are too.
+        (gradient norm, 0-dim tensor; whether the step was taken). fp16 skips a step whose gradients overflow; teacher
+        and prototypes must then stay as they are too.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
@@ -49,6 +49,6 @@ class StepCounter:
         self.skipped = 0 if taken else self.skipped + 1
         if self.skipped > self.limit:
             raise FloatingPointError(
-                f"fp16 gradients overflowed {self.skipped} times in a row up to step {step}: use precision=bf16, a lower "
-                "optimizer.lr or optimizer.clip=1"
+                f"fp16 gradients overflowed {self.skipped} times in a row up to step {step}: use precision=bf16, "
+                "a lower optimizer.lr or optimizer.clip=1"
             )

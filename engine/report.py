@@ -1,8 +1,8 @@
 """Evaluate a network on named data sets and write what a reader wants to see of it.
 
-    <folder>/<set>.json   summary, per class, confusion matrix, and what the number depends on
-    <folder>/<set>.csv    per class
-    <folder>/<set>_confusion.png, <set>_<index>.png    image | truth | prediction
+<folder>/<set>.json   summary, per class, confusion matrix, and what the number depends on
+<folder>/<set>.csv    per class
+<folder>/<set>_confusion.png, <set>_<index>.png    image | truth | prediction
 """
 
 import csv
@@ -23,7 +23,7 @@ logger = logging.getLogger("engine")
 def similarity(vectors):
     """Cosines (K, K) between class vectors (K, D), for `pictures.heatmap`."""
     rows = torch.nn.functional.normalize(vectors.detach().float().cpu(), dim=1, eps=1e-6)
-    return (rows @ rows.T).numpy()
+    return (rows @ rows.T).numpy().round(2) + 0.0  # + 0.0: no cell reads "-0.00"
 
 
 def comparison(image, label, prediction, palette):

@@ -1,7 +1,7 @@
 """Foreign weights into a network, with a report of every key.
 
-A key that is missing, left over or of another shape is an error unless the caller expects it: a silent `strict=False` is how a
-network ends up half random.
+A key that is missing, left over or of another shape is an error unless the caller expects it: a silent `strict=False`
+is how a network ends up half random.
 """
 
 import fnmatch
@@ -34,14 +34,17 @@ def read(path):
         with open(path, "rb") as file:
             known = file.read(2) in (b"PK", b"\x80\x02")  # zip or pickle, not a web page or a git-lfs pointer
         if not known or ("weights_only" not in str(error).lower() and "weights only" not in str(error).lower()):
-            raise WeightsError(f"{path} is incomplete or not a PyTorch file ({type(error).__name__}: {error})") from None
+            raise WeightsError(
+                f"{path} is incomplete or not a PyTorch file ({type(error).__name__}: {error})"
+            ) from None
     try:
         found = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:
         found = "objects of an older pickle format"
     raise WeightsError(
-        f"{path} holds more than tensors and plain values ({found}) and is not loaded, since unpickling can run any code. "
-        "If you trust it, convert it once: torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)"
+        f"{path} holds more than tensors and plain values ({found}) and is not loaded, since unpickling can run any "
+        "code. If you trust it, convert it once: "
+        "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)"
     )
 
 
@@ -78,7 +81,9 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
         )
     module.load_state_dict(fitting, strict=False)
     initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
-    logger.info(f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values" + _some(initial))
+    logger.info(
+        f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values" + _some(initial)
+    )
 
 
 def load_pretrained(module, weights, url, *, allow_missing=(), drop=()):

@@ -2,8 +2,9 @@
 
     losses: [{name: cross_entropy.CrossEntropy, weight: 1}]
 
-OHEM (online hard example mining; Shrivastava et al., CVPR 2016; in the per-pixel form of segmentation tool boxes): keep the pixels whose
-true class has a probability below `ohem`, and at least `ohem_min` pixels per image.
+OHEM (online hard example mining; Shrivastava et al., CVPR 2016; per pixel) keeps the pixels whose true class has a
+probability below `ohem`, and at least `ohem_min` pixels per image. How many these are is known only after the forward
+pass, so each micro-batch is then normalised by its own number and the step is the mean of its micro-batches.
 """
 
 import math

@@ -1,17 +1,18 @@
-"""OCCL, the online centroid contrastive loss of "Frozen is better than learning" (Chen et al., Pattern Recognition 2024).
+"""OCCL, online centroid contrast: "Frozen is better than learning" (Chen et al., Pattern Recognition, 2024).
 
     losses: [..., {name: occl.OCCL, weight: 1, centroid: 1.0, category: 0.1}]
 
-The pixels of each class are split into two halves, the views. With v_lx the mean feature of class l in view x, s_l the mean of both and
-w_l the class prototype, all normalised (equations 3 to 6; lambda = centroid, phi = category):
+The pixels of each class are split into two halves, the views. With v_lx the mean feature of class l in view x, s_l the
+mean of both and w_l the class prototype, all normalised (equations 3 to 6; lambda = centroid, phi = category):
 
     L_v(x) = mean_l -log  exp(<v_l1, v_l2> / tau) / (exp(<v_l1, v_l2> / tau) + sum_{j != l} exp(<v_lx, sg(s_j)> / tau))
     L_c(x) = mean_l -log  exp(<v_lx, w_l> / tau) / sum_j exp(<v_lx, w_j> / tau)
     L      = (lambda (L_v(1) + L_v(2)) + phi (L_c(1) + L_c(2))) / 2
 
-Reconstructed, because the paper does not say or prints something else: the logarithm and the indices of the negatives (standard
-InfoNCE), normalised vectors, the mean over present classes (the paper prints a sum), and how the views are drawn. Here each image's
-pixels of a class are halved by a hash of (seed, sample, pixel), so a resumed or differently distributed run draws the same views.
+Reconstructed, because the paper does not say or prints something else: the logarithm and the indices of the negatives
+(standard InfoNCE), normalised vectors, the mean over present classes (the paper prints a sum), and how the views are
+drawn. Here each image's pixels of a class are halved by a hash of (seed, sample, pixel); the sample's number in the
+stream stands for the step. So a resumed or differently distributed run draws the same views.
 """
 
 import torch
@@ -65,8 +66,8 @@ class OCCL(nn.Module):
         category: phi, factor of the category loss L_c.
         temperature: tau.
         min_pixels: classes with fewer labelled feature cells in the batch are left out.
-        sync: centroids over the batch of all processes, so that the loss does not depend on their number; otherwise each
-            process uses its own images.
+        sync: centroids over the batch of all processes, so that the loss does not depend on their number; otherwise
+            each process uses its own images.
         view: the view whose features are contrasted.
         prototypes: whose class vectors are w: "classifier" or a named member.
     """

@@ -14,6 +14,6 @@ Prototypes (`models/prototypes`) are interchangeable; state in buffers of at lea
     update(batches)         after an optimiser step, no grad, one all-reduce; a frozen member does nothing
     fit(batches)            from a function that returns a fresh iterable: several passes, offline
 
-`batches` is an iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None): the micro-batches of one step in
-`update`, so that accumulating gradients changes nothing, or the whole data set in `fit`.
+`batches` is an iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None): the micro-batches of
+one step in `update`, so that accumulating gradients changes nothing, or the whole data set in `fit`.
 """

@@ -1,7 +1,7 @@
 """The network: backbone -> decoder -> classifier, over all views of a training step in one call.
 
-One forward of the DDP module and one backward per micro-batch keep DDP simple: every trainable parameter of a run lives in the
-Segmentor, and views (source, target, strongly augmented target ...) are entries of one dict.
+One forward of the DDP module and one backward per micro-batch keep DDP simple: every trainable parameter of a run lives
+in the Segmentor, and views (source, target, strongly augmented target ...) are entries of one dict.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,8 @@ class View(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits (B, K, h, w) and features (B, D, h, w), the tensor that entered the classifier; aux: further named tensors."""
+    """logits (B, K, h, w) and features (B, D, h, w), the tensor that entered the classifier; aux: further named
+    tensors."""
 
     logits: torch.Tensor
     features: torch.Tensor

@@ -1,4 +1,4 @@
-"""Configuration: what is read, how layers merge, that a mistake is an error with the key in it, and what `build` makes."""
+"""Configuration: what is read, how layers merge, that a mistake is an error which names the key, what `build` makes."""
 
 import re
 import sys
@@ -6,19 +6,22 @@ import sys
 import pytest
 import yaml
 
+from engine import build as building
 from engine import config
-from engine.config import ConfigError, build, build_losses, call, difference, load, override, plain, read_yaml, save
+from engine.build import build, build_losses, call
+from engine.config import ConfigError, difference, load, override, plain, read_yaml, save
 
 KEYS = """
-checkpoint.every checkpoint.keep data.augment.name data.root data.test data.train.name data.val.name data.workers deterministic
-device eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride eval.subsets eval.weights
-folder log.every log.images_every losses model.backbone.name model.channels_last model.classifier.name model.decoder.name
-model.frozen_bn model.sync_bn optimizer.betas optimizer.clip optimizer.head_lr_factor optimizer.lr optimizer.momentum
-optimizer.name optimizer.weight_decay precision prototypes resume schedule.min_ratio schedule.power schedule.warmup
-schedule.warmup_ratio seed threads timeout train.accumulate train.batch_size train.iters train.teacher
-""".split()
+checkpoint.every checkpoint.keep data.augment.name data.root data.test data.train.name data.val.name data.workers
+deterministic device eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
+eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
+model.classifier.name model.decoder.name model.frozen_bn model.sync_bn optimizer.betas optimizer.clip
+optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
+resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed threads timeout train.accumulate
+train.batch_size train.iters train.teacher
+"""
 
-PARTS = '''
+PARTS = """
 from typing import Literal
 import torch
 
@@ -41,7 +44,7 @@ class Bare(torch.nn.Module):
 
 def function():
     pass
-'''
+"""
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def parts(tmp_path, monkeypatch):
     (tmp_path / "parts" / "__init__.py").write_text("")
     (tmp_path / "parts" / "thing.py").write_text(PARTS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(config, "PACKAGES", (*config.PACKAGES, "parts"))
+    monkeypatch.setattr(building, "PACKAGES", (*building.PACKAGES, "parts"))
     yield "parts"
     for name in [name for name in sys.modules if name.split(".")[0] == "parts"]:
         del sys.modules[name]
@@ -81,15 +84,20 @@ def dotted(value, prefix=""):
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("1e-4", 1e-4), ("1.e-4", 1e-4), ("-2E+3", -2000.0), (".5", 0.5), ("-3", -3), ("+7", 7), ("010", 10), ("2.0", 2.0),
-        (".inf", float("inf")), ("on", "on"), ("off", "off"), ("no", "no"), ("yes", "yes"), ("true", True), ("false", False),
-        ("null", None), ("~", None), ("", None), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"),
-        ("'1e-4'", "1e-4"), ("[1e-3, [no, 2]]", [1e-3, ["no", 2]]),
+        ("1e-4", 1e-4), ("1.e-4", 1e-4), ("-2E+3", -2000.0), (".5", 0.5), ("2.0", 2.0), (".inf", float("inf")),
+        ("-3", -3), ("+7", 7), ("010", 10), ("1_000", "1_000"), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"),
+        ("on", "on"), ("off", "off"), ("no", "no"), ("yes", "yes"), ("true", True), ("false", False),
+        ("null", None), ("~", None), ("", None), ("'1e-4'", "1e-4"), ("[1e-3, [no, 2]]", [1e-3, ["no", 2]]),
     ],
 )  # fmt: skip
 def test_scalars_are_read_as_in_yaml_1_2(text, value):
     result = read_yaml(f"key: {text}", "a file")["key"]
     assert result == value and type(result) is type(value)
+
+
+def test_an_anchor_is_merged_and_own_keys_win():
+    text = "a: &shared {x: 1, y: 2}\nb: {<<: *shared, y: 3}"
+    assert read_yaml(text, "a file")["b"] == {"x": 1, "y": 3}
 
 
 @pytest.mark.parametrize("text, line", [("seed: 1\nthreads: 2\nseed: 3", 3), ("train:\n  iters: 1\n  iters: 2", 3)])
@@ -107,7 +115,9 @@ def test_a_file_that_is_no_mapping_names_the_file(write, text):
 def test_environment_variables_are_expanded_in_files_and_overrides(write, monkeypatch):
     monkeypatch.setenv("ROOT", "/data")
     monkeypatch.setenv("SET", "camvid")
-    cfg = load(write("data: {root: '${ROOT}/${SET}', test: {a: {name: x.Y, files: ['${SET}']}}}"), ["folder=out/${SET}"])
+    cfg = load(
+        write("data: {root: '${ROOT}/${SET}', test: {a: {name: x.Y, files: ['${SET}']}}}"), ["folder=out/${SET}"]
+    )
     assert cfg.data.root == "/data/camvid"
     assert cfg.data.test.a.files == ["camvid"]
     assert cfg.folder == "out/camvid"
@@ -116,7 +126,7 @@ def test_environment_variables_are_expanded_in_files_and_overrides(write, monkey
 @pytest.mark.parametrize("overrides", [[], ["folder=${NOT_SET}/x"]])
 def test_an_environment_variable_that_is_not_set_is_an_error(write, monkeypatch, overrides):
     monkeypatch.delenv("NOT_SET", raising=False)
-    with pytest.raises(ConfigError, match="NOT_SET.*is not set"):
+    with pytest.raises(ConfigError, match=r"NOT_SET.*is not set"):
         load(write("" if overrides else "folder: ${NOT_SET}/x"), overrides)
 
 
@@ -239,7 +249,10 @@ def test_a_component_that_the_defaults_leave_open_can_be_named(write):
 
 def test_another_optimiser_keeps_the_other_options_of_the_section(write):
     """`optimizer.name` is a word, not module.Class: the section is no component."""
-    for cfg in (load(write("optimizer: {name: SGD, lr: 0.1}")), load(write(""), ["optimizer.name=SGD", "optimizer.lr=0.1"])):
+    for cfg in (
+        load(write("optimizer: {name: SGD, lr: 0.1}")),
+        load(write(""), ["optimizer.name=SGD", "optimizer.lr=0.1"]),
+    ):
         assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.momentum) == ("SGD", 0.1, 0.9)
 
 
@@ -248,7 +261,9 @@ def test_another_optimiser_keeps_the_other_options_of_the_section(write):
 LOSSES = "losses: [{name: cross_entropy.CrossEntropy, weight: 1.0}, {name: occl.OCCL, weight: 1.0}]"
 
 
-@pytest.mark.parametrize("key, position", [("losses.0", 0), ("losses.1", 1), ("losses.cross_entropy", 0), ("losses.occl", 1)])
+@pytest.mark.parametrize(
+    "key, position", [("losses.0", 0), ("losses.1", 1), ("losses.cross_entropy", 0), ("losses.occl", 1)]
+)
 def test_an_entry_of_a_list_is_addressed_by_position_or_module(write, key, position):
     cfg = load(write(LOSSES), [f"{key}.weight=0.25", f"{key}.extra=[1, 2]"])
     changed, other = cfg.losses[position], cfg.losses[1 - position]
@@ -287,9 +302,15 @@ def test_overrides_are_applied_in_order_and_leave_the_original_alone(write):
 
 
 def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path):
-    write(f"optimizer: {{lr: 1e-5}}\n{LOSSES}\ndata: {{test: {{b: {{name: x.Y, boxes: [[1, 2.5], [], [null]]}}}}}}", "base.yaml")
+    write(
+        f"optimizer: {{lr: 1e-5}}\n{LOSSES}\ndata: {{test: {{b: {{name: x.Y, boxes: [[1, 2.5], [], [null]]}}}}}}",
+        "base.yaml",
+    )
     strings = ["1e-4", "09", "010", "12e3", "on", "null", "", "~", "1:30", "true", ".5", "a: b", "# c", "Straße"]
-    cfg = load(write("base: base.yaml\nschedule: {warmup_ratio: 1.e-7}"), [f"model.frozen_bn={strings!r}", "eval.scales=[1e20, 1]"])
+    cfg = load(
+        write("base: base.yaml\nschedule: {warmup_ratio: 1.e-7}"),
+        [f"model.frozen_bn={strings!r}", "eval.scales=[1e20, 1]"],
+    )
     target = tmp_path / "elsewhere" / "config.yaml"
     target.parent.mkdir()
     save(cfg, target)
@@ -346,7 +367,7 @@ def test_every_default_has_a_comment_on_its_line():
 
 def test_options_do_not_grow_unnoticed():
     """A new option is a decision: does the field expect it, and can it not be a constant? Then write it here too."""
-    assert sorted(dotted(read_yaml(config.DEFAULTS.read_text(), "defaults"))) == sorted(KEYS)
+    assert sorted(dotted(read_yaml(config.DEFAULTS.read_text(), "defaults"))) == sorted(KEYS.split())
 
 
 # --- building ------------------------------------------------------------------------------------------------------
@@ -380,7 +401,7 @@ def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
         ({"width": 3}, "parts: a component needs 'name: module.Class'"),
         ({"name": 3}, "parts: a component needs 'name: module.Class'"),
         ("thing.Simple", "parts: a component needs 'name: module.Class', got 'thing.Simple'"),
-        ({"name": "none"}, "'none' must be 'module.Class'"),
+        ({"name": "none"}, "names no component of parts"),
     ],
 )
 def test_a_component_that_cannot_be_built_says_why(parts, spec, message):
@@ -419,8 +440,16 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
 @pytest.mark.parametrize(
     "package, spec, message",
     [
-        ("models.classifiers", {"name": "cbp.CBP", "length": "two"}, r"cbp\.CBP: option 'length' must be a float, not 'two'"),
-        ("models.backbones", {"name": "resnet.ResNet", "depth": 20}, r"'depth' must be Literal\[18, 34, 50, 101\], not 20"),
+        (
+            "models.classifiers",
+            {"name": "cbp.CBP", "length": "two"},
+            r"cbp\.CBP: option 'length' must be a float, not 'two'",
+        ),
+        (
+            "models.backbones",
+            {"name": "resnet.ResNet", "depth": 20},
+            r"'depth' must be Literal\[18, 34, 50, 101\], not 20",
+        ),
         ("losses", {"name": "occl.OCCL", "temprature": 0.07}, "has no option 'temprature'; did you mean 'temperature'"),
         ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),
     ],
@@ -431,8 +460,8 @@ def test_mistakes_in_real_components(package, spec, message):
 
 
 def test_losses_are_named_after_their_modules():
-    specs = [{"name": "cross_entropy.CrossEntropy", "weight": 0.5}, {"name": "cross_entropy.CrossEntropy", "view": "target"},
-             {"name": "occl.OCCL", "weight": 2}]  # fmt: skip
+    pixel = {"name": "cross_entropy.CrossEntropy"}
+    specs = [pixel | {"weight": 0.5}, pixel | {"view": "target"}, {"name": "occl.OCCL", "weight": 2}]
     terms, weights = build_losses(specs, num_classes=3)
     assert weights == {"cross_entropy": 0.5, "cross_entropy_2": 1.0, "occl": 2}
     assert terms["cross_entropy_2"].view == "target" and terms["occl"].num_classes == 3

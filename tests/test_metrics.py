@@ -72,7 +72,9 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
 
 
 def test_a_subset_with_an_unknown_class_is_an_error():
-    with pytest.raises(UserError, match=r"eval\.subsets\.mIoU2 names the class 'grass'; the data set has road, tree, sky"):
+    with pytest.raises(
+        UserError, match=r"eval\.subsets\.mIoU2 names the class 'grass'; the data set has road, tree, sky"
+    ):
         ConfusionMatrix(CLASSES, {"mIoU2": ["road", "grass"]})
 
 
@@ -143,7 +145,15 @@ class Position(nn.Module):
 
 
 def options(**changes):
-    default = {"mode": "whole", "crop": [8, 8], "stride": [5, 5], "short_side": 0, "scales": [1.0], "flip": False, "subsets": {}}
+    default = {
+        "mode": "whole",
+        "crop": [8, 8],
+        "stride": [5, 5],
+        "short_side": 0,
+        "scales": [1.0],
+        "flip": False,
+        "subsets": {},
+    }
     return Config(default | changes)
 
 
@@ -229,7 +239,9 @@ def test_scales_are_averaged():
     torch.testing.assert_close(predict(network, image, options(scales=[1.0, 2.0])), (one + two) / 2)
 
 
-@pytest.mark.parametrize("size, seen", [((20, 30), (10, 15)), ((30, 20), (15, 10)), ((5, 8), (10, 16)), ((10, 17), (10, 17))])
+@pytest.mark.parametrize(
+    "size, seen", [((20, 30), (10, 15)), ((30, 20), (15, 10)), ((5, 8), (10, 16)), ((10, 17), (10, 17))]
+)
 def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
     network = Pointwise()
     assert predict(network, random_image(*size), options(short_side=10)).shape[-2:] == size
@@ -270,7 +282,9 @@ def test_evaluate_counts_every_image_once_at_label_size_in_eval_mode(scale, trai
 
 def test_evaluate_scores_what_predict_says():
     network, dataset = Pointwise(), Labelled()
-    matrix = evaluate(network, dataset, options(subsets={"ground": ["road"]}), CPU, torch.autocast("cpu", enabled=False))
+    matrix = evaluate(
+        network, dataset, options(subsets={"ground": ["road"]}), CPU, torch.autocast("cpu", enabled=False)
+    )
     expected = ConfusionMatrix(CLASSES)
     for i in range(len(dataset)):
         sample = dataset[i]

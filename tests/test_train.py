@@ -1,4 +1,5 @@
-"""The training script as a user runs it: resume, signals, several processes, precisions, degenerate batches, mistakes."""
+"""The training script as a user runs it: resume, signals, several processes, precisions, degenerate batches,
+mistakes."""
 
 import json
 import os
@@ -16,7 +17,12 @@ from engine import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
-DOUBLE = "import sys, torch; torch.set_default_dtype(torch.float64); import train_supervised; train_supervised.main(sys.argv[1:])"
+DOUBLE = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+import train_supervised
+train_supervised.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +93,7 @@ def assert_same_state(a, b, tolerance=None, keys=("model", "teacher", "prototype
             elif tolerance is None or not value.is_floating_point():
                 assert torch.equal(value, other), f"{key}{name}"
             else:
-                torch.testing.assert_close(value, other, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{key}{n}: {m}")
+                torch.testing.assert_close(value, other, rtol=0, atol=tolerance, msg=f"{key}{name}")
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
@@ -103,7 +109,9 @@ def test_six_steps_equal_three_and_a_new_process_and_three(tmp_path, workers):
     code, output = run(tmp_path / "parts", f"data.workers={workers}")
     assert code == 0 and "resumed at step 3" in output, output
     assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
-    assert all(torch.equal(a, b) for a, b in zip(*(leaves(last(tmp_path / f)["rng"]).values() for f in ("straight", "parts"))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(leaves(last(tmp_path / f)["rng"]).values() for f in ("straight", "parts")))
+    )
     resumed = scalars(tmp_path / "parts")
     assert list(resumed) == [1, 2, 3, 4, 5, 6]
     assert [resumed[step]["train/loss"] for step in resumed] == [straight[step]["train/loss"] for step in straight]
@@ -139,7 +147,12 @@ def start_and_wait(folder, text, *overrides):
     """Start a run in the background and wait until its output has the text -> process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command(folder, *overrides), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command(folder, *overrides),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
     deadline = time.time() + 120
     while not (Path(folder) / text).exists() and time.time() < deadline and process.poll() is None:
@@ -187,7 +200,8 @@ EXACT += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",
 
 @pytest.mark.parametrize("losses", ["all", "cross-entropy"])
 def test_two_processes_equal_one(tmp_path, losses):
-    """float64: after one step SGD's momentum is the gradient; three data-dependent steps, uneven ignored pixels and shards."""
+    """float64: after one step SGD's momentum is the gradient; three data-dependent steps, uneven ignored pixels and
+    shards."""
     options = [*EXACT, *(["losses.occl.weight=0", "model.classifier={name: linear.Linear}"] if losses != "all" else [])]
     for name, processes in (("one", 1), ("two", 2)):
         code, output = run(tmp_path / name, *options, processes=processes, double=True)
@@ -209,7 +223,9 @@ def test_accumulating_equals_one_batch_for_cross_entropy_prototypes_and_metrics(
     for name, accumulate in (("one", 1), ("two", 2)):
         code, output = run(tmp_path / name, *options, f"train.accumulate={accumulate}", double=True)
         assert code == 0, output
-    assert_same_state(last(tmp_path / "one"), last(tmp_path / "two"), 1e-10, ("model", "teacher", "prototypes", "optimizer"))
+    assert_same_state(
+        last(tmp_path / "one"), last(tmp_path / "two"), 1e-10, ("model", "teacher", "prototypes", "optimizer")
+    )
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     assert all(one[s]["train/loss"] == pytest.approx(two[s]["train/loss"], rel=0, abs=1e-10) for s in one)
     matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
@@ -221,7 +237,9 @@ def test_accumulated_occl_is_the_mean_over_micro_batches(tmp_path):
     only = ("losses=[{name: occl.OCCL}]", *EXACT, "train.iters=1")
     code, output = run(tmp_path / "two", *only, "train.accumulate=2", double=True)
     assert code == 0, output
-    code, output = run(tmp_path / "first", *only, "train.batch_size=2", "train.iters=2", "optimizer.lr=0.0", double=True)
+    code, output = run(
+        tmp_path / "first", *only, "train.batch_size=2", "train.iters=2", "optimizer.lr=0.0", double=True
+    )
     assert code == 0, output
     halves = scalars(tmp_path / "first")  # at learning rate 0 steps 1 and 2 are the two micro-batches
     mean = (halves[1]["train/loss"] + halves[2]["train/loss"]) / 2
@@ -251,7 +269,9 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_on_the_cpu(tmp_path, precision):
-    values = train(tmp_path / "run", f"precision={precision}", "train.iters=4", "data.train.length=4", "model.channels_last=true")
+    values = train(
+        tmp_path / "run", f"precision={precision}", "train.iters=4", "data.train.length=4", "model.channels_last=true"
+    )
     assert values[4]["train/loss_cross_entropy"] < values[1]["train/loss_cross_entropy"]
     assert all(v.dtype == torch.float32 for v in last(tmp_path / "run")["prototypes"].values() if v.is_floating_point())
     assert ("train/amp_scale" in values[4]) == (precision == "fp16")

@@ -1,6 +1,6 @@
 """ResNet-18/34/50/101 (He et al., CVPR 2016) as torchvision builds them, with a choice of output stride and of stages.
 
-    model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
+model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
 """
 
 from typing import Literal

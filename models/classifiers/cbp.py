@@ -1,8 +1,9 @@
-"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., Pattern Recognition 2024).
+"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., Pattern Recognition
+2024).
 
-Logits are inner products with frozen, mutually orthogonal prototypes of one length (equations 1 and 2). Orthogonality keeps
-similar classes from getting correlated weights, the equal length keeps frequent classes from getting longer ones. There is
-no bias, which would bring the prior back, and features are not normalised in the pixel loss.
+Logits are inner products with frozen, mutually orthogonal prototypes of one length (equations 1 and 2). Orthogonality
+keeps similar classes from getting correlated weights, the equal length keeps frequent classes from getting longer ones.
+There is no bias, which would bring the prior back, and features are not normalised in the pixel loss.
 
     model.classifier: {name: cbp.CBP, length: 2}
 """

@@ -1,6 +1,6 @@
 """The ordinary classifier: a learned 1x1 convolution with bias.
 
-    model.classifier: {name: linear.Linear}
+model.classifier: {name: linear.Linear}
 """
 
 from torch import nn

@@ -1,6 +1,6 @@
 """DeepLabV3+ decoder: ASPP on the coarsest map, joined with the finest one (Chen et al., ECCV 2018).
 
-    model.decoder: {name: deeplabv3plus.DeepLabV3Plus, width: 256}
+model.decoder: {name: deeplabv3plus.DeepLabV3Plus, width: 256}
 """
 
 import torch
@@ -40,7 +40,9 @@ class DeepLabV3Plus(nn.Module):
         dropout: of whole feature channels, before the classifier.
     """
 
-    def __init__(self, *, in_channels, strides, width: int = 256, low_width: int = 48, rates: list = (), dropout: float = 0.1):
+    def __init__(
+        self, *, in_channels, strides, width: int = 256, low_width: int = 48, rates: list = (), dropout: float = 0.1
+    ):
         super().__init__()
         rates = list(rates) or [r * (2 if strides[-1] == 8 else 1) for r in (6, 12, 18)]
         self.aspp = ASPP(in_channels[-1], width, rates)

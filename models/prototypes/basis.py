@@ -1,6 +1,7 @@
-"""Frozen orthogonal prototypes: algorithm 1 of "Frozen is better than learning" (Chen et al., Pattern Recognition 2024).
+"""Frozen orthogonal prototypes: algorithm 1 of "Frozen is better than learning" (Chen et al., Pattern Recognition
+2024).
 
-    prototypes.basis: {name: basis.OrthogonalBasis, length: 1}
+prototypes.basis: {name: basis.OrthogonalBasis, length: 1}
 """
 
 import torch
@@ -20,8 +21,8 @@ def orthogonal_rows(num_classes, dim, length):
     """
     if num_classes > dim:
         raise ValueError(
-            f"{num_classes} classes need at least {num_classes} feature channels for orthogonal prototypes, and the decoder "
-            f"has {dim}: raise model.decoder.width"
+            f"{num_classes} classes need at least {num_classes} feature channels for orthogonal prototypes, and the "
+            f"decoder has {dim}: raise model.decoder.width"
         )
     rows = torch.empty(num_classes, dim, dtype=torch.float64)
     nn.init.kaiming_normal_(rows)  # fan_in = D
@@ -30,7 +31,8 @@ def orthogonal_rows(num_classes, dim, length):
 
 
 class OrthogonalBasis(nn.Module):
-    """K orthogonal vectors of one length; drawn from PyTorch's global generator, never updated, saved in the checkpoint.
+    """K orthogonal vectors of one length; drawn from PyTorch's global generator, never updated, saved in the
+    checkpoint.
 
     Args:
         length: T, the norm of every prototype.

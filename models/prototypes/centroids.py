@@ -2,8 +2,8 @@
 
     prototypes.centroids: {name: centroids.Centroids, momentum: 0.99}
 
-Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has already moved would pull a class back
-wherever one process has not seen it.)
+Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has already moved would
+pull a class back wherever one process has not seen it.)
 """
 
 import torch
@@ -41,7 +41,9 @@ class Centroids(nn.Module):
 
     def _means_of(self, batches):
         """All-reduced class means (K, D) of some batches, and which classes occur."""
-        total = torch.zeros(len(self.seen), self.vectors.shape[1] + 1, dtype=self.vectors.dtype, device=self.vectors.device)
+        total = torch.zeros(
+            len(self.seen), self.vectors.shape[1] + 1, dtype=self.vectors.dtype, device=self.vectors.device
+        )
         for features, labels, weights in batches:
             sums, counts = class_sums(features, labels, len(self.seen), weights)
             total += torch.cat([sums, counts[:, None]], 1).to(total.dtype)

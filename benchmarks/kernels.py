@@ -1,0 +1,156 @@
+"""What the kernels cost: class sums against the usual ways, OCCL and its parts, OCCL within a training step.
+
+    python -m benchmarks.kernels [--threads 1] [--rounds 7]
+
+Every round runs all variants of a case, in turned order every other time; a time is the median over rounds, a ratio the
+median of ratios within a round. One thread is timed by its processor time, so other load hardly matters. Milliseconds
+are those of one machine, the ratios are the result. Each way of summing is first checked against float64.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import torch
+
+from engine.statistics import IGNORE, class_sums
+from losses.cross_entropy import CrossEntropy
+from losses.occl import OCCL, halve
+from models.backbones.resnet import ResNet
+from models.classifiers.cbp import CBP
+from models.classifiers.linear import Linear
+from models.decoders.deeplabv3plus import DeepLabV3Plus
+from models.segmentor import Output, Segmentor, View
+
+SUMS = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (8, 128, 64, 80, 22), (2, 256, 64, 64, 150), (2, 256, 64, 64, 342)]
+CONTRAST = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (2, 256, 64, 64, 150)]  # B, D, h, w, K
+
+
+def masked_loop(features, labels, num_classes):
+    """The usual way: pixels to rows, and a mask per class."""
+    rows, ids = features.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten()
+    return torch.stack([rows[ids == c].sum(0) for c in range(num_classes)])
+
+
+def index_add(features, labels, num_classes):
+    """Pixels to rows, one scatter; the last row takes the ignored pixels."""
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2)
+    ids = torch.where(labels < num_classes, labels, num_classes).flatten()
+    return rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, ids, rows)[:num_classes]
+
+
+def compare(variants, rounds):
+    """Interleaved timing of {name: function} -> {name: (ms, ratio to the first)}."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        for name in list(variants)[:: 1 if round_ % 2 else -1]:
+            start = clock()
+            variants[name]()
+            times[name].append(1e3 * (clock() - start))
+    times = {name: values[1:] for name, values in times.items()}  # the first round warms up
+    first, middle = next(iter(times.values())), statistics.median
+    return {name: (middle(values), middle(b / a for a, b in zip(first, values))) for name, values in times.items()}
+
+
+def patches(batch, height, width, num_classes):
+    """Random squares of 8 x 8 cells, with an ignored border."""
+    labels = torch.randint(num_classes, (batch, height // 8, width // 8))
+    labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[:, :2] = num_classes + IGNORE
+    return labels
+
+
+def time_class_sums(shape, layout, rounds):
+    """Forward and backward of every way of summing, with the gradient in the layout of the features."""
+    *size, num_classes = shape
+    features = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
+    labels, direction = patches(size[0], *size[2:], num_classes), torch.randn(num_classes, size[1])
+
+    def gradient(function, x):
+        sums = function(x, labels, num_classes)
+        return sums, torch.autograd.grad(sums, x, direction.to(x.dtype))[0].contiguous(memory_format=layout)
+
+    ways = {"class_sums": lambda *x: class_sums(*x)[0], "index_add_ on rows": index_add, "masked loop": masked_loop}
+    truth = gradient(masked_loop, features.double())
+    for way in ways.values():
+        for actual, expected in zip(gradient(way, features), truth):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+    return compare({name: lambda way=way: gradient(way, features) for name, way in ways.items()}, rounds)
+
+
+def time_occl(shape, layout, rounds):
+    """The loss on a detached feature leaf, forward and backward, and its two parts."""
+    *size, k = shape
+    features = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
+    labels, samples = patches(size[0], *size[2:], k).clamp_max(IGNORE), torch.arange(size[0])
+    classifier, term = Linear(in_channels=size[1], num_classes=k), OCCL(num_classes=k)
+    views, direction = halve(labels, samples, k, 0), torch.randn(2 * k, size[1])
+
+    def whole():
+        outputs = {"source": Output(None, features, {})}
+        value = term(outputs, {"source": labels}, {"source": samples}, {"classifier": classifier})
+        torch.autograd.grad(value, features)
+
+    parts = {"OCCL": whole}
+    parts["of it class_sums"] = lambda: torch.autograd.grad(class_sums(features, views, 2 * k)[0], features, direction)
+    parts["of it halve"] = lambda: halve(labels, samples, k, 0)
+    return compare(parts, rounds)
+
+
+def time_step(_, precision, rounds, num_classes=11):
+    """A training step on 8 crops of 256 x 320 with and without OCCL, and both losses on detached leaves."""
+    backbone = ResNet(depth=18, stages=3, output_stride=16, weights="none")
+    decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=128)
+    model = Segmentor(backbone, decoder, CBP(in_channels=128, num_classes=num_classes), frozen_bn=["backbone"])
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    image, labels = torch.rand(8, 3, 256, 320), {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)}
+    samples, members = {"source": torch.arange(8)}, {"classifier": model.classifier}
+    valid = {"source": (labels["source"] != IGNORE).sum()}
+    pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+    def losses(outputs, occl, cross_entropy=True):
+        loss = pixel(outputs, labels, valid, {}) if cross_entropy else 0
+        return loss + contrast(outputs, labels, samples, members) if occl else loss
+
+    def step(occl):
+        with autocast:
+            outputs = model({"source": View(image)})
+        losses(outputs, occl).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with autocast:
+        output = model({"source": View(image)})["source"]
+    leaf = Output(*(x.detach().requires_grad_() for x in output[:2]), {})
+    variants = {"step without OCCL": lambda: step(False), "step with OCCL": lambda: step(True)}
+    variants["of it cross-entropy"] = lambda: losses({"source": leaf}, False).backward()
+    variants["of it OCCL"] = lambda: losses({"source": leaf}, True, False).backward()
+    return compare(variants, rounds)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(
+        "| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |\n|---|---|---|---|",
+        flush=True,
+    )
+    layouts = (torch.contiguous_format, torch.channels_last)
+    cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
+    cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
+    cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
+    for function, case, variant in cases:
+        for name, (ms, ratio) in function(case, variant, options.rounds).items():
+            print(f"| {case}, {str(variant).removeprefix('torch.')} | {name} | {ms:.2f} | {ratio:.3g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

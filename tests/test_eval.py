@@ -1,0 +1,199 @@
+"""eval.py, predict.py and benchmarks/reproduce.py on a checkpoint of the smallest run."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import predict
+import train_supervised
+from benchmarks import reproduce
+from engine import checkpoint
+from engine.errors import UserError
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folder of two training steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train_supervised.main([TINY, f"folder={folder}", "train.iters=2", "checkpoint.every=1"])
+    return folder
+
+
+def result(folder, name="toy", checkpoint_name="best"):
+    return json.loads((folder / f"eval_{checkpoint_name}" / f"{name}.json").read_text())
+
+
+def test_a_run_folder_holds_what_the_readme_promises(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "log.txt", "scalars.jsonl", "best.pt", "step_0000002.pt", "results.json", "eval"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    results = json.loads((trained / "results.json").read_text())
+    assert {"seed", "iters", "device", "command", "commit", "seconds"} <= set(results)
+    assert "mIoU" in results["results"]["toy"]
+    assert "IoU" in (trained / "log.txt").read_text()
+
+
+def test_eval_repeats_the_number_that_training_reported(trained):
+    evaluation.main([str(trained / "step_0000002.pt")])
+    reported = json.loads((trained / "eval" / "toy.json").read_text())
+    assert result(trained, checkpoint_name="step_0000002")["matrix"] == reported["matrix"]
+
+
+def test_eval_writes_tables_and_pictures_for_several_data_sets(trained, capsys):
+    night = "data.test.night={name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}"
+    evaluation.main([str(trained / "best.pt"), night])
+    output = capsys.readouterr().out
+    assert "toy: 3 images, whole image, student" in output and "night: 2 images" in output and "Bicyclist" in output
+    for name in ("toy", "night"):
+        content = result(trained, name)
+        rows = list(csv.reader((trained / "eval_best" / f"{name}.csv").open()))
+        assert rows[0] == ["class", "IoU", "Acc", "F1"] and len(rows) == 12
+        assert sum(map(sum, content["matrix"])) == content["images"] * 48 * 64
+        assert Image.open(trained / "eval_best" / f"{name}_confusion.png").size[0] > 200
+        assert (trained / "eval_best" / f"{name}_0000.png").exists()
+
+
+def test_eval_options_change_the_protocol_and_say_so(trained, capsys):
+    path = str(trained / "best.pt")
+    evaluation.main([path, "eval.mode=slide", "eval.crop=[32, 32]", "eval.stride=[16, 24]"])
+    slide = result(trained)
+    evaluation.main([path, "eval.scales=[0.75, 1.0]", "eval.flip=true"])
+    several = result(trained)
+    evaluation.main([path, "eval.weights=teacher"])
+    teacher = result(trained)
+    assert (
+        slide["protocol"] == "sliding [32, 32] / [16, 24]"
+        and several["protocol"] == "whole image, scales [0.75, 1.0], flip"
+    )
+    assert teacher["weights"] == "teacher"
+    assert len({json.dumps(r["matrix"]) for r in (slide, several, teacher)}) == 3
+
+
+def test_eval_of_a_checkpoint_with_other_classes_names_both_numbers(trained, tmp_path):
+    saved = checkpoint.load(trained / "best.pt")
+    torch.save(saved | {"classes": ["one", "two"]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"2 .*cbp|does not fit|11 classes"):
+        evaluation.main([str(tmp_path / "other.pt")])
+
+
+def test_eval_of_another_network_lists_the_keys(trained):
+    with pytest.raises(UserError, match=r"does not fit Segmentor.*missing \(backbone\.layer1\.0\.conv3"):
+        evaluation.main([str(trained / "best.pt"), "model.backbone.depth=50"])
+
+
+def test_eval_of_a_data_set_with_other_classes_names_both(trained, tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / "labels" / "a.png")
+    spec = f"{{name: folder.Folder, root: {tmp_path}, image_dir: images, label_dir: labels, classes: [one, two]}}"
+    with pytest.raises(UserError, match=r"data\.test\.mine has 2 classes .* was trained with 11"):
+        evaluation.main([str(trained / "best.pt"), f"data.test.mine={spec}"])
+
+
+def test_eval_refuses_an_untrusted_pickle(tmp_path):
+    torch.save({"format": 1, "model": Path("x")}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"pathlib.*is not loaded"):
+        evaluation.main([str(tmp_path / "evil.pt")])
+
+
+def test_eval_needs_a_teacher_to_report_one(trained, tmp_path):
+    saved = checkpoint.load(trained / "best.pt")
+    del saved["teacher"]
+    torch.save(saved, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="has no teacher"):
+        evaluation.main([str(tmp_path / "plain.pt"), "eval.weights=teacher"])
+
+
+def test_predict_labels_a_folder_of_pictures_of_any_kind(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in" / "city").mkdir(parents=True)
+    Image.fromarray(rng.integers(0, 255, (40, 57, 3), dtype=np.uint8)).save(tmp_path / "in" / "a.jpg")
+    Image.fromarray(rng.integers(0, 255, (33, 48), dtype=np.uint8)).save(tmp_path / "in" / "city" / "grey.png")
+    predict.main([str(trained / "best.pt"), str(tmp_path / "in"), str(tmp_path / "out")])
+    for name, size in (("a.png", (57, 40)), ("city/grey.png", (48, 33))):
+        ids = Image.open(tmp_path / "out" / "ids" / name)
+        colors = Image.open(tmp_path / "out" / "colors" / name)
+        assert ids.mode == "L" and ids.size == size and np.array(ids).max() < 11
+        assert colors.mode == "P" and np.array_equal(np.array(colors), np.array(ids))
+        assert colors.getpalette()[:3] == list(checkpoint.load(trained / "best.pt")["palette"][0])
+        assert Image.open(tmp_path / "out" / "overlays" / name).size == size
+
+
+def test_predict_on_a_folder_without_pictures_says_so(trained, tmp_path):
+    with pytest.raises(UserError, match="there are no pictures"):
+        predict.main([str(trained / "best.pt"), str(tmp_path), str(tmp_path / "out")])
+
+
+# --- benchmarks/reproduce.py ---------------------------------------------------------------------------------------
+
+GRID = """
+name: small
+seeds: [0, 1]
+common: [train.iters=2, checkpoint.every=1]
+rows:
+  plain: {{config: {tiny}, set: [losses.occl.weight=0]}}
+  "CBP + OCCL": {{config: {tiny}}}
+  once: {{config: {tiny}, seeds: [1], set: [train.iters=1]}}
+"""
+
+
+def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
+    grid = tmp_path / "small.yaml"
+    grid.write_text(GRID.format(tiny=TINY))
+    options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "runs=2", "threads=1"]
+    monkeypatch.chdir(Path(TINY).parent.parent)
+    reproduce.main([str(grid), *options])
+    content = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert [(run["row"], run["seed"]) for run in content["runs"]] == [
+        ("plain", 0), ("CBP + OCCL", 0), ("plain", 1), ("CBP + OCCL", 1), ("once", 1),
+    ]  # fmt: skip
+    table = (tmp_path / "out" / "small.md").read_text()
+    assert "| CBP + OCCL | 2 |" in table and "±" in table and "| once | 1 |" in table and "seeds 0, 1" in table
+    values = [run["results"]["toy"]["mIoU"] for run in content["runs"] if run["row"] == "plain"]
+    assert f"{sum(values) / 2:.2f}" in table
+
+    def never(*_, **__):
+        raise AssertionError("`table` must not start a run")
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", never)
+    (tmp_path / "runs" / "small" / "once" / "seed1" / "results.json").unlink()  # as if it had been interrupted
+    todo = [job for job in reproduce.jobs(reproduce.load_grid(grid, options)) if not (job[2] / "results.json").exists()]
+    assert [(row, seed) for row, seed, _, _ in todo] == [("once", 1)] and "resume=auto" in todo[0][3]
+    reproduce.main([str(grid), *options, "table"])
+    assert "| once | 0 | not yet run |" in (tmp_path / "out" / "small.md").read_text()
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    grid = tmp_path / "bad.yaml"
+    grid.write_text(
+        f"name: bad\ncommon: [train.iters=1]\nrows:\n"
+        f"  wrong: {{config: {TINY}, set: [optimizer.lrr=1]}}\n  right: {{config: {TINY}}}\n"
+    )
+    monkeypatch.chdir(Path(TINY).parent.parent)
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        reproduce.main([str(grid), f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "threads=1"])
+    assert "did you mean 'optimizer.lr'?" in capsys.readouterr().out
+    assert "| wrong | 0 | not yet run |" in (tmp_path / "out" / "bad.md").read_text()
+
+
+def test_an_unknown_grid_key_is_an_error(tmp_path):
+    (tmp_path / "g.yaml").write_text("name: x\nrowss: {}\n")
+    with pytest.raises(UserError, match="unknown key 'rowss'"):
+        reproduce.load_grid(tmp_path / "g.yaml", [])
+
+
+def test_scripts_without_arguments_print_how_to_use_them():
+    for script in ("train_supervised.py", "eval.py", "predict.py"):
+        result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(TINY).parent.parent)
+        assert result.returncode == 1 and f"python {script}" in result.stderr and "Traceback" not in result.stderr

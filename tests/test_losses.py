@@ -1,0 +1,576 @@
+"""CBP, OCCL and cross-entropy against their equations: naive loops in float64, limits in closed form, invariances.
+
+Then what torchvision says about the ResNet, and how weights are read. Shapes and contracts: test_parts.py.
+"""
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet50
+
+from engine.schedule import make_optimizer, parameter_groups
+from engine.statistics import class_sums, resize_labels
+from engine.weights import WeightsError
+from losses.cross_entropy import CrossEntropy
+from losses.occl import OCCL, halve
+from models.backbones.resnet import ResNet
+from models.classifiers.cbp import CBP
+from models.classifiers.linear import Linear
+from models.decoders.fcn import FCN
+from models.prototypes.basis import OrthogonalBasis, orthogonal_rows
+from models.segmentor import Output, Segmentor
+
+IGNORE = 255
+TAU = 0.07
+OPTIONS = types.SimpleNamespace(
+    name="AdamW", lr=0.1, head_lr_factor=1.0, weight_decay=0.5, betas=[0.9, 0.999], momentum=0.9
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def patches(batch, height, width, classes, seed=0):
+    """Label maps (B, h, w) of 4 x 4 squares with some ignored cells."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice(np.append(classes, IGNORE), (batch, -(-height // 4), -(-width // 4)))
+    return torch.from_numpy(coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width].astype(np.int64))
+
+
+# --- category-basis prototypes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes, dim, length", [(1, 1, 1.0), (11, 128, 2.0), (19, 19, 0.3), (150, 256, 3.0)])
+def test_prototypes_are_orthogonal_and_of_one_length(num_classes, dim, length):
+    w = CBP(num_classes=num_classes, in_channels=dim, length=length).means()
+    torch.testing.assert_close(w @ w.T, length**2 * torch.eye(num_classes), atol=1e-5, rtol=1e-5)
+
+
+def gram_schmidt(rows):
+    """Algorithm 1 of the paper, lines 2 and 3, in plain Python."""
+    basis = []
+    for row in rows:
+        for b in basis:
+            row = row - (row @ b) / (b @ b) * b
+        basis.append(row)
+    return torch.stack(basis)
+
+
+def test_qr_is_normalised_gram_schmidt_of_the_same_draws():
+    torch.manual_seed(3)
+    drawn = torch.empty(12, 20, dtype=torch.float64)
+    nn.init.kaiming_normal_(drawn)
+    expected = F.normalize(gram_schmidt(drawn), dim=1) * 2
+    torch.manual_seed(3)
+    torch.testing.assert_close(orthogonal_rows(12, 20, 2), expected, atol=1e-12, rtol=0)
+
+
+def test_prototypes_depend_on_the_seed_and_come_back_bit_exactly():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return CBP(num_classes=7, in_channels=16)
+
+    assert torch.equal(drawn(1).means(), drawn(1).means())
+    assert not torch.isclose(drawn(1).means(), drawn(2).means()).all()
+    other = drawn(2)
+    other.load_state_dict(drawn(1).state_dict())
+    assert torch.equal(other.means(), drawn(1).means())
+
+
+def test_prototypes_are_never_trained():
+    conv = nn.Conv2d(3, 16, 1)
+    model = nn.Sequential(conv, CBP(num_classes=7, in_channels=16))
+    before = model[1].means().clone()
+    assert not before.requires_grad and not list(model[1].parameters())
+    trained = [p for group in parameter_groups(model, OPTIONS) for p in group["params"]]
+    assert {id(p) for p in trained} == {id(conv.weight), id(conv.bias)}
+    optimizer = make_optimizer(model, OPTIONS)
+    for _ in range(3):
+        F.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.randint(7, (2, 8, 8))).backward()
+        optimizer.step()
+    assert torch.equal(model[1].means(), before)
+
+
+def test_frozen_prototypes_ignore_update_and_fit():
+    basis = OrthogonalBasis(num_classes=3, in_channels=8)
+    before = basis.means().clone()
+    batch = (torch.randn(1, 8, 4, 4), torch.randint(3, (1, 4, 4)), None)
+    basis.update([batch])
+    basis.fit(lambda: [batch])
+    assert torch.equal(basis.means(), before) and basis.seen.all()
+
+
+def test_more_classes_than_channels_is_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match=r"19 classes.*has 16"):
+        CBP(num_classes=19, in_channels=16)
+
+
+def test_logits_are_feature_length_times_prototype_length_times_cosine():
+    classifier = CBP(num_classes=5, in_channels=16, length=1.5)
+    features = torch.randn(2, 16, 6, 7)
+    cosine = torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(classifier.means(), dim=1))
+    torch.testing.assert_close(classifier(features), features.norm(dim=1, keepdim=True) * 1.5 * cosine)
+
+
+def test_logits_follow_permutation_and_scale_of_the_prototypes():
+    classifier = CBP(num_classes=5, in_channels=16)
+    features, order = torch.randn(2, 16, 6, 7), torch.tensor([3, 0, 4, 1, 2])
+    logits = classifier(features)
+    classifier.prototypes.vectors.copy_(classifier.means()[order] * 3)
+    torch.testing.assert_close(classifier(features), 3 * logits[:, order])
+
+
+# --- class sums ------------------------------------------------------------------------------------------------------
+
+
+def naive_sums(features, labels, num_classes, weights):
+    """Pixel by pixel in float64."""
+    sums, counts = torch.zeros(num_classes, features.shape[1]).double(), torch.zeros(num_classes).double()
+    for b, y, x in np.ndindex(*labels.shape):
+        if 0 <= labels[b, y, x] < num_classes:
+            sums[labels[b, y, x]] += weights[b, y, x] * features[b, :, y, x]
+            counts[labels[b, y, x]] += weights[b, y, x]
+    return sums, counts
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("num_classes", [4, 90])
+def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, weighted, layout):
+    features = torch.randn(2, 5, 9, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    labels = torch.randint(num_classes, (2, 9, 6))
+    labels[0, :2], labels[1, 3], labels[1, 4] = IGNORE, -1, num_classes
+    weights = torch.rand(2, 9, 6, dtype=torch.float64) if weighted else None
+    sums, counts = class_sums(features, labels, num_classes, weights)
+    expected, expected_counts = naive_sums(features, labels, num_classes, weights if weighted else torch.ones(2, 9, 6))
+    torch.testing.assert_close(sums, expected)
+    torch.testing.assert_close(counts, expected_counts)
+    direction = torch.randn_like(sums)
+    actual, wanted = (torch.autograd.grad((s * direction).sum(), features)[0] for s in (sums, expected))
+    torch.testing.assert_close(actual, wanted)
+    assert actual.is_contiguous(memory_format=layout)  # no copy is needed on the way back
+
+
+@LAYOUTS
+def test_class_sums_of_half_precision_features_are_float32(layout):
+    features, labels = torch.randn(2, 8, 16, 16).bfloat16(), patches(2, 16, 16, range(6))
+    sums, counts = class_sums(features.contiguous(memory_format=layout), labels, 6)
+    assert sums.dtype == counts.dtype == torch.float32
+    torch.testing.assert_close(sums, class_sums(features.float(), labels, 6)[0])
+
+
+# --- OCCL: the two views ---------------------------------------------------------------------------------------------
+
+
+def test_views_halve_the_pixels_of_every_class_of_every_image():
+    labels, k = patches(3, 21, 18, range(6)), 6
+    views = halve(labels, torch.tensor([0, 7, 12345678]), k, seed=0)
+    for b in range(3):
+        for c in range(k):
+            first, second = views[b] == c, views[b] == k + c
+            assert not (first & second).any()
+            assert torch.equal(first | second, labels[b] == c)
+            assert abs(first.sum() - second.sum()) <= 1
+    assert (views[labels == IGNORE] >= 2 * k).all()
+
+
+@pytest.mark.parametrize("outside", [-1, 6, 254, IGNORE])
+def test_views_leave_out_what_is_no_class(outside):
+    labels = torch.full((1, 4, 4), outside)
+    labels[0, 0, :2] = 5
+    views = halve(labels, torch.tensor([0]), 6, seed=0)
+    assert sorted(views[0, 0, :2].tolist()) == [5, 11]
+    assert (views.flatten()[2:] >= 12).all()
+
+
+def test_views_depend_only_on_seed_and_sample():
+    labels, samples = patches(4, 20, 20, range(3)), torch.tensor([5, 1, 40, 2])
+    views = halve(labels, samples, 3, seed=0)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(halve(labels[order], samples[order], 3, seed=0), views[order])
+    parts = [halve(labels[i : i + 1], samples[i : i + 1], 3, seed=0) for i in range(4)]
+    assert torch.equal(torch.cat(parts), views)
+    same = labels[:1].expand(2, -1, -1)
+    a, b = halve(same, torch.tensor([5, 6]), 3, seed=0)
+    assert 0.3 < (a != b)[same[0] != IGNORE].float().mean() < 0.7
+    c = halve(same[:1], torch.tensor([5]), 3, seed=1)[0]
+    assert 0.3 < (a != c)[same[0] != IGNORE].float().mean() < 0.7
+
+
+@pytest.mark.parametrize("sample", [0, 1, 1000, 10**9])
+def test_views_are_mixed_in_space(sample):
+    view = halve(torch.zeros(1, 64, 64, dtype=torch.long), torch.tensor([sample]), 1, seed=0)[0].double()
+    assert view.mean() == 0.5
+    blocks = view.view(8, 8, 8, 8).mean((1, 3))  # of 64 pixels each: standard deviation 0.0625
+    assert (blocks - 0.5).abs().max() < 0.3
+    for neighbour in (view[1:] == view[:-1], view[:, 1:] == view[:, :-1]):
+        assert abs(neighbour.double().mean() - 0.5) < 0.05
+
+
+# --- OCCL: the loss --------------------------------------------------------------------------------------------------
+
+
+def naive_occl(features, labels, views, w, centroid=1.0, category=0.1, tau=TAU):
+    """The equations of losses/occl.py, term by term."""
+    k = len(w)
+
+    def unit(v):
+        return v / v.norm()
+
+    def mean_of(view_id):
+        return features.permute(0, 2, 3, 1)[views == view_id].mean(0)
+
+    present = [c for c in range(k) if (labels == c).sum() >= 2 and (views == c).any()]
+    total = 0.0
+    for x in (0, 1):
+        for c in present:
+            v1, v2 = unit(mean_of(c)), unit(mean_of(k + c))
+            v = (v1, v2)[x]
+            positive, others = torch.exp(v1 @ v2 / tau), 0.0
+            for j in present:
+                if j != c:
+                    s = unit((mean_of(j) + mean_of(k + j)) / 2).detach()
+                    others = others + torch.exp(v @ s / tau)
+            own, every = torch.exp(v @ unit(w[c]) / tau), sum(torch.exp(v @ unit(w[j]) / tau) for j in range(k))
+            loss = centroid * -torch.log(positive / (positive + others)) + category * -torch.log(own / every)
+            total = total + loss / len(present)
+    return total / 2
+
+
+def occl(features, labels, classifier, samples=None, **options):
+    """The loss term on one view."""
+    term = OCCL(num_classes=len(classifier.means()), **options)
+    samples = torch.arange(len(labels)) if samples is None else samples
+    return term(
+        {"source": Output(None, features, {})}, {"source": labels}, {"source": samples}, {"classifier": classifier}
+    )
+
+
+def contrast(means, present=None, w=None, **options):
+    """The loss of given view centroids (2, K, D)."""
+    k = means.shape[1]
+    w = torch.eye(k, means.shape[2], dtype=means.dtype) if w is None else w
+    present = torch.ones(k, dtype=torch.bool) if present is None else present
+    return OCCL(num_classes=k, **options).contrast(means, present, w)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"centroid": 1.0, "category": 0.1}, {"centroid": 0.4, "category": 0.0, "temperature": 0.2}]
+)
+@pytest.mark.parametrize("classifier", [CBP, Linear])
+def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
+    classifier = classifier(num_classes=6, in_channels=10).double()
+    features = torch.randn(3, 10, 12, 11, dtype=torch.float64, requires_grad=True)
+    labels, samples = patches(3, 24, 22, [0, 1, 3, 4]), torch.tensor([3, 9, 4])
+    actual = occl(features, labels, classifier, samples, seed=5, **weights)
+    small = resize_labels(labels, (12, 11))
+    views = halve(small, samples, 6, seed=5)
+    renamed = {"tau" if key == "temperature" else key: value for key, value in weights.items()}
+    expected = naive_occl(features, small, views, classifier.means(), **renamed)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    leaves = [features, *classifier.parameters()]
+    for a, b in zip(*(torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (actual, expected))):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_learned_class_vectors_get_a_gradient_from_the_category_loss_only():
+    classifier = Linear(num_classes=4, in_channels=8)
+    features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
+    for category, reached in ((0.1, True), (0.0, False)):
+        classifier.zero_grad()
+        occl(features.requires_grad_(), labels, classifier, category=category).backward()
+        assert bool(classifier.conv.weight.grad.any()) == reached
+        assert classifier.conv.bias.grad is None
+
+
+def test_centroids_are_the_class_means_of_each_view():
+    features, labels = torch.randn(2, 5, 8, 8, dtype=torch.float64), patches(2, 8, 8, range(3))
+    views = halve(labels, torch.tensor([1, 2]), 3, seed=0)
+    sums, counts = class_sums(features, views, 6)
+    for view in range(6):
+        expected = features.permute(0, 2, 3, 1)[views == view].mean(0)
+        torch.testing.assert_close(sums[view] / counts[view], expected)
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_centroid_loss_of_orthonormal_classes_is_its_lower_limit(k):
+    means = torch.eye(k, 9, dtype=torch.float64).expand(2, -1, -1)
+    expected = math.log(1 + (k - 1) * math.exp(-1 / TAU))
+    assert contrast(means, centroid=1.0, category=0.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_centroid_loss_of_equal_centroids_is_the_logarithm_of_the_classes(k):
+    means = torch.ones(2, k, 9, dtype=torch.float64)
+    assert contrast(means, centroid=1.0, category=0.0).item() == pytest.approx(math.log(k))
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_category_loss_on_the_prototypes_is_its_lower_limit(k):
+    w = orthogonal_rows(k, 9, 2.0)
+    expected = math.log(1 + (k - 1) * math.exp(-1 / TAU))
+    assert contrast(w.expand(2, -1, -1), w=w, centroid=0.0, category=1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_centroid_loss_of_one_class_is_exactly_zero():
+    features = torch.randn(2, 8, 6, 6, requires_grad=True)
+    value = occl(features, torch.full((2, 6, 6), 2), CBP(num_classes=5, in_channels=8), centroid=1.0, category=0.0)
+    value.backward()
+    assert value == 0 and features.grad.isfinite().all()
+    value = occl(features, torch.full((2, 6, 6), 2), CBP(num_classes=5, in_channels=8))
+    assert value > 0 and value.isfinite()
+
+
+@pytest.mark.parametrize("ids", [[IGNORE], [IGNORE, 0]])
+def test_occl_without_two_cells_of_a_class_is_zero_with_finite_gradients(ids):
+    labels = torch.full((1, 6, 6), IGNORE)
+    labels[0, 0, : len(ids)] = torch.tensor(ids)
+    features = torch.zeros(1, 8, 6, 6, requires_grad=True)
+    value = occl(features, labels, CBP(num_classes=5, in_channels=8))
+    value.backward()
+    assert value == 0 and (features.grad == 0).all()
+
+
+def test_features_of_zero_give_finite_gradients():
+    features = torch.zeros(1, 8, 6, 6, requires_grad=True)
+    value = occl(features, patches(1, 6, 6, range(3)), CBP(num_classes=5, in_channels=8))
+    value.backward()
+    assert value.isfinite() and features.grad.isfinite().all()
+
+
+def test_classes_below_min_pixels_are_left_out():
+    features, labels = torch.randn(1, 8, 6, 6), torch.zeros(1, 6, 6, dtype=torch.long)
+    labels[0, 3:] = 1
+    labels[0, 0, :3] = 2  # three cells
+    classifier = CBP(num_classes=3, in_channels=8)
+    without = torch.where(labels == 2, IGNORE, labels)
+    assert occl(features, labels, classifier, min_pixels=4) == occl(features, without, classifier)
+    assert occl(features, labels, classifier, min_pixels=3) != occl(features, without, classifier)
+
+
+def test_absent_classes_do_not_change_the_centroid_loss():
+    features, labels = torch.randn(2, 16, 12, 12), patches(2, 12, 12, range(3))
+    values = [
+        occl(features, labels, CBP(num_classes=k, in_channels=16), centroid=1.0, category=0.0) for k in (3, 4, 15)
+    ]
+    torch.testing.assert_close(values[1:], values[:1] * 2)
+
+
+def test_occl_does_not_depend_on_the_order_of_the_batch():
+    classifier = CBP(num_classes=4, in_channels=8).double()
+    features, labels = torch.randn(3, 8, 12, 12, dtype=torch.float64), patches(3, 12, 12, range(4))
+    samples, order = torch.tensor([8, 2, 5]), torch.tensor([1, 2, 0])
+    value = occl(features, labels, classifier, samples)
+    torch.testing.assert_close(occl(features[order], labels[order], classifier, samples[order]), value)
+    assert not torch.isclose(occl(features, labels, classifier, samples + 1), value)
+
+
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+def pixel_loss(logits, labels, valid=None, weights=None, **options):
+    valid = (labels != IGNORE).sum() if valid is None else torch.tensor(valid)
+    outputs, weights = {"source": Output(logits, None, {})}, {} if weights is None else {"source": weights}
+    return CrossEntropy(**options)(outputs, {"source": labels}, {"source": valid}, weights)
+
+
+def logits_and_labels(k=5, dtype=torch.float64):
+    return torch.randn(2, k, 6, 5, dtype=dtype, requires_grad=True), patches(2, 24, 20, range(k))
+
+
+def upsampled(logits, size=(24, 20)):
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def test_cross_entropy_is_that_of_pytorch_at_the_size_of_the_labels():
+    logits, labels = logits_and_labels()
+    value, expected = pixel_loss(logits, labels), F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (value, expected)))
+
+
+def test_cross_entropy_divides_by_the_pixels_of_the_whole_step():
+    logits, labels = logits_and_labels()
+    torch.testing.assert_close(pixel_loss(logits, labels, valid=1000) * 1000, pixel_loss(logits, labels, valid=1))
+
+
+def test_cross_entropy_weights_pixels():
+    logits, labels = logits_and_labels()
+    weights = torch.rand(labels.shape)
+    loss = F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(
+        pixel_loss(logits, labels, weights=weights), (loss * weights).sum() / (labels != IGNORE).sum()
+    )
+
+
+def naive_ohem(loss, labels, ohem, ohem_min):
+    """Mean over the pixels kept, image by image."""
+    kept = []
+    for image_loss, label in zip(loss, labels):
+        values = sorted(image_loss[label != IGNORE].tolist(), reverse=True)
+        hard = [v for v in values if math.exp(-v) <= ohem]
+        kept += hard if len(hard) >= ohem_min else values[:ohem_min]
+    return sum(kept) / len(kept), len(kept)
+
+
+@pytest.mark.parametrize("ohem_min", [1, 200, 10**6])
+@pytest.mark.parametrize("ohem", [0.05, 0.3, 0.999999])
+def test_ohem_keeps_hard_pixels_and_a_least_number_per_image(ohem, ohem_min):
+    logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))
+    labels[1, 2:], labels[2] = IGNORE, IGNORE
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    value, kept = naive_ohem(loss, labels, ohem, ohem_min)
+    mask = CrossEntropy(ohem=ohem, ohem_min=ohem_min).hard(loss, labels)
+    assert mask.sum() == kept and not mask[labels == IGNORE].any()
+    assert pixel_loss(logits, labels, ohem=ohem, ohem_min=ohem_min).item() == pytest.approx(value)
+
+
+def test_ohem_of_zero_is_the_plain_loss():
+    logits, labels = logits_and_labels()
+    assert pixel_loss(logits, labels, ohem=0.0, ohem_min=1) == pixel_loss(logits, labels)
+
+
+def test_losses_of_bf16_outputs_are_those_of_the_same_values_in_float32():
+    logits, labels = logits_and_labels(dtype=torch.bfloat16)
+    features, classifier = torch.randn(2, 8, 6, 5).bfloat16(), CBP(num_classes=5, in_channels=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pixel_loss(logits, labels) == pixel_loss(logits.float(), labels)
+        assert occl(features, labels, classifier) == occl(features.float(), labels, classifier)
+
+
+def test_a_small_network_with_cbp_and_occl_learns_one_image_by_heart():
+    labels = torch.arange(4).view(1, 2, 2).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    labels[0, 10:22, 10:22] = (labels[0, 10:22, 10:22] + 1) % 4
+    colors = torch.rand(4, 3)
+    image = (colors[labels].permute(0, 3, 1, 2) + 0.1 * torch.randn(1, 3, 32, 32)).clamp(0, 1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    )
+    classifier = CBP(num_classes=4, in_channels=16)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+    for _ in range(150):
+        features = network(image)
+        contrastive = occl(features, labels, classifier)
+        (pixel_loss(classifier(features), labels) + contrastive).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    accuracy = (classifier(network(image)).argmax(1) == labels).float().mean()
+    assert accuracy > 0.99
+
+
+# --- ResNet and weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_stride, dilated", [(32, (0, 0, 0)), (16, (0, 0, 1)), (8, (0, 1, 1))])
+def test_output_stride_is_that_of_torchvision(output_stride, dilated):
+    reference = resnet50(weights=None, replace_stride_with_dilation=dilated).eval()
+    backbone = ResNet(depth=50, output_stride=output_stride, weights="none").eval()
+    backbone.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")})
+    image = torch.rand(1, 3, 65, 49)
+    x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(backbone.normalize(image)))))
+    assert backbone.strides == [min(stride, output_stride) for stride in (4, 8, 16, 32)]
+    with torch.no_grad():
+        maps = backbone(image)
+        for i, actual in enumerate(maps):
+            x = getattr(reference, f"layer{i + 1}")(x)
+            torch.testing.assert_close(actual, x, atol=1e-5, rtol=1e-5)
+            assert actual.shape[2:] == (-(-65 // backbone.strides[i]), -(-49 // backbone.strides[i]))
+
+
+def test_three_stages_leave_layer4_out():
+    backbone = ResNet(depth=18, stages=3, weights="none")
+    assert not [name for name, _ in backbone.named_parameters() if name.startswith("layer4")]
+    assert backbone.channels == [64, 128, 256] and len(backbone(torch.rand(1, 3, 64, 64))) == 3
+
+
+def test_the_mean_colour_is_no_part_of_the_weights():
+    backbone = ResNet(depth=18, weights="none")
+    assert not [key for key in backbone.state_dict() if key.startswith("normalize")]
+    color = backbone.normalize.mean.expand(1, 3, 2, 2)
+    torch.testing.assert_close(backbone.normalize(color), torch.zeros(1, 3, 2, 2))
+    torch.testing.assert_close(backbone.normalize(color + backbone.normalize.std), torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("frozen", [[], ["backbone"], ["backbone", "decoder"]])
+def test_frozen_batch_norm_keeps_statistics_and_affine_parameters(frozen):
+    backbone = ResNet(depth=18, stages=3, weights="none")
+    decoder = FCN(in_channels=backbone.channels, width=16)
+    model = Segmentor(backbone, decoder, Linear(in_channels=16, num_classes=3), frozen_bn=frozen)
+    model.eval()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = make_optimizer(model, OPTIONS)
+    for _ in range(2):
+        model.segment(torch.rand(2, 3, 32, 32)).logits.square().mean().backward()
+        optimizer.step()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            kept = all(torch.equal(value, before[f"{name}.{key}"]) for key, value in module.state_dict().items())
+            assert kept == (name.split(".")[0] in frozen), name
+    assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
+
+
+def test_frozen_batch_norm_of_an_unknown_part_is_an_error():
+    with pytest.raises(ValueError, match="not head"):
+        Segmentor(nn.Identity(), nn.Identity(), nn.Identity(), frozen_bn=["head"])
+
+
+@pytest.fixture(scope="module")
+def torchvision_weights(tmp_path_factory):
+    """A file like torchvision's of ResNet-18, with random values."""
+    from torchvision.models import resnet18
+
+    state = resnet18(weights=None).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(state, path)
+    return path, state
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_weights_of_a_file_are_loaded_and_reported(torchvision_weights, stages, caplog):
+    path, state = torchvision_weights
+    with caplog.at_level("INFO", "engine"):
+        backbone = ResNet(depth=18, stages=stages, weights=str(path))
+    own = backbone.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    assert f"{len(own)} keys loaded, 0 keep" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}])
+def test_wrapped_weights_are_unwrapped(torchvision_weights, wrap, tmp_path):
+    torch.save(wrap(torchvision_weights[1]), tmp_path / "wrapped.pth")
+    backbone = ResNet(depth=18, weights=str(tmp_path / "wrapped.pth"))
+    assert torch.equal(backbone.conv1.weight, torchvision_weights[1]["conv1.weight"])
+
+
+def test_weights_that_do_not_fit_are_an_error_unless_allowed(torchvision_weights, tmp_path, caplog):
+    state = {k: v for k, v in torchvision_weights[1].items() if not k.startswith("layer4")}
+    path = str(tmp_path / "short.pth")
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match=r"missing \(layer4\.0\.conv1\.weight"):
+        ResNet(depth=18, weights=path)
+    with caplog.at_level("INFO", "engine"):
+        ResNet(depth=18, weights=path, allow_missing=["layer4.*"])
+    assert "keep their initial values (layer4.0.conv1.weight" in caplog.text
+    torch.save(state | {"layer9.weight": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match=r"1 unexpected \(layer9\.weight\)"):
+        ResNet(depth=18, weights=path, allow_missing=["layer4.*"])
+    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
+    with pytest.raises(WeightsError, match=r"1 of another shape \(conv1\.weight \(64, 1, 7, 7\) -> \(64, 3, 7, 7\)\)"):
+        ResNet(depth=18, stages=3, weights=path)
