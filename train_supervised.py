@@ -80,8 +80,6 @@ def main(arguments):
     if saved:
         config.check_resume(saved["config"], cfg)
     model = build_segmentor(cfg.model, num_classes, pretrained=not saved).to(device)
-    if cfg.model.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     if cfg.model.sync_bn and device.type == "cuda" and world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}

@@ -57,11 +57,11 @@ def read_colors(path, colors):
     return values[position].astype(np.uint8)
 
 
-def lookup_table(id_map, num_classes):
-    """(65536) uint8: id on disk -> class id, IGNORE or UNKNOWN."""
+def lookup_table(id_map, num_classes, ignored=()):
+    """(65536) uint8: id on disk -> class id, IGNORE (also for the class ids in `ignored`) or UNKNOWN."""
     table = np.full(65536, UNKNOWN, np.uint8)
     for raw, target in (id_map or {i: i for i in [*range(num_classes), IGNORE]}).items():
-        table[raw] = target
+        table[raw] = IGNORE if target in ignored else target
     return table
 
 
@@ -72,10 +72,11 @@ class SegmentationData(Dataset):
         root: folder of the data set.
         split: which part; the subclass says which there are.
         labels: False for a target set that is trained on without labels: no label path is even made.
+        ignore: names of classes whose pixels are ignored (255); the classes keep their ids.
         augment: callable (image, label) -> the same, for training; None for evaluation.
         seed: with the sample's number in the stream it decides the augmentation.
     Raises:
-        DataError: missing folder, no images, images without labels.
+        DataError: missing folder, no images, images without labels, unknown names in `ignore`.
     """
 
     CLASSES = ()
@@ -83,19 +84,24 @@ class SegmentationData(Dataset):
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
 
-    def __init__(self, *, root, split: str = "train", labels: bool = True, augment=None, seed=0):
+    def __init__(self, *, root, split: str = "train", labels: bool = True, ignore: list = (), augment=None, seed=0):
         if root is None:
             raise DataError(f"{type(self).__name__} needs its folder: set data.root=PATH")
         self.root, self.split, self.labels = Path(root), split, labels
         self.augment, self.seed = augment, seed
         if not self.root.is_dir():
             raise DataError(
-                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH (layouts: README, Data)"
+                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or the root that "
+                "this data set has of its own (layouts: README, Data)"
             )
+        if unknown := [name for name in ignore if name not in self.CLASSES]:
+            raise DataError(f"{type(self).__name__}: ignore names {unknown}; there are {', '.join(self.CLASSES)}")
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
         self.samples = [(image, label if labels else None) for image, label in found if image not in self.left_out]
-        self.table = lookup_table(self.ID_MAP, len(self.CLASSES))
+        ignored = [self.CLASSES.index(name) for name in ignore]
+        # The second table is for labels that others converted to class ids.
+        self.table, self.class_table = (lookup_table(ids, len(self.CLASSES), ignored) for ids in (self.ID_MAP, None))
         self._check()
 
     def _check(self):
@@ -115,6 +121,10 @@ class SegmentationData(Dataset):
     def read_label(self, path):
         return read_ids(path)
 
+    def is_mapped(self, path, ids):
+        """Whether this label file, which holds these ids, was converted to class ids before: ID_MAP is not applied."""
+        return False
+
     def load(self, index):
         """Image (H, W, 3) uint8 and class ids (H, W) uint8, checked; an unlabelled set has ignore everywhere."""
         image_path, label_path = self.samples[index]
@@ -127,12 +137,14 @@ class SegmentationData(Dataset):
                 f"sizes differ: {image_path} is {image.shape[1]}x{image.shape[0]}, "
                 f"{label_path} is {ids.shape[1]}x{ids.shape[0]}"
             )
-        label = self.table[ids]
+        mapped = self.is_mapped(label_path, ids)
+        label = (self.class_table if mapped else self.table)[ids]
         if (label == UNKNOWN).any():
             bad = np.unique(ids[label == UNKNOWN]).tolist()
+            remedy = "map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
             raise DataError(
                 f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.CLASSES)} classes) "
-                "does not know: map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
+                f"does not know: {'it is read as converted to class ids, 255 = ignore' if mapped else remedy}"
             )
         return image, label
 

@@ -12,6 +12,8 @@ import pkgutil
 import re
 import typing
 
+import torch
+
 from engine.config import ConfigError, article, is_a, listing, module_names, suggest
 from engine.errors import UserError
 
@@ -93,7 +95,8 @@ def build_segmentor(model, num_classes, pretrained=True):
     backbone = build("models.backbones", spec)
     decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
     classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
-    return Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn)
+    network = Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn)
+    return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
 
 def build_losses(specs, **context):

@@ -32,7 +32,9 @@ class _Console(logging.Handler):
 
 def to_console():
     """Messages of the project on the main process's console; of the other processes only errors."""
-    logger.handlers.clear()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     logger.propagate = False
     logger.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     handler = _Console()

@@ -19,6 +19,8 @@ from engine.inference import evaluate, predict
 
 logger = logging.getLogger("engine")
 
+SMALLEST = 192  # pixels: smaller images are enlarged, so that they can be looked at
+
 
 def similarity(vectors):
     """Cosines (K, K) between class vectors (K, D), for `pictures.heatmap`."""
@@ -31,7 +33,8 @@ def comparison(image, label, prediction, palette):
     rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     label, prediction = label.cpu().numpy(), prediction.cpu().numpy()
     panels = [("image", rgb), ("truth", pictures.overlay(rgb, label, palette))]
-    return pictures.strip([*panels, ("prediction", pictures.overlay(rgb, prediction, palette))])
+    panels.append(("prediction", pictures.overlay(rgb, prediction, palette)))
+    return pictures.strip(panels, height=max(SMALLEST, len(rgb)))
 
 
 def confusion_picture(matrix, title):

@@ -12,6 +12,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -40,6 +41,36 @@ def write_folder(root):
     return {"root": str(root), "classes": ["road", "car", "sky"]}
 
 
+def write_cityscapes(root):
+    for i in range(2):
+        image, label = f"leftImg8bit/train/ulm/{i}_leftImg8bit.png", f"gtFine/train/ulm/{i}_gtFine_labelIds.png"
+        write_pair(root / image, root / label, classes=34)
+    return {"root": str(root)}
+
+
+def write_gta5(root):
+    for i in range(2):
+        write_pair(root / "images" / f"{i}.png", root / "labels" / f"{i}.png", classes=35)
+    return {"root": str(root)}
+
+
+def write_synthia(root):
+    """16 bits, the class in the last channel of OpenCV's order."""
+    for i in range(2):
+        label = root / "GT" / "LABELS" / f"{i}.png"
+        write_pair(root / "RGB" / f"{i}.png", label, classes=23)
+        ids = np.random.default_rng(i).integers(0, 23, (48, 70, 3), dtype=np.uint16)
+        cv2.imwrite(str(label), ids)
+    return {"root": str(root)}
+
+
+def write_acdc(root):
+    for condition in ("fog", "night", "rain", "snow"):
+        image, label = f"{condition}/train/GP1/1_rgb_anon.png", f"{condition}/train/GP1/1_gt_labelTrainIds.png"
+        write_pair(root / "rgb_anon" / image, root / "gt" / label, classes=19)
+    return {"root": str(root)}
+
+
 def write_pair(image, label, classes, size=(48, 70)):
     """A random picture and random ids with some ignored rows."""
     rng = np.random.default_rng(0)
@@ -58,6 +89,10 @@ SMALL = {
     "segformer_mlp.SegFormerMLP": {"width": 24},
     "camvid.CamVid": write_camvid,
     "folder.Folder": write_folder,
+    "cityscapes.Cityscapes": write_cityscapes,
+    "gta5.GTA5": write_gta5,
+    "synthia.Synthia": write_synthia,
+    "acdc.ACDC": write_acdc,
     "toy.Toy": {"size": [48, 70], "length": 3},
 }
 

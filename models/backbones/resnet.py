@@ -3,6 +3,7 @@
 model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
 """
 
+import copy
 from typing import Literal
 
 from torch import nn
@@ -33,6 +34,9 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         output_stride: 8, 16 or 32; later stages are dilated instead of strided.
         stages: 4, or 3 to stop before layer4.
+        stem: "shared", or "per_domain" for a second conv1, bn1 and layer1 that images of the domain "source" take
+            (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both copies start from the same weights.
+            A step then needs both views, or the unused copy has no gradient and DistributedDataParallel waits for it.
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys.
         allow_missing: patterns of keys that the file may lack, such as ["layer4.*"].
     """
@@ -43,6 +47,7 @@ class ResNet(nn.Module):
         depth: Literal[18, 34, 50, 101] = 50,
         output_stride: Literal[8, 16, 32] = 32,
         stages: Literal[3, 4] = 4,
+        stem: Literal["shared", "per_domain"] = "shared",
         weights: str = "imagenet",
         allow_missing: list = (),
     ):
@@ -62,12 +67,24 @@ class ResNet(nn.Module):
         url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
         unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
         load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused)
+        self.source = None
+        if stem == "per_domain":
+            self.source = copy.deepcopy(nn.ModuleDict({k: getattr(self, k) for k in ("conv1", "bn1", "layer1")}))
 
     def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]; `domain` and `bias` have no effect here."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(image)))))
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
+
+        `domain` has an effect only with per_domain stems, `bias` has none here.
+
+        Raises:
+            ValueError: per_domain stems and a domain that is neither "source" nor "target".
+        """
+        if self.source is not None and domain not in ("source", "target"):
+            raise ValueError(f"per_domain stems are for the domains source and target, not '{domain}'")
+        stem = self.source if self.source is not None and domain == "source" else self
+        x = self.maxpool(self.relu(stem.bn1(stem.conv1(self.normalize(image)))))
         maps = []
         for name in self.stage_names:
-            x = getattr(self, name)(x)
+            x = getattr(stem if name == "layer1" else self, name)(x)
             maps.append(x)
         return maps

@@ -1,0 +1,196 @@
+"""Mix Transformer MiT-B0 to B5, the encoder of SegFormer (Xie et al., NeurIPS 2021, section 3.1).
+
+    model.backbone: {name: mit.MiT, size: b5, weights: PATH}
+
+Four stages of overlapping patches, and attention whose keys and values come from a map that a strided convolution made
+smaller. There are no position embeddings (the depthwise convolutions see the border), so any image of at least 29x29
+pixels works. Tensors have the names of NVIDIA's release. The initialisation is the release's from general knowledge.
+"""
+
+import re
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from engine.weights import WeightsError, load_into, read
+from models.blocks import Normalize
+
+DEPTHS = dict(b0=(2, 2, 2, 2), b1=(2, 2, 2, 2), b2=(3, 4, 6, 3), b3=(3, 4, 18, 3), b4=(3, 8, 27, 3), b5=(3, 6, 40, 3))
+HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)  # per stage; a reduction is the stride of keys and values
+
+HUGGING_FACE = {  # names inside a stage in the files of the Hugging Face hub: NVIDIA's
+    ".attention.output.dense.": ".attn.proj.",
+    ".attention.self.": ".attn.",
+    ".query.": ".q.",
+    ".key.": ".kv.",
+    ".value.": ".kv.",
+    ".layer_norm_": ".norm",
+    ".layer_norm.": ".norm.",
+    ".mlp.dense": ".mlp.fc",
+}
+
+
+def nvidia_names(state):
+    """A state dict with NVIDIA's or Hugging Face's names -> with NVIDIA's, without the prefixes of whole networks."""
+    renamed = {}
+    for key, value in sorted(state.items()):
+        key = re.sub(r"^((module|backbone|segformer|encoder)\.)+", "", key)
+        key = re.sub(r"^(patch_embed|block|layer_norm)(?:dings)?\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", key)
+        key = key.removeprefix("layer_")
+        for old, new in HUGGING_FACE.items():
+            key = key.replace(old, new)
+        # Keys and values share a layer; in sorted order the keys come first.
+        renamed[key] = torch.cat([renamed[key], value]) if key in renamed else value
+    return renamed
+
+
+def conv(x, layer):
+    """A convolution of a map with channels last: (B, h, w, C) -> (B, h', w', C')."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: (B, h, w, C) -> (B, h / stride, w / stride, C'), rounded up."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, 2 * stride - 1, stride, stride - 1)
+        self.norm = nn.LayerNorm(channels)  # eps 1e-5 here and in Attention, 1e-6 elsewhere, as in the release
+
+    def forward(self, x):
+        return self.norm(conv(x, self.proj))
+
+
+class Attention(nn.Module):
+    """Attention of N = h w queries to M = (h / reduction) (w / reduction) keys, rounded down."""
+
+    def __init__(self, channels, heads, reduction):
+        super().__init__()
+        self.heads, self.reduction = heads, reduction
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+        if reduction > 1:
+            self.sr = nn.Conv2d(channels, channels, reduction, reduction)
+            self.norm = nn.LayerNorm(channels)
+
+    def split(self, x):
+        """(B, h, w, C) -> (B, heads, h w, C / heads)."""
+        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, bias=None):
+        """(B, h, w, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, M)."""
+        small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
+        q, k, v = map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
+        bias = None if bias is None else bias.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, N, C / heads)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
+class MixFFN(nn.Module):
+    """Feed-forward layer with a depthwise 3x3 convolution: (B, h, w, C) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        width = 4 * channels
+        self.fc1 = nn.Linear(channels, width)
+        self.dwconv = nn.Sequential(OrderedDict(dwconv=nn.Conv2d(width, width, 3, padding=1, groups=width)))
+        self.fc2 = nn.Linear(width, channels)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(conv(self.fc1(x), self.dwconv)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward layer, each a residual that drop path leaves out for some images of a batch."""
+
+    def __init__(self, channels, heads, reduction, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = Attention(channels, heads, reduction)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = MixFFN(channels)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x, bias=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def initialize(module):
+    """Linear layers: std 0.02; convolutions: sqrt(2 / fan out); biases: zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, std=(2 * module.groups / module.weight[:, 0].numel()) ** 0.5)
+        nn.init.zeros_(module.bias)
+
+
+class MiT(nn.Module):
+    """Maps of the four stages, at strides 4, 8, 16, 32.
+
+    Args:
+        size: b0 (3.3 million parameters) to b5 (81.4 million).
+        drop_path: probability that an image skips a residual of the last block; linear over the depth, from 0.
+        weights: path of a state dict with the names of NVIDIA or Hugging Face, of the encoder or of a whole network
+            (whose head is dropped), or "none". "imagenet" is an error that says where to get such a file.
+
+    `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias may have.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Literal["b0", "b1", "b2", "b3", "b4", "b5"] = "b0",
+        drop_path: float = 0.1,
+        weights: str = "imagenet",
+    ):
+        super().__init__()
+        self.channels = [32, 64, 160, 256] if size == "b0" else [64, 128, 320, 512]
+        self.strides, self.depths, self.heads, self.reductions = [4, 8, 16, 32], DEPTHS[size], HEADS, REDUCTIONS
+        self.normalize = Normalize()
+        rates = iter([drop_path * i / (sum(self.depths) - 1) for i in range(sum(self.depths))])
+        stages = zip([3, *self.channels], self.channels, self.depths, HEADS, REDUCTIONS)
+        for s, (before, channels, depth, heads, reduction) in enumerate(stages, 1):
+            blocks = [Block(channels, heads, reduction, next(rates)) for _ in range(depth)]
+            setattr(self, f"patch_embed{s}", PatchEmbed(before, channels, stride=4 if s == 1 else 2))
+            setattr(self, f"block{s}", nn.ModuleList(blocks))
+            setattr(self, f"norm{s}", nn.LayerNorm(channels, eps=1e-6))
+        self.apply(initialize)
+        if weights == "imagenet":
+            raise WeightsError(
+                "ImageNet weights of MiT have no stable public address: get mit_b0.pth to mit_b5.pth of NVIDIA's "
+                "SegFormer, or nvidia/mit-b0 ... of Hugging Face (NVIDIA's licence, non-commercial), and give "
+                "model.backbone.weights=PATH, or none to start from random weights"
+            )
+        if weights != "none":
+            state = read(weights)
+            state = nvidia_names(state.get("state_dict", state))
+            load_into(self, state, source=weights, drop=["head.*", "classifier.*", "decode_head.*"])
+
+    def forward(self, image, domain="target", bias=None):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
+
+        Args:
+            bias: {(stage, block): floats (B, heads or 1, N or 1, M)}, added to the attention logits of some blocks; the
+                numbers are those of the names, block4.0 is (4, 0). The N = h w queries and the M keys of a grid of
+                h // r x w // r, r the stage's reduction, go row by row. -inf hides a key; a query must keep one.
+        Raises:
+            ValueError: a bias for a block that does not exist.
+        """
+        names = {(s, i) for s, depth in enumerate(self.depths, 1) for i in range(depth)}
+        if bias and not names.issuperset(bias):
+            raise ValueError(f"bias is for blocks {sorted(set(bias) - names)}; MiT has those up to {max(names)}")
+        x, maps = self.normalize(image).permute(0, 2, 3, 1), []  # channels last from here on
+        for s in range(1, 5):
+            x = getattr(self, f"patch_embed{s}")(x)
+            for i, block in enumerate(getattr(self, f"block{s}")):
+                x = block(x, bias.get((s, i)) if bias else None)
+            x = getattr(self, f"norm{s}")(x)
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps

@@ -1,0 +1,35 @@
+"""The sum over branches as the classifier, without parameters: the second half of DeepLabV2's head.
+
+model.classifier: {name: branch_sum.BranchSum}
+"""
+
+import torch
+from torch import nn
+
+
+class BranchSum(nn.Module):
+    """Features (B, branches * K, h, w), K channels per branch -> logits (B, K, h, w).
+
+    Args:
+        branches: number of dilations in the decoder `deeplabv2.DeepLabV2`, whose width is K.
+    Raises:
+        ValueError: the features are not K channels of each branch.
+    """
+
+    def __init__(self, *, in_channels, num_classes, branches: int = 4):
+        super().__init__()
+        if in_channels != branches * num_classes:
+            raise ValueError(
+                f"the sum of {branches} branches over {num_classes} classes needs {branches} x {num_classes} = "
+                f"{branches * num_classes} feature channels, and the decoder has {in_channels}: set "
+                f"model.decoder.width={num_classes}"
+            )
+        self.blocks = (branches, num_classes)
+        self.register_buffer("vectors", torch.eye(num_classes).repeat(1, branches), persistent=False)
+
+    def means(self):
+        """The matrix (K, D) of zeros and ones by which the sum multiplies."""
+        return self.vectors
+
+    def forward(self, features):
+        return features.unflatten(1, self.blocks).sum(1)

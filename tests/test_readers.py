@@ -1,0 +1,493 @@
+"""Cityscapes, GTA5, SYNTHIA and ACDC on tiny files in their official formats."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import acdc, cityscapes, gta5, synthia
+from datasets.acdc import ACDC
+from datasets.base import DataError
+from datasets.cityscapes import Cityscapes
+from datasets.gta5 import GTA5
+from datasets.synthia import Synthia
+from engine.build import build
+from engine.config import load
+from engine.metrics import ConfusionMatrix
+
+ROOT = Path(__file__).parent.parent
+
+# The official tables, copied out once more: train id, class, id on disk, colour.
+OFFICIAL = """
+0  road           7  128  64 128
+1  sidewalk       8  244  35 232
+2  building      11   70  70  70
+3  wall          12  102 102 156
+4  fence         13  190 153 153
+5  pole          17  153 153 153
+6  traffic_light 19  250 170  30
+7  traffic_sign  20  220 220   0
+8  vegetation    21  107 142  35
+9  terrain       22  152 251 152
+10 sky           23   70 130 180
+11 person        24  220  20  60
+12 rider         25  255   0   0
+13 car           26    0   0 142
+14 truck         27    0   0  70
+15 bus           28    0  60 100
+16 train         31    0  80 100
+17 motorcycle    32    0   0 230
+18 bicycle       33  119  11  32
+"""
+LINES = [line.split() for line in OFFICIAL.strip().splitlines()]
+NAMES = [name.replace("_", " ") for _, name, *_ in LINES]
+COLORS = [tuple(map(int, color)) for _, _, _, *color in LINES]
+VOID = [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30]
+TRAIN_ID = dict.fromkeys(VOID, 255) | {int(raw): int(train_id) for train_id, _, raw, *_ in LINES}
+# SYNTHIA: train ids of the ids 0 to 22.
+SYNTHIA = [255, 10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 255, 255, 6, 9, 12, 14, 15, 16, 3, 255]
+RAW, CONVERTED = [*range(34)], [*range(19), 255]  # ids in one row of a label: as released, as train ids
+
+
+def picture(path, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, width, 3), dtype=np.uint8)
+    return save(path, pixels)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)
+    return path
+
+
+def grey(path, ids):
+    """8-bit grey PNG with four rows of these ids."""
+    return save(path, [ids] * 4)
+
+
+def row(data, index=0):
+    """The labels of one row, all rows being equal."""
+    label = data[index]["label"].numpy()
+    assert (label == label[0]).all()
+    return label[0].tolist()
+
+
+# --- Cityscapes ------------------------------------------------------------------------------------------------------
+
+
+def city_frame(root, frame, ids=RAW, kind="labelIds", split="train"):
+    city = frame.split("_")[0]
+    picture(root / "leftImg8bit" / split / city / f"{frame}_leftImg8bit.png", len(ids))
+    if kind:
+        grey(root / "gtFine" / split / city / f"{frame}_gtFine_{kind}.png", ids)
+    return root
+
+
+def test_cityscapes_tables_are_the_official_ones():
+    for module in (cityscapes, gta5, synthia, acdc):
+        assert list(module.CLASSES) == NAMES and list(module.PALETTE) == COLORS
+    for data in (Cityscapes, GTA5, Synthia, ACDC):
+        assert list(data.CLASSES) == NAMES and list(data.PALETTE) == COLORS
+    assert len(TRAIN_ID) == 34
+    assert Cityscapes.ID_MAP == ACDC.ID_MAP == TRAIN_ID | {255: 255}
+    assert GTA5.ID_MAP == TRAIN_ID | {34: 255, 255: 255}
+    assert dict(enumerate(SYNTHIA)) == Synthia.ID_MAP
+    assert {int(train_id): int(raw) for train_id, _, raw, *_ in LINES} == cityscapes.TRAIN_IDS
+
+
+def test_cityscapes_ids_become_train_ids(tmp_path):
+    data = Cityscapes(root=city_frame(tmp_path, "ulm_000000_000019", [*RAW, 255]))
+    assert row(data) == [*(TRAIN_ID[raw] for raw in RAW), 255]
+    back = [cityscapes.TRAIN_IDS[i] for i in row(data) if i != 255]
+    assert back == [raw for raw in RAW if TRAIN_ID[raw] != 255]
+
+
+def test_cityscapes_splits_hold_the_frames_of_all_cities_in_order(tmp_path):
+    train, val = ["aachen_000000_000019", "aachen_000001_000019", "ulm_000000_000019"], ["munster_000000_000019"]
+    for split, frames in (("train", train), ("val", val)):
+        for frame in frames[::-1]:
+            city_frame(tmp_path, frame, split=split)
+    grey(tmp_path / "gtFine" / "train" / "ulm" / "ulm_000000_000019_gtFine_instanceIds.png", RAW)
+    for split, frames in (("train", train), ("val", val)):
+        samples = Cityscapes(root=tmp_path, split=split).samples
+        assert [image.name for image, _ in samples] == [f"{frame}_leftImg8bit.png" for frame in frames]
+        assert [label.name for _, label in samples] == [f"{frame}_gtFine_labelIds.png" for frame in frames]
+        assert all(image.parent.name == label.parent.name == image.name.split("_")[0] for image, label in samples)
+        assert all(image.parent.parent.name == label.parent.parent.name == split for image, label in samples)
+
+
+def test_cityscapes_converted_labels_are_read_only_where_official_ones_are_missing(tmp_path):
+    city_frame(tmp_path, "bochum_000000_000019", CONVERTED, "labelTrainIds")
+    city_frame(tmp_path, "ulm_000000_000019", CONVERTED, "labelTrainIds")
+    city_frame(tmp_path, "ulm_000000_000019", RAW[:20])
+    data = Cityscapes(root=tmp_path)
+    assert row(data, 0) == CONVERTED
+    assert row(data, 1) == [TRAIN_ID[raw] for raw in RAW[:20]]
+
+
+def test_cityscapes_ids_that_no_table_knows_are_errors(tmp_path):
+    with pytest.raises(DataError, match=r"labelIds.png holds the ids \[34\].*ID_MAP"):
+        Cityscapes(root=city_frame(tmp_path, "ulm_000000_000019", [0, 34]))[0]
+    city_frame(tmp_path, "bochum_000000_000019", [18, 19, 33], "labelTrainIds")
+    with pytest.raises(DataError, match=r"labelTrainIds.png holds the ids \[19, 33\].*converted to class ids"):
+        Cityscapes(root=tmp_path)[0]
+
+
+def test_cityscapes_missing_label_is_named_by_its_official_name(tmp_path):
+    city_frame(tmp_path, "ulm_000000_000019")
+    city_frame(tmp_path, "ulm_000001_000019", kind=None)
+    with pytest.raises(DataError, match=r"1 of 2 labels .*train/ulm/ulm_000001_000019_gtFine_labelIds.png"):
+        Cityscapes(root=tmp_path)
+
+
+def test_cityscapes_unknown_split_names_the_folders(tmp_path):
+    city_frame(tmp_path, "ulm_000000_000019")
+    city_frame(tmp_path, "munster_000000_000019", split="val")
+    with pytest.raises(DataError, match=r"no split 'test': the folders in .*leftImg8bit are train, val"):
+        Cityscapes(root=tmp_path, split="test")
+    with pytest.raises(DataError, match=r"no split 'train': the folders in .*leftImg8bit are none"):
+        Cityscapes(root=tmp_path / "gtFine")
+
+
+# --- the two conventions of SYNTHIA -> Cityscapes --------------------------------------------------------------------
+
+WITHOUT_ABSENT = [n for n in NAMES if n not in ("terrain", "truck", "train")]
+THIRTEEN = [n for n in WITHOUT_ABSENT if n not in ("wall", "fence", "pole")]
+
+
+def test_synthia_subsets_are_those_of_the_papers():
+    assert synthia.SUBSETS == {"mIoU16": WITHOUT_ABSENT, "mIoU13": THIRTEEN}
+    assert len(WITHOUT_ABSENT) == 16 and len(THIRTEEN) == 13
+
+
+@pytest.mark.parametrize("kind, ids", [("labelIds", RAW), ("labelTrainIds", CONVERTED)])
+def test_ignored_classes_are_255_and_the_others_keep_their_ids(tmp_path, kind, ids):
+    root = city_frame(tmp_path, "ulm_000000_000019", ids, kind)
+    plain = row(Cityscapes(root=root))
+    assert {*plain} == {*range(19), 255}
+    data = Cityscapes(root=root, ignore=list(synthia.ABSENT))
+    assert row(data) == [255 if i in (9, 14, 16) else i for i in plain]
+    assert list(data.CLASSES) == NAMES
+
+
+def test_convention_a_counts_false_positives_on_absent_classes_and_b_does_not(tmp_path):
+    root = city_frame(tmp_path, "ulm_000000_000019", [7, 7, 27, 26])  # road, road, truck, car
+    predicted = np.array([[0, 0, 13, 13]] * 4)  # the truck is taken for a car
+    scores = {}
+    for name, ignore in (("A", []), ("B", ["terrain", "truck", "train"])):
+        data = Cityscapes(root=root, ignore=ignore)
+        matrix = ConfusionMatrix(data.CLASSES, synthia.SUBSETS)
+        sample = data[0]["label"][None].long()
+        matrix.update(sample.new_tensor(predicted)[None], sample)
+        scores[name] = {key: value for key, value in matrix.summary().items() if key in synthia.SUBSETS}
+    assert scores["A"] == pytest.approx({"mIoU16": 75.0, "mIoU13": 75.0})  # road 100, car 50
+    assert scores["B"] == pytest.approx({"mIoU16": 100.0, "mIoU13": 100.0})
+
+
+def test_unknown_names_to_ignore_are_errors(tmp_path):
+    root = city_frame(tmp_path, "ulm_000000_000019")
+    with pytest.raises(DataError, match=r"Cityscapes: ignore names \['lorry'\]; there are road, sidewalk, .*bicycle"):
+        Cityscapes(root=root, ignore=["truck", "lorry"])
+
+
+# --- GTA5 ------------------------------------------------------------------------------------------------------------
+
+
+def palette_png(path, ids):
+    """Mode P, as released: indices are ids, and a palette in which several ids share a colour."""
+    image = Image.fromarray(np.array([ids] * 4, np.uint8), mode="P")
+    image.putpalette([value for i in range(256) for value in ((0, 0, 0) if i < 4 else (i, 255 - i, i // 2))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    with Image.open(path) as written:
+        assert written.mode == "P"
+
+
+def game_frame(root, stem, ids=(*RAW, 34)):
+    picture(root / "images" / f"{stem}.png", len(ids))
+    palette_png(root / "labels" / f"{stem}.png", ids)
+    return root
+
+
+def stems(data):
+    return [image.stem for image, _ in data.samples]
+
+
+def test_gta5_palette_indices_are_ids_and_34_is_ignored(tmp_path):
+    data = GTA5(root=game_frame(tmp_path, "00001"))
+    assert row(data) == [*(TRAIN_ID[raw] for raw in RAW), 255]
+
+
+def test_gta5_leaves_the_two_bad_files_out_and_reports_them(tmp_path):
+    for stem in ("15187", "15188", "15189", "17705"):
+        game_frame(tmp_path, stem)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "half.txt").write_text("17705\n15187\n")
+    data, half = GTA5(root=tmp_path), GTA5(root=tmp_path, split="half")
+    assert stems(data) == ["15187", "15189"] and stems(half) == ["15187"]
+    assert [image.stem for image in data.left_out] == ["15188", "17705"]
+    assert [image.stem for image in half.left_out] == ["17705"]
+    assert {*GTA5.KNOWN_BAD} == {"15188", "17705"}
+
+
+def test_gta5_converted_labels_are_read_only_where_official_ones_are_missing(tmp_path):
+    picture(tmp_path / "images" / "00001.png", len(CONVERTED))
+    grey(tmp_path / "labels" / "00001_labelTrainIds.png", CONVERTED)
+    game_frame(tmp_path, "00002", RAW[:20])
+    grey(tmp_path / "labels" / "00002_labelTrainIds.png", CONVERTED)
+    data = GTA5(root=tmp_path)
+    assert stems(data) == ["00001", "00002"]
+    assert row(data, 0) == CONVERTED
+    assert row(data, 1) == [TRAIN_ID[raw] for raw in RAW[:20]]
+
+
+def test_gta5_colour_labels_are_refused(tmp_path):
+    game_frame(tmp_path, "00001")
+    with Image.open(tmp_path / "labels" / "00001.png") as image:
+        image.convert("RGB").save(tmp_path / "labels" / "00001.png")
+    with pytest.raises(DataError, match=r"labels/00001.png is a colour picture \(3 channels\)"):
+        GTA5(root=tmp_path)[0]
+
+
+# --- SYNTHIA ---------------------------------------------------------------------------------------------------------
+
+
+def drawn_frame(root, stem, ids=range(23)):
+    """16-bit RGB: the class in red, the instance in green, and ids of other classes in blue."""
+    red = np.array([list(ids)] * 4, np.uint16)
+    picture(root / "RGB" / f"{stem}.png", red.shape[1])
+    (root / "GT" / "LABELS").mkdir(parents=True, exist_ok=True)
+    bgr = np.dstack([22 - red, 300 + red, red])
+    assert cv2.imwrite(str(root / "GT" / "LABELS" / f"{stem}.png"), bgr)
+    return root
+
+
+def png_48_bits(pixels):
+    """(H, W, 3) uint16 RGB -> the bytes of a PNG, written out by the format's definition (no filter, big-endian)."""
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    body = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def test_synthia_class_lies_in_the_first_of_three_16_bit_channels(tmp_path):
+    data = Synthia(root=drawn_frame(tmp_path, "0000000"))
+    assert row(data) == SYNTHIA
+    red = np.array([range(23)] * 4)
+    path = tmp_path / "GT" / "LABELS" / "0000000.png"
+    path.write_bytes(png_48_bits(np.dstack([red, 1000 + red, 22 - red])))
+    assert row(data) == SYNTHIA
+    path.write_bytes(png_48_bits(np.dstack([red + 256, 0 * red, 0 * red])))  # both bytes count
+    with pytest.raises(DataError, match=r"0000000.png holds the ids \[256, 257,"):
+        data[0]
+
+
+@pytest.mark.parametrize("name", ["0000000.png", "0000000_labelTrainIds.png"])
+def test_synthia_mapped_labels_are_not_mapped_twice(tmp_path, name):
+    picture(tmp_path / "RGB" / "0000000.png", len(CONVERTED))
+    path = grey(tmp_path / "GT" / "LABELS" / name, CONVERTED)
+    data = Synthia(root=tmp_path)
+    assert row(data) == CONVERTED
+    palette_png(path, CONVERTED)
+    assert row(data) == CONVERTED
+    grey(path, [*range(3, 23)])
+    with pytest.raises(DataError, match=rf"{name} holds the ids \[19, 20, 21, 22\].*converted to class ids"):
+        data[0]
+
+
+def test_synthia_prefers_the_official_label(tmp_path):
+    drawn_frame(tmp_path, "0000000")
+    grey(tmp_path / "GT" / "LABELS" / "0000000_labelTrainIds.png", [0] * 23)
+    assert row(Synthia(root=tmp_path)) == SYNTHIA
+
+
+def test_synthia_labels_in_other_formats_are_refused_by_name(tmp_path):
+    data, path = Synthia(root=drawn_frame(tmp_path, "0000000")), tmp_path / "GT" / "LABELS" / "0000000.png"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"<html>not found</html>", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"cannot read the label .*GT/LABELS/0000000.png"):
+            data[0]
+    picture(path, 23)  # GT/COLOR, for instance
+    with pytest.raises(DataError, match=r"GT/LABELS/0000000.png is a colour picture"):
+        data[0]
+    Image.fromarray(np.zeros((4, 23), np.uint16)).save(path)
+    with pytest.raises(DataError, match=r"GT/LABELS/0000000.png is no label of SYNTHIA: 16 bits with 3 channels"):
+        data[0]
+    cv2.imwrite(str(path), np.zeros((4, 23, 4), np.uint16))
+    with pytest.raises(DataError, match=r"GT/LABELS/0000000.png"):
+        data[0]
+
+
+# --- lists of GTA5 and SYNTHIA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data, write", [(GTA5, game_frame), (Synthia, drawn_frame)])
+def test_all_is_every_image_and_lists_are_splits(tmp_path, data, write):
+    for stem in ("0003", "0001", "0002"):
+        write(tmp_path, stem)
+    assert stems(data(root=tmp_path)) == stems(data(root=tmp_path, split="all")) == ["0001", "0002", "0003"]
+    with pytest.raises(DataError, match=rf"{data.__name__} has no split 'train' and no list .*; there are: all$"):
+        data(root=tmp_path, split="train")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "few.txt").write_text("0003\n\n0001\n")
+    few = data(root=tmp_path, split="few")
+    assert stems(few) == ["0003", "0001"] and few.samples[0][1].name == "0003.png"
+    with pytest.raises(DataError, match=r"no split 'train' and no list .*; there are: all, few$"):
+        data(root=tmp_path, split="train")
+    (tmp_path / "lists" / "few.txt").write_text("0003\n0009\n")
+    with pytest.raises(DataError, match=r"1 of 2 images do not exist, such as .*0009.png"):
+        data(root=tmp_path, split="few")
+    for label in tmp_path.rglob("L*/0002.png" if data is Synthia else "labels/0002.png"):
+        label.unlink()
+    with pytest.raises(DataError, match=r"1 of 3 labels do not exist, such as .*/0002.png"):
+        data(root=tmp_path)
+
+
+# --- ACDC ------------------------------------------------------------------------------------------------------------
+
+
+def weather_frame(root, condition, frame, ids=CONVERTED, kind="labelTrainIds", split="val"):
+    sequence = frame.split("_")[0]
+    ref = "_ref" if split.endswith("_ref") else ""
+    picture(root / "rgb_anon" / condition / split / sequence / f"{frame}_rgb{ref}_anon.png", len(ids))
+    if kind and not ref:
+        grey(root / "gt" / condition / split / sequence / f"{frame}_gt_{kind}.png", ids)
+    return root
+
+
+def weather(root):
+    for number, condition in enumerate(("snow", "fog", "rain", "night")):
+        weather_frame(root, condition, f"GP{number}_frame_000001")
+        weather_frame(root, condition, f"GP{number}_frame_000002", split="val_ref")
+    weather_frame(root, "night", "GP0_frame_000009")
+    return root
+
+
+def test_acdc_single_conditions_and_all(tmp_path):
+    weather(tmp_path)
+
+    def conditions(**options):
+        samples = ACDC(root=tmp_path, split="val", **options).samples
+        found = [image.relative_to(tmp_path / "rgb_anon").parts[0] for image, _ in samples]
+        assert found == [label.relative_to(tmp_path / "gt").parts[0] for _, label in samples]
+        return found
+
+    for condition in ("fog", "rain", "snow"):
+        assert conditions(condition=condition) == [condition]
+    assert conditions(condition="night") == ["night"] * 2
+    assert conditions() == conditions(condition="all") == ["fog", "night", "night", "rain", "snow"]
+
+
+def test_acdc_reads_train_ids_and_maps_ids(tmp_path):
+    weather_frame(tmp_path, "fog", "GP1_frame_000001")
+    weather_frame(tmp_path, "fog", "GP1_frame_000001", [7] * 20, "labelIds")
+    weather_frame(tmp_path, "fog", "GP2_frame_000001", [*RAW, 255], "labelIds")
+    data = ACDC(root=tmp_path, split="val", condition="fog")
+    assert row(data, 0) == CONVERTED
+    assert row(data, 1) == [*(TRAIN_ID[raw] for raw in RAW), 255]
+
+
+def test_acdc_reference_images_have_no_labels(tmp_path):
+    weather(tmp_path)
+    with pytest.raises(DataError, match=r"ACDC val_ref holds reference images, .*; set labels: false"):
+        ACDC(root=tmp_path, split="val_ref")
+    data = ACDC(root=tmp_path, split="val_ref", labels=False)
+    assert len(data) == 4 and all(image.name.endswith("_rgb_ref_anon.png") for image, _ in data.samples)
+    assert {*row(data)} == {255}
+
+
+def test_acdc_unknown_conditions_splits_and_missing_labels_are_named(tmp_path):
+    weather(tmp_path)
+    with pytest.raises(DataError, match="no condition 'dusk'; there are fog, night, rain, snow, all"):
+        ACDC(root=tmp_path, condition="dusk")
+    with pytest.raises(DataError, match=r"ACDC fog has no split 'train': the folders in .*/fog are val, val_ref"):
+        ACDC(root=tmp_path)
+    weather_frame(tmp_path, "rain", "GP7_frame_000001", kind=None)
+    with pytest.raises(DataError, match=r"1 of 6 labels .*/rain/val/GP7/GP7_frame_000001_gt_labelTrainIds.png"):
+        ACDC(root=tmp_path, split="val")
+
+
+# --- what all four share ---------------------------------------------------------------------------------------------
+
+WRITERS = {
+    Cityscapes: lambda root: city_frame(root, "ulm_000000_000019"),
+    GTA5: lambda root: game_frame(root, "00001"),
+    Synthia: lambda root: drawn_frame(root, "0000001"),
+    ACDC: lambda root: [weather_frame(root, c, "GP1_frame_000001", split="train") for c in acdc.CONDITIONS],
+}
+
+
+@pytest.mark.parametrize("data", WRITERS)
+def test_unlabelled_targets_never_look_at_labels(tmp_path, data, monkeypatch):
+    WRITERS[data](tmp_path)
+    for path in [p for p in tmp_path.rglob("*.png") if {"gtFine", "labels", "GT", "gt"} & {*p.parts}]:
+        path.unlink()
+    monkeypatch.setattr(cityscapes, "existing", None)  # a call would fail
+    monkeypatch.setattr(gta5, "existing", None)
+    monkeypatch.setattr(acdc, "existing", None)
+    unlabelled = data(root=tmp_path, labels=False)
+    assert len(unlabelled) > 0 and all(label is None for _, label in unlabelled.samples)
+    assert all(label is None for _, label in unlabelled.pairs())
+    assert {*row(unlabelled)} == {255}
+
+
+@pytest.mark.parametrize("data", WRITERS)
+def test_all_of_them_can_ignore_classes(tmp_path, data):
+    WRITERS[data](tmp_path)
+    plain = row(data(root=tmp_path))
+    assert row(data(root=tmp_path, ignore=["road"])) == [255 if i == 0 else i for i in plain] != plain
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+def configured(tmp_path, *bases):
+    text = f"base: [{', '.join(str(ROOT / 'configs' / 'base' / f'{b}.yaml') for b in bases)}]\n"
+    (tmp_path / "x.yaml").write_text(text)
+    return load(tmp_path / "x.yaml", [])
+
+
+def test_configurations_build_the_data_sets_that_they_name(tmp_path):
+    for split in ("train", "val"):
+        city_frame(tmp_path, "ulm_000000_000019", split=split)
+    for condition in acdc.CONDITIONS:
+        weather_frame(tmp_path, condition, "GP1_frame_000001")
+    game_frame(tmp_path, "00001")
+    drawn_frame(tmp_path, "0000001")
+    found = {}
+    for base in ("cityscapes", "gta5", "synthia", "acdc"):
+        data = configured(tmp_path, base).data
+        specs = {"train": data.train, "val": data.val, **data.test}
+        for name, spec in specs.items():
+            if spec["name"] != "none":
+                assert spec["root"] == f"data/{base}"
+                made = build("datasets", {**spec, "root": str(tmp_path)}, root=None, seed=0)
+                found[base, name] = type(made), made.split, len(made)
+    assert found == {
+        ("cityscapes", "train"): (Cityscapes, "train", 1),
+        ("cityscapes", "val"): (Cityscapes, "val", 1),
+        ("cityscapes", "cityscapes"): (Cityscapes, "val", 1),
+        ("gta5", "train"): (GTA5, "all", 1),
+        ("synthia", "train"): (Synthia, "all", 1),
+        **{("acdc", f"acdc_{condition}"): (ACDC, "val", 1) for condition in acdc.CONDITIONS},
+    }
+    conditions = {name: spec["condition"] for name, spec in configured(tmp_path, "acdc").data.test.items()}
+    assert conditions == {f"acdc_{c}": c for c in acdc.CONDITIONS}
+
+
+def test_configurations_can_be_joined(tmp_path):
+    cfg = configured(tmp_path, "cityscapes", "synthia", "acdc")
+    assert cfg.data.train == {"name": "synthia.Synthia", "split": "all", "root": "data/synthia"}
+    assert cfg.data.val["name"] == "cityscapes.Cityscapes"
+    assert {*cfg.data.test} == {"cityscapes", "acdc_fog", "acdc_night", "acdc_rain", "acdc_snow"}
+    assert cfg.eval.subsets == synthia.SUBSETS
+    assert configured(tmp_path, "cityscapes", "gta5").data.train == {
+        "name": "gta5.GTA5", "split": "all", "root": "data/gta5",
+    }  # fmt: skip

@@ -1,0 +1,63 @@
+"""What README and the configurations promise: commands that exist, examples that load, networks that can be built."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.build import build_losses, build_segmentor
+from engine.config import load, read_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "defaults.yaml")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_second_command_is_what_ci_runs():
+    command = next(block for block in blocks("bash") if "pytest" in block)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -r requirements.txt pytest && pytest" in command
+    assert "pip install -q -r requirements.txt pytest && pytest" in ci
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:configs|docs|benchmarks)/[\w/.]+\.(?:yaml|png|md)", README)))
+)
+def test_files_that_the_readme_names_exist(path):
+    assert (ROOT / path).exists() or path == "configs/mine.yaml"
+
+
+def contains(whole, part):
+    """Is every key of `part` in `whole` with the same value?"""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(key in whole and contains(whole[key], part[key]) for key in part)
+    return whole == part
+
+
+def test_the_configuration_that_the_readme_explains_is_the_real_one():
+    printed = read_yaml(blocks("yaml")[0], "README")
+    printed.pop("base")
+    real = load(ROOT / "configs" / "camvid" / "resnet18_cbp_occl.yaml")
+    assert all(contains(real[key], value) for key, value in printed.items()), printed
+
+
+def test_the_recipe_for_own_data_loads(tmp_path):
+    (tmp_path / "mine.yaml").write_text(blocks("yaml")[1].replace("[base/", f"[{ROOT}/configs/base/"))
+    cfg = load(tmp_path / "mine.yaml")
+    assert cfg.data.train["classes"] == ["field", "water", "forest"] and cfg.data.val["split"] == "val"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_configuration_loads_and_its_network_can_be_built(path):
+    cfg = load(path)
+    with torch.device("meta"):
+        model = build_segmentor(cfg.model, 19, pretrained=False)
+        build_losses(cfg.losses, num_classes=19, in_channels=model.decoder.channels, seed=0)
+    assert path.parent.name == "base" or path.read_text().startswith("# python "), (
+        "an experiment opens with its command"
+    )
