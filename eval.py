@@ -12,7 +12,6 @@ averaged network.
 
 from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine import checkpoint, config, distributed, precision
@@ -27,9 +26,8 @@ def load_network(path, overrides=()):
     """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device, checkpoint)."""
     saved = checkpoint.load(path)
     cfg = config.override(saved["config"], overrides)
-    device = distributed.init(cfg.device, cfg.timeout)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    cfg = config.stages(cfg)[saved["stage"]] if "stage" in saved else cfg
+    device = distributed.setup(cfg)
     network = build_segmentor(cfg.model, len(saved["classes"]), pretrained=False)
     state = saved["model"]
     if cfg.eval.weights == "teacher":

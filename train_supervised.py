@@ -8,12 +8,10 @@ The same command goes on where a killed run stopped. The run folder, the options
 """
 
 import contextlib
-import json
 import logging
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -21,60 +19,28 @@ from tqdm import tqdm
 
 from datasets.base import IGNORE, to_device
 from datasets.sampler import StreamSampler, make_loader
-from engine import checkpoint, config, distributed, pictures, precision, schedule
-from engine.build import build, build_losses, build_segmentor, call
+from engine import checkpoint, config, distributed, precision, schedule
+from engine.build import build, build_data, build_losses, build_segmentor, call
 from engine.ema import Teacher
 from engine.errors import run
-from engine.inference import evaluate
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
-from engine.report import comparison, confusion_picture, report, similarity
-from engine.statistics import resize_labels, resize_logits
+from engine.report import draw_similarity, draw_views, final_report, validate
+from engine.statistics import resize_labels
 from models.segmentor import View
 
 logger = logging.getLogger("engine")
 
 
-def build_data(cfg):
-    """Training, validation and test sets; they must share their classes."""
-    augment = build("datasets", cfg.data.augment)
-    train = build("datasets", cfg.data.train, root=cfg.data.root, augment=augment, seed=cfg.seed)
-    val = build("datasets", cfg.data.val, root=cfg.data.root)
-    tests = {name: build("datasets", spec, root=cfg.data.root) for name, spec in cfg.data.test.items()}
-    for name, dataset in {"val": val, **tests}.items():
-        if tuple(dataset.CLASSES) != tuple(train.CLASSES):
-            raise config.ConfigError(
-                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
-                f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
-            )
-    return train, val, tests
-
-
-def draw_training(log, step, batch, outputs, palette, vectors, classes):
-    """TensorBoard pictures: the first images with truth and prediction, and how similar the class vectors are."""
-    size = batch["label"].shape[-2:]
-    predictions = resize_logits(outputs["source"].logits.detach()[:2].float(), size).argmax(1)
-    rows = [comparison(*pair, palette) for pair in zip(batch["image"][:2], batch["label"][:2], predictions)]
-    log.picture("images/source", pictures.stack([*rows, pictures.legend(classes, palette, rows[0].shape[1])]), step)
-    for name, member in vectors.items():
-        picture = pictures.heatmap(similarity(member.means()), classes, classes, low=-1.0, diverging=True, title=name)
-        log.picture(f"prototypes/{name}", picture, step)
-
-
 @record
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
-    device = distributed.init(cfg.device, cfg.timeout)
+    device = distributed.setup(cfg)
     to_console()
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    distributed.seed_everything(cfg.seed)
     world, folder = distributed.world_size(), Path(cfg.folder)
 
     # --- build ---
-    train_set, val_set, test_sets = build_data(cfg)
+    train_set, val_set, test_sets, _ = build_data(cfg)
     num_classes = len(train_set.CLASSES)
     saved = checkpoint.find(folder, cfg.resume)
     if saved:
@@ -182,25 +148,20 @@ def main(arguments):
         stop = preemption.requested()
         final = done == cfg.train.iters
         save = stop or final or done % cfg.checkpoint.every == 0
-        validate = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
-        if save or validate or done % cfg.log.every == 0:
+        check = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
+        if save or check or done % cfg.log.every == 0:
             values = averages.take(step)
             values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
             values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
             log.scalars(values | log.speed(step, cfg.train.batch_size, device), done)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_training(log, done, batch, outputs, train_set.PALETTE, vectors, train_set.CLASSES)
-        if validate:
-            matrix = evaluate(reported, val_set, cfg.eval, device, autocast, title="val")
-            score = matrix.summary()
-            ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
-            per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
-            log.scalars({f"val/{name}": value for name, value in score.items()} | per_class, done)
-            log.picture("val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), done)
-            logger.info(f"step {done}: val mIoU {score['mIoU']:.2f}, loss {values['train/loss']:.3f}")
-            if score["mIoU"] > best:
-                best, state = score["mIoU"], content(done)
+            draw_views(log, done, views, labels, outputs, train_set)
+            draw_similarity(log, done, vectors, train_set)
+        if check:
+            score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
+            if score > best:
+                best, state = score, content(done)
                 if distributed.is_main():
                     light = {key: value for key, value in state.items() if key not in ("optimizer", "scaler", "rng")}
                     checkpoint.save(folder / "best.pt", light, required=False)
@@ -210,17 +171,9 @@ def main(arguments):
             logger.info(f"signal received: saved at step {done}; the same command goes on from there")
             break
 
-    # --- report: the last weights on the test sets; best.pt is for eval.py ---
     if not stop:
-        about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock)}
-        matrices = report(reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder / "eval", about)
-        results = about | {
-            "best_val": best,
-            "results": {n: matrix.as_dict()["summary"] for n, matrix in matrices.items()},
-        }
-        if distributed.is_main():
-            (folder / "results.json").write_text(json.dumps(results, indent=1))
-        logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
+        about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock), "best_val": best}
+        final_report(reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder, about)
     log.close()
 
 

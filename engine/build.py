@@ -87,6 +87,32 @@ def _keywords(constructor, name, spec, context):
     return keywords
 
 
+def build_data(cfg):
+    """The data sets of a configuration; they must share their classes.
+
+    Returns:
+        training set, validation set, {name: test set}, target set without labels (None if there is no data.target).
+    """
+    context = {"root": cfg.data.root, "seed": cfg.seed}
+    train = build("datasets", cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
+    others = {"val": build("datasets", cfg.data.val, **context)}
+    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in cfg.data.test.items()}
+    target = None
+    if cfg.data.target["name"] != "none":
+        spec, augment = cfg.data.target, cfg.data.target_augment
+        augment = build("datasets", augment if augment["name"] != "none" else cfg.data.augment)
+        # A target set for training gets no label path at all; its samples are drawn independently of the source's.
+        target = build("datasets", {**spec, "labels": False}, augment=augment, **context | {"seed": cfg.seed + 1})
+    for name, dataset in (others | ({"target": target} if target else {})).items():
+        if tuple(dataset.CLASSES) != tuple(train.CLASSES):
+            raise ConfigError(
+                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
+                f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
+            )
+    val = others.pop("val")
+    return train, val, {name.removeprefix("test."): dataset for name, dataset in others.items()}, target
+
+
 def build_segmentor(model, num_classes, pretrained=True):
     """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
     from models.segmentor import Segmentor

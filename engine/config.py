@@ -133,6 +133,35 @@ def override(config, overrides):
     return _wrap(config)
 
 
+STAGE = {"name": "main", "iters": 0, "init": "imagenet", "teacher": "ema", "repeat": 1, "lr_scale": 1.0}
+
+
+def stages(config):
+    """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any others.
+
+    Returns:
+        list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with its learning rate
+        multiplied by `lr_scale` once more.
+    """
+    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
+    result = []
+    for number, spec in enumerate(plain(config["stages"]) or [{}]):
+        where = f"stages.{number}"
+        if not isinstance(spec, dict):
+            raise ConfigError(f"{where} must be a mapping with keys such as {listing(STAGE)}, not {spec!r}")
+        _check({key: value for key, value in spec.items() if key in STAGE}, STAGE, where, "the configuration")
+        changes = {key: value for key, value in spec.items() if key not in STAGE}
+        _check(changes, schema, where, "the configuration")
+        stage = STAGE | {key: value for key, value in spec.items() if key in STAGE}
+        for turn in range(stage["repeat"]):
+            merged = _merge(plain(config), changes)
+            merged["train"]["iters"] = stage["iters"] or merged["train"]["iters"]
+            merged["optimizer"]["lr"] *= stage["lr_scale"] ** turn
+            name = stage["name"] if stage["repeat"] == 1 else f"{stage['name']}{turn + 1}"
+            result.append(_wrap(merged | {"stage": stage | {"name": name}}))
+    return result
+
+
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
     Path(path).write_text(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")

@@ -41,6 +41,17 @@ def init(device="auto", timeout=30):
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
+def setup(cfg):
+    """What every script does first: join the processes, set threads, determinism and seed -> device."""
+    device = init(cfg.device, cfg.timeout)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    seed_everything(cfg.seed)
+    return device
+
+
 def close():
     """Leave the process group."""
     if dist.is_initialized():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from engine import distributed, pictures
 from engine.inference import evaluate, predict
+from engine.statistics import IGNORE, resize_logits
 
 logger = logging.getLogger("engine")
 
@@ -43,6 +44,26 @@ def confusion_picture(matrix, title):
     rows = counts.sum(1, keepdims=True)
     shares = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)
     return pictures.heatmap(shares, matrix.classes, matrix.classes, title=title, text="{:.0%}")
+
+
+def draw_views(log, step, views, labels, outputs, dataset, count=2):
+    """TensorBoard: the first images of every view of a training step, its labels and the prediction."""
+    for name, view in views.items():
+        shown, truth = view.image[:count], labels.get(name, torch.full_like(view.image[:, 0], IGNORE).long())[:count]
+        predictions = resize_logits(outputs[name].logits.detach()[:count].float(), truth.shape[-2:]).argmax(1)
+        rows = [comparison(*triple, dataset.PALETTE) for triple in zip(shown, truth, predictions)]
+        rows.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, rows[0].shape[1]))
+        log.picture(f"images/{name}", pictures.stack(rows), step)
+
+
+def draw_similarity(log, step, vectors, dataset):
+    """TensorBoard: cosines between the class vectors of the classifier and of each prototype member."""
+    for name, member in vectors.items():
+        matrix = similarity(member.means())
+        names = dataset.CLASSES
+        log.picture(
+            f"prototypes/{name}", pictures.heatmap(matrix, names, names, low=-1.0, diverging=True, title=name), step
+        )
 
 
 def report(network, datasets, options, device, autocast, folder, about):
@@ -80,6 +101,27 @@ def report(network, datasets, options, device, autocast, folder, about):
                 folder / f"{name}_{index:04d}.png"
             )
     return matrices
+
+
+def validate(network, dataset, options, device, autocast, log, step):
+    """Evaluate during training and log the table -> mIoU, which chooses best.pt."""
+    matrix = evaluate(network, dataset, options, device, autocast, title="val")
+    score = matrix.summary()
+    ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
+    per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
+    log.scalars({f"val/{name}": value for name, value in score.items()} | per_class, step)
+    log.picture("val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), step)
+    logger.info(f"step {step}: val mIoU {score['mIoU']:.2f}")
+    return score["mIoU"]
+
+
+def final_report(network, datasets, options, device, autocast, folder, about):
+    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py."""
+    matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
+    results = {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}
+    if distributed.is_main():
+        (folder / "results.json").write_text(json.dumps(about | {"results": results}, indent=1))
+    logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
 
 
 @torch.no_grad()

@@ -30,7 +30,18 @@ def resize_logits(logits, size):
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def class_sums(features, labels, num_classes, weights=None, sync=False):
+def pixel_hash(seed, samples, pixels):
+    """Pseudo-random integers in [0, 2^32) of every (sample, pixel) -> (B, pixels), the same on every device."""
+    mask = 0xFFFFFFFF
+    pixel = torch.arange(pixels, device=samples.device)
+    x = (samples[:, None] * 0x9E3779B1 + pixel * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & mask
+    for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of xor-shift and multiply mix all bits
+        x = x ^ (x >> 16)
+        x = (x * multiplier) & mask
+    return x ^ (x >> 16)
+
+
+def class_sums(features, labels, num_classes, weights=None, sync=False, per_image=False):
     """Sum the features of each class.
 
     Args:
@@ -39,8 +50,10 @@ def class_sums(features, labels, num_classes, weights=None, sync=False):
         num_classes: K.
         weights: (B, h, w) factor of each pixel, or None for ones.
         sync: add the sums of all processes; gradients are those of the global sums (see distributed.synced_sum).
+        per_image: keep the images apart; without `sync`.
     Returns:
-        sums (K, D) with the graph of the features, counts (K) = sum of the weights; both at least float32.
+        sums (K, D) with the graph of the features, counts (K) = sum of the weights; both at least float32. Per image
+        (B, K, D) and (B, K).
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
@@ -51,10 +64,12 @@ def class_sums(features, labels, num_classes, weights=None, sync=False):
             members = members * weights.flatten(1)[:, None].to(dtype)
         # The order of the product decides the layout of its gradient; in another one backward would copy it.
         if features.is_contiguous(memory_format=torch.channels_last):
-            sums = torch.bmm(members, maps.transpose(1, 2)).sum(0)  # (K, D)
+            sums = torch.bmm(members, maps.transpose(1, 2))  # (B, K, D)
         else:
-            sums = torch.bmm(maps, members.transpose(1, 2)).sum(0).T  # (K, D)
-        counts = members.sum((0, 2))  # (K)
+            sums = torch.bmm(maps, members.transpose(1, 2)).transpose(1, 2)  # (B, K, D)
+        if per_image:
+            return sums, members.sum(2)
+        sums, counts = sums.sum(0), members.sum((0, 2))  # (K, D), (K)
         if sync:
             both = distributed.synced_sum(torch.cat([sums, counts[:, None]], 1))  # one collective
             sums, counts = both[:, :-1], both[:, -1].detach()

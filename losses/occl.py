@@ -19,20 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.statistics import IGNORE, class_sums, resize_labels
+from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
 
 ABSENT = -1e9  # logit of a class without pixels: finite, so that fully masked rows have finite gradients
-
-
-def pixel_hash(seed, samples, pixels):
-    """Pseudo-random integers in [0, 2^32) of every (sample, pixel) -> (B, pixels), the same on every device."""
-    mask = 0xFFFFFFFF
-    pixel = torch.arange(pixels, device=samples.device)
-    x = (samples[:, None] * 0x9E3779B1 + pixel * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & mask
-    for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of xor-shift and multiply mix all bits
-        x = x ^ (x >> 16)
-        x = (x * multiplier) & mask
-    return x ^ (x >> 16)
 
 
 def halve(labels, samples, num_classes, seed):

@@ -14,7 +14,7 @@ class View(NamedTuple):
     """What the network sees: image (B, 3, H, W) in [0, 1], and the domain whose stem and statistics it takes."""
 
     image: torch.Tensor
-    domain: str = "source"
+    domain: str = "target"
 
 
 class Output(NamedTuple):

@@ -84,9 +84,12 @@ def write_pair(image, label, classes, size=(48, 70)):
 # What a class needs beyond its defaults to be small, or a function (folder) -> options that writes the files it reads.
 SMALL = {
     "resnet.ResNet": {"depth": 18},
-    "deeplabv3plus.DeepLabV3Plus": {"width": 24, "low_width": 8},
-    "fcn.FCN": {"width": 24},
-    "segformer_mlp.SegFormerMLP": {"width": 24},
+    "mit.MiT": {"size": "b0"},
+    "deeplabv3plus.DeepLabV3Plus": {"width": 20, "low_width": 8},
+    "deeplabv2.DeepLabV2": {"width": 5},
+    "daformer.DAFormer": {"width": 20},
+    "fcn.FCN": {"width": 20},
+    "segformer_mlp.SegFormerMLP": {"width": 20},
     "camvid.CamVid": write_camvid,
     "folder.Folder": write_folder,
     "cityscapes.Cityscapes": write_cityscapes,
@@ -100,9 +103,11 @@ SMALL = {
 HELPERS = {
     "datasets.base": "what all data sets share",
     "datasets.check": "command line tool",
+    "datasets.mixers": "views of domain adaptation, tested in test_uda.py",
     "datasets.sampler": "order of the samples",
     "datasets.toy_scene": "geometry of datasets.toy",
     "datasets.transforms": "augmentation",
+    "losses.self_training": "a labeler, tested in test_uda.py",
 }
 
 
@@ -178,7 +183,7 @@ def test_tables_name_only_what_exists():
 
 SIZES = [(97, 65), (64, 96)]
 STRIDES = [(4, 8, 16, 32), (4, 8, 16)]
-K, D = 5, 16
+K, D = 5, 20  # every decoder has D channels: branch_sum.BranchSum needs 4 K
 
 
 def random_maps(size, strides, batch=2, dtype=torch.float32):

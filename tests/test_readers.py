@@ -199,7 +199,7 @@ def test_unknown_names_to_ignore_are_errors(tmp_path):
 
 def palette_png(path, ids):
     """Mode P, as released: indices are ids, and a palette in which several ids share a colour."""
-    image = Image.fromarray(np.array([ids] * 4, np.uint8), mode="P")
+    image = Image.fromarray(np.array([ids] * 4, np.uint8))
     image.putpalette([value for i in range(256) for value in ((0, 0, 0) if i < 4 else (i, 255 - i, i // 2))])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

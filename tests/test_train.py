@@ -5,24 +5,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_supervised
 from engine import checkpoint, distributed
-
-ROOT = Path(__file__).parent.parent
-TINY = str(ROOT / "tests" / "tiny.yaml")
-DOUBLE = """
-import sys, torch
-torch.set_default_dtype(torch.float64)
-import train_supervised
-train_supervised.main(sys.argv[1:])
-"""
+from engine.log import Averages, Log
+from tests.runs import ROOT, assert_same_state, command, last, leaves, run, scalars, train
 
 
 @pytest.fixture(autouse=True)
@@ -32,68 +25,6 @@ def one_thread():
     torch.set_num_threads(before)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def train(folder, *overrides):
-    """Run the script in this process -> its scalars, one dict per step."""
-    train_supervised.main([TINY, f"folder={folder}", *overrides])
-    return scalars(folder)
-
-
-def scalars(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "scalars.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "train/loss" in line}
-
-
-def command(folder, *overrides, processes=1, double=False):
-    """The command line of a run in processes of its own."""
-    python = [sys.executable]
-    if processes > 1:
-        port = 29500 + os.getpid() % 1000
-        python = [*python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    if double:
-        script = Path(folder).parent / "double.py"
-        script.write_text(DOUBLE)
-        python.append(str(script))
-    else:
-        python.append(str(ROOT / "train_supervised.py"))
-    return [*python, TINY, f"folder={folder}", *overrides]
-
-
-def run(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command(*arguments, **options), env=environment, capture_output=True, text=True, cwd=ROOT)
-    return result.returncode, result.stdout + result.stderr
-
-
-def last(folder):
-    return checkpoint.load(checkpoint.list_steps(folder)[0])
-
-
-def leaves(value, prefix=""):
-    """Every leaf of a nested state -> {dotted name: value}."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{prefix}.{key}").items()}
-
-
-def assert_same_state(a, b, tolerance=None, keys=("model", "teacher", "prototypes", "optimizer", "scaler")):
-    """Equal tensors, bitwise or up to a tolerance, and equal everything else."""
-    for key in keys:
-        first, second = leaves(a[key]), leaves(b[key])
-        assert first.keys() == second.keys() and (first or key == "scaler")  # a disabled scaler has no state
-        for name, value in first.items():
-            other = second[name]
-            if not torch.is_tensor(value):
-                assert value == other, f"{key}{name}"
-            elif tolerance is None or not value.is_floating_point():
-                assert torch.equal(value, other), f"{key}{name}"
-            else:
-                torch.testing.assert_close(value, other, rtol=0, atol=tolerance, msg=f"{key}{name}")
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
@@ -321,12 +252,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path):
 def test_classes_of_test_and_training_data_must_agree(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
     Image.new("L", (8, 8)).save(tmp_path / "labels" / "a.png")
     spec = f"{{name: folder.Folder, root: {tmp_path}, image_dir: images, label_dir: labels, classes: [one, two]}}"
-    with pytest.raises(ValueError, match=r"data\.mine has 2 classes \(one, two\) and data\.train has 11"):
+    with pytest.raises(ValueError, match=r"data\.test\.mine has 2 classes \(one, two\) and data\.train has 11"):
         train(tmp_path / "run", f"data.test.mine={spec}")
 
 
@@ -344,6 +273,24 @@ def test_a_mistake_ends_the_script_with_one_line_and_no_traceback(tmp_path):
     code, output = run(tmp_path / "run", "optimizer.lrr=1")
     assert code == 1 and "Traceback" not in output
     assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in output
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    first = Log(tmp_path)
+    with pytest.raises(ValueError, match="another run is writing to"):
+        Log(tmp_path)
+    first.close()
+    Log(tmp_path).close()
+
+
+def test_averages_name_the_loss_that_is_not_finite():
+    averages = Averages()
+    for value in (1.0, 2.0):
+        averages.add({"train/loss": torch.tensor(value), "train/loss_occl": torch.tensor(3.0)})
+    assert averages.take(2) == {"train/loss": 1.5, "train/loss_occl": 3.0} and averages.take(3) == {}
+    averages.add({"train/loss_occl": torch.tensor(float("nan"))})
+    with pytest.raises(FloatingPointError, match=r"train/loss_occl became nan .* up to step 4"):
+        averages.take(4)
 
 
 def test_single_process_helpers_are_identities():

@@ -2,13 +2,12 @@
 
     model.backbone: {name: mit.MiT, size: b5, weights: PATH}
 
-Four stages of overlapping patches, and attention whose keys and values come from a map that a strided convolution made
-smaller. There are no position embeddings (the depthwise convolutions see the border), so any image of at least 29x29
-pixels works. Tensors have the names of NVIDIA's release. The initialisation is the release's from general knowledge.
+Four stages of overlapping patches; keys and values of the attention come from a map that a strided convolution made
+smaller. No position embeddings: any image of at least 29x29 pixels works. Tensors have the names of NVIDIA's release;
+the initialisation is the release's by general knowledge.
 """
 
 import re
-from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from torchvision.ops import StochasticDepth
 from engine.weights import WeightsError, load_into, read
 from models.blocks import Normalize
 
+Size = Literal["b0", "b1", "b2", "b3", "b4", "b5"]
 DEPTHS = dict(b0=(2, 2, 2, 2), b1=(2, 2, 2, 2), b2=(3, 4, 6, 3), b3=(3, 4, 18, 3), b4=(3, 8, 27, 3), b5=(3, 6, 40, 3))
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)  # per stage; a reduction is the stride of keys and values
 
@@ -39,12 +39,10 @@ def nvidia_names(state):
     renamed = {}
     for key, value in sorted(state.items()):
         key = re.sub(r"^((module|backbone|segformer|encoder)\.)+", "", key)
-        key = re.sub(r"^(patch_embed|block|layer_norm)(?:dings)?\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", key)
-        key = key.removeprefix("layer_")
+        key = re.sub(r"^(?:layer_)?(patch_embed|block|norm)(?:dings)?\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", key)
         for old, new in HUGGING_FACE.items():
             key = key.replace(old, new)
-        # Keys and values share a layer; in sorted order the keys come first.
-        renamed[key] = torch.cat([renamed[key], value]) if key in renamed else value
+        renamed[key] = torch.cat([renamed[key], value]) if key in renamed else value  # kv: sorted, keys first
     return renamed
 
 
@@ -71,16 +69,14 @@ class Attention(nn.Module):
     def __init__(self, channels, heads, reduction):
         super().__init__()
         self.heads, self.reduction = heads, reduction
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(channels, 2 * channels)
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, reduction)
             self.norm = nn.LayerNorm(channels)
 
     def split(self, x):
-        """(B, h, w, C) -> (B, heads, h w, C / heads)."""
-        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, h w, C / heads)
 
     def forward(self, x, bias=None):
         """(B, h, w, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, M)."""
@@ -98,11 +94,11 @@ class MixFFN(nn.Module):
         super().__init__()
         width = 4 * channels
         self.fc1 = nn.Linear(channels, width)
-        self.dwconv = nn.Sequential(OrderedDict(dwconv=nn.Conv2d(width, width, 3, padding=1, groups=width)))
+        self.dwconv = nn.ModuleDict({"dwconv": nn.Conv2d(width, width, 3, padding=1, groups=width)})
         self.fc2 = nn.Linear(width, channels)
 
     def forward(self, x):
-        return self.fc2(F.gelu(conv(self.fc1(x), self.dwconv)))
+        return self.fc2(F.gelu(conv(self.fc1(x), self.dwconv["dwconv"])))
 
 
 class Block(nn.Module):
@@ -110,10 +106,8 @@ class Block(nn.Module):
 
     def __init__(self, channels, heads, reduction, drop_path):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = Attention(channels, heads, reduction)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = MixFFN(channels)
+        self.norm1, self.norm2 = nn.LayerNorm(channels, eps=1e-6), nn.LayerNorm(channels, eps=1e-6)
+        self.attn, self.mlp = Attention(channels, heads, reduction), MixFFN(channels)
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x, bias=None):
@@ -143,45 +137,35 @@ class MiT(nn.Module):
     `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias may have.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Literal["b0", "b1", "b2", "b3", "b4", "b5"] = "b0",
-        drop_path: float = 0.1,
-        weights: str = "imagenet",
-    ):
+    def __init__(self, *, size: Size = "b0", drop_path: float = 0.1, weights: str = "imagenet"):
         super().__init__()
         self.channels = [32, 64, 160, 256] if size == "b0" else [64, 128, 320, 512]
         self.strides, self.depths, self.heads, self.reductions = [4, 8, 16, 32], DEPTHS[size], HEADS, REDUCTIONS
         self.normalize = Normalize()
         rates = iter([drop_path * i / (sum(self.depths) - 1) for i in range(sum(self.depths))])
         stages = zip([3, *self.channels], self.channels, self.depths, HEADS, REDUCTIONS)
-        for s, (before, channels, depth, heads, reduction) in enumerate(stages, 1):
-            blocks = [Block(channels, heads, reduction, next(rates)) for _ in range(depth)]
-            setattr(self, f"patch_embed{s}", PatchEmbed(before, channels, stride=4 if s == 1 else 2))
-            setattr(self, f"block{s}", nn.ModuleList(blocks))
-            setattr(self, f"norm{s}", nn.LayerNorm(channels, eps=1e-6))
+        for s, (before, width, depth, heads, reduction) in enumerate(stages, 1):
+            setattr(self, f"patch_embed{s}", PatchEmbed(before, width, stride=4 if s == 1 else 2))
+            setattr(self, f"block{s}", nn.ModuleList(Block(width, heads, reduction, next(rates)) for _ in range(depth)))
+            setattr(self, f"norm{s}", nn.LayerNorm(width, eps=1e-6))
         self.apply(initialize)
         if weights == "imagenet":
             raise WeightsError(
-                "ImageNet weights of MiT have no stable public address: get mit_b0.pth to mit_b5.pth of NVIDIA's "
-                "SegFormer, or nvidia/mit-b0 ... of Hugging Face (NVIDIA's licence, non-commercial), and give "
-                "model.backbone.weights=PATH, or none to start from random weights"
+                "ImageNet weights of MiT have no stable public address: give model.backbone.weights=PATH, a file of "
+                "NVIDIA's SegFormer (mit_b0.pth) or Hugging Face (nvidia/mit-b0), non-commercial licence; or none"
             )
         if weights != "none":
-            state = read(weights)
-            state = nvidia_names(state.get("state_dict", state))
+            file = read(weights)
+            state = nvidia_names(file.get("state_dict", file.get("model", file)))
             load_into(self, state, source=weights, drop=["head.*", "classifier.*", "decode_head.*"])
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
 
         Args:
-            bias: {(stage, block): floats (B, heads or 1, N or 1, M)}, added to the attention logits of some blocks; the
-                numbers are those of the names, block4.0 is (4, 0). The N = h w queries and the M keys of a grid of
-                h // r x w // r, r the stage's reduction, go row by row. -inf hides a key; a query must keep one.
-        Raises:
-            ValueError: a bias for a block that does not exist.
+            bias: {(stage, block): floats (B, heads or 1, N or 1, M)} for the attention logits of some blocks; block4.0
+                is (4, 0), and what does not exist a ValueError. N = h w queries and M keys of the grid h // r x w // r,
+                r the stage's reduction, go row by row. -inf hides a key; every query must keep one.
         """
         names = {(s, i) for s, depth in enumerate(self.depths, 1) for i in range(depth)}
         if bias and not names.issuperset(bias):

@@ -1,0 +1,580 @@
+"""Networks against independent references: MiT (a plain forward pass, Hugging Face's), stems per domain, DeepLabV2's
+head, DAFormer's decoder. Shapes and contracts of all parts: test_parts.py."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from engine.build import build, build_segmentor
+from engine.config import ConfigError, load
+from engine.weights import WeightsError
+from models.backbones.mit import MiT
+from models.backbones.resnet import ResNet
+from models.classifiers.branch_sum import BranchSum
+from models.classifiers.linear import Linear
+from models.decoders.daformer import DAFormer
+from models.decoders.deeplabv2 import DeepLabV2
+from models.decoders.segformer_mlp import SegFormerMLP
+from models.segmentor import Segmentor, View
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def randomized(module):
+    """Also norms and biases differ from layer to layer, so that a swap shows."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+    return module.eval()
+
+
+# --- MiT -------------------------------------------------------------------------------------------------------------
+
+STAGES = {  # depths; published millions of parameters of SegFormer for ADE20K, 256 channels in B0 and B1, else 768
+    "b0": ((2, 2, 2, 2), 3.8),
+    "b1": ((2, 2, 2, 2), 13.7),
+    "b2": ((3, 4, 6, 3), 27.5),
+    "b3": ((3, 4, 18, 3), 47.3),
+    "b4": ((3, 8, 27, 3), 64.1),
+    "b5": ((3, 6, 40, 3), 84.7),
+}
+HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def mit():
+    torch.manual_seed(1)
+    return randomized(MiT(size="b0", weights="none"))
+
+
+def segformer(size, width, num_classes=150):
+    """On the meta device: encoder, decoder, classifier."""
+    with torch.device("meta"):
+        encoder = MiT(size=size, weights="none")
+        decoder = SegFormerMLP(in_channels=encoder.channels, width=width)
+        return encoder, decoder, Linear(in_channels=width, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("size", STAGES)
+def test_segformer_has_its_published_size(size):
+    parts = segformer(size, 256 if size in ("b0", "b1") else 768)
+    assert round(count(*parts) / 1e6, 1) == STAGES[size][1]
+    assert parts[0].depths == STAGES[size][0]
+
+
+@pytest.mark.parametrize("size, encoder, total", [("b0", 3_319_392, 3_752_694), ("b5", 81_443_008, 82_007_382)])
+def test_segformer_with_256_channels_has_exactly_these_parameters(size, encoder, total):
+    parts = segformer(size, 256)
+    assert (count(parts[0]), count(*parts)) == (encoder, total)
+
+
+def expected_names(depths):
+    """NVIDIA's tensor names, spelled out."""
+    names = set()
+    for s, (depth, reduction) in enumerate(zip(depths, REDUCTIONS), 1):
+        layers = [f"patch_embed{s}.proj", f"patch_embed{s}.norm", f"norm{s}"]
+        inner = ["norm1", "norm2", "attn.q", "attn.kv", "attn.proj", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2"]
+        inner += ["attn.sr", "attn.norm"] if reduction > 1 else []
+        layers += [f"block{s}.{i}.{layer}" for i in range(depth) for layer in inner]
+        names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    return names
+
+
+@pytest.mark.parametrize("size", ["b0", "b3"])
+def test_mit_has_the_names_of_the_release(size):
+    with torch.device("meta"):
+        assert {*MiT(size=size, weights="none").state_dict()} == expected_names(STAGES[size][0])
+
+
+def test_mit_starts_as_the_release_does():
+    state = MiT(size="b0", weights="none").state_dict()
+    assert all((value == 0).all() for key, value in state.items() if key.endswith("bias"))
+    assert state["block4.1.mlp.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert state["block4.1.mlp.dwconv.dwconv.weight"].std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert state["patch_embed4.proj.weight"].std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.05)
+
+
+def plain_mit(state, image, depths=(2, 2, 2, 2)):
+    """Maps of MiT from NVIDIA-named tensors, on token sequences and with the attention written out."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (image - mean.to(image).view(3, 1, 1)) / std.to(image).view(3, 1, 1)
+
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x, eps):
+        y = x - x.mean(-1, keepdim=True)
+        return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def conv(name, x, **options):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
+
+    def tokens(x):
+        return x.flatten(2).transpose(1, 2)
+
+    def attention(name, x, h, w, heads, reduction):
+        b, _, c = x.shape
+        q, small = linear(f"{name}.q", x), x
+        if reduction > 1:
+            small = conv(f"{name}.sr", x.transpose(1, 2).reshape(b, c, h, w), stride=reduction)
+            small = norm(f"{name}.norm", tokens(small), 1e-5)
+        kv = linear(f"{name}.kv", small)
+        k, v = kv[..., :c], kv[..., c:]
+        parts = []
+        for head in torch.arange(c).chunk(heads):
+            logits = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(c // heads)
+            parts.append(logits.softmax(-1) @ v[..., head])
+        return linear(f"{name}.proj", torch.cat(parts, -1))
+
+    def mlp(name, x, h, w):
+        y = linear(f"{name}.fc1", x)
+        b, _, c = y.shape
+        y = tokens(conv(f"{name}.dwconv.dwconv", y.transpose(1, 2).reshape(b, c, h, w), padding=1, groups=c))
+        return linear(f"{name}.fc2", y * 0.5 * (1 + torch.erf(y / math.sqrt(2))))
+
+    maps = []
+    for s in range(1, 5):
+        kernel, stride = (7, 4) if s == 1 else (3, 2)
+        x = conv(f"patch_embed{s}.proj", x, stride=stride, padding=kernel // 2)
+        b, c, h, w = x.shape
+        x = norm(f"patch_embed{s}.norm", tokens(x), 1e-5)
+        for name in (f"block{s}.{i}" for i in range(depths[s - 1])):
+            x = x + attention(f"{name}.attn", norm(f"{name}.norm1", x, 1e-6), h, w, HEADS[s - 1], REDUCTIONS[s - 1])
+            x = x + mlp(f"{name}.mlp", norm(f"{name}.norm2", x, 1e-6), h, w)
+        x = norm(f"norm{s}", x, 1e-6).transpose(1, 2).reshape(b, c, h, w)
+        maps.append(x)
+    return maps
+
+
+@pytest.mark.parametrize("size", [(97, 65), (64, 96), (29, 29)])
+def test_mit_is_the_plain_forward_pass(size):
+    backbone = randomized(MiT(size="b0", weights="none")).double()
+    image = torch.rand(2, 3, *size).double()
+    with torch.no_grad():
+        maps, expected = backbone(image), plain_mit(backbone.state_dict(), image)
+    for x, y, channels, stride in zip(maps, expected, (32, 64, 160, 256), (4, 8, 16, 32), strict=True):
+        assert x.shape == (2, channels, *(math.ceil(n / stride) for n in size))
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+
+def test_mit_norms_have_the_eps_of_the_release():
+    backbone = MiT(size="b0", weights="none")
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == (1e-5 if "patch_embed" in name or "attn.norm" in name else 1e-6), name
+
+
+def nvidia_file(state):
+    """The encoder's file: with the classifier of ImageNet."""
+    return state | {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}
+
+
+def nvidia_segmentor_file(state):
+    """A whole SegFormer, wrapped."""
+    names = ("linear_c1.proj.weight", "linear_fuse.conv.weight", "linear_pred.weight")
+    head = {f"decode_head.{name}": torch.zeros(1) for name in names}
+    return {"meta": {"epoch": 3}, "state_dict": {f"backbone.{k}": v for k, v in state.items()} | head}
+
+
+def hugging_face(state, prefix):
+    """The table of names, from NVIDIA's tensors to those in a file of the hub, by going through the network."""
+    inner = {
+        "norm1": "layer_norm_1",
+        "norm2": "layer_norm_2",
+        "attn.q": "attention.self.query",
+        "attn.proj": "attention.output.dense",
+        "attn.sr": "attention.self.sr",
+        "attn.norm": "attention.self.layer_norm",
+        "mlp.fc1": "mlp.dense1",
+        "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
+        "mlp.fc2": "mlp.dense2",
+    }
+    renamed = {}
+    for s, (depth, reduction) in enumerate(zip((2, 2, 2, 2), REDUCTIONS)):
+        for kind in ("bias", "weight"):
+            renamed[f"patch_embeddings.{s}.proj.{kind}"] = state[f"patch_embed{s + 1}.proj.{kind}"]
+            renamed[f"patch_embeddings.{s}.layer_norm.{kind}"] = state[f"patch_embed{s + 1}.norm.{kind}"]
+            renamed[f"layer_norm.{s}.{kind}"] = state[f"norm{s + 1}.{kind}"]
+            for i in range(depth):
+                old, new = f"block{s + 1}.{i}", f"block.{s}.{i}"
+                for name, other in inner.items():
+                    if reduction > 1 or name not in ("attn.sr", "attn.norm"):
+                        renamed[f"{new}.{other}.{kind}"] = state[f"{old}.{name}.{kind}"]
+                key, value = state[f"{old}.attn.kv.{kind}"].chunk(2)
+                # Values before keys: the order in a file means nothing.
+                renamed[f"{new}.attention.self.value.{kind}"] = value.clone()
+                renamed[f"{new}.attention.self.key.{kind}"] = key.clone()
+    return {prefix + name: tensor for name, tensor in renamed.items()}
+
+
+def hugging_face_file(state):
+    """An image classifier, as nvidia/mit-b0 is."""
+    head = {"classifier.weight": torch.zeros(1000, 256), "classifier.bias": torch.zeros(1000)}
+    return hugging_face(state, "segformer.encoder.") | head
+
+
+def hugging_face_segmentor_file(state):
+    head = {"decode_head.linear_c.0.proj.weight": torch.zeros(1), "decode_head.batch_norm.running_var": torch.zeros(1)}
+    return {"model": hugging_face(state, "module.segformer.encoder.") | head}
+
+
+FILES = [
+    dict,
+    nvidia_file,
+    nvidia_segmentor_file,
+    hugging_face_file,
+    hugging_face_segmentor_file,
+    lambda state: hugging_face(state, "encoder."),
+    lambda state: hugging_face(state, ""),
+]
+NAMES = ["own", "nvidia", "nvidia, whole", "hugging face", "hugging face, whole", "encoder.", "no prefix"]
+
+
+@pytest.mark.parametrize("write", FILES, ids=NAMES)
+def test_mit_reads_weights_with_the_names_of_nvidia_and_hugging_face(mit, write, tmp_path, caplog):
+    state = mit.state_dict()
+    torch.save(write(state), tmp_path / "weights.pth")
+    with caplog.at_level("INFO", "engine"):
+        other = MiT(size="b0", weights=str(tmp_path / "weights.pth")).eval()
+    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    image = torch.rand(1, 3, 49, 70)
+    assert all(torch.equal(x, y) for x, y in zip(other(image), mit(image), strict=True))
+
+
+def test_mit_weights_that_do_not_fit_are_an_error(mit, tmp_path):
+    path = str(tmp_path / "weights.pth")
+    state = mit.state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("block4.1.attn.q")}, path)
+    with pytest.raises(WeightsError, match=r"2 missing \(block4\.1\.attn\.q\."):
+        MiT(size="b0", weights=path)
+    torch.save(hugging_face(state, "") | {"encoder.block.4.0.mlp.dense1.weight": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match=r"1 unexpected \(block5\.0\.mlp\.fc1\.weight\)"):
+        MiT(size="b0", weights=path)
+    torch.save({k: v for k, v in hugging_face(state, "").items() if k != "block.0.0.attention.self.key.bias"}, path)
+    with pytest.raises(WeightsError, match=r"block1\.0\.attn\.kv\.bias \(32,\) -> \(64,\)"):
+        MiT(size="b0", weights=path)
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="of another shape"):
+        MiT(size="b1", weights=path)
+
+
+def test_mit_of_imagenet_says_where_to_get_a_file():
+    with pytest.raises(WeightsError, match=r"model\.backbone\.weights=PATH.*non-commercial"):
+        build("models.backbones", {"name": "mit.MiT", "size": "b0"})
+    with pytest.raises(ConfigError, match="size"):
+        build("models.backbones", {"name": "mit.MiT", "size": "b6", "weights": "none"})
+
+
+def grids(backbone, size):
+    """(h, w) of the queries and of the keys, per stage."""
+    queries = [tuple(math.ceil(n / stride) for n in size) for stride in backbone.strides]
+    return [(q, tuple(n // r for n in q)) for q, r in zip(queries, backbone.reductions)]
+
+
+def test_mit_bias_of_a_constant_changes_nothing(mit):
+    image = torch.rand(2, 3, 70, 49)
+    expected = mit(image)
+    bias = {}
+    for s, ((h, w), keys) in enumerate(grids(mit, (70, 49)), 1):
+        bias[s, 0] = torch.full((2, mit.heads[s - 1], h * w, math.prod(keys)), 3.0)
+        bias[s, 1] = torch.zeros(2, 1, 1, math.prod(keys))
+    for x, y in zip(mit(image, bias=bias), expected):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(x, y) for x, y in zip(mit(image, bias={}), expected))
+
+
+def test_mit_bias_reaches_its_own_block_only(mit):
+    seen, handles = [], []
+    for name, module in mit.named_modules():
+        if name.endswith("attn"):
+            handles.append(module.register_forward_pre_hook(lambda m, a, name=name: seen.append((name, a[1]))))
+    bias = {(3, 1): torch.zeros(1, 1, 1, 4), (4, 0): torch.ones(1, 1, 1, 4)}
+    mit(torch.rand(1, 3, 64, 64), bias=bias)
+    for handle in handles:
+        handle.remove()
+    got = {name: value for name, value in seen if value is not None}
+    assert len(seen) == 8 and got.keys() == {"block3.1.attn", "block4.0.attn"}
+    assert got["block3.1.attn"] is bias[3, 1] and got["block4.0.attn"] is bias[4, 0]
+
+
+@pytest.mark.parametrize("stage", [1, 3, 4])
+def test_minus_infinity_hides_a_key(stage):
+    """What a hidden key holds has no effect, and what the others hold has; row by row over the grid of keys."""
+    attention = randomized(getattr(MiT(size="b0", weights="none"), f"block{stage}")[0]).attn
+    heads, reduction = HEADS[stage - 1], REDUCTIONS[stage - 1]
+    channels = attention.q.in_features
+    h, w = 3 * reduction + reduction // 2, 2 * reduction  # 3 x 2 keys; the rows at the bottom belong to none
+    x = torch.randn(2, h, w, channels)
+    bias = torch.zeros(2, 1, 1, 6)
+    bias[0, ..., 3] = -torch.inf  # row 1, column 1, first image only
+    changed = x.clone()
+    changed[:, reduction : 2 * reduction, reduction : 2 * reduction] += 1.0
+    free, masked = attention(changed) - attention(x), attention(changed, bias) - attention(x, bias)
+    assert masked.isfinite().all()
+    elsewhere = torch.ones(h, w, dtype=torch.bool)
+    elsewhere[reduction : 2 * reduction, reduction : 2 * reduction] = False
+    torch.testing.assert_close(masked[0][elsewhere], torch.zeros_like(masked[0][elsewhere]), atol=1e-5, rtol=0)
+    assert (free[0][elsewhere].abs().amax(1) > 1e-3).float().mean() > 0.9
+    torch.testing.assert_close(masked[1], free[1])
+    # One head only: the channels of the other heads see the key.
+    one = torch.zeros(1, heads, 1, 6)
+    one[:, 0, :, 3] = -torch.inf
+    if heads > 1:
+        assert not torch.allclose(attention(x, one)[0], attention(x, bias)[0], atol=1e-4)
+        assert not torch.allclose(attention(x, one), attention(x), atol=1e-4)
+
+
+def test_bias_multiplies_attention_weights_and_has_a_gradient():
+    """exp(bias) is a factor of the weights before they are normalised: the form that TMT needs."""
+    attention = randomized(MiT(size="b0", weights="none").block4[0]).attn.double()
+    x, factor = torch.randn(1, 3, 2, 256).double(), torch.rand(1, 1, 1, 6).double() + 0.5
+    bias = factor.log().requires_grad_()
+    actual = attention(x, bias)
+    q, (k, v) = attention.q(x).flatten(1, 2), attention.kv(x).flatten(1, 2).split(256, -1)
+    parts = []
+    for head in torch.arange(256).chunk(8):
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(32)).softmax(-1) * factor[:, 0]
+        parts.append(weights / weights.sum(-1, keepdim=True) @ v[..., head])
+    torch.testing.assert_close(actual, attention.proj(torch.cat(parts, -1)).view_as(actual))
+    single = attention.float()(x.float(), bias)  # a bias of another precision than the features
+    torch.testing.assert_close(single.double(), actual, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(actual.square().sum(), bias)
+    assert gradient.isfinite().all() and gradient.abs().min() > 0
+
+
+def test_bias_for_a_block_that_does_not_exist_is_an_error(mit):
+    for block in [(0, 0), (1, 2), (5, 0)]:
+        with pytest.raises(ValueError, match=r"bias is for blocks"):
+            mit(torch.rand(1, 3, 32, 32), bias={block: torch.zeros(1, 1, 1, 1)})
+
+
+def test_bias_follows_the_precision_of_the_attention(mit):
+    bias = {(4, 1): torch.randn(1, 1, 1, 4)}
+    image = torch.rand(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = mit(image, bias=bias)
+    torch.testing.assert_close(low[-1].float(), mit(image, bias=bias)[-1], rtol=0.2, atol=0.3)
+
+
+def test_drop_path_grows_over_the_depth_and_is_inactive_in_eval():
+    backbone = MiT(size="b2", drop_path=0.3, weights="none")
+    rates = [module.drop_path.p for name, module in backbone.named_modules() if hasattr(module, "drop_path")]
+    assert rates == pytest.approx([0.3 * i / 15 for i in range(16)])
+    image = torch.rand(2, 3, 32, 32)
+    backbone = randomized(MiT(size="b0", drop_path=1.0, weights="none"))
+    still = MiT(size="b0", drop_path=0.0, weights="none").train()
+    still.load_state_dict(backbone.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(backbone(image), still(image)))
+    backbone.train()
+    x = torch.randn(2, 4, 4, 256)
+    assert torch.equal(backbone.block4[1](x), x)  # the last block is always left out
+    assert not torch.equal(backbone.block1[0](y := torch.randn(2, 8, 8, 32)), y)  # the first one never
+
+
+def test_drop_path_is_drawn_for_each_image():
+    block = randomized(MiT(size="b0", drop_path=0.5, weights="none").block4[1]).train()
+    x = torch.randn(1, 4, 4, 256).expand(64, -1, -1, -1)
+    left_out = (block(x) == x).flatten(1).all(1).float().mean()
+    assert 0.05 < left_out < 0.5  # a quarter: both residuals, each of probability 1/2
+
+
+def test_mit_is_that_of_hugging_face(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from safetensors.torch import load_file
+
+    reference = transformers.SegformerModel(transformers.SegformerConfig()).eval()
+    randomized(reference)
+    reference.save_pretrained(tmp_path)  # the names of a file are not those in memory
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "weights.pth")
+    backbone = MiT(size="b0", weights=str(tmp_path / "weights.pth")).eval()
+    for size in [(64, 96), (97, 65), (224, 224)]:
+        image = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            expected = reference(backbone.normalize(image), output_hidden_states=True).hidden_states
+            maps = backbone(image)
+        differences = [(x - y).abs().max().item() for x, y in zip(maps, expected, strict=True)]
+        print(size, "largest differences", differences)
+        assert max(differences) < 1e-4
+
+
+# --- ResNet with a stem per domain -----------------------------------------------------------------------------------
+
+STEM = ("conv1.", "bn1.", "layer1.")
+
+
+def resnet(stem="per_domain", weights="none", **options):
+    return ResNet(depth=18, output_stride=8, stem=stem, weights=weights, **options)
+
+
+def test_shared_stem_has_the_keys_of_torchvision():
+    expected = {key for key in resnet18(weights=None).state_dict() if not key.startswith("fc.")}
+    assert {*resnet("shared").state_dict()} == expected
+    own = {*resnet().state_dict()}
+    assert own == expected | {f"source.{key}" for key in expected if key.startswith(STEM)}
+
+
+def test_stems_start_equal_from_a_file_and_share_no_tensor(tmp_path):
+    state = resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    backbone = resnet(weights=str(tmp_path / "resnet18.pth")).eval()
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, state[key.removeprefix("source.")]), key
+    pointers = [parameter.data_ptr() for parameter in backbone.parameters()]
+    assert len(pointers) == len({*pointers})
+    image = torch.rand(1, 3, 65, 49)
+    shared = resnet("shared", str(tmp_path / "resnet18.pth")).eval()
+    for domain in ("source", "target"):
+        assert all(torch.equal(x, y) for x, y in zip(backbone(image, domain), shared(image, domain), strict=True))
+
+
+def test_domain_chooses_the_stem_and_its_statistics():
+    backbone, image = resnet(), torch.rand(2, 3, 64, 48)
+    backbone.eval()
+    with torch.no_grad():
+        expected = backbone(image, "target")
+        for parameter in backbone.source.parameters():
+            parameter.add_(0.1)
+        assert all(torch.equal(x, y) for x, y in zip(backbone(image), expected))  # target is the default
+        assert not any(torch.equal(x, y) for x, y in zip(backbone(image, "source"), expected))
+        backbone.train()
+        before = {key: value.clone() for key, value in backbone.state_dict().items()}
+        backbone(image, "source")
+    moved = {key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+    assert "source.bn1.running_mean" in moved and "source.layer1.0.bn1.running_var" in moved
+    assert "layer2.0.bn1.running_mean" in moved and not [key for key in moved if key.startswith(STEM)]
+
+
+def test_unknown_domain_is_an_error_where_stems_differ():
+    image = torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="source and target, not 'fog'"):
+        resnet()(image, "fog")
+    resnet("shared")(image, "fog")
+
+
+def test_a_step_with_both_views_reaches_every_parameter_and_each_stem_only_by_its_own():
+    backbone = resnet()
+    decoder = DeepLabV2(in_channels=backbone.channels, width=5)
+    model = Segmentor(backbone, decoder, BranchSum(in_channels=decoder.channels, num_classes=5))
+    views = {"source": View(torch.rand(2, 3, 48, 64)), "target": View(torch.rand(2, 3, 48, 64), "target")}
+    outputs = model(views)
+    without = {}
+    for domain, other in (("source", "backbone."), ("target", "backbone.source.")):
+        model.zero_grad()
+        outputs[domain].logits.square().sum().backward(retain_graph=True)
+        without[domain] = {name for name, p in model.named_parameters() if p.grad is None}
+        names = {name for name, _ in model.named_parameters() if name.startswith(tuple(other + s for s in STEM))}
+        assert without[domain] == names
+    assert not without["source"] & without["target"]
+
+
+# --- DeepLabV2 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rates", [(6, 12, 18, 24), (1, 3)])
+def test_deeplabv2_with_the_sum_is_the_head_of_the_release(rates):
+    """The release adds the logits of dilated convolutions up."""
+    num_classes, maps = 7, [torch.randn(2, 4, 40, 30), torch.randn(2, 16, 20, 15)]
+    decoder = DeepLabV2(in_channels=[4, 16], width=num_classes, rates=rates).double()
+    for conv in decoder.branches:
+        nn.init.normal_(conv.bias)
+    maps = [x.double() for x in maps]
+    classifier = BranchSum(in_channels=decoder.channels, num_classes=num_classes, branches=len(rates)).double()
+    head = [nn.Conv2d(16, num_classes, 3, padding=rate, dilation=rate).double() for rate in rates]
+    for theirs, ours in zip(head, decoder.branches):
+        theirs.load_state_dict(ours.state_dict())
+    logits = head[0](maps[-1])
+    for conv in head[1:]:
+        logits = logits + conv(maps[-1])
+    features = decoder(maps)
+    assert features.shape == (2, len(rates) * num_classes, 20, 15)
+    torch.testing.assert_close(classifier(features), logits, rtol=1e-12, atol=1e-12)
+    # The class vectors are what the sum multiplies by.
+    assert {*classifier.means().unique().tolist()} == {0.0, 1.0} and (classifier.means().sum(1) == len(rates)).all()
+    product = torch.einsum("kd,bdhw->bkhw", classifier.means(), features)
+    torch.testing.assert_close(product, logits, rtol=1e-12, atol=1e-12)
+
+
+def test_deeplabv2_of_bcl_has_76_channels_and_starts_small():
+    decoder = DeepLabV2(in_channels=[256, 512])
+    assert decoder.channels == 76
+    assert [conv.dilation for conv in decoder.branches] == [(6, 6), (12, 12), (18, 18), (24, 24)]
+    weights = torch.cat([conv.weight.flatten() for conv in decoder.branches])
+    assert weights.std().item() == pytest.approx(0.01, rel=0.01) and abs(weights.mean().item()) < 1e-4
+    assert all((conv.bias == 0).all() for conv in decoder.branches)
+
+
+def test_branch_sum_needs_the_channels_of_its_branches_and_has_no_state():
+    message = r"4 x 19 = 76 feature channels, and the decoder has 256: set model\.decoder\.width=19"
+    with pytest.raises(ConfigError, match=message):
+        build("models.classifiers", {"name": "branch_sum.BranchSum"}, in_channels=256, num_classes=19)
+    classifier = BranchSum(in_channels=76, num_classes=19)
+    assert not list(classifier.parameters()) and not classifier.state_dict()
+
+
+# --- DAFormer --------------------------------------------------------------------------------------------------------
+
+
+def test_daformer_decoder_has_its_published_size():
+    with torch.device("meta"):
+        decoder = DAFormer(in_channels=[64, 128, 320, 512])
+        classifier = Linear(in_channels=decoder.channels, num_classes=19)
+    assert round(count(decoder, classifier) / 1e6, 1) == 3.7
+    # Written out: embedding, 1x1, three times depthwise and pointwise, 3x3; each with the norms behind it.
+    embedding = 1024 * 256 + 4 * 256
+    branches = (1024 * 256 + 512) + 3 * (1024 * 9 + 2 * 1024 + 1024 * 256 + 512)
+    assert count(decoder) == embedding + branches + (1024 * 256 * 9 + 512)
+
+
+def test_daformer_features_have_the_size_of_the_finest_map():
+    maps = [torch.randn(2, c, *size) for c, size in ((8, (25, 17)), (16, (13, 9)), (24, (7, 5)), (32, (4, 3)))]
+    decoder = DAFormer(in_channels=[8, 16, 24, 32], width=12).eval()
+    assert decoder(maps).shape == (2, 12, 25, 17) and decoder.channels == 12
+
+
+def test_daformer_context_reaches_as_far_as_its_largest_rate():
+    """From the finest map: 18 cells by the dilated branch and one more by the convolution that joins, per axis."""
+    decoder = DAFormer(in_channels=[3, 4], width=8).eval()
+    x = torch.randn(1, 3, 51, 51, requires_grad=True)
+    decoder([x, torch.randn(1, 4, 26, 26)])[0, :, 25, 25].sum().backward()
+    rows = (x.grad.abs().sum((0, 1, 3)) > 0).nonzero().flatten() - 25
+    reached = {abs(int(row)) for row in rows}
+    assert reached == {n + d for n in (0, 6, 12, 18) for d in (-1, 0, 1)} - {-1}
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+NETWORKS = [("deeplabv2_r101", 19, 76, 8), ("mit_b5_daformer", 19, 256, 4), ("mit_b0_segformer", 150, 256, 4)]
+
+
+@pytest.mark.parametrize("name, num_classes, channels, stride", NETWORKS)
+def test_base_networks_build_and_run(name, num_classes, channels, stride):
+    model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
+    with torch.device("meta"):
+        network = build_segmentor(model, num_classes, pretrained=False).eval()
+        output = network.segment(torch.rand(1, 3, 128, 96))
+    assert output.features.shape == (1, channels, 128 // stride, 96 // stride)
+    assert output.logits.shape == (1, num_classes, 128 // stride, 96 // stride)
+    millions = {"deeplabv2_r101": 43.9, "mit_b5_daformer": 85.2, "mit_b0_segformer": 3.8}
+    assert round(count(network) / 1e6, 1) == millions[name]

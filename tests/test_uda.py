@@ -1,0 +1,182 @@
+"""train_uda.py: stages, resume in each of them, several processes, and the parts of self-training."""
+
+import json
+
+import pytest
+import torch
+
+from datasets.mixers import ClassMix
+from engine import checkpoint
+from engine.config import load, stages
+from engine.errors import UserError
+from losses.self_training import TeacherConfidence
+from models.segmentor import Output
+from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, train
+
+# --- the script ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_resuming_in_any_stage_is_bitwise(tmp_path, steps):
+    """Killed within the first stage, at its end, within the second; the rest in a new process."""
+    straight = train(tmp_path / "straight", config=TINY_UDA)
+    train(tmp_path / "parts", config=TINY_UDA)
+    for path in checkpoint.list_steps(tmp_path / "parts")[: 6 - steps]:
+        path.unlink()
+    (tmp_path / "parts" / "results.json").unlink()
+    code, output = run(tmp_path / "parts", config=TINY_UDA)
+    assert code == 0 and f"resumed at step {steps if steps <= 3 else steps - 3}" in output, output
+    assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
+    one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    resumed = scalars(tmp_path / "parts")
+    assert {s: v["train/loss"] for s, v in resumed.items()} == {s: v["train/loss"] for s, v in straight.items()}
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("straight", "parts")]
+    assert results[0] == results[1]
+
+
+def test_two_processes_equal_one(tmp_path):
+    exact = ("model.frozen_bn=[backbone, decoder]", "model.decoder.dropout=0.0", "schedule.warmup=0")
+    exact += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",)
+    for name, processes in (("one", 1), ("two", 2)):
+        code, output = run(tmp_path / name, *exact, processes=processes, double=True, config=TINY_UDA)
+        assert code == 0, output
+    for step in (3, 4, 6):
+        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        assert_same_state(one, two, 1e-10, ("model", "prototypes", "optimizer") + ("teacher",) * (step > 3))
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for step in one:
+        for key in (key for key in one[step] if key.startswith(("train/loss", "uda/"))):
+            assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
+    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    assert matrices[0] == matrices[1]
+
+
+def test_the_second_stage_starts_from_the_first_and_moves_the_teacher(tmp_path):
+    train(tmp_path / "run", "optimizer.lr=0.0", "optimizer.weight_decay=0.0", config=TINY_UDA)
+    first, second = (checkpoint.load(tmp_path / "run" / f"step_000000{n}.pt") for n in (3, 6))
+    assert "teacher" not in first and second["teacher"]["updates"] == 3
+    assert (first["stage"], first["stage_step"], second["stage"], second["stage_step"]) == (0, 3, 1, 3)
+    weights = {k: v for k, v in first["model"].items() if "running" not in k and "tracked" not in k}
+    assert all(torch.equal(value, second["model"][name]) for name, value in weights.items())
+
+
+def test_target_labels_are_never_read_in_training(tmp_path, monkeypatch):
+    from datasets.toy import Toy
+
+    original, seen = Toy.load, []
+
+    def load_and_tell(self, index):
+        image, label = original(self, index)
+        if self.split == "train" and self.domain == "real":
+            seen.append((label == 255).all())
+        return image, label
+
+    monkeypatch.setattr(Toy, "load", load_and_tell)
+    train(tmp_path / "run", config=TINY_UDA)
+    assert len(seen) == 6 * 4 and all(seen)
+
+
+def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"needs data\.target"):
+        train(tmp_path / "a", "data.target={name: none}", config=TINY_UDA)
+    labeler = "uda.labeler={name: self_training.TeacherConfidence}"
+    with pytest.raises(UserError, match="a labeler needs a teacher"):
+        train(tmp_path / "b", labeler, "stages=[{teacher: none}]", config=TINY_UDA)
+    with pytest.raises(UserError, match="there is no stage before it"):
+        train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_stages_override_repeat_and_scale_the_learning_rate():
+    cfg = load(TINY_UDA, ["stages=[{name: a, iters: 2}, {name: b, repeat: 3, lr_scale: 0.5, train: {batch_size: 2}}]"])
+    result = stages(cfg)
+    assert [stage.stage.name for stage in result] == ["a", "b1", "b2", "b3"]
+    assert [stage.optimizer.lr for stage in result] == [1e-3, 1e-3, 5e-4, 2.5e-4]
+    assert [(stage.train.iters, stage.train.batch_size) for stage in result[:2]] == [(2, 4), (3, 2)]
+    assert [stage.stage.name for stage in stages(load(TINY_UDA, ["stages=[]"]))] == ["main"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("[{optimizer: {lrr: 1}}]", r"unknown key 'stages\.0\.optimizer\.lrr'; did you mean"),
+        ("[{repaet: 2}]", r"unknown key 'stages\.0\.repaet'"),
+        ("[{iters: many}]", r"stages\.0\.iters must be an int"),
+        ("[main]", r"stages\.0 must be a mapping"),
+    ],
+)
+def test_mistakes_in_stages_are_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        stages(load(TINY_UDA, [f"stages={spec}"]))
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A teacher whose logits are given."""
+
+    def __init__(self, logits):
+        self.network, self.logits = self, logits
+
+    def segment(self, image):
+        return Output(self.logits, self.logits, {})
+
+
+def test_teacher_confidence_weights_by_the_share_of_confident_pixels():
+    logits = torch.zeros(2, 3, 4, 4)
+    logits[:, 1, :2], logits[:, 2, 2:] = 10.0, 0.1  # the upper half is confident
+    batch = {"target": {"image": torch.zeros(2, 3, 4, 4)}}
+    labels, weights = TeacherConfidence(threshold=0.968, ignore_top=1).before(batch, Fixed(logits), 0)
+    assert (labels["target"][:, :2] == 1).all() and (labels["target"][:, 2:] == 2).all()
+    assert (weights["target"][:, 0] == 0).all() and (weights["target"][:, 1:] == 0.5).all()
+
+
+def mix(samples=(0, 1), **options):
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (2, 6, 6), generator=generator)
+    label[:, 0] = 255
+    source = {"image": torch.rand(2, 3, 6, 6, generator=generator), "label": label}
+    target = {"image": torch.rand(2, 3, 6, 6, generator=generator), "sample": torch.tensor(samples)}
+    labels = {"source": label, "target": torch.full((2, 6, 6), 7)}
+    mixer = ClassMix(color_p=0.0, blur_p=0.0, **options)
+    return source, target, *mixer({"source": source, "target": target}, labels, {"target": torch.full((2, 6, 6), 0.25)})
+
+
+def test_class_mix_pastes_whole_classes_with_their_labels_and_weights():
+    source, target, views, labels, weights = mix()
+    image, domain = views["mixed"]
+    for i in range(2):
+        pasted = labels["mixed"][i] != 7
+        kept = set(source["label"][i][pasted].tolist())
+        present = set(source["label"][i].unique().tolist()) - {255}
+        assert kept < present and len(kept) == (len(present) + 1) // 2
+        assert torch.equal(pasted, torch.isin(source["label"][i], torch.tensor(sorted(kept))))
+        assert torch.equal(image[i], torch.where(pasted, source["image"][i], target["image"][i]))
+        assert (weights["mixed"][i][pasted] == 1).all() and (weights["mixed"][i][~pasted] == 0.25).all()
+    assert domain == "target" and views["source"][1] == "source" and (labels["mixed"] != 255).all()
+
+
+def test_class_mix_depends_on_the_sample_alone():
+    one, again, other = mix()[3], mix()[3], mix(samples=(2, 3))[3]
+    swapped = ClassMix().choose(torch.flip(mix()[3]["source"], [0]), torch.tensor([1, 0]))
+    assert torch.equal(one["mixed"], again["mixed"]) and not torch.equal(one["mixed"], other["mixed"])
+    assert torch.equal(swapped.flip(0), one["mixed"] != 7)
+
+
+def test_class_mix_of_a_source_without_labels_is_the_target():
+    label = torch.full((1, 4, 4), 255)
+    assert not ClassMix().choose(label, torch.tensor([3])).any()
+    single = torch.where(torch.eye(4, dtype=torch.bool), 3, 255)[None]
+    assert torch.equal(ClassMix().choose(single, torch.tensor([3])), single == 3)
+
+
+def test_strong_augmentation_of_a_sample_is_repeatable_and_leaves_the_global_generator_alone():
+    mixer, image = ClassMix(color_p=1.0, blur_p=1.0), torch.rand(3, 16, 16)
+    before = torch.get_rng_state()
+    assert torch.equal(mixer.augment(image, 5), mixer.augment(image, 5))
+    assert not torch.equal(mixer.augment(image, 5), mixer.augment(image, 6))
+    assert torch.equal(before, torch.get_rng_state())
