@@ -116,15 +116,16 @@ def load(path, overrides=()):
         ConfigError: unknown key, wrong type, duplicate key, unreadable file; with a suggestion where there is one.
     """
     schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
-    config = override(_merge(schema, _read_with_bases(Path(path), schema, ())), overrides)
+    config = override(_read_with_bases(Path(path), schema, ()), overrides)
     if config["folder"] == "auto":
         config["folder"] = str(Path("runs") / _experiment(path) / f"seed{config['seed']}")
     return config
 
 
 def override(config, overrides):
-    """Apply `key.sub=value` strings to a complete configuration, such as a checkpoint's."""
+    """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get their defaults."""
     schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
+    config = _merge(schema, plain(config))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:

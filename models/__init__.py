@@ -13,6 +13,8 @@ Prototypes (`models/prototypes`) are interchangeable; state in buffers of at lea
     means() -> (K, D)       seen  (K) bool
     update(batches)         after an optimiser step, no grad, one all-reduce; a frozen member does nothing
     fit(batches)            from a function that returns a fresh iterable: several passes, offline
+    pair_means(features, labels (B, h, w)) -> (B, K, D), (B, K) bool        optional, with the graph: the class vectors
+                            of each image and which it has; without it they are means() and seen for all images alike
 
 `batches` is an iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None): the micro-batches of
 one step in `update`, so that accumulating gradients changes nothing, or the whole data set in `fit`.
