@@ -47,7 +47,7 @@ def facts(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "command": " ".join(sys.argv),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "none") + ("+" if _git("status", "--porcelain") else ""),
         "device": f"{distributed.world_size()} x {name} ({device.type}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
     }

@@ -20,11 +20,6 @@ from engine.statistics import IGNORE, class_sums, resize_labels, resize_logits
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def same_numbers():
-    torch.manual_seed(0)
-
-
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 K = 6  # class 4 never occurs

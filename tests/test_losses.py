@@ -32,15 +32,6 @@ OPTIONS = types.SimpleNamespace(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def patches(batch, height, width, classes, seed=0):
     """Label maps (B, h, w) of 4 x 4 squares with some ignored cells."""
     rng = np.random.default_rng(seed)

@@ -161,11 +161,6 @@ def random_image(height, width, seed=0):
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True)
-def same_weights():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("size", [(8, 8), (9, 23), (17, 8), (5, 30), (31, 6), (1, 1), (18, 18)])
 @pytest.mark.parametrize("stride", [[5, 5], [8, 8], [1, 3], [7, 2]])
 def test_sliding_windows_equal_the_whole_image_for_a_pointwise_network(size, stride):

@@ -25,15 +25,6 @@ from models.prototypes.pair import Pair
 K, M, D = 3, 4, 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_mixtures(k=K, m=M, d=D, dtype=torch.float64, **options):
     """Mixtures of random parameters, all classes seen."""
     mixtures = Mixtures(num_classes=k, in_channels=d, components=m, **options).to(dtype)

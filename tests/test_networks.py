@@ -25,15 +25,6 @@ from models.segmentor import Segmentor, View
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
@@ -477,7 +468,8 @@ def test_a_step_with_both_views_reaches_every_parameter_and_each_stem_only_by_it
     backbone = resnet()
     decoder = DeepLabV2(in_channels=backbone.channels, width=5)
     model = Segmentor(backbone, decoder, BranchSum(in_channels=decoder.channels, num_classes=5))
-    views = {"source": View(torch.rand(2, 3, 48, 64)), "target": View(torch.rand(2, 3, 48, 64), "target")}
+    images = torch.rand(2, 2, 3, 48, 64)
+    views = {"source": View(images[0], "source"), "target": View(images[1], "target")}
     outputs = model(views)
     without = {}
     for domain, other in (("source", "backbone."), ("target", "backbone.source.")):

@@ -157,15 +157,6 @@ def make(package, name, folder=None, options=(), **context):
     return build(package, spec, **context)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("package, module", [(p, m) for p in KINDS for m in modules(p)])
 def test_every_file_holds_a_part(package, module):
     assert parts(package, module), (

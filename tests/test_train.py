@@ -17,16 +17,6 @@ from engine import checkpoint, distributed
 from engine.log import Averages, Log
 from tests.runs import ROOT, assert_same_state, command, last, leaves, run, scalars, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 # --- resume --------------------------------------------------------------------------------------------------------
 
 
