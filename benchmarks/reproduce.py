@@ -53,8 +53,7 @@ def load_grid(path, overrides):
 
 
 def jobs(grid):
-    """All runs of a grid -> [(row, seed, folder, command)], seed by seed, so that every row has a first number
-    early."""
+    """All runs of a grid -> [(row, seed, folder, command)], seed by seed: every row has a first number early."""
     result = []
     for row, spec in grid["rows"].items():
         for seed in spec.get("seeds", grid["seeds"]):

@@ -5,9 +5,9 @@
     KNOWN_BAD           {stem: reason}: files of the official release that are left out and reported
     pairs()             [(image path, label path or None)]
     read_label(path)    (H, W) ids as they are on disk; the default reads grey and palette PNGs
+    is_mapped(path, ids)    whether a file was converted to class ids before, so that ID_MAP does not apply
 
 Everything else is inherited: checks, id mapping, augmentation. A sample is a dict
 
-    image (3, H, W) uint8 RGB     label (H, W) uint8, 255 = ignore     index in the data set     sample: number in the
-    stream
+    image (3, H, W) uint8 RGB    label (H, W) uint8, 255 = ignore    index in the data set    sample: its stream number
 """

@@ -19,8 +19,7 @@ class DataError(UserError):
 
 
 def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB. Pillow, because OpenCV returns truncated JPEGs half filled and says
-    nothing."""
+    """Image file -> (H, W, 3) uint8 RGB. Pillow, because OpenCV returns truncated JPEGs half filled, silently."""
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))

@@ -1,5 +1,4 @@
-"""Optimiser, parameter groups, and the learning rate as a pure function of the step (so that resuming needs no
-state)."""
+"""Optimiser, parameter groups, and the learning rate as a pure function of the step: resuming needs no state."""
 
 import torch
 

@@ -18,8 +18,7 @@ class View(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits (B, K, h, w) and features (B, D, h, w), the tensor that entered the classifier; aux: further named
-    tensors."""
+    """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors."""
 
     logits: torch.Tensor
     features: torch.Tensor

@@ -1,5 +1,4 @@
-"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., Pattern Recognition
-2024).
+"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., PR 2024).
 
 Logits are inner products with frozen, mutually orthogonal prototypes of one length (equations 1 and 2). Orthogonality
 keeps similar classes from getting correlated weights, the equal length keeps frequent classes from getting longer ones.

@@ -1,5 +1,4 @@
-"""Frozen orthogonal prototypes: algorithm 1 of "Frozen is better than learning" (Chen et al., Pattern Recognition
-2024).
+"""Frozen orthogonal prototypes: algorithm 1 of "Frozen is better than learning" (Chen et al., PR 2024).
 
 prototypes.basis: {name: basis.OrthogonalBasis, length: 1}
 """
