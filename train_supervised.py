@@ -161,10 +161,8 @@ def main(arguments):
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
             if score > best:
-                best, state = score, content(done)
-                if distributed.is_main():
-                    light = {key: value for key, value in state.items() if key not in ("optimizer", "scaler", "rng")}
-                    checkpoint.save(folder / "best.pt", light, required=False)
+                best = score
+                checkpoint.save_best(folder, content(done))
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:

@@ -142,7 +142,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             views, labels, trust = mixer(batch, labels | {"source": batch["source"]["label"]}, trust)
             views = {name: View(*view) for name, view in views.items()}
             # Pseudo labels exist only now, so their number is that of the micro-batch, over all processes.
-            valid = {name: distributed.mean((y != IGNORE).sum().double()) for name, y in labels.items()}
+            pseudo = {name: y for name, y in labels.items() if name != "source"}
+            valid = {name: distributed.mean((y != IGNORE).sum().double()) for name, y in pseudo.items()}
             valid["source"] = of_source
             samples = {name: batch["source" if name == "source" else "target"]["sample"] for name in views}
             last = i == len(micro_batches) - 1
@@ -182,6 +183,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         if save or check or done % cfg.log.every == 0:
             values = averages.take(total)
             values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
+            values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
             log.scalars(values | log.speed(total - 1, cfg.train.batch_size, device), total)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
@@ -190,10 +192,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         if check:  # on the source: the target's labels choose nothing
             score = validate(reported, val_set, cfg.eval, device, autocast, log, total)
             if score > best:
-                best, state = score, content(done)
-                if distributed.is_main():
-                    light = {key: value for key, value in state.items() if key not in ("optimizer", "scaler", "rng")}
-                    checkpoint.save(folder / "best.pt", light, required=False)
+                best = score
+                checkpoint.save_best(folder, content(done))
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:

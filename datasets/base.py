@@ -171,6 +171,14 @@ class SegmentationData(Dataset):
 
 
 def to_device(batch, device):
-    """A collated batch on the device: images in [0, 1], labels int64. Bytes travel, floats are made there."""
+    """A collated batch on the device: images in [0, 1], labels int64. Bytes travel, floats are made there.
+
+    `numbers` lists the samples once more, for what the host draws per image: reading them back would wait for the GPU.
+    """
+    numbers = batch["sample"].tolist()
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return batch | {"image": batch["image"].to(torch.get_default_dtype()) / 255, "label": batch["label"].long()}
+    return batch | {
+        "image": batch["image"].to(torch.get_default_dtype()) / 255,
+        "label": batch["label"].long(),
+        "numbers": numbers,
+    }

@@ -19,13 +19,6 @@ class Source:
         return {"source": (batch["source"]["image"], "source")}, labels, weights
 
 
-class Both:
-    """Source and target as they are."""
-
-    def __call__(self, batch, labels, weights):
-        return {name: (batch[name]["image"], name) for name in ("source", "target")}, labels, weights
-
-
 class ClassMix:
     """Paste half of the classes of each source image onto the target image, then colour jitter and blur (Olsson et al.,
     WACV 2021, between domains as in DACS; constants as in DAFormer).
@@ -45,7 +38,7 @@ class ClassMix:
         source, target = batch["source"], batch["target"]
         pasted = self.choose(source["label"], target["sample"])  # (B, H, W)
         mixed = torch.where(pasted[:, None], source["image"], target["image"])
-        mixed = torch.stack([self.augment(image, int(n)) for image, n in zip(mixed, target["sample"].tolist())])
+        mixed = torch.stack([self.augment(image, number) for image, number in zip(mixed, target["numbers"])])
         labels = labels | {"mixed": torch.where(pasted, source["label"], labels["target"])}
         trust = weights.get("target", torch.ones_like(mixed[:, 0]))
         weights = weights | {"mixed": torch.where(pasted, 1.0, trust)}

@@ -140,7 +140,11 @@ def mix(samples=(0, 1), **options):
     label = torch.randint(0, 5, (2, 6, 6), generator=generator)
     label[:, 0] = 255
     source = {"image": torch.rand(2, 3, 6, 6, generator=generator), "label": label}
-    target = {"image": torch.rand(2, 3, 6, 6, generator=generator), "sample": torch.tensor(samples)}
+    target = {
+        "image": torch.rand(2, 3, 6, 6, generator=generator),
+        "sample": torch.tensor(samples),
+        "numbers": list(samples),
+    }
     labels = {"source": label, "target": torch.full((2, 6, 6), 7)}
     mixer = ClassMix(color_p=0.0, blur_p=0.0, **options)
     return source, target, *mixer({"source": source, "target": target}, labels, {"target": torch.full((2, 6, 6), 0.25)})
