@@ -8,39 +8,79 @@
 The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none). Tables go to the
 console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the
 averaged network.
+
+    python eval.py CHECKPOINT export=pseudo_labels
+
+writes instead the labels that the checkpoint's labeler gives to the same data sets, as palette PNGs with settings.json
+beside them: the labeler, the checkpoint and its hash, the classes, and, where a set has labels, the share and accuracy
+of each class. Any checkpoint takes a labeler without fitted state, such as
+`uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'`.
 """
 
+import hashlib
+import logging
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from engine import checkpoint, config, distributed, precision
-from engine.build import build, build_segmentor
+from engine import config, distributed, precision
+from engine.build import build, build_adaptation, build_members, restore
 from engine.config import ConfigError
 from engine.errors import run
 from engine.log import facts, to_console
-from engine.report import report
+from engine.prepare import images, write_maps
+from engine.report import label_scalars, pseudo_label_quality, report
+
+logger = logging.getLogger("engine")
 
 
 def load_network(path, overrides=()):
     """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device, checkpoint)."""
-    saved = checkpoint.load(path)
-    cfg = config.override(saved["config"], overrides)
-    cfg = config.stages(cfg)[saved["stage"]] if "stage" in saved else cfg
+    network, cfg, saved = restore(path, overrides)
     device = distributed.setup(cfg)
-    network = build_segmentor(cfg.model, len(saved["classes"]), pretrained=False)
-    state = saved["model"]
-    if cfg.eval.weights == "teacher":
-        if "teacher" not in saved:
-            raise ConfigError(f"{path} has no teacher: it was trained with train.teacher=0; set eval.weights=student")
-        state = {k.removeprefix("network."): v for k, v in saved["teacher"].items() if k.startswith("network.")}
-    checkpoint.weights.load_into(network, state, source=str(path))
-    return network.to(device).eval(), cfg, device, saved
+    return network.to(device), cfg, device, saved
+
+
+def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
+    """Write `<folder>/<set>/<path of the image>.png` by the rule of the first labeler that has one."""
+    context = {"num_classes": len(saved["classes"]), "in_channels": network.decoder.channels, "seed": cfg.seed}
+    labelers, *_ = build_adaptation(cfg.uda, **context)
+    members, _ = build_members(cfg.prototypes, **context)
+    members.load_state_dict(saved["prototypes"])
+    if labelers.state_dict().keys() != saved.get("labelers", {}).keys():
+        raise ConfigError(f"uda.labelers is not that of {path}, whose fitted state it needs")
+    labelers.load_state_dict(saved.get("labelers", {}))
+    rules = [(labeler, spec) for labeler, spec in zip(labelers, cfg.uda.labelers) if hasattr(labeler, "label")]
+    if not rules:
+        raise ConfigError(
+            "no labeler: uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]' gives one"
+        )
+    labeler, spec = rules[0]
+    labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
+    autocast = precision.autocast(device, cfg.precision)
+    about = {"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": saved["step"]}
+    about |= {"labeler": config.plain(spec), "weights": cfg.eval.weights}
+
+    def make(index, image, label):
+        with autocast:
+            return labeler.label(network, image, vectors)[0]
+
+    for name, dataset in datasets.items():
+        quality = {}
+        if dataset.labels:
+            quality = label_scalars(*pseudo_label_quality(network, labeler, vectors, dataset, device, autocast))
+            logger.info(f"\n{name}: per cent\n" + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items()))
+        stream = images(dataset, device, cfg.data.workers)
+        write_maps(folder / name, dataset, stream, make, about | quality, palette=True)
+        logger.info(f"{name}: labels of {len(dataset)} images in {folder / name}")
 
 
 @record
 def main(arguments):
-    path, overrides = Path(arguments[0]), arguments[1:]
+    path, overrides = Path(arguments[0]), [a for a in arguments[1:] if not a.startswith("export=")]
+    exports = {a.removeprefix("export=") for a in arguments[1:] if a.startswith("export=")}
+    if exports - {"pseudo_labels"}:
+        raise ConfigError(f"export must be pseudo_labels, not {', '.join(sorted(exports))}")
     to_console()
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
@@ -52,9 +92,13 @@ def main(arguments):
                 f"data.test.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
                 f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
+    folder = path.parent / f"eval_{path.stem}"
+    if exports:
+        export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
+        return
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
     autocast = precision.autocast(device, cfg.precision)
-    report(network, datasets, cfg.eval, device, autocast, path.parent / f"eval_{path.stem}", about)
+    report(network, datasets, cfg.eval, device, autocast, folder, about)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ import logging
 import time
 from pathlib import Path
 
-from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.base import IGNORE, to_device
-from datasets.sampler import StreamSampler, make_loader
 from engine import checkpoint, config, distributed, precision, schedule
-from engine.build import build, build_data, build_losses, build_segmentor, call
+from engine.build import batches, build_data, build_losses, build_members, build_segmentor, call
 from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
@@ -40,27 +37,22 @@ def main(arguments):
     world, folder = distributed.world_size(), Path(cfg.folder)
 
     # --- build ---
-    train_set, val_set, test_sets, _ = build_data(cfg)
+    train_set, val_set, test_sets, *_ = build_data(cfg)
     num_classes = len(train_set.CLASSES)
     saved = checkpoint.find(folder, cfg.resume)
     if saved:
         config.check_resume(saved["config"], cfg)
-    model = build_segmentor(cfg.model, num_classes, pretrained=not saved).to(device)
-    if cfg.model.sync_bn and device.type == "cuda" and world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = build_segmentor(cfg.model, num_classes, pretrained=not saved)
+    model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
-    members = {name: build("models.prototypes", spec, **context) for name, spec in cfg.prototypes.items()}
-    members = nn.ModuleDict(members).to(device)
+    members = build_members(cfg.prototypes, **context)[0].to(device)
     terms, weights = build_losses(cfg.losses, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
-    student = model
-    if world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        student = DistributedDataParallel(model, devices, broadcast_buffers=False)
+    student = distributed.parallel(model, device)
 
     # --- resume ---
     stateful = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
@@ -79,11 +71,7 @@ def main(arguments):
     about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
     logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
     distributed.seed_everything(cfg.seed + distributed.rank())  # from here on dropout differs between processes
-    sampler = StreamSampler(
-        len(train_set), batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, seed=cfg.seed,
-        start=start, stop=cfg.train.iters, rank=distributed.rank(), world_size=world,
-    )  # fmt: skip
-    batches = iter(make_loader(train_set, sampler, cfg.data.workers, pin_memory=device.type == "cuda"))
+    stream = batches(train_set, cfg, cfg.seed, start, device)
     if saved:
         checkpoint.set_rng_state(saved["rng"])
     preemption, averages, overflow = Preemption(), Averages(), precision.StepCounter()
@@ -107,7 +95,7 @@ def main(arguments):
     bar = tqdm(steps, initial=start, total=cfg.train.iters, disable=not distributed.is_main(), smoothing=0.05)
     for step in bar:
         rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
-        micro_batches = [to_device(next(batches), device) for _ in range(cfg.train.accumulate)]
+        micro_batches = [to_device(next(stream), device) for _ in range(cfg.train.accumulate)]
         # Labelled pixels of the whole step: every pixel weighs the same in all processes and micro-batches.
         labelled = sum((batch["label"] != IGNORE).sum() for batch in micro_batches)
         valid = {"source": distributed.mean(labelled.double()) / cfg.train.accumulate}
@@ -148,7 +136,7 @@ def main(arguments):
         stop = preemption.requested()
         final = done == cfg.train.iters
         save = stop or final or done % cfg.checkpoint.every == 0
-        check = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
+        check = val_set and not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
         if save or check or done % cfg.log.every == 0:
             values = averages.take(step)
             values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
@@ -156,13 +144,13 @@ def main(arguments):
             log.scalars(values | log.speed(step, cfg.train.batch_size, device), done)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_views(log, done, views, labels, outputs, train_set)
+            draw_views(log, done, views, labels, {}, outputs, train_set)
             draw_similarity(log, done, vectors, train_set)
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
             if score > best:
                 best = score
-                checkpoint.save_best(folder, content(done))
+                checkpoint.save_light(folder / "best.pt", content(done))
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:

@@ -3,9 +3,9 @@
     python train_uda.py configs/toy/uda_self_training.yaml
     torchrun --nproc_per_node=4 train_uda.py configs/... optimizer.lr=1e-4
 
-A run is a composition of parts that the configuration names: a labeler (pseudo labels), a mixer (views) and losses.
-None owns a trainable parameter, so the loop is the same for every method. The same command goes on where a killed run
-stopped, in whatever stage.
+A run is a composition of parts that the configuration names: labelers (pseudo labels), source weights, a style, a mixer
+(views), prototypes and losses. None owns a trainable parameter, so the loop is the same for every method. The same
+command goes on where a killed run stopped, in whatever stage.
 """
 
 import contextlib
@@ -13,47 +13,43 @@ import logging
 import time
 from pathlib import Path
 
-from torch import nn
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.base import IGNORE, to_device
-from datasets.sampler import StreamSampler, make_loader
-from engine import checkpoint, config, distributed, precision, schedule, weights
-from engine.build import build, build_data, build_losses, build_segmentor, call
+from engine import checkpoint, config, distributed, precision, schedule
+from engine.build import (
+    asks_for,
+    batches,
+    build_adaptation,
+    build_data,
+    build_losses,
+    build_members,
+    build_segmentor,
+    call,
+    initial_network,
+    restore,
+)  # fmt: skip
 from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
-from engine.report import draw_similarity, draw_views, final_report, validate
+from engine.prepare import Preparation
+from engine.report import draw_similarity, draw_views, final_report, log_pseudo_labels, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
 logger = logging.getLogger("engine")
 
 
-def initial_network(cfg, num_classes, previous):
-    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
-    init = cfg.stage.init
-    if init == "previous" and previous is None:
-        raise config.ConfigError(f"stage {cfg.stage.name}: init: previous, but there is no stage before it")
-    network = build_segmentor(cfg.model, num_classes, pretrained=init == "imagenet")
-    if init == "previous":
-        network.load_state_dict(previous.state_dict())
-    elif init != "imagenet":
-        weights.load_into(network, checkpoint.load(init)["model"], source=init)
-    return network
-
-
-def make_batches(dataset, cfg, number, start, device):
-    """The micro-batches of a data set for one process, from a step of this stage on."""
-    sampler = StreamSampler(
-        len(dataset), batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, start=start,
-        stop=cfg.train.iters, seed=dataset.seed * 1009 + number, rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )  # fmt: skip
-    return iter(make_loader(dataset, sampler, cfg.data.workers, pin_memory=device.type == "cuda"))
+def member_batches(seen, view):
+    """What updates a member of the prototype family: (features, labels, None) of one view of every micro-batch."""
+    for outputs, labels in seen:
+        if view not in outputs or view not in labels:
+            raise config.ConfigError(f"prototypes: no view '{view}' has labels; there are {', '.join(labels)}")
+        features = outputs[view].features.detach()
+        yield features, resize_labels(labels[view], features.shape[-2:]), None
 
 
 def train_stage(run_config, cfg, number, offset, data, saved, previous, log, device, preemption, clock):
@@ -68,47 +64,57 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
     Returns:
         (network to report and to go on from, whether to stop).
     """
-    source_set, val_set, _, target_set = data
+    # --- build ---
+    source_set, val_set, _, target_set, monitor = data
     num_classes, world, folder = len(source_set.CLASSES), distributed.world_size(), Path(cfg.folder)
     distributed.seed_everything(cfg.seed + 1009 * number)
     model = build_segmentor(cfg.model, num_classes, False) if saved else initial_network(cfg, num_classes, previous)
-    model = model.to(device)
-    if cfg.model.sync_bn and device.type == "cuda" and world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
-    members = {name: build("models.prototypes", spec, **context) for name, spec in cfg.prototypes.items()}
-    members = nn.ModuleDict(members).to(device)
+    members, view_of = build_members(cfg.prototypes, **context)
     terms, factors = build_losses(cfg.losses, **context)
-    labeler = build("losses", cfg.uda.labeler, **context) if cfg.uda.labeler["name"] != "none" else None
-    mixer = build("datasets", cfg.uda.mixer, **context)
+    labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
+    members, labelers = members.to(device), labelers.to(device)
     teacher = None
     if cfg.stage.teacher == "ema":
         teacher = Teacher(model, cfg.train.teacher)
     elif cfg.stage.teacher == "frozen":
         teacher = Teacher(previous if previous is not None else model, 1.0).to(device)
-    if labeler and not teacher:
-        raise config.ConfigError(f"stage {cfg.stage.name}: a labeler needs a teacher: ema or frozen")
+    befores = [labeler.before for labeler in labelers if hasattr(labeler, "before")]
+    afters = [labeler.after for labeler in labelers if hasattr(labeler, "after")]
+    guided = any(asks_for(part, "teacher") for part in [*befores, *afters, *terms.values()])
+    if guided and not teacher:
+        raise config.ConfigError(f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen")
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
-    student = model
-    if world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        student = DistributedDataParallel(model, devices, broadcast_buffers=False)
-    stateful = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
+    student = distributed.parallel(model, device)
+    stateful = {"model": model, "prototypes": members, "labelers": labelers, "optimizer": optimizer, "scaler": scaler}
     stateful |= {"teacher": teacher} if teacher else {}
+    vectors = {"classifier": model.classifier, **members}
+
+    # --- resume, or prepare what the stage needs ---
     start, best = 0, -1.0
+    preparation = Preparation(
+        model if previous is None else previous, source_set, target_set, vectors,
+        folder / "maps" / f"{number + 1}_{cfg.stage.name}", device, autocast, cfg.data.workers,
+    )  # fmt: skip
     if saved:
         for name, item in stateful.items():
             item.load_state_dict(saved[name])
         start, best = saved["stage_step"], saved["best"]
+        preparation.attach(saved["maps"])
+    else:
+        for part in [source_weights, *labelers]:
+            if hasattr(part, "prepare"):
+                part.prepare(preparation)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     distributed.seed_everything(cfg.seed + 1009 * number + distributed.rank())
-    sources = make_batches(source_set, cfg, number, start, device)
-    targets = make_batches(target_set, cfg, number, start, device)
+    sources, targets = (
+        batches(dataset, cfg, dataset.seed * 1009 + number, start, device) for dataset in (source_set, target_set)
+    )
     if saved:
         checkpoint.set_rng_state(saved["rng"])
-    vectors = {"classifier": model.classifier, **members}
     parameters = [p for p in model.parameters() if p.requires_grad]
     averages, overflow, stop = Averages(), precision.StepCounter(), False
 
@@ -119,7 +125,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         rng = distributed.gather(checkpoint.rng_state())
         return state | facts | {
             "step": offset + step, "stage": number, "stage_step": step, "best": best, "seconds": clock(), "rng": rng,
-            "config": config.plain(run_config),
+            "maps": preparation.stored(), "config": config.plain(run_config),
         }  # fmt: skip
 
     # --- train ---
@@ -137,32 +143,41 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
 
         seen = []
         for i, batch in enumerate(micro_batches):
-            with autocast:
-                labels, trust = labeler.before(batch, teacher, step) if labeler else ({}, {})
-            views, labels, trust = mixer(batch, labels | {"source": batch["source"]["label"]}, trust)
+            given = {"batch": batch, "prototypes": vectors, "step": step, "iters": cfg.train.iters}
+            labels, trust = {"source": batch["source"]["label"]}, {}
+            with torch.no_grad(), autocast:
+                if style:
+                    batch["source"]["image"] = style(batch["source"]["image"], batch["target"]["image"])
+                if guided:
+                    given["teacher"] = teacher.network.segment(batch["target"]["image"])
+                if source_weights:
+                    trust["source"] = source_weights(batch)
+                for before in befores:
+                    found = call(before, labels=labels, weights=trust, **given)
+                    labels, trust = labels | found[0], trust | found[1]
+                views, labels, trust = mixer(batch, labels, trust)
             views = {name: View(*view) for name, view in views.items()}
-            # Pseudo labels exist only now, so their number is that of the micro-batch, over all processes.
-            pseudo = {name: y for name, y in labels.items() if name != "source"}
-            valid = {name: distributed.mean((y != IGNORE).sum().double()) for name, y in pseudo.items()}
-            valid["source"] = of_source
-            samples = {name: batch["source" if name == "source" else "target"]["sample"] for name in views}
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last or world == 1 else student.no_sync():
                 with autocast:
-                    outputs = student(views, step)
-                losses = {
-                    name: call(
-                        term, outputs=outputs, labels=labels, weights=trust, valid=valid, samples=samples,
-                        prototypes=vectors, step=step,
-                    )
-                    for name, term in terms.items()
-                }  # fmt: skip
+                    given["outputs"] = outputs = student(views, step)
+                with torch.no_grad():
+                    for after in afters:
+                        found = call(after, labels=labels, weights=trust, **given)
+                        labels, trust = labels | found[0], trust | found[1]
+                # Pseudo labels exist only now, so their number is that of the micro-batch, over all processes.
+                pseudo = {name: y for name, y in labels.items() if name != "source"}
+                valid = {name: distributed.mean((y != IGNORE).sum().double()) for name, y in pseudo.items()}
+                valid["source"] = of_source
+                samples = {name: batch["source" if name == "source" else "target"]["sample"] for name in views}
+                given |= {"labels": labels, "weights": trust, "valid": valid, "samples": samples}
+                losses = {name: call(term, **given) for name, term in terms.items()}
                 loss = sum(factors[name] * value for name, value in losses.items()) / cfg.train.accumulate
                 scaler.scale(loss).backward()
-            features = outputs["source"].features.detach()
-            seen.append((features, resize_labels(labels["source"], features.shape[-2:]), None))
+            seen.append((outputs, labels))
             named = {f"train/loss_{name}": value for name, value in losses.items()}
             named |= {f"uda/weight_{name}": value.mean() for name, value in trust.items()}
+            named |= {f"uda/labelled_{name}": (y != IGNORE).double().mean() for name, y in pseudo.items()}
             averages.add({"train/loss": loss * cfg.train.accumulate, **named})
 
         norm, taken = precision.step(optimizer, scaler, parameters, cfg.optimizer.clip)
@@ -171,8 +186,12 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         if taken:
             if cfg.stage.teacher == "ema":
                 teacher.update(model)
-            for member in members.values():
-                member.update(seen)
+            for name, member in members.items():
+                if view_of[name] != "none":
+                    member.update(member_batches(seen, view_of[name]))
+            for labeler in labelers:
+                if hasattr(labeler, "update"):
+                    labeler.update()
 
         # --- log, validate, save ---
         done, total = step + 1, offset + step + 1
@@ -187,15 +206,20 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             log.scalars(values | log.speed(total - 1, cfg.train.batch_size, device), total)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_views(log, total, views, labels, outputs, source_set)
+            draw_views(log, total, views, labels, trust, outputs, source_set)
             draw_similarity(log, total, vectors, source_set)
-        if check:  # on the source: the target's labels choose nothing
+        if check and monitor:
+            guide = teacher.network if teacher else model
+            log_pseudo_labels(guide, labelers, vectors, monitor, device, autocast, log, total)
+        if check and val_set:  # on the source: the target's labels choose nothing
             score = validate(reported, val_set, cfg.eval, device, autocast, log, total)
             if score > best:
                 best = score
-                checkpoint.save_best(folder, content(done))
+                checkpoint.save_light(folder / "best.pt", content(done))
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
+        if final and number == 0 and run_config.stages:
+            checkpoint.save_light(folder / f"stage_{cfg.stage.name}.pt", content(done))
         if stop:
             logger.info(f"signal received: saved at step {done} of stage {cfg.stage.name}; the same command goes on")
             break
@@ -209,7 +233,7 @@ def main(arguments):
     to_console()
     stages = config.stages(cfg)
     data = [build_data(stage) for stage in stages]  # all of them first: a mistake should not show up only after hours
-    if any(target is None for *_, target in data):
+    if any(target is None for *_, target, _ in data):
         raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
     folder = Path(cfg.folder)
     saved = checkpoint.find(folder, cfg.resume)
@@ -242,7 +266,12 @@ def main(arguments):
     if not stop:
         about |= {"step": total, "seconds": round(clock())}
         autocast = precision.autocast(device, cfg.precision)
-        final_report(network, data[-1][2] or {"val": data[-1][1]}, stages[-1].eval, device, autocast, folder, about)
+        tests, before = data[-1][2] or {"val": data[-1][1]}, None
+        starts = folder / f"stage_{stages[0].stage.name}.pt" if len(stages) > 1 else stages[0].stage.init
+        if cfg.uda.compare and starts not in ("imagenet", "previous"):
+            averaged = len(stages) > 1 and stages[0].stage.teacher == "ema" and stages[0].eval.weights == "teacher"
+            before = restore(starts, [f"eval.weights={'teacher' if averaged else 'student'}"])[0].to(device)
+        final_report(network, tests, stages[-1].eval, device, autocast, folder, about, before)
     log.close()
 
 

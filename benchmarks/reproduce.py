@@ -14,7 +14,10 @@ The grid file:
     rows:
       linear: {config: configs/camvid/resnet18_linear.yaml}
       CBP + OCCL: {config: configs/camvid/resnet18_cbp_occl.yaml, set: [model.classifier.length=2], seeds: [0]}
+      adapted: {config: ..., set: ['stages=[{name: adapt, init: runs/camvid_cbp/linear/seed{seed}/step_0000800.pt}]'],
+                after: linear}
 
+`{seed}` stands for the seed of a run; a row with `after` waits until that row has finished with the same seed.
 Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes
 on from its last checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run),
 `folder` can be set on the command line. A failed run is reported with the end of its output, and the others go on.
@@ -58,7 +61,8 @@ def jobs(grid):
     for row, spec in grid["rows"].items():
         for seed in spec.get("seeds", grid["seeds"]):
             folder = Path(grid["folder"]) / grid["name"] / re.sub(r"[^\w.=-]+", "_", row) / f"seed{seed}"
-            settings = [*grid["common"], *spec.get("set", []), f"seed={seed}", f"folder={folder}", "resume=auto"]
+            settings = [text.replace("{seed}", str(seed)) for text in [*grid["common"], *spec.get("set", [])]]
+            settings += [f"seed={seed}", f"folder={folder}", "resume=auto"]
             settings += [f"threads={grid['threads']}"] if grid["threads"] else []
             result.append(
                 (row, seed, folder, [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings])
@@ -66,13 +70,19 @@ def jobs(grid):
     return sorted(result, key=lambda job: job[1])
 
 
-def execute(todo, at_a_time, threads):
-    """Run the commands, `at_a_time` side by side -> {folder: exit code}."""
+def execute(todo, at_a_time, threads, after):
+    """Run the commands, `at_a_time` side by side -> {folder: exit code}. `after`: {row: the row that comes first}."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     waiting, running, codes = list(todo), {}, {}
     while waiting or running:
-        while waiting and len(running) < at_a_time:
-            row, seed, folder, command = waiting.pop(0)
+        unfinished = {(row, seed) for row, seed, folder, _ in todo if codes.get(folder) != 0}
+        ready = [job for job in waiting if (after.get(job[0]), job[1]) not in unfinished]
+        if not ready and not running:
+            print(f"{len(waiting)} runs wait for rows that failed", flush=True)
+            return codes | {folder: 1 for _, _, folder, _ in waiting}
+        while ready and len(running) < at_a_time:
+            row, seed, folder, command = job = ready.pop(0)
+            waiting.remove(job)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "a") as output:
                 running[folder] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -133,7 +143,8 @@ def main(arguments):
     only_table = "table" in arguments
     grid = load_grid(arguments[0], [a for a in arguments[1:] if a != "table"]) | {"file": arguments[0]}
     todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
-    codes = {} if only_table else execute(todo, grid["runs"], grid["threads"])
+    after = {row: spec["after"] for row, spec in grid["rows"].items() if "after" in spec}
+    codes = {} if only_table else execute(todo, grid["runs"], grid["threads"], after)
     table, runs = collect(grid)
     text = markdown(grid, table, runs)
     out = Path(grid["out"])

@@ -10,4 +10,8 @@
 Everything else is inherited: checks, id mapping, augmentation. A sample is a dict
 
     image (3, H, W) uint8 RGB    label (H, W) uint8, 255 = ignore    index in the data set    sample: its stream number
+    extra {name: (H, W) uint8}: maps that a run has stored, such as pseudo labels
+
+A set without files, such as toy.Toy, fills `samples`, `extra` and `stylised` itself and overrides `load`, `load_label`,
+`stem` and `label_key`.
 """

@@ -28,7 +28,7 @@ class ACDC(SegmentationData):
     # fmt: off
     def __init__(
         self, *, root, split: str = "train", condition: str = "all", labels: bool = True, ignore: list = (),
-        augment=None, seed=0,
+        augment=None, seed=0, stylised: str | None = None,
     ):
         # fmt: on
         if condition not in (*CONDITIONS, "all"):
@@ -36,7 +36,8 @@ class ACDC(SegmentationData):
         if labels and split.endswith("_ref"):
             raise DataError(f"ACDC {split} holds reference images, which have no labels; set labels: false")
         self.conditions = CONDITIONS if condition == "all" else (condition,)
-        super().__init__(root=root, split=split, labels=labels, ignore=ignore, augment=augment, seed=seed)
+        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        super().__init__(root=root, split=split, **options)
 
     def pairs(self):
         return [pair for condition in self.conditions for pair in self.pairs_of(condition)]

@@ -1,5 +1,13 @@
-"""What all data sets share: reading, id mapping, checks whose messages name the file, and reproducible augmentation."""
+"""What all data sets share: reading, id mapping, checks whose messages name the file, and reproducible augmentation.
 
+Every data set of files takes style-transferred copies of its images, whose labels are those of the originals:
+
+    data: {train: {name: gta5.GTA5, stylised: PATH}}
+"""
+
+import copy
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +20,47 @@ from engine.errors import UserError
 
 IGNORE = 255
 UNKNOWN = 254  # marks ids that the map does not know; no data set here has that many classes
+PICTURES = (".png", ".jpg", ".jpeg")
 
 
 class DataError(UserError):
     """Data that cannot be used as it is; the message names the file and what to do."""
 
 
-def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB. Pillow, because OpenCV returns truncated JPEGs half filled, silently."""
+def read_pixels(path, kind, mode=None):
+    """Image file -> array, converted to a mode of Pillow or as it is; `kind` is what an error calls the file.
+
+    Pillow, because OpenCV returns truncated JPEGs half filled, silently, and turns palette indices into colours.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            return np.array(image.convert(mode) if mode else image)
     except (OSError, SyntaxError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from None
+        raise DataError(f"cannot read the {kind} {path}: {error}") from None
+
+
+def read_image(path):
+    """Image file -> (H, W, 3) uint8 RGB."""
+    return read_pixels(path, "image", "RGB")
 
 
 def read_ids(path):
-    """Grey or palette PNG -> (H, W) ids. Pillow, because OpenCV turns palette indices into colours."""
-    try:
-        with Image.open(path) as image:
-            ids = np.array(image)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"cannot read the label {path}: {error}") from None
+    """Grey or palette PNG -> (H, W) ids."""
+    ids = read_pixels(path, "label")
     if ids.ndim != 2:
         raise DataError(
             f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one channel, or a palette. "
             "For labels stored as colours give the data set a colour table (folder.Folder: color_labels: true)"
         )
     return ids.astype(np.uint8) if ids.dtype == bool else ids  # a 1-bit PNG: two classes
+
+
+def read_map(path):
+    """Grey or palette PNG of 8 bits -> (H, W) uint8."""
+    values = read_pixels(path, "map")
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise DataError(f"{path} is no map: one channel of 8 bits, grey or a palette, is expected")
+    return values
 
 
 def read_colors(path, colors):
@@ -64,6 +85,32 @@ def lookup_table(id_map, num_classes, ignored=()):
     return table
 
 
+def check_sizes(image_path, image, path, values):
+    """Raise DataError unless an image (H, W, 3) and the (H, W) of another file have one size."""
+    if values.shape != image.shape[:2]:
+        (height, width), (h, w) = image.shape[:2], values.shape
+        raise DataError(f"sizes differ: {image_path} is {width}x{height}, {path} is {w}x{h}")
+
+
+def check_different(names, problem):
+    """Raise DataError where two images of {image: name} have one name."""
+    owners = {}
+    for image, name in names.items():
+        if (owner := owners.setdefault(name, image)) != image:
+            raise DataError(f"{owner} and {image} share {problem.format(name)}")
+
+
+@contextmanager
+def drawing(seed):
+    """Within it PyTorch draws on the CPU as from this seed; afterwards its generators are as they were before.
+
+    `torch.manual_seed` would seed the generators of the GPUs as well, which nothing restores.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 class SegmentationData(Dataset):
     """Images with labels.
 
@@ -72,10 +119,17 @@ class SegmentationData(Dataset):
         split: which part; the subclass says which there are.
         labels: False for a target set that is trained on without labels: no label path is even made.
         ignore: names of classes whose pixels are ignored (255); the classes keep their ids.
-        augment: callable (image, label) -> the same, for training; None for evaluation.
+        augment: callable (image, label, *maps) -> the same, for training; None for evaluation.
         seed: with the sample's number in the stream it decides the augmentation.
+        stylised: folder, relative to the root, with a style-transferred copy of each image: the same path as the image
+            has below the root, or directly in it a file of the same name; .png, .jpg or .jpeg whatever the image has.
+            The copies are read in place of the images; label, `stem` and size are those of the image.
+    Attributes:
+        extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
+            before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
     Raises:
-        DataError: missing folder, no images, images without labels, unknown names in `ignore`.
+        DataError: missing folder, no images, images without labels or copies, two images with one stem, unknown names
+            in `ignore`.
     """
 
     CLASSES = ()
@@ -83,11 +137,16 @@ class SegmentationData(Dataset):
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
 
-    def __init__(self, *, root, split: str = "train", labels: bool = True, ignore: list = (), augment=None, seed=0):
+    # fmt: off
+    def __init__(
+        self, *, root, split: str = "train", labels: bool = True, ignore: list = (), augment=None, seed=0,
+        stylised: str | None = None,
+    ):
+        # fmt: on
         if root is None:
             raise DataError(f"{type(self).__name__} needs its folder: set data.root=PATH")
         self.root, self.split, self.labels = Path(root), split, labels
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
             raise DataError(
                 f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or the root that "
@@ -102,6 +161,7 @@ class SegmentationData(Dataset):
         # The second table is for labels that others converted to class ids.
         self.table, self.class_table = (lookup_table(ids, len(self.CLASSES), ignored) for ids in (self.ID_MAP, None))
         self._check()
+        self.stylised = {} if stylised is None else self._find_stylised(self.root / stylised)  # {image: its copy}
 
     def _check(self):
         name = f"{type(self).__name__} {self.split}"
@@ -113,6 +173,25 @@ class SegmentationData(Dataset):
                 raise DataError(
                     f"{name}: {len(missing)} of {len(paths)} {kind} do not exist, such as {', '.join(missing[:5])}"
                 )
+        check_different(self._stems(), "the path '{}' but for the suffix, under which maps are stored; rename one")
+
+    def _stems(self):
+        """{image: stem}; an image that a list names twice counts once."""
+        return {image: self.stem(index) for index, (image, _) in enumerate(self.samples)}
+
+    def _find_stylised(self, folder):
+        if not folder.is_dir():
+            raise DataError(f"{type(self).__name__}: there is no folder {folder} of stylised images")
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
+        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+        copies = {image: found.get(stem, found.get(Path(image).stem)) for image, stem in self._stems().items()}
+        if missing := [str(image) for image, path in copies.items() if path is None]:
+            raise DataError(
+                f"{type(self).__name__}: {len(missing)} of {len(copies)} images have no stylised copy in {folder}, "
+                f"such as {', '.join(missing[:5])}"
+            )
+        check_different(copies, "the stylised copy {}; give the copies the paths that the images have below the root")
+        return copies
 
     def pairs(self):
         raise NotImplementedError
@@ -124,18 +203,37 @@ class SegmentationData(Dataset):
         """Whether this label file, which holds these ids, was converted to class ids before: ID_MAP is not applied."""
         return False
 
+    def stem(self, index):
+        """The image's path below the root without suffix, with slashes: the name of the sample's maps.
+
+        An image outside the root has its absolute path, without the first slash.
+        """
+        root, path = os.path.join(os.path.abspath(self.root), ""), os.path.abspath(self.samples[index][0])
+        return os.path.splitext(path.removeprefix(root).lstrip(os.sep))[0].replace(os.sep, "/")
+
+    def label_key(self):
+        """Text that changes with whatever the labels depend on, files and options: the key of what is made of them."""
+        paths = [Path(os.path.abspath(label)) for _, label in self.samples if label is not None]
+        files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
+        tables = self.table.tobytes() + self.class_table.tobytes()
+        return repr((type(self).__module__, type(self).__name__, self.CLASSES, tables, files))
+
     def load(self, index):
         """Image (H, W, 3) uint8 and class ids (H, W) uint8, checked; an unlabelled set has ignore everywhere."""
-        image_path, label_path = self.samples[index]
-        image = read_image(image_path)
-        if label_path is None:
+        original, label_path = self.samples[index]
+        path = self.stylised.get(original, original)
+        image, label = read_image(path), self.load_label(index)
+        if label is None:
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
+        check_sizes(path, image, label_path, label)
+        return image, label
+
+    def load_label(self, index):
+        """Class ids (H, W) uint8 without their image, None in an unlabelled set."""
+        label_path = self.samples[index][1]
+        if label_path is None:
+            return None
         ids = self.read_label(label_path)
-        if ids.shape != image.shape[:2]:
-            raise DataError(
-                f"sizes differ: {image_path} is {image.shape[1]}x{image.shape[0]}, "
-                f"{label_path} is {ids.shape[1]}x{ids.shape[0]}"
-            )
         mapped = self.is_mapped(label_path, ids)
         label = (self.class_table if mapped else self.table)[ids]
         if (label == UNKNOWN).any():
@@ -145,7 +243,24 @@ class SegmentationData(Dataset):
                 f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.CLASSES)} classes) "
                 f"does not know: {'it is read as converted to class ids, 255 = ignore' if mapped else remedy}"
             )
-        return image, label
+        return label
+
+    def load_maps(self, index, image):
+        """The maps of `extra`, each (H, W) uint8 and of the size of the image (H, W, 3)."""
+        maps, original = [], self.samples[index][0]
+        for name, folder in self.extra.items():
+            path = Path(folder) / f"{self.stem(index)}.png"
+            if not path.is_file():
+                raise DataError(f"{original} has no map '{name}': there is no file {path}")
+            maps.append(read_map(path))
+            check_sizes(self.stylised.get(original, original), image, path, maps[-1])
+        return maps
+
+    def without_augmentation(self):
+        """The same samples as they lie on disk, without maps: what maps are made from."""
+        plain = copy.copy(self)
+        plain.augment, plain.extra = None, {}
+        return plain
 
     def __len__(self):
         return len(self.samples)
@@ -154,29 +269,34 @@ class SegmentationData(Dataset):
         """item: an index, or (index, sample) from the sampler."""
         index, sample = item if isinstance(item, tuple) else (item, item)
         image, label = self.load(index)
+        maps = [label, *self.load_maps(index, image)]
         image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-        label = tv_tensors.Mask(torch.from_numpy(label))
+        maps = [tv_tensors.Mask(torch.from_numpy(values)) for values in maps]
         if self.augment is not None:
             # A pure function of (seed, sample): neither workers nor processes nor resuming change what is drawn.
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(state[0]))
-                image, label = self.augment(image, label)
-        return {
-            "image": image.as_subclass(torch.Tensor).contiguous(),
-            "label": label.as_subclass(torch.Tensor).contiguous(),
-            "index": index,
-            "sample": sample,
-        }
+            with drawing(int(state[0])):
+                image, *maps = self.augment(image, *maps)
+        image, label, *maps = (values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps))
+        extra = dict(zip(self.extra, maps, strict=True))
+        return {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
+
+
+def move(value, device):
+    """A tensor, or a nested dict of tensors, on the device."""
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    return value.to(device, non_blocking=True)
 
 
 def to_device(batch, device):
     """A collated batch on the device: images in [0, 1], labels int64. Bytes travel, floats are made there.
 
-    `numbers` lists the samples once more, for what the host draws per image: reading them back would wait for the GPU.
+    Extra maps stay uint8. `numbers` lists the samples once more, for what the host draws per image: reading them back
+    would wait for the GPU.
     """
     numbers = batch["sample"].tolist()
-    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    batch = move(batch, device)
     return batch | {
         "image": batch["image"].to(torch.get_default_dtype()) / 255,
         "label": batch["label"].long(),

@@ -2,7 +2,7 @@
 
     python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
 
-Reads every sample of data.train, data.val and data.test, prints sizes, the share of each class and what cannot be used,
+Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and what cannot be used,
 and draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1.
 """
 
@@ -53,6 +53,9 @@ def describe(dataset, name, sizes, counts, problems):
     yield f"{name}: {type(dataset).__name__} {dataset.split}, {len(dataset)} images"
     for image in getattr(dataset, "left_out", []):
         yield f"  left out: {image} ({dataset.KNOWN_BAD[Path(image).stem]})"
+    if dataset.stylised:
+        copies = [*dataset.stylised.values()]
+        yield f"  read in place of the images: {len(copies)} stylised copies, such as {copies[0]}"
     if sizes:
         (low_h, low_w), (high_h, high_w) = min(sizes, key=np.prod), max(sizes, key=np.prod)
         yield f"  width x height: {low_w}x{low_h} to {high_w}x{high_h}, {len(set(sizes))} different"
@@ -87,10 +90,12 @@ def draw(dataset, path):
 
 def main(arguments):
     cfg = load(arguments[0], arguments[1:])
-    specs = {"train": cfg.data.train, "val": cfg.data.val} | {f"test.{n}": spec for n, spec in cfg.data.test.items()}
+    specs = {"train": cfg.data.train, "val": cfg.data.val, "monitor": cfg.data.monitor}
+    specs |= {"target": {**cfg.data.target, "labels": False}}  # as training reads it
+    specs |= {f"test.{name}": spec for name, spec in cfg.data.test.items()}
     specs = {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
     if not specs:
-        raise ConfigError(f"{arguments[0]} names no data set: data.train, data.val and data.test are empty")
+        raise ConfigError(f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty")
     # all of them first: a mistake should not show up only after minutes of reading
     sets = {name: build("datasets", spec, root=cfg.data.root, seed=cfg.seed) for name, spec in specs.items()}
     augment = build("datasets", cfg.data.augment) if "train" in sets else None

@@ -83,7 +83,7 @@ class Folder(SegmentationData):
         self, *, root, classes: list, split: str = "train", image_dir: str = "images/{split}",
         label_dir: str = "labels/{split}", image_suffix: str | list = ".jpg", label_suffix: str = ".png",
         list: str | None = None, palette: list | None = None, id_map: dict | None = None,
-        color_labels: bool = False, labels: bool = True, augment=None, seed=0,
+        color_labels: bool = False, labels: bool = True, augment=None, seed=0, stylised: str | None = None,
     ):
         # fmt: on
         names, colors = tuple(map(str, classes)), palette or distinct_colors(len(classes))
@@ -100,7 +100,7 @@ class Folder(SegmentationData):
         self.colors = {(0, 0, 0): IGNORE} | {c: i for i, c in enumerate(self.PALETTE)} if color_labels else None
         self.folders = [text and text.replace("{split}", split) for text in (image_dir, label_dir, list)]
         self.suffixes = [image_suffix] if isinstance(image_suffix, str) else image_suffix, [label_suffix]
-        super().__init__(root=root, split=split, labels=labels, augment=augment, seed=seed)
+        super().__init__(root=root, split=split, labels=labels, augment=augment, seed=seed, stylised=stylised)
 
     def pairs(self):
         (image_dir, label_dir, listing), (of_images, of_labels) = self.folders, self.suffixes
@@ -115,6 +115,9 @@ class Folder(SegmentationData):
         demand(asked, images, f"{what} have no image *{' or *'.join(of_images)} in {image_dir}")
         demand(names, labels, f"images have no label *{of_labels[0]} in {label_dir}")
         return [(images[name], labels[name]) for name in names]
+
+    def label_key(self):
+        return f"{super().label_key()}{self.colors}"
 
     def read_label(self, path):
         return read_colors(path, self.colors) if self.colors else super().read_label(path)

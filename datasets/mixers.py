@@ -1,15 +1,34 @@
 """Mixers: from a source and a target batch to the views that the student sees.
 
+    uda: {mixer: {name: mixers.ClassMix}}
+
     mixer(batch, labels, weights) -> views {name: (image, domain)}, labels {name: (B, H, W)}, weights {name: (B, H, W)}
 
-`batch` is {"source": ..., "target": ...}; `labels` and `weights` are those of the labeler, `labels["source"]` is the
-truth. What is drawn depends on the sample's number alone, so it is the same on any number of processes.
+`batch` is {"source": ..., "target": ...}; `labels` and `weights` are those of the labelers, `labels["source"]` is the
+truth. A mixer adds to labels and weights; what is there passes through. What is drawn depends on the sample's number
+alone, so it is the same on any number of processes.
 """
 
-import torch
-from torchvision.transforms import v2
+from contextlib import contextmanager
 
+import torch
+from torch.nn.functional import avg_pool2d
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from datasets.base import drawing
+from engine.errors import UserError
 from engine.statistics import pixel_hash
+
+
+@contextmanager
+def changing(image, seed, sample):
+    """Within it the random changes of an image are those of its sample, and are made in its own precision.
+
+    Under autocast the convolution of a blur would round the image to half precision.
+    """
+    with drawing(seed * 1_000_003 + sample), torch.autocast(image.device.type, enabled=False):
+        yield
 
 
 class Source:
@@ -19,30 +38,49 @@ class Source:
         return {"source": (batch["source"]["image"], "source")}, labels, weights
 
 
+class SourceTarget:
+    """Views "source" and "target", the images as they come."""
+
+    def __call__(self, batch, labels, weights):
+        return {name: (batch[name]["image"], name) for name in ("source", "target")}, labels, weights
+
+
 class ClassMix:
     """Paste half of the classes of each source image onto the target image, then colour jitter and blur (Olsson et al.,
     WACV 2021, between domains as in DACS; constants as in DAFormer).
 
-    Views: "source" and "mixed". Pasted pixels have the true label and weight 1, the others what the labeler gave them.
+    Views: "source" and "mixed". Pasted pixels have the true label and the weight of the source, 1 where it has none;
+    the others what the labelers gave them.
 
     Args:
+        target: also the view "target", the image as it comes.
         color: largest change of brightness, contrast, saturation, and shift of hue.
         color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each image.
+    Raises UserError, when called: nothing has labelled the target.
     """
 
-    def __init__(self, *, seed=0, color: list = (0.2, 0.2, 0.2, 0.2), color_p: float = 0.8, blur_p: float = 0.5):
-        self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
+    # fmt: off
+    def __init__(
+        self, *, seed=0, target: bool = False, color: list = (0.2, 0.2, 0.2, 0.2), color_p: float = 0.8,
+        blur_p: float = 0.5,
+    ):
+        # fmt: on
+        self.seed, self.target, self.color_p, self.blur_p = seed, target, color_p, blur_p
         self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, (0.15, 1.15))
 
     def __call__(self, batch, labels, weights):
+        if "target" not in labels:
+            raise UserError("mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers")
         source, target = batch["source"], batch["target"]
         pasted = self.choose(source["label"], target["sample"])  # (B, H, W)
         mixed = torch.where(pasted[:, None], source["image"], target["image"])
         mixed = torch.stack([self.augment(image, number) for image, number in zip(mixed, target["numbers"])])
+        ones = torch.ones_like(mixed[:, 0])
+        trust = torch.where(pasted, weights.get("source", ones), weights.get("target", ones))
         labels = labels | {"mixed": torch.where(pasted, source["label"], labels["target"])}
-        trust = weights.get("target", torch.ones_like(mixed[:, 0]))
-        weights = weights | {"mixed": torch.where(pasted, 1.0, trust)}
-        return {"source": (source["image"], "source"), "mixed": (mixed, "target")}, labels, weights
+        views = {"source": (source["image"], "source"), "mixed": (mixed, "target")}
+        views |= {"target": (target["image"], "target")} if self.target else {}
+        return views, labels, weights | {"mixed": trust}
 
     def choose(self, label, samples, num_classes=256):
         """Pixels (B, H, W) of half of the classes, rounded up, that occur in each label (B, H, W)."""
@@ -56,9 +94,78 @@ class ClassMix:
         return chosen.gather(1, ids).view_as(label)
 
     def augment(self, image, sample):
-        """Colour jitter and blur of one image (3, H, W), seeded by its number."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + sample)
+        """Colour jitter and blur of one image (3, H, W), a function of its number."""
+        with changing(image, self.seed, sample):
             jitter, blur = torch.rand(2) < torch.tensor([self.color_p, self.blur_p])
             image = self.color(image) if jitter else image
             return self.blur(image) if blur else image
+
+
+def sharpness(image, factor):
+    """Blend of an image (3, H, W) with its smoothed version, whose share is 1 - factor; the border stays.
+
+    As `adjust_sharpness` of torchvision, which sends its kernel to the GPU at every call and waits for it.
+    """
+    inside = image[..., 1:-1, 1:-1]
+    smooth = (9 * avg_pool2d(image, 3, stride=1) + 4 * inside) / 13  # the middle of the 3 x 3 kernel counts five times
+    changed = image.clone()
+    changed[..., 1:-1, 1:-1] = torch.lerp(smooth, inside, factor)
+    return changed
+
+
+# name: function (image (3, H, W) in [0, 1], magnitude in 0..1) -> image. The ranges are those of FixMatch's RandAugment
+# (Sohn et al., NeurIPS 2020, table of transformations), from general knowledge [R].
+OPERATIONS = {
+    "autocontrast": lambda image, magnitude: F.autocontrast(image),
+    "brightness": lambda image, magnitude: F.adjust_brightness(image, 0.05 + 0.9 * magnitude),
+    "colour": lambda image, magnitude: F.adjust_saturation(image, 0.05 + 0.9 * magnitude),
+    "contrast": lambda image, magnitude: F.adjust_contrast(image, 0.05 + 0.9 * magnitude),
+    "equalise": lambda image, magnitude: F.equalize(image),  # on 256 levels
+    "identity": lambda image, magnitude: image,
+    "posterise": lambda image, magnitude: F.posterize(image, 4 + int(4 * magnitude)),
+    "sharpness": lambda image, magnitude: sharpness(image, 0.05 + 0.9 * magnitude),
+    "solarise": lambda image, magnitude: F.solarize(image, 1 - magnitude),
+}
+
+
+class Strong:
+    """A strongly changed copy of the target image with the same geometry, for consistency with a teacher that sees the
+    plain one (BiSMAP, Lu et al., ACM MM 2022, after ProDA; constants as in the released code).
+
+    Views: "source", "target", and "strong": operations drawn from OPERATIONS, each applied with probability `p` and a
+    magnitude of 1 to 9 tenths, then a square that is set to 0, black: weights["strong"] is 0 in it and 1 outside. There
+    are no labels of "strong"; those of the target fit it.
+
+    Args:
+        operations: how many are drawn for an image, with replacement.
+        p: probability that a drawn operation is applied.
+        cutout: side of the square as a share of the width of the image; it lies inside the image.
+    Raises ValueError: a share or a probability outside 0..1.
+    """
+
+    def __init__(self, *, seed=0, operations: int = 2, p: float = 0.5, cutout: float = 0.2):
+        if operations < 0 or not 0 <= p <= 1 or not 0 <= cutout <= 1:
+            raise ValueError(
+                f"operations must not be negative, p and cutout must lie in 0..1, not {operations}, {p}, {cutout}"
+            )
+        self.seed, self.operations, self.p, self.cutout = seed, operations, p, cutout
+
+    def __call__(self, batch, labels, weights):
+        source, target = batch["source"], batch["target"]
+        changed = [self.augment(image, number) for image, number in zip(target["image"], target["numbers"])]
+        strong, kept = (torch.stack(part) for part in zip(*changed))
+        views = {"source": (source["image"], "source"), "target": (target["image"], "target")}
+        return views | {"strong": (strong, "target")}, labels, weights | {"strong": kept}
+
+    def augment(self, image, sample):
+        """Image (3, H, W) and its number -> the changed image, and (H, W): 1, and 0 in the square."""
+        kept, (height, width) = torch.ones_like(image[0]), image.shape[-2:]
+        with changing(image, self.seed, sample):
+            for _ in range(self.operations):
+                chosen, tenths = int(torch.randint(len(OPERATIONS), ())), int(torch.randint(1, 10, ()))
+                if torch.rand(()) < self.p:
+                    image = list(OPERATIONS.values())[chosen](image, tenths / 10)
+            side = min(round(self.cutout * width), height)
+            top, left = (int(torch.randint(length - side + 1, ())) for length in (height, width))
+        kept[top : top + side, left : left + side] = 0
+        return image * kept, kept

@@ -1,10 +1,13 @@
 """Which samples make up which step: a pure function of (seed, step, process), so there is no state to save.
 
-The stream of samples is one random permutation of the data set after the other. Step s takes the samples s B .. (s + 1)
-B - 1 of the stream for a batch of B over all processes and micro-batches; with another number of processes the same
-step holds the same samples.
+The stream of samples is one random permutation of the data set after the other, or draws images by their rare classes.
+Step s takes the samples s B .. (s + 1) B - 1 of the stream for a batch of B over all processes and micro-batches; with
+another number of processes the same step holds the same samples.
+
+    data: {rare_classes: {temperature: 0.01, min_pixels: 3000}}
 """
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -49,6 +52,52 @@ class StreamSampler:
         for micro in range(self.start * self.accumulate, self.stop * self.accumulate):
             first = (micro * self.world_size + self.rank) * size
             yield [(self.index(sample), sample) for sample in range(first, first + size)]
+
+
+class RareClassSampler(StreamSampler):
+    """Draw a class, a rare one more often, then one of the images that show it (Hoyer et al., DAFormer, CVPR 2022).
+
+        P(c) ~ exp((1 - f_c) / T),      f_c = share of the class in the labelled pixels of the data set
+
+    over the classes that occur, then uniformly one of the images with more than `min_pixels` pixels of c; of a class
+    that has none, one of all images that hold it [R]. Samples are independent of each other: there are no epochs.
+
+    Not done: DAFormer cuts an image anew, up to ten times, until the class has 1500 pixels in the crop [C].
+
+    Args:
+        counts: (n, K) pixels of each class in each image (statistics.class_counts).
+        temperature: T; the lower, the more often rare classes are drawn.
+        min_pixels: in the whole image; 3000 are meant for 2048 x 1024 pixels.
+        The others are those of StreamSampler.
+    Raises:
+        UserError: no labelled pixel, a temperature that is not positive; as StreamSampler.
+    """
+
+    # fmt: off
+    def __init__(
+        self, counts, *, temperature: float = 0.01, min_pixels: int = 3000, batch_size, accumulate=1, start=0, stop,
+        seed=0, rank=0, world_size=1,
+    ):
+        # fmt: on
+        options = {"accumulate": accumulate, "start": start, "stop": stop, "seed": seed}
+        super().__init__(len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        if temperature <= 0:
+            raise UserError(f"the temperature of rare class sampling must be positive, not {temperature}")
+        counts = np.asarray(counts)
+        if not counts.any():
+            raise UserError("rare class sampling: no pixel of the data set is labelled")
+        self.classes = counts.sum(0).nonzero()[0]  # (C) ids of those that occur
+        common = counts.sum(0)[self.classes] / counts.sum()
+        chance = np.exp((common.min() - common) / temperature)  # divided by that of the rarest: no overflow
+        self.chance = chance / chance.sum()
+        shows = np.where((counts > min_pixels).any(0), counts > min_pixels, counts > 0)  # (n, K)
+        self.images = [shows[:, c].nonzero()[0] for c in self.classes]
+
+    def index(self, sample):
+        """Data set index of a sample of the stream."""
+        rng = np.random.default_rng((self.seed, sample))
+        images = self.images[rng.choice(len(self.classes), p=self.chance)]
+        return int(rng.choice(images))
 
 
 def make_loader(dataset, sampler, workers=0, pin_memory=False):

@@ -59,8 +59,14 @@ class Synthia(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    def __init__(self, *, root, split: str = "all", labels: bool = True, ignore: list = (), augment=None, seed=0):
-        super().__init__(root=root, split=split, labels=labels, ignore=ignore, augment=augment, seed=seed)
+    # fmt: off
+    def __init__(
+        self, *, root, split: str = "all", labels: bool = True, ignore: list = (), augment=None, seed=0,
+        stylised: str | None = None,
+    ):
+        # fmt: on
+        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        super().__init__(root=root, split=split, **options)
 
     def pairs(self):
         return listed_pairs(self, self.root / "RGB", self.root / "GT" / "LABELS")

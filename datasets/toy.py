@@ -100,6 +100,11 @@ class View(NamedTuple):
     lamps: list  # (3,) places of the nearest street lamps, like `world`
 
 
+def labels_of(shapes, parts):
+    """Class ids (H, W) uint8 of a map of shape numbers (H, W)."""
+    return np.array([shape.label for shape in shapes], np.uint8)[parts]
+
+
 def look(camera, shapes, parts):
     """Undo the projection: the plane of every pixel's shape gives its place in the world."""
     height, width = parts.shape
@@ -108,10 +113,10 @@ def look(camera, shapes, parts):
     a, b, c = (np.array(column, np.float32)[parts] for column in zip(*(shape.plane for shape in shapes)))
     z = 1 / np.clip(a + b * u + c * v, 1 / 400, 1)
     world = np.dstack([u * z / camera.focal, camera.height - v * z / camera.focal, z])
-    label = np.array([shape.label for shape in shapes], np.uint8)[parts]
     glow = paint_by_number([bytes.fromhex(EMISSION.get(shape.material, "000000")) + b"\0" for shape in shapes], parts)
     lamps = [s.polygons[0].mean(0) for s in shapes if s.label == POLE and s.material == "lamp"][-3:]
     lamps = [np.array([camera.lateral(x, z), y, z], np.float32) for x, y, z in lamps]
+    label = labels_of(shapes, parts)
     return View(label, world, np.float32(c > 0)[..., None], (label == SKY)[..., None], glow[..., :3], lamps)
 
 
@@ -248,15 +253,27 @@ def snow(rng, image, view):
 WEATHER = {"night": night, "fog": fog, "rain": rain, "snow": snow}
 
 
+def lay_out(seed, index, size):
+    """What a scene is in every domain: camera, sun, shapes, and the map of their numbers at twice the size."""
+    height, width = size
+    camera, sun, shapes = compose(np.random.default_rng((seed, index, 1)), (height, width))
+    fine = np.zeros((2 * height, 2 * width), np.uint16)  # the picture is supersampled; labels take every other pixel
+    return camera, sun, shapes, paint(fine, camera, [shape.polygons for shape in shapes], range(len(shapes)))
+
+
+def draw_label(seed, index, size):
+    """The labels that `draw` returns, in a fraction of its time."""
+    _, _, shapes, fine = lay_out(seed, index, size)
+    return labels_of(shapes, fine[::2, ::2])
+
+
 def draw(seed: int, index: int, domain: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Picture `index` of the series `seed`: (H, W, 3) uint8 RGB and (H, W) uint8 ids. Equal arguments, equal arrays."""
     if domain not in DOMAINS:
         raise UserError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     height, width = size
-    camera, sun, shapes = compose(np.random.default_rng((seed, index, 1)), (height, width))
+    camera, sun, shapes, fine = lay_out(seed, index, size)
     rng = np.random.default_rng((seed, index, 2 + DOMAINS.index(domain)))
-    fine = np.zeros((2 * height, 2 * width), np.uint16)  # the picture is supersampled; labels take every other pixel
-    paint(fine, camera, [shape.polygons for shape in shapes], range(len(shapes)))
     image = paint_by_number(colours(rng, shapes, domain == "synthetic"), fine)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)[..., :3].astype(np.float32)
     parts = np.ascontiguousarray(fine[::2, ::2])
@@ -310,10 +327,19 @@ class Toy(SegmentationData):
         if domain not in DOMAINS or split not in SPLITS:
             raise UserError(f"toy.Toy has the domains {', '.join(DOMAINS)} and the splits {', '.join(SPLITS)}")
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels
-        self.augment, self.seed, self.left_out = augment, seed, []
+        self.augment, self.seed, self.extra, self.stylised, self.left_out = augment, seed, {}, {}, []
         self.series = SPLITS.index(split) if split != "train" else len(SPLITS) + DOMAINS.index(domain)
         self.samples = [(f"{domain}/{split}/{index:05d}", None) for index in range(length)]
 
     def load(self, index):
         image, label = draw(self.series, index, self.domain, self.size)
         return image, label if self.labels else np.full_like(label, IGNORE)
+
+    def load_label(self, index):
+        return draw_label(self.series, index, self.size) if self.labels else None
+
+    def stem(self, index):
+        return self.samples[index][0]
+
+    def label_key(self):
+        return repr((type(self).__name__, self.series, self.size, [name for name, _ in self.samples]))

@@ -1,7 +1,7 @@
-"""Augmentation: geometry replayed on image and label alike, colour on the image alone.
+"""Augmentation: geometry replayed on image, label and stored maps alike, colour on the image alone.
 
-    data.augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3,
-    0.05]}
+    data:
+      augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3, 0.05]}
 
 The window is cut out of the original and then resized; resizing the whole image first costs five times as much.
 """
@@ -27,8 +27,7 @@ class Augment:
         scale: [low, high]: the image is scaled by a uniform factor.
         flip: probability of mirroring.
         color: largest relative change of brightness, contrast and saturation, and largest shift of hue (0.5 = half
-        circle);
-            [] for none.
+            circle); [] for none.
         blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     """
 
@@ -41,33 +40,40 @@ class Augment:
         self.color = v2.ColorJitter(*color) if color else None
         self.gaussian = v2.GaussianBlur(5, (0.15, 1.15))
 
-    def __call__(self, image, label):
-        """Image (3, H, W) and label (H, W) as tv_tensors -> the same at the size of the crop."""
-        image, label = self.scale_and_crop(image, label)
+    def __call__(self, image, *maps):
+        """Image (3, H, W) and maps (H, W) uint8 as tv_tensors -> the same at the size of the crop.
+
+        The label and whatever else belongs to the pixels get one treatment: no value is made up where they are scaled,
+        and padding is 255, which is `ignore` in labels; in stored weights it is the full weight, which counts for
+        nothing where the label is ignored.
+        """
+        image, *maps = self.scale_and_crop(image, *maps)
         if uniform(0, 1) < self.flip:
-            image, label = F.horizontal_flip(image), F.horizontal_flip(label)
+            image, *maps = (F.horizontal_flip(values) for values in (image, *maps))
         if self.color is not None:
             image = self.color(image)
         if uniform(0, 1) < self.blur:
             image = self.gaussian(image)
-        return image, label
+        return image, *maps
 
-    def scale_and_crop(self, image, label):
-        """Choose a window of crop / scale pixels; where it is larger than the image, pad (label: ignore)."""
+    def scale_and_crop(self, image, *maps):
+        """Choose a window of crop / scale pixels; where it is larger than the image, pad."""
         scale = uniform(*self.scale)
-        size, window = label.shape[-2:], [max(1, round(side / scale)) for side in self.crop]
+        size, window = image.shape[-2:], [max(1, round(side / scale)) for side in self.crop]
         # A window longer than the image may lie anywhere that covers it.
         start = [round(uniform(min(0, s - w), max(0, s - w))) for s, w in zip(size, window)]
         before = [max(0, -a) for a in start]
         after = [max(0, a + w - s) for a, w, s in zip(start, window, size)]
         if any(before + after):
             padding = [before[1], before[0], after[1], after[0]]  # left, top, right, bottom
-            image, label = F.pad(image, padding, fill=FILL), F.pad(label, padding, fill=IGNORE)
+            image, maps = F.pad(image, padding, fill=FILL), [F.pad(values, padding, fill=IGNORE) for values in maps]
         box = [a + b for a, b in zip(start, before)] + window  # top, left, height, width
-        image, label = F.crop(image, *box), F.crop(label, *box)
+        image, *maps = (F.crop(values, *box) for values in (image, *maps))
         if window != self.crop:
-            image = F.resize(image, self.crop, antialias=True)
-            # v2 resizes masks by `nearest`, which shifts them by up to half a pixel; `nearest-exact` does not.
-            exact = F.resize_image(label[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT)
-            label = type(label)(exact[0])
-        return image, label
+            image, maps = F.resize(image, self.crop, antialias=True), [self.resize_map(values) for values in maps]
+        return image, *maps
+
+    def resize_map(self, values):
+        """(H, W) -> the size of the crop. v2 resizes masks by `nearest`, which shifts them by up to half a pixel."""
+        exact = F.resize_image(values[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+        return type(values)(exact[0])

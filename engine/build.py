@@ -13,8 +13,10 @@ import re
 import typing
 
 import torch
+from torch import nn
 
-from engine.config import ConfigError, article, is_a, listing, module_names, suggest
+from engine import checkpoint, distributed, weights
+from engine.config import ConfigError, article, is_a, listing, module_names, override, stages, suggest
 from engine.errors import UserError
 
 PACKAGES = (
@@ -91,12 +93,15 @@ def build_data(cfg):
     """The data sets of a configuration; they must share their classes.
 
     Returns:
-        training set, validation set, {name: test set}, target set without labels (None if there is no data.target).
+        training set, validation set, {name: test set}, target set without labels, labelled set of the target domain
+        that pseudo labels are measured on; None for those that the configuration does not name, but for the first.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build("datasets", cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
-    others = {"val": build("datasets", cfg.data.val, **context)}
+    others = {"val": build("datasets", cfg.data.val, **context)} if cfg.data.val["name"] != "none" else {}
     others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in cfg.data.test.items()}
+    if cfg.data.monitor["name"] != "none":
+        others["monitor"] = build("datasets", cfg.data.monitor, **context)
     target = None
     if cfg.data.target["name"] != "none":
         spec, augment = cfg.data.target, cfg.data.target_augment
@@ -109,8 +114,10 @@ def build_data(cfg):
                 f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
                 f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
             )
-    val = others.pop("val")
-    return train, val, {name.removeprefix("test."): dataset for name, dataset in others.items()}, target
+    val, monitor = others.pop("val", None), others.pop("monitor", None)
+    if not others and val is None:
+        raise ConfigError("nothing to evaluate on: set data.val or data.test")
+    return train, val, {name.removeprefix("test."): dataset for name, dataset in others.items()}, target, monitor
 
 
 def build_segmentor(model, num_classes, pretrained=True):
@@ -123,6 +130,59 @@ def build_segmentor(model, num_classes, pretrained=True):
     classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
     network = Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
+
+
+def initial_network(cfg, num_classes, previous):
+    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
+    init = cfg.stage.init
+    if init == "previous" and previous is None:
+        raise ConfigError(f"stage {cfg.stage.name}: init: previous, but there is no stage before it")
+    network = build_segmentor(cfg.model, num_classes, pretrained=init == "imagenet")
+    if init != "imagenet":
+        state = previous.state_dict() if init == "previous" else checkpoint.load(init)["model"]
+        # A stem per domain starts from the shared one.
+        stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
+        state = state | {own: state[shared] for own, shared in stems.items() if own not in state and shared in state}
+        weights.load_into(network, state, source=init)
+    return network
+
+
+def restore(path, overrides=()):
+    """A checkpoint's network.
+
+    Returns:
+        (network in eval mode, the configuration of its stage with the overrides, the checkpoint).
+    """
+    saved = checkpoint.load(path)
+    cfg = override(saved["config"], [])
+    # A key that the stage itself sets is overridden too, so the overrides come last.
+    cfg = override(stages(cfg)[saved["stage"]] if "stage" in saved else cfg, overrides)
+    network = build_segmentor(cfg.model, len(saved["classes"]), pretrained=False)
+    state = saved["model"]
+    if cfg.eval.weights == "teacher":
+        if "teacher" not in saved:
+            raise ConfigError(f"{path} has no teacher: it was trained without one; set eval.weights=student")
+        state = {k.removeprefix("network."): v for k, v in saved["teacher"].items() if k.startswith("network.")}
+    weights.load_into(network, state, source=str(path))
+    return network.eval(), cfg, saved
+
+
+def batches(dataset, cfg, seed, start, device):
+    """The micro-batches of a training set for one process, from step `start` of a stage on."""
+    from datasets.statistics import class_counts
+
+    from datasets.sampler import RareClassSampler, StreamSampler, make_loader
+
+    options = {
+        "batch_size": cfg.train.batch_size, "accumulate": cfg.train.accumulate, "start": start, "stop": cfg.train.iters,
+        "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size(),
+    }  # fmt: skip
+    if cfg.data.rare_classes.temperature and dataset.labels:
+        counts = class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+        sampler = RareClassSampler(counts, **cfg.data.rare_classes, **options)
+    else:
+        sampler = StreamSampler(len(dataset), **options)
+    return iter(make_loader(dataset, sampler, cfg.data.workers, pin_memory=device.type == "cuda"))
 
 
 def build_losses(specs, **context):
@@ -138,7 +198,28 @@ def build_losses(specs, **context):
     return terms, weights
 
 
+def build_adaptation(uda, **context):
+    """The `uda` section -> (labelers, source weights, style, mixer), None for what is not configured."""
+    labelers = nn.ModuleList(build("losses", spec, **context) for spec in uda.labelers)
+    weights, style = (
+        None if spec["name"] == "none" else build(package, spec, **context)
+        for package, spec in (("losses", uda.source_weights), ("datasets", uda.style))
+    )
+    return labelers, weights, style, build("datasets", uda.mixer, **context)
+
+
+def build_members(specs, **context):
+    """The `prototypes` of a configuration -> ({name: member} as a module, {name: view that updates it})."""
+    views = {name: spec.get("view", "source") for name, spec in specs.items()}
+    specs = {name: {key: value for key, value in spec.items() if key != "view"} for name, spec in specs.items()}
+    return nn.ModuleDict({name: build("models.prototypes", spec, **context) for name, spec in specs.items()}), views
+
+
+def asks_for(function, name):
+    """Whether a function, or the forward of a module, has an argument of this name."""
+    return name in inspect.signature(getattr(function, "forward", function)).parameters
+
+
 def call(function, **available):
     """Call with those of the available arguments that the function asks for by name."""
-    parameters = inspect.signature(getattr(function, "forward", function)).parameters
-    return function(**{name: available[name] for name in parameters if name in available})
+    return function(**{name: value for name, value in available.items() if asks_for(function, name)})

@@ -67,11 +67,11 @@ def save_step(folder, content, keep, final=False):
             logger.warning(f"could not remove the old checkpoint {path} ({error})")
 
 
-def save_best(folder, content):
-    """Write `best.pt`, all but what only a resumed run needs; main process only."""
+def save_light(path, content):
+    """Write all but what only a resumed run needs; main process only."""
     if distributed.is_main():
         light = {key: value for key, value in content.items() if key not in ("optimizer", "scaler", "rng")}
-        save(Path(folder) / "best.pt", light, required=False)
+        save(path, light, required=False)
 
 
 def list_steps(folder):

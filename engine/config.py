@@ -190,7 +190,7 @@ def difference(old, new, prefix=""):
 # Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE = (
     "folder", "resume", "device", "threads", "timeout", "eval", "log", "checkpoint",
-    "data.root", "data.workers", "data.test", "model.backbone.weights",
+    "data.root", "data.workers", "data.test", "data.monitor", "data.cache", "model.backbone.weights",
 )  # fmt: skip
 
 

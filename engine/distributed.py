@@ -52,6 +52,22 @@ def setup(cfg):
     return device
 
 
+def place(network, device, sync_bn=False):
+    """The network on its device; with `sync_bn` its batch norm takes the statistics of all processes (CUDA only)."""
+    network = network.to(device)
+    if sync_bn and device.type == "cuda" and world_size() > 1:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+def parallel(network, device):
+    """What to call in training: the network, or DDP around it where there are several processes."""
+    if world_size() == 1:
+        return network
+    devices = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+
+
 def close():
     """Leave the process group."""
     if dist.is_initialized():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from engine import distributed, pictures
 from engine.inference import evaluate, predict
+from engine.metrics import ConfusionMatrix
 from engine.statistics import IGNORE, resize_logits
 
 logger = logging.getLogger("engine")
@@ -29,12 +30,17 @@ def similarity(vectors):
     return (rows @ rows.T).numpy().round(2) + 0.0  # + 0.0: no cell reads "-0.00"
 
 
-def comparison(image, label, prediction, palette):
-    """Image (3, H, W) in [0, 1], label and prediction (H, W) -> one picture, side by side."""
+def side_by_side(image, palette, **maps):
+    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image, weights are grey."""
     rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    label, prediction = label.cpu().numpy(), prediction.cpu().numpy()
-    panels = [("image", rgb), ("truth", pictures.overlay(rgb, label, palette))]
-    panels.append(("prediction", pictures.overlay(rgb, prediction, palette)))
+    panels = [("image", rgb)]
+    for caption, values in maps.items():
+        values = values.detach().cpu()
+        if values.is_floating_point():
+            grey = (values.float().clamp(0, 1) * 255).byte().numpy()
+            panels.append((f"{caption}, mean {float(values.mean()):.2f}", grey[..., None].repeat(3, 2)))
+        else:
+            panels.append((caption, pictures.overlay(rgb, values.numpy(), palette)))
     return pictures.strip(panels, height=max(SMALLEST, len(rgb)))
 
 
@@ -46,12 +52,17 @@ def confusion_picture(matrix, title):
     return pictures.heatmap(shares, matrix.classes, matrix.classes, title=title, text="{:.0%}")
 
 
-def draw_views(log, step, views, labels, outputs, dataset, count=2):
-    """TensorBoard: the first images of every view of a training step, its labels and the prediction."""
+def draw_views(log, step, views, labels, weights, outputs, dataset, count=2):
+    """TensorBoard: the first images of every view of a training step, its labels, weights and the prediction."""
     for name, view in views.items():
-        shown, truth = view.image[:count], labels.get(name, torch.full_like(view.image[:, 0], IGNORE).long())[:count]
-        predictions = resize_logits(outputs[name].logits.detach()[:count].float(), truth.shape[-2:]).argmax(1)
-        rows = [comparison(*triple, dataset.PALETTE) for triple in zip(shown, truth, predictions)]
+        maps = {"labels": labels[name]} if name in labels else {}
+        maps |= {"weights": weights[name]} if name in weights else {}
+        logits = outputs[name].logits.detach()[:count].float()
+        maps["prediction"] = resize_logits(logits, view.image.shape[-2:]).argmax(1)
+        rows = [
+            side_by_side(image, dataset.PALETTE, **{caption: values[i] for caption, values in maps.items()})
+            for i, image in enumerate(view.image[:count])
+        ]
         rows.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, rows[0].shape[1]))
         log.picture(f"images/{name}", pictures.stack(rows), step)
 
@@ -115,26 +126,113 @@ def validate(network, dataset, options, device, autocast, log, step):
     return score["mIoU"]
 
 
-def final_report(network, datasets, options, device, autocast, folder, about):
-    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py."""
+def final_report(network, datasets, options, device, autocast, folder, about, before=None):
+    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
+
+    With `before`, the network that adaptation started from, both are compared class by class and in pictures.
+    """
     matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
-    results = {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}
+    results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
+    results["IoU"] = {name: dict(zip(matrix.classes, matrix.as_dict()["IoU"])) for name, matrix in matrices.items()}
+    if before is not None:
+        old = compare(before, network, matrices, datasets, options, device, autocast, folder / "eval")
+        results["before"] = {name: matrix.as_dict()["summary"] for name, matrix in old.items()}
     if distributed.is_main():
-        (folder / "results.json").write_text(json.dumps(about | {"results": results}, indent=1))
+        (folder / "results.json").write_text(json.dumps(about | results, indent=1))
     logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
 
 
+def compare(before, after, matrices, datasets, options, device, autocast, folder):
+    """Tables and pictures of a network before and after adaptation.
+
+    Args:
+        matrices: {name: ConfusionMatrix} of `after`.
+    Returns:
+        the same of `before`.
+    """
+    old = {name: evaluate(before, data, options, device, autocast, title="before") for name, data in datasets.items()}
+    for name, dataset in datasets.items():
+        columns = []
+        for matrix in (old[name], matrices[name]):
+            columns.append([*(100 * matrix.per_class()["IoU"]).tolist(), matrix.summary()["mIoU"]])
+        names = [*dataset.CLASSES, "mIoU"]
+        width = max(map(len, names))
+        rows = [f"{title:<{width}} {a:>8.2f} {b:>8.2f} {b - a:>+8.2f}" for title, a, b in zip(names, *columns)]
+        head = f"{'IoU':<{width}} {'before':>8} {'after':>8} {'change':>8}"
+        logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
+        if distributed.is_main() and options.pictures:
+            indices = np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int)
+            strips = []
+            for index in indices:
+                image, truth = dataset[int(index)]["image"], dataset[int(index)]["label"].long()
+                labels = [label(network, image, options, device, autocast) for network in (before, after)]
+                shown = dict(zip(("before", "after", "truth"), (*labels, truth)))
+                strips.append(side_by_side(image / 255, dataset.PALETTE, **shown))
+            strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
+            Image.fromarray(pictures.stack(strips)).save(folder / f"{name}_before_after.png")
+    return old
+
+
 @torch.no_grad()
-def draw(network, dataset, index, options, device, autocast):
-    """Comparison picture of one image of a data set, with the legend below."""
-    sample, mode = dataset[index], network.training
-    image = sample["image"].to(device, torch.get_default_dtype()) / 255
+def label(network, image, options, device, autocast):
+    """Predicted ids (H, W) of an image (3, H, W) uint8."""
+    mode = network.training
     network.eval()
     with autocast:
-        prediction = predict(network, image[None], options).argmax(1)[0]
+        scores = predict(network, image[None].to(device, torch.get_default_dtype()) / 255, options)
     network.train(mode)
-    row = comparison(image, sample["label"], prediction, dataset.PALETTE)
+    return scores.argmax(1)[0]
+
+
+def draw(network, dataset, index, options, device, autocast):
+    """Image, truth and prediction of one image of a data set, with the legend below."""
+    sample = dataset[index]
+    prediction = label(network, sample["image"], options, device, autocast)
+    maps = {"truth": sample["label"].long(), "prediction": prediction}
+    row = side_by_side(sample["image"] / 255, dataset.PALETTE, **maps)
     return pictures.stack([row, pictures.legend(dataset.CLASSES, dataset.PALETTE, row.shape[1])])
+
+
+@torch.no_grad()
+def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast):
+    """Pseudo labels of a labelled set against its truth.
+
+    Returns:
+        ConfusionMatrix (rows truth, columns pseudo labels) over the labelled pixels, and pixels of each class in the
+        truth (K); the same on every process. Its column-wise precision is the accuracy of the labels.
+    """
+    mode = network.training
+    network.eval()
+    matrix = ConfusionMatrix(dataset.CLASSES, {}, device)
+    truth = torch.zeros(len(dataset.CLASSES), dtype=torch.int64, device=device)
+    for index in range(distributed.rank(), len(dataset), distributed.world_size()):
+        sample = dataset[index]
+        image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
+        real = sample["label"].to(device).long()
+        with autocast:
+            pseudo = labeler.label(network, image, prototypes)[0]
+        truth += torch.bincount(real.flatten(), minlength=256)[: len(truth)]
+        matrix.update(pseudo.where(pseudo != IGNORE, 0), real.where(pseudo != IGNORE, IGNORE))
+    network.train(mode)
+    return matrix.all_reduce(), distributed.all_reduce(truth)
+
+
+def log_pseudo_labels(network, labelers, prototypes, dataset, device, autocast, log, step):
+    """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
+    for labeler in [part for part in labelers if hasattr(part, "label")][:1]:
+        matrix, truth = pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast)
+        log.scalars(label_scalars(matrix, truth), step)
+
+
+def label_scalars(matrix, truth):
+    """{tag: percent}: how much of each class has a pseudo label, and how many of the labels of each class are right."""
+    counts, values = matrix.matrix.double(), {}
+    columns = (counts.sum(1) / truth, counts.diagonal() / counts.sum(0))
+    for kind, column in zip(("share", "accuracy"), columns):
+        named = zip(matrix.classes, column.tolist())
+        values |= {f"pseudo/{kind}_{name}": 100 * value for name, value in named if value == value}
+    total = {"share": counts.sum() / truth.sum(), "accuracy": counts.diagonal().sum() / counts.sum()}
+    return values | {f"pseudo/{kind}": 100 * float(value) for kind, value in total.items() if value == value}
 
 
 def describe(options):

@@ -1,25 +1,36 @@
-"""Self-training with an averaged teacher: the common control of the UDA papers (DACS, Tranheden et al., WACV 2021; its
-recipe as in DAFormer, Hoyer et al., CVPR 2022).
+"""Self-training: the target's labels are the predictions of another network.
+
+Online, by the averaged teacher, the common control of the UDA papers (DACS, Tranheden et al., WACV 2021; its recipe as
+in DAFormer, Hoyer et al., CVPR 2022):
 
     uda:
-      labeler: {name: self_training.TeacherConfidence, threshold: 0.968}
+      labelers: [{name: self_training.TeacherConfidence, threshold: 0.968}]
       mixer: {name: mixers.ClassMix}
     losses:
       - {name: cross_entropy.CrossEntropy, view: source}
       - {name: cross_entropy.CrossEntropy, view: mixed}
 
-The teacher labels every target pixel by its most probable class. How far a batch is trusted is one number, the share of
-its pixels whose probability exceeds the threshold, which weights all its pixels.
+Once per stage, by the network that the stage starts from, as in the distillation stages of ProDA (Zhang et al., CVPR
+2021) and BiSMAP:
+
+    uda:
+      labelers: [{name: self_training.StoredConfidence, threshold: 0.0, scales: [0.75, 1.0, 1.5], flip: true}]
+      mixer: {name: mixers.SourceTarget}
 """
 
+from types import SimpleNamespace
+
 import torch
+from torch import nn
 
 from engine import distributed
-from engine.statistics import resize_logits
+from engine.inference import predict
+from engine.statistics import IGNORE, resize_logits
 
 
-class TeacherConfidence:
-    """Labeler: arg max of the teacher, weighted by the share of confident pixels.
+class TeacherConfidence(nn.Module):
+    """Labeler: arg max of the teacher. How far a batch is trusted is one number, the share of its pixels whose
+    probability exceeds the threshold, which weights all its pixels.
 
     Args:
         threshold: probability above which a pixel is confident.
@@ -28,16 +39,60 @@ class TeacherConfidence:
     """
 
     def __init__(self, *, threshold: float = 0.968, ignore_top: int = 0, ignore_bottom: int = 0):
+        super().__init__()
         self.threshold, self.ignore_top, self.ignore_bottom = threshold, ignore_top, ignore_bottom
 
-    @torch.no_grad()
-    def before(self, batch, teacher, step):
-        """Target images -> {"target": (B, H, W) ids}, {"target": (B, H, W) weights}."""
+    def confidence(self, output, size):
+        """Output -> probability and id of the most probable class, both (B, H, W)."""
+        return resize_logits(output.logits.float(), size).softmax(1).max(1)
+
+    def before(self, batch, teacher):
+        """Teacher's Output of the target images -> {"target": (B, H, W) ids}, {"target": (B, H, W) weights}."""
         image = batch["target"]["image"]
-        logits = resize_logits(teacher.network.segment(image).logits.float(), image.shape[-2:])
-        confidence, labels = logits.softmax(1).max(1)  # (B, H, W)
+        confidence, labels = self.confidence(teacher, image.shape[-2:])
         share = distributed.mean((confidence > self.threshold).to(image.dtype).mean())
         weights = share.expand_as(confidence).clone()
         weights[:, : self.ignore_top] = 0
         weights[:, confidence.shape[1] - self.ignore_bottom :] = 0
         return {"target": labels}, {"target": weights}
+
+    def label(self, network, image, prototypes):
+        """The confident pixels of images (B, 3, H, W) -> (B, H, W), for exported labels and their accuracy."""
+        confidence, labels = self.confidence(network.segment(image), image.shape[-2:])
+        return torch.where(confidence > self.threshold, labels, IGNORE)
+
+
+class StoredConfidence(nn.Module):
+    """Labeler: arg max of the network that the stage starts from, stored once.
+
+    Args:
+        threshold: probability that a pixel needs; 0 labels all of them.
+        scales, flip: average the probabilities over scaled and mirrored images.
+    """
+
+    def __init__(self, *, threshold: float = 0.95, scales: list = (1.0,), flip: bool = False):
+        super().__init__()
+        self.threshold = threshold
+        self.options = SimpleNamespace(mode="whole", short_side=0, scales=list(scales), flip=flip)
+
+    def prepare(self, preparation):
+        """Store the labels of the target."""
+
+        def make(index, image, label):
+            with preparation.autocast:
+                return self.label(preparation.network, image, preparation.prototypes)[0]
+
+        settings = {"rule": "StoredConfidence", "threshold": self.threshold}
+        settings |= {"scales": self.options.scales, "flip": self.options.flip}
+        preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
+
+    def label(self, network, image, prototypes):
+        """Pixels of images (1, 3, H, W) above the threshold -> (1, H, W)."""
+        scores = predict(network, image, self.options)
+        several = len(self.options.scales) > 1 or self.options.flip  # `predict` then returns probabilities
+        confidence, labels = (scores if several else scores.softmax(1)).max(1)
+        return torch.where(confidence >= self.threshold, labels, IGNORE)
+
+    def before(self, batch):
+        """{"target": the stored labels (B, H, W)}, no weights."""
+        return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}

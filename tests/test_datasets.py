@@ -1,5 +1,7 @@
 """Data sets on tiny files in their true formats: what is read, and what is said about files that are wrong."""
 
+import importlib
+import pkgutil
 import textwrap
 from pathlib import Path
 
@@ -7,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
+import datasets
 from datasets import check, folder
-from datasets.base import DataError, SegmentationData, read_ids, read_image
+from datasets.base import DataError, SegmentationData, read_ids, read_image, read_map, to_device
 from datasets.camvid import CamVid
 from datasets.folder import Folder, distinct_colors
 from datasets.sampler import StreamSampler, make_loader
+from datasets.toy import DOMAINS, Toy, draw, draw_label
 from datasets.transforms import Augment
 from engine.build import build
 from engine.config import load
@@ -199,6 +204,245 @@ def test_workers_change_nothing(tmp_path):
     alone, helped = (make_loader(dataset, StreamSampler(3, batch_size=2, stop=3), workers=n) for n in (0, 2))
     for a, b in zip(alone, helped, strict=True):
         assert same(a, b) and torch.equal(a["sample"], b["sample"])
+
+
+def test_augmentation_leaves_the_generators_of_gpus_alone(tmp_path, monkeypatch):
+    dataset = augmented(files(tmp_path))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    dataset[(0, 5)]
+
+
+# --- maps that belong to the images --------------------------------------------------------------------------------
+
+
+def with_maps(dataset, folder, maps, name="map"):
+    """Store a map of every sample under its stem and hand the folder to the data set."""
+    for index, values in enumerate(maps):
+        save(folder / f"{dataset.stem(index)}.png", values)
+    dataset.extra[name] = folder
+    return dataset
+
+
+def numbered(count=3):
+    return [np.random.default_rng(90 + i).integers(0, 256, SIZE, dtype=np.uint8) for i in range(count)]
+
+
+def test_a_sample_has_no_maps_until_the_set_has_folders_of_them(tmp_path):
+    dataset = Files(root=files(tmp_path / "data"))
+    assert dataset[0]["extra"] == {} and Files(root=tmp_path / "data").extra is not dataset.extra
+    with_maps(dataset, tmp_path / "one", numbered())
+    with_maps(dataset, tmp_path / "two", [rows(3, 255)] * 3, name="label")
+    extra = dataset[(1, 17)]["extra"]
+    assert list(extra) == ["map", "label"] and {type(v) for v in extra.values()} == {torch.Tensor}
+    assert {v.dtype for v in extra.values()} == {torch.uint8}
+    assert np.array_equal(extra["map"], numbered()[1]) and column(extra["label"])[:2] == [3, 255]
+
+
+def test_a_map_with_a_palette_is_read_as_its_indices(tmp_path):
+    dataset = Files(root=files(tmp_path / "data", count=1))
+    (tmp_path / "maps" / "images").mkdir(parents=True)
+    image = Image.fromarray(rows(2, 0, 255))
+    image.putpalette([9, 9, 9] * 256)
+    image.save(tmp_path / "maps" / "images" / "0.png")
+    dataset.extra["map"] = tmp_path / "maps"
+    assert column(dataset[0]["extra"]["map"])[:3] == [2, 0, 255]
+
+
+@pytest.mark.parametrize("sample", range(8))
+def test_maps_follow_the_label_through_the_augmentation(tmp_path, sample):
+    augment = Augment(crop=[10, 9], scale=[0.4, 2.0], color=[0.4, 0.4, 0.4, 0.1])
+    bare, dataset = (Files(root=files(tmp_path / "data"), augment=augment) for _ in range(2))
+    labels = [dataset.load(index)[1] for index in range(3)]
+    with_maps(dataset, tmp_path / "maps", labels, "copy")
+    with_maps(dataset, tmp_path / "other", [label // 2 + 40 for label in labels], "other")
+    drawn = dataset[(1, sample)]
+    assert same(drawn, bare[(1, sample)])  # maps change nothing about what is drawn
+    assert torch.equal(drawn["extra"]["copy"], drawn["label"])
+    padding = drawn["extra"]["other"] == 255
+    assert torch.equal(drawn["extra"]["other"][~padding], drawn["label"][~padding] // 2 + 40)
+    assert (drawn["label"][padding] == 255).all()
+
+
+def test_padding_of_maps_is_255(tmp_path):
+    dataset = Files(root=files(tmp_path / "data"), augment=Augment(crop=[20, 30], scale=[1, 1]))
+    padded = with_maps(dataset, tmp_path / "maps", [np.zeros(SIZE)] * 3)[0]["extra"]["map"]
+    assert (padded == 255).sum() == 20 * 30 - 8 * 12 and (padded == 0).sum() == 8 * 12
+
+
+def test_maps_reach_the_device_as_bytes(tmp_path):
+    dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", numbered(), "extra")
+    with_maps(dataset, tmp_path / "label", numbered(), "label")
+    (batch,) = make_loader(dataset, StreamSampler(3, batch_size=3, stop=1), workers=1)
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved["image"].dtype == torch.get_default_dtype() and moved["label"].dtype == torch.int64
+    assert sorted(moved["numbers"]) == [0, 1, 2] and set(moved["extra"]) == {"extra", "label"}
+    for index, values in zip(moved["index"].tolist(), moved["extra"]["extra"]):
+        assert values.dtype == torch.uint8 and np.array_equal(values, numbered()[index])
+    assert to_device(default_collate([Files(root=tmp_path / "data")[0]]), torch.device("cpu"))["extra"] == {}
+
+
+def test_a_missing_map_names_image_map_and_file(tmp_path):
+    dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", numbered())
+    (tmp_path / "maps" / "images" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"data/images/1.png has no map 'map': there is no file .*maps/images/1.png"):
+        dataset[1]
+
+
+def test_a_map_of_another_size_names_both_files(tmp_path):
+    dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", [np.zeros((6, 12))] * 3)
+    with pytest.raises(DataError, match=r"sizes differ: .*data/images/2.png is 12x8, .*maps/images/2.png is 12x6"):
+        dataset[2]
+
+
+def test_what_is_no_map_of_bytes_is_named(tmp_path):
+    Image.fromarray(rows(1, 2).astype(np.uint16) * 1000).save(tmp_path / "deep.png")
+    for path in (save(tmp_path / "colour.png", picture()), tmp_path / "deep.png"):
+        with pytest.raises(DataError, match=rf"{path} is no map: one channel of 8 bits"):
+            read_map(path)
+    (tmp_path / "cut.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot read the map .*cut.png"):
+        read_map(tmp_path / "cut.png")
+
+
+def test_a_stem_is_the_path_below_the_root_without_suffix(tmp_path):
+    mine(tmp_path / "data", names=("berlin/a", "b.c"))
+    stems = ["images/train/b.c", "images/train/berlin/a"]
+    data = Folder(root=tmp_path / "data", classes=CLASSES)
+    assert sorted(map(data.stem, range(2))) == stems
+    elsewhere = Folder(root=files(tmp_path / "root"), image_dir="../data/images/train", labels=False, classes=CLASSES)
+    outside = str(tmp_path)[1:]
+    assert sorted(map(elsewhere.stem, range(2))) == [f"{outside}/data/{stem}" for stem in stems]
+    assert Toy(domain="fog", length=12).stem(11) == "fog/train/00011"
+
+
+def test_a_relative_root_gives_the_same_stems(tmp_path, monkeypatch):
+    files(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert [Files(root="data").stem(1), Files(root="./data/../data/").stem(1)] == ["images/1"] * 2
+
+
+def test_images_that_differ_by_their_suffix_are_named_but_not_an_image_that_is_listed_twice(tmp_path):
+    class Listed(Files):
+        def pairs(self):
+            return [*super().pairs(), super().pairs()[0]]
+
+    assert len(Listed(root=files(tmp_path))) == 4
+    save(tmp_path / "images" / "1.jpg", picture())
+    with pytest.raises(DataError, match=r"images/1.jpg and .*images/1.png share the path 'images/1' but"):
+        Files(root=tmp_path)
+
+
+def test_without_augmentation_is_a_copy_that_leaves_the_set_as_it_is(tmp_path):
+    dataset = with_maps(augmented(files(tmp_path / "data")), tmp_path / "maps", numbered())
+    plain = dataset.without_augmentation()
+    assert plain[0]["extra"] == {} and np.array_equal(plain[0]["image"].permute(1, 2, 0), picture(0))
+    assert plain.samples is dataset.samples
+    plain.extra["more"] = tmp_path
+    assert list(dataset.extra) == ["map"] and dataset[0]["image"].shape == (3, 6, 6)
+
+
+# --- stylised copies -----------------------------------------------------------------------------------------------
+
+SPARE = 50  # seeds of the pictures that stand for stylised ones
+
+
+def styled(root, names, size=SIZE):
+    for i, name in enumerate(names):
+        save(root / name, picture(SPARE + i, size))
+    return str(root)
+
+
+def shows(dataset, index, seed):
+    return np.array_equal(dataset[index]["image"].permute(1, 2, 0), picture(seed))
+
+
+def test_stylised_copies_replace_the_pictures_and_not_the_labels(tmp_path):
+    dataset, names = Files(root=files(tmp_path / "data")), [f"images/{i}.png" for i in range(3)]
+    copied = Files(root=tmp_path / "data", stylised=styled(tmp_path / "styled", names))
+    for i in range(3):
+        assert shows(dataset, i, i) and shows(copied, i, SPARE + i)
+        assert torch.equal(dataset[i]["label"], copied[i]["label"]) and dataset.stem(i) == copied.stem(i)
+    assert shows(copied.without_augmentation(), 2, SPARE + 2)
+
+
+def test_stylised_copies_may_lie_flat_have_other_suffixes_and_lie_below_the_root(tmp_path):
+    mine(tmp_path, names=("x/a", "x/b"))
+    styled(tmp_path / "other", ["a.png", "b.PNG", "c.png", "notes.txt.png"])
+    dataset = Folder(root=tmp_path, classes=CLASSES, stylised="other")
+    assert shows(dataset, 0, SPARE) and shows(dataset, 1, SPARE + 1)
+    styled(tmp_path / "other", ["skip.png", "images/train/x/a.png"])  # the full path comes before the bare name
+    assert shows(Folder(root=tmp_path, classes=CLASSES, stylised="other"), 0, SPARE + 1)
+
+
+def test_missing_stylised_copies_are_counted_and_named(tmp_path):
+    files(tmp_path / "data", count=4)
+    there = styled(tmp_path / "styled", ["images/0.png", "images/2.png"])
+    says = r"2 of 4 images have no stylised copy in .*styled, such as .*images/1.png, .*images/3.png"
+    with pytest.raises(DataError, match=says):
+        Files(root=tmp_path / "data", stylised=there)
+    with pytest.raises(DataError, match=r"Files: there is no folder .*data/nowhere of stylised images"):
+        Files(root=tmp_path / "data", stylised="nowhere")
+
+
+def test_one_stylised_copy_for_two_images_is_an_error(tmp_path):
+    mine(tmp_path / "data", names=("berlin/1", "ulm/1"))
+    copies = styled(tmp_path / "styled", ["1.png"])
+    with pytest.raises(DataError, match=r"berlin/1.jpg and .*ulm/1.jpg share the stylised copy .*styled/1.png; give"):
+        Folder(root=tmp_path / "data", classes=CLASSES, stylised=copies)
+
+
+def test_a_stylised_copy_of_another_size_is_named(tmp_path):
+    copies = styled(tmp_path / "styled", [f"images/{i}.png" for i in range(3)], (4, 6))
+    with pytest.raises(DataError, match=r"styled/images/1.png is 6x4, .*data/labels/1.png is 12x8"):
+        Files(root=files(tmp_path / "data"), stylised=copies)[1]
+    unlabelled = Files(root=tmp_path / "data", stylised=copies, labels=False)
+    with_maps(unlabelled, tmp_path / "maps", numbered())
+    with pytest.raises(DataError, match=r"styled/images/1.png is 6x4, .*maps/images/1.png is 12x8"):
+        unlabelled[1]
+
+
+LAYOUTS = {
+    "acdc.ACDC": "rgb_anon/fog/train/GP1/1_rgb_anon.png",
+    "camvid.CamVid": "images/train/1.png",
+    "cityscapes.Cityscapes": "leftImg8bit/train/ulm/1_leftImg8bit.png",
+    "folder.Folder": "images/train/1.jpg",
+    "gta5.GTA5": "images/1.png",
+    "synthia.Synthia": "RGB/1.png",
+}
+
+
+def test_every_data_set_of_files_reads_stylised_copies(tmp_path):
+    names = [m.name for m in pkgutil.iter_modules(datasets.__path__)]
+    members = [c for n in names for c in vars(importlib.import_module(f"datasets.{n}")).values()]
+    own = [c for c in members if isinstance(c, type) and issubclass(c, SegmentationData)]
+    assert {f"{c.__module__[9:]}.{c.__name__}" for c in own} - {"base.SegmentationData", "toy.Toy"} == {*LAYOUTS}
+    options = {"folder.Folder": {"classes": CLASSES}, "acdc.ACDC": {"condition": "fog"}}
+    for name, path in LAYOUTS.items():
+        root = tmp_path / name
+        save(root / path, picture())
+        copies = styled(root / "new", [Path(path).with_suffix(".png")])
+        spec = {"name": name, "labels": False, "stylised": copies, **options.get(name, {})}
+        assert shows(build("datasets", spec, root=str(root), seed=0), 0, SPARE), name
+
+
+# --- toy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_toy_labels_are_drawn_alone_as_with_the_picture(domain):
+    for index in range(3):
+        assert np.array_equal(draw(4, index, domain, (30, 46))[1], draw_label(4, index, (30, 46)))
+    data = Toy(domain=domain, length=3, size=[30, 46])
+    assert np.array_equal(data.load_label(2), data.load(2)[1])
+    assert Toy(domain=domain, length=3, labels=False).load_label(2) is None
+
+
+def test_toy_takes_maps_too(tmp_path):
+    data = Toy(length=2, size=list(SIZE), augment=Augment(crop=[6, 6]))
+    with_maps(data, tmp_path, [data.load(i)[1] for i in range(2)])
+    sample = data[(1, 4)]
+    assert torch.equal(sample["extra"]["map"], sample["label"])
+    assert data.without_augmentation()[1]["extra"] == {}
 
 
 # --- CamVid --------------------------------------------------------------------------------------------------------
@@ -417,6 +661,13 @@ def test_check_counts_and_draws(tmp_path, capsys):
     for name in ("train", "val", "augmented"):
         drawn = tmp_path / "run" / "check" / f"{name}.png"
         assert str(drawn) in text and read_image(drawn).std() > 10
+
+
+def test_check_says_which_pictures_it_reads(tmp_path, capsys):
+    mine(mine(tmp_path), "val", ("c",))
+    copies = styled(tmp_path / "new", ["a.png", "b.png"])
+    check.main([*configuration(tmp_path), f"data.train.stylised={copies}"])
+    assert f"2 stylised copies, such as {copies}/a.png" in capsys.readouterr().out
 
 
 def test_check_collects_problems_names_them_and_fails(tmp_path, capsys):

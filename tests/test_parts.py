@@ -103,8 +103,10 @@ SMALL = {
 HELPERS = {
     "datasets.base": "what all data sets share",
     "datasets.check": "command line tool",
-    "datasets.mixers": "views of domain adaptation, tested in test_uda.py",
+    "datasets.mixers": "views of domain adaptation, tested in test_mixers.py and test_uda.py",
     "datasets.sampler": "order of the samples",
+    "datasets.statistics": "class counts, tested in test_sampler.py",
+    "datasets.style": "styles of domain adaptation, tested in test_mixers.py",
     "datasets.toy_scene": "geometry of datasets.toy",
     "datasets.transforms": "augmentation",
     "losses.self_training": "a labeler, tested in test_uda.py",
@@ -458,7 +460,7 @@ def evaluate(name, classes, dtype=torch.float32):
     """A loss on random outputs whose labels hold these classes -> (value, leaves)."""
     generator = torch.Generator().manual_seed(0)
     outputs, labels, samples, leaves = {}, {}, {}, []
-    for number, view in enumerate(("source", "target")):
+    for number, view in enumerate(("source", "target", "strong")):
         logits = torch.randn(2, K, 9, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         features = torch.randn(2, D, 9, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         ids = torch.tensor(classes)[torch.randint(len(classes), (2, 18, 14), generator=generator)]
@@ -467,11 +469,15 @@ def evaluate(name, classes, dtype=torch.float32):
         samples[view] = torch.tensor([4, 9]) + number
         leaves += [logits, features]
     valid = {view: (ids != 255).sum() for view, ids in labels.items()}
+    kept = {"strong": (labels["strong"] != 255).to(dtype)}
+    drawn = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(dtype) for leaf in leaves[:2]]
+    teacher = Output(*drawn, {})
     members = {"classifier": make("models.classifiers", "linear.Linear", in_channels=D, num_classes=K).to(dtype)}
     loss = make("losses", name, num_classes=K, in_channels=D, seed=0)
     value = call(
-        loss, outputs=outputs, labels=labels, weights={}, valid=valid, samples=samples, prototypes=members, step=0
-    )
+        loss, outputs=outputs, labels=labels, weights=kept, valid=valid, samples=samples, prototypes=members, step=0,
+        teacher=teacher, iters=10,
+    )  # fmt: skip
     return value, leaves
 
 
@@ -502,6 +508,9 @@ def test_loss_of_half_precision_outputs_is_computed_in_float32(name, dtype):
 @LOSSES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_without_labels_is_zero_and_keeps_the_graph(name, dtype):
+    arguments = {*inspect.signature(constructor("losses", name).forward).parameters}
+    if not arguments & {"labels", "weights"}:
+        pytest.skip(f"{name} uses no labels")
     value, leaves = evaluate(name, [255], dtype)
     assert value == 0 and value.requires_grad
     found = gradients(value, leaves)
@@ -585,6 +594,7 @@ LEAVES = ("engine.distributed", "engine.statistics", "engine.weights", "engine.e
 EXTRA = {  # beside its own folder and the leaves
     "models": ("models.blocks",),
     "models.classifiers": ("models.prototypes",),
+    "losses.self_training": ("engine.inference",),
     "datasets.check": ("engine.build", "engine.config", "engine.pictures"),
 }
 

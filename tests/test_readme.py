@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.build import build_losses, build_segmentor
+from engine.build import build_segmentor
 from engine.config import load, read_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "defaults.yaml")
+BASES = sorted((ROOT / "configs" / "base").glob("*.yaml"))
 
 
 def blocks(language):
@@ -52,12 +52,8 @@ def test_the_recipe_for_own_data_loads(tmp_path):
     assert cfg.data.train["classes"] == ["field", "water", "forest"] and cfg.data.val["split"] == "val"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_configuration_loads_and_its_network_can_be_built(path):
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.name)
+def test_what_experiments_start_from_loads_and_its_network_can_be_built(path):
     cfg = load(path)
     with torch.device("meta"):
-        model = build_segmentor(cfg.model, 19, pretrained=False)
-        build_losses(cfg.losses, num_classes=19, in_channels=model.decoder.channels, seed=0)
-    assert path.parent.name == "base" or path.read_text().startswith("# python "), (
-        "an experiment opens with its command"
-    )
+        build_segmentor(cfg.model, 19, pretrained=False)

@@ -1,4 +1,4 @@
-"""Augmentation: image and label keep telling the same story, sizes are exact, padding is marked."""
+"""Augmentation: image, label and maps keep telling the same story, sizes are exact, padding is marked."""
 
 import pytest
 import torch
@@ -95,6 +95,24 @@ def test_flip_one_mirrors_both_and_flip_zero_never():
     assert torch.equal(mirrored, image.flip(-1)) and torch.equal(ids, label.flip(-1))
     same, ids = Augment(crop=[16, 24], scale=[1, 1], flip=0.0)(image, label)
     assert torch.equal(same, image) and torch.equal(ids, label)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_maps_get_the_treatment_of_the_label_and_change_nothing_about_it(seed):
+    image, label = noise(40, 60)
+    other = tv_tensors.Mask(200 - label)
+    augment = Augment(crop=[33, 47], scale=[0.4, 2.5], color=[0.3, 0.3, 0.3, 0.05], blur=0.5)
+    torch.manual_seed(seed)
+    alone = augment(image, label)
+    torch.manual_seed(seed)
+    drawn = augment(image, label, other, label)
+    assert len(drawn) == 4 and torch.equal(drawn[0], alone[0])
+    assert torch.equal(drawn[1], alone[1]) and torch.equal(drawn[3], alone[1])
+    padding = drawn[1] == 255
+    assert (drawn[2][padding] == 255).all() and torch.equal(drawn[2][~padding], 200 - drawn[1][~padding])
+    torch.manual_seed(seed)
+    (bare,) = augment(image)
+    assert torch.equal(bare, alone[0])
 
 
 def test_colour_and_blur_leave_the_label_alone():

@@ -16,17 +16,42 @@ from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, 
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
-def test_resuming_in_any_stage_is_bitwise(tmp_path, steps):
+SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
+METHODS = {  # overrides of the smallest adaptation
+    "self-training": (),
+    "BCL": (
+        f"stages=[{SOURCE}, {{name: adapt, init: previous, teacher: none, uda: {{mixer: {{name: mixers.SourceTarget}},"
+        "labelers: [{name: bcl.StaticLabels}, {name: bcl.LabelTransfer, confidence: 0.2}]},"
+        "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: target, weight: 0.3},"
+        "{name: entropy.Entropy, weight: 0.1}, {name: bcl.Contrast}]}]",
+    ),
+    "BiSMAP": (
+        "prototypes={mixtures: {name: mixtures.Mixtures, components: 2, iterations: 3, view: none}}",
+        f"stages=[{SOURCE}, {{name: adapt, init: previous, uda: {{mixer: {{name: mixers.Strong}},"
+        "source_weights: {name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2]},"
+        "labelers: [{name: bismap.LikelihoodLabels, threshold: {source_quantile: 0.1}}]},"
+        "losses: [{name: cross_entropy.CrossEntropy}, {name: bismap.SymmetricCrossEntropy, view: target},"
+        "{name: bismap.Consistency, ramp: 2}]}]",
+    ),
+}
+KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
+
+
+@pytest.mark.parametrize(
+    ("steps", "method"), [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP")]
+)
+def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
     """Killed within the first stage, at its end, within the second; the rest in a new process."""
-    straight = train(tmp_path / "straight", config=TINY_UDA)
-    train(tmp_path / "parts", config=TINY_UDA)
+    options = METHODS[method]
+    straight = train(tmp_path / "straight", *options, config=TINY_UDA)
+    train(tmp_path / "parts", *options, config=TINY_UDA)
     for path in checkpoint.list_steps(tmp_path / "parts")[: 6 - steps]:
         path.unlink()
     (tmp_path / "parts" / "results.json").unlink()
-    code, output = run(tmp_path / "parts", config=TINY_UDA)
+    code, output = run(tmp_path / "parts", *options, config=TINY_UDA)
     assert code == 0 and f"resumed at step {steps if steps <= 3 else steps - 3}" in output, output
-    assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
+    averaged = ("teacher",) if method != "BCL" else ()
+    assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"), keys=KEYS + averaged)
     one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     resumed = scalars(tmp_path / "parts")
@@ -35,15 +60,18 @@ def test_resuming_in_any_stage_is_bitwise(tmp_path, steps):
     assert results[0] == results[1]
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(tmp_path, method):
     exact = ("model.frozen_bn=[backbone, decoder]", "model.decoder.dropout=0.0", "schedule.warmup=0")
     exact += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",)
     for name, processes in (("one", 1), ("two", 2)):
-        code, output = run(tmp_path / name, *exact, processes=processes, double=True, config=TINY_UDA)
+        options = (*METHODS[method], *exact)
+        code, output = run(tmp_path / name, *options, processes=processes, double=True, config=TINY_UDA)
         assert code == 0, output
     for step in (3, 4, 6):
         one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
-        assert_same_state(one, two, 1e-10, ("model", "prototypes", "optimizer") + ("teacher",) * (step > 3))
+        averaged = ("teacher",) * (step > 3 and method != "BCL")
+        assert_same_state(one, two, 1e-10, ("model", "prototypes", "labelers", "optimizer", *averaged))
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for step in one:
         for key in (key for key in one[step] if key.startswith(("train/loss", "uda/"))):
@@ -80,8 +108,8 @@ def test_target_labels_are_never_read_in_training(tmp_path, monkeypatch):
 def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
     with pytest.raises(UserError, match=r"needs data\.target"):
         train(tmp_path / "a", "data.target={name: none}", config=TINY_UDA)
-    labeler = "uda.labeler={name: self_training.TeacherConfidence}"
-    with pytest.raises(UserError, match="a labeler needs a teacher"):
+    labeler = "uda.labelers=[{name: self_training.TeacherConfidence}]"
+    with pytest.raises(UserError, match="needs a teacher"):
         train(tmp_path / "b", labeler, "stages=[{teacher: none}]", config=TINY_UDA)
     with pytest.raises(UserError, match="there is no stage before it"):
         train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
@@ -116,21 +144,11 @@ def test_mistakes_in_stages_are_named(spec, message):
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 
-class Fixed:
-    """A teacher whose logits are given."""
-
-    def __init__(self, logits):
-        self.network, self.logits = self, logits
-
-    def segment(self, image):
-        return Output(self.logits, self.logits, {})
-
-
 def test_teacher_confidence_weights_by_the_share_of_confident_pixels():
     logits = torch.zeros(2, 3, 4, 4)
     logits[:, 1, :2], logits[:, 2, 2:] = 10.0, 0.1  # the upper half is confident
     batch = {"target": {"image": torch.zeros(2, 3, 4, 4)}}
-    labels, weights = TeacherConfidence(threshold=0.968, ignore_top=1).before(batch, Fixed(logits), 0)
+    labels, weights = TeacherConfidence(threshold=0.968, ignore_top=1).before(batch, Output(logits, logits, {}))
     assert (labels["target"][:, :2] == 1).all() and (labels["target"][:, 2:] == 2).all()
     assert (weights["target"][:, 0] == 0).all() and (weights["target"][:, 1:] == 0.5).all()
 

@@ -1,0 +1,130 @@
+"""What a stage of domain adaptation makes before its first step: stored pseudo labels, weight maps, fitted prototypes.
+
+A part with a method `prepare(preparation)` is called once. What it stores are PNGs in the run folder,
+
+    <run>/maps/<number>_<stage>/<source|target>/<name>/<path of the image>.png     settings.json beside them
+
+which the training set then returns as `extra[name]`, cut and mirrored with the image. The maps appear as a whole or not
+at all, and each process makes its share of them.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from engine import distributed
+from engine.build import build
+from engine.errors import UserError
+
+logger = logging.getLogger("engine")
+KINDS = ("source", "target")
+
+
+def images(dataset, device, workers=0):
+    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64)."""
+    mine = range(distributed.rank(), len(dataset), distributed.world_size())
+    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, generator=torch.Generator())
+    for sample in tqdm(loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0):
+        image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
+        yield sample["index"], image, sample["label"][None].to(device).long()
+
+
+class Preparation:
+    """The network to label with, the data sets as they are on disk, and a place for maps.
+
+    Args:
+        network: Segmentor that the stage starts from or learns from; used in eval mode.
+        source, target: the training sets; `store` adds maps to them.
+        prototypes: {name: member}, which a part may fit.
+        folder: of the stage's maps.
+        autocast: context of forward passes.
+        workers: loader processes.
+    """
+
+    def __init__(self, network, source, target, prototypes, folder, device, autocast, workers=0):
+        self.network, self.prototypes, self.device, self.autocast = network.eval(), prototypes, device, autocast
+        self.folder, self.workers, self.training = Path(folder), workers, dict(zip(KINDS, (source, target)))
+        self.source, self.target = source.without_augmentation(), target.without_augmentation()
+
+    def images(self, dataset):
+        """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64)."""
+        return images(dataset, self.device, self.workers)
+
+    @torch.no_grad()
+    def segment(self, image):
+        """Output of the network for images (B, 3, H, W)."""
+        with self.autocast:
+            return self.network.segment(image)
+
+    def backbone(self, spec):
+        """A frozen backbone from its specification, in eval mode; it normalises pictures for itself."""
+        return build("models.backbones", spec).requires_grad_(False).eval().to(self.device)
+
+    def store(self, name, dataset, make, settings, palette=False):
+        """Make a map of every image and give it to the training set as `extra[name]`.
+
+        Args:
+            dataset: `self.source` or `self.target`.
+            make: function (index, image, label) -> (H, W) of 0..255.
+            settings: what the maps depend on, written beside them; plain values.
+            palette: the maps hold class ids, 255 = none, and get the colours of the data set.
+        """
+        kind = "source" if dataset is self.source else "target"
+        folder = self.folder / kind / name
+        write_maps(folder, dataset, self.images(dataset), make, settings, palette)
+        self.training[kind].extra[name] = folder
+        logger.info(f"{name}: maps of {len(dataset)} {kind} images in {folder}")
+
+    def stored(self):
+        """Names of the maps, such as "target/pseudo_labels", for the checkpoint."""
+        return [f"{kind}/{name}" for kind in KINDS for name in self.training[kind].extra]
+
+    def attach(self, names):
+        """Give the training sets the maps that an interrupted run has stored."""
+        for item in names:
+            kind, name = item.split("/")
+            if not (self.folder / item / "settings.json").is_file():
+                raise UserError(
+                    f"the maps {self.folder / item} of the interrupted stage are gone, and the network they were made "
+                    "with is not that of the checkpoint: remove the checkpoints of this stage to start it again"
+                )
+            self.training[kind].extra[name] = self.folder / item
+
+
+@torch.no_grad()
+def write_maps(folder, dataset, images, make, settings, palette=False):
+    """PNGs of the maps that `make` returns for this process's `images`, and settings.json; see `Preparation.store`."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    if distributed.is_main():
+        for old in (folder, partial):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier()
+    for index, image, label in images:
+        path = partial / f"{dataset.stem(index)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_map(path, make(index, image, label), dataset.PALETTE if palette else None)
+    distributed.barrier()
+    if distributed.is_main():
+        content = {"images": len(dataset), "classes": list(dataset.CLASSES), **settings}
+        (partial / "settings.json").write_text(json.dumps(content, indent=1))
+        os.replace(partial, folder)
+    distributed.barrier()
+
+
+def save_map(path, values, palette=None):
+    """Write a map (H, W) of 0..255 as an 8-bit PNG: grey, or class ids with their colours, 255 black."""
+    picture = Image.fromarray(values.to("cpu").numpy().astype(np.uint8))
+    if palette is not None:
+        colors = np.zeros((256, 3), np.uint8)
+        colors[: len(palette)] = palette
+        picture.putpalette(colors.flatten().tolist())
+    picture.save(path)

@@ -1,0 +1,314 @@
+"""BCL: "Bi-directional Contrastive Learning for Domain Adaptive Semantic Segmentation" (Lee et al., ECCV 2022).
+
+    uda:
+      labelers:
+        - {name: bcl.StaticLabels, share: 0.1}
+        - {name: bcl.LabelTransfer, confidence: 0.8, momentum: 0.99}
+      mixer: {name: mixers.SourceTarget}
+    losses:
+      - {name: cross_entropy.CrossEntropy, view: source, weight: 1.0}
+      - {name: cross_entropy.CrossEntropy, view: target, weight: 0.3}
+      - {name: entropy.Entropy, view: source, weight: 0.4}
+      - {name: entropy.Entropy, view: target, weight: 0.12}
+      - {name: bcl.Contrast, weight: 0.2}
+    stages:
+      - {name: source, ...}                                         # source only: the first round labels with it
+      - {name: round, init: previous, repeat: 10, lr_scale: 0.5}    # each with new labels and half the learning rate
+
+The batch is a set of pairs, the i-th source with the i-th target image, and the pixels of each are drawn to the class
+means of the other. With features f, labels y (y_T: pseudo labels) and cosine -1 for classes without a mean:
+
+    rho_S^k = mean of f_S(p) over y_S(p) = k        z_k(p) = cos(rho_S^k, f_T(p)) / tau
+    L_FCL   = mean of -log softmax(z(p))_{y_T(p)} over y_T(p) in O          O = classes in both y_S and y_T
+    L_BCL   = the same with rho_T, f_S, y_S
+
+The target's labels are hybrid: static ones of the classifier, made once per stage (StaticLabels), and in their holes
+dynamic ones of every step (LabelTransfer): the nearest class mean of the source image, which a bias per class moves
+towards the target.
+
+How sure this is. Contrast is what the authors' code does [C]. Its static rule accepts a pixel if *any* class exceeds
+its own threshold; here the arg max has to [R]. It has no calibration, and makes dynamic labels but never uses them:
+LabelTransfer is reconstructed [R] from the paper's overview figure and abstract. Released behaviour: `dynamic: off,
+calibration: off`, which equals no LabelTransfer at all.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import distributed
+from engine.errors import UserError
+from engine.statistics import IGNORE, class_sums, resize_labels, resize_logits
+
+EPS = 1e-6  # vectors shorter than this have no direction
+LOW, HIGH, STEPS = -8, 120, 512  # range of the histograms of log-odds, bins per unit: a power of 2 has exact edges
+
+
+def log_odds(logits, size):
+    """The arg max of each pixel, and its log p / (1 - p), which orders pixels as p does, but never rounds to 1.
+
+    Args:
+        logits: (B, K, h, w).
+        size: (H, W), to which the logits are resized first.
+    Returns:
+        log-odds (B, H, W) of at least float32, classes (B, H, W).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
+        top, classes = logits.max(1)
+        return top - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1), classes
+
+
+class StaticLabels(nn.Module):
+    """Labeler: arg max of the pixels that are sure for their class, and of those that are sure for their image.
+
+    A class's threshold is what `share` of the pixels predicted as it reach in the whole target set (the code looks at
+    every fifth of them). An image's pixels are chosen by rank: the code compares with a quantile, which no pixel
+    exceeds if the surest all have a probability of 1.
+
+    Args:
+        share: of the pixels of each class, and of each image, in (0, 1]. So 1 to 2 times `share` get a label.
+
+    State: theta (K), thresholds in log-odds, to 1/512 and 120 at most; infinite for classes that were never predicted.
+    """
+
+    def __init__(self, *, num_classes, share: float = 0.1):
+        super().__init__()
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share} is no share of the pixels: it must be above 0 and at most 1")
+        self.share = share
+        self.register_buffer("theta", torch.full((num_classes,), torch.inf))
+
+    @torch.no_grad()
+    def prepare(self, preparation):
+        """Thresholds from one pass over the target set, labels from a second."""
+        bins = (HIGH - LOW) * STEPS
+        counts = torch.zeros(len(self.theta) * bins, dtype=torch.long, device=self.theta.device)
+        for _, image, _ in preparation.images(preparation.target):
+            sure, classes = log_odds(preparation.segment(image).logits, image.shape[-2:])
+            place = (sure * STEPS).floor().clamp(LOW * STEPS, HIGH * STEPS - 1).long() - LOW * STEPS
+            counts += torch.bincount((classes * bins + place).flatten(), minlength=len(counts))
+        # Pixels in a bin or above it; the highest bin that holds the share counts whole, so no tie is ever left out.
+        above = distributed.all_reduce(counts).view(-1, bins).flip(1).cumsum(1).flip(1)
+        highest = (above >= self.share * above[:, :1].double()).sum(1) - 1
+        self.theta.copy_(torch.where(above[:, 0] > 0, highest / STEPS + LOW, torch.inf))
+
+        def make(index, image, label):
+            return self.select(*log_odds(preparation.segment(image).logits, image.shape[-2:]))[0]
+
+        reached = [float(t) if t.isfinite() else None for t in self.theta.to("cpu")]
+        settings = {"labeler": "bcl.StaticLabels", "share": self.share, "log_odds": reached}
+        preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
+
+    def select(self, sure, classes):
+        """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
+        chosen = sure >= self.theta.to(sure.dtype)[classes]
+        ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)  # stable: a larger share only adds pixels
+        best = ranks[:, : max(1, round(self.share * ranks.shape[1]))]
+        chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
+        return torch.where(chosen, classes, IGNORE)
+
+    def label(self, network, image, prototypes):
+        """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`."""
+        return self.select(*log_odds(network.segment(image).logits, image.shape[-2:]))
+
+    def before(self, batch):
+        """The stored labels, cut and mirrored with the image."""
+        return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}
+
+
+def cosines(features, means, present):
+    """Features (B, D, h, w), means (B, K, D), present (B, K) -> (B, K, h, w), -1 for absent classes."""
+    maps, means = features.flatten(2), F.normalize(means, dim=2, eps=EPS)
+    # The order of the product decides the layout of its gradient: the features' own saves a fifth of the time.
+    if features.is_contiguous(memory_format=torch.channels_last):
+        products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(1, 2)  # (B, K, N)
+    else:
+        products = torch.bmm(means, maps)
+    products = products / maps.norm(dim=1, keepdim=True).clamp_min(EPS)
+    return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
+
+
+def pair(outputs, views):
+    """Features of the two views, of at least float32; a ValueError unless these are pairs of images."""
+    features = [outputs[view].features for view in views]
+    if len(features[0]) != len(features[1]):
+        sizes = " and ".join(f"{view} has {len(x)} images" for view, x in zip(views, features))
+        raise ValueError(f"BCL needs pairs, but {sizes}: give both views the same batch size")
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
+
+
+class LabelTransfer(nn.Module):
+    """Labeler [R]: pixels without a static label take the class of the nearest mean of their pair's source image.
+
+    With features and means of unit length, and b as the last step left it,
+
+        y_D(p) = arg max over the classes k of y_S of cos(rho_S^k + g b^k, f_T(p))
+        b^k   <- m b^k + (1 - m) (rho_F^k - rho_S^k), averaged over the pairs of a step where both images have k
+
+    rho_F are the target's means over static labels alone: a bias that follows the labels it makes confirms itself. It
+    comes after any labeler of the target view; without one b stays zero, and the dynamic labels are the only ones.
+
+    Args:
+        dynamic: "fill" gives y_D to unlabelled pixels; "off" leaves the labels as they are.
+        calibration: "ema" moves b; "off" keeps it at zero.
+        confidence: probability, the softmax of cos / tau over all K classes, that y_D has to exceed. With 19 classes in
+            the source image 0.8 needs a cosine 0.43 above the others; absent ones have the cosine -1, so with two
+            classes 0.14 is enough.
+        momentum: m.
+        ramp: share of the stage's steps over which g rises from 0 to 1; 0: always 1.
+        temperature: tau.
+        source_view, target_view: the views that form pairs.
+
+    State: bias (K, D), and updates (K), the number of steps that moved each class.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes,
+        in_channels,
+        dynamic: Literal["off", "fill"] = "fill",
+        calibration: Literal["off", "ema"] = "ema",
+        confidence: float = 0.8,
+        momentum: float = 0.99,
+        ramp: float = 0.0,
+        temperature: float = 0.1,
+        source_view: str = "source",
+        target_view: str = "target",
+    ):
+        super().__init__()
+        if not (0 <= momentum < 1 and 0 <= ramp <= 1):
+            raise ValueError(f"momentum={momentum} must be in [0, 1), and ramp={ramp} in [0, 1]")
+        self.dynamic, self.calibration, self.views, self.step = dynamic, calibration, (source_view, target_view), None
+        self.confidence, self.momentum, self.ramp, self.temperature = confidence, momentum, ramp, temperature
+        self.register_buffer("bias", torch.zeros(num_classes, in_channels))
+        self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.long))
+        # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in the last column.
+        self.register_buffer("moves", torch.zeros(num_classes, in_channels + 1), persistent=False)
+
+    @torch.no_grad()
+    def after(self, outputs, labels, step, iters):
+        """Labels (B, H, W) of both views (the target's may be missing) -> hybrid labels of the target view."""
+        if step != self.step:  # what is left is of a step that was skipped
+            self.step = step
+            self.moves.zero_()
+        truth = labels[self.views[0]]
+        static = labels.get(self.views[1], torch.full_like(truth, IGNORE))
+        with torch.autocast(truth.device.type, enabled=False):
+            source, target = (F.normalize(x, dim=1, eps=EPS) for x in pair(outputs, self.views))
+            means, known = self.unit_means(source, truth)
+            if self.calibration == "ema":
+                reached, found = self.unit_means(target, static)
+                both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
+                self.moves += torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
+            if self.dynamic == "off":
+                return {self.views[1]: static}, {}
+            strength = min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0
+            dynamic = self.nearest(target, means + strength * self.bias, known)
+        return {self.views[1]: torch.where(static == IGNORE, resize_labels(dynamic, static.shape[-2:]), static)}, {}
+
+    def unit_means(self, features, labels):
+        """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur (B, K)."""
+        labels = resize_labels(labels, features.shape[-2:])
+        sums, counts = class_sums(features, labels, len(self.updates), per_image=True)
+        return F.normalize(sums, dim=2, eps=EPS), counts > 0
+
+    def nearest(self, features, means, known):
+        """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B, K)."""
+        confidence, classes = (cosines(features, means.to(features.dtype), known) / self.temperature).softmax(1).max(1)
+        chosen = (confidence > self.confidence) & known.gather(1, classes.flatten(1)).view_as(classes)
+        return torch.where(chosen, classes, IGNORE)
+
+    @torch.no_grad()
+    def update(self):
+        """After an optimiser step that was taken: move b by what `after` has summed, on all processes."""
+        total = distributed.all_reduce(self.moves)
+        moved = total[:, -1] > 0
+        mean = total[:, :-1] / total[:, -1:].clamp_min(1)
+        self.bias.copy_(torch.where(moved[:, None], torch.lerp(mean, self.bias, self.momentum), self.bias))
+        self.updates += moved
+        self.moves.zero_()
+
+
+def pixels_of_cells(labels, size, num_classes):
+    """How many pixels of each class a feature cell covers: labels (B, H, W) -> (B, K, h, w)."""
+    cells = torch.arange(size[0] * size[1], device=labels.device).view(1, *size)
+    ids = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    places = (ids * cells.numel() + resize_labels(cells, labels.shape[-2:])).flatten(1)
+    counts = places.new_zeros(len(places), (num_classes + 1) * cells.numel())
+    counts.scatter_add_(1, places, torch.ones_like(places))
+    return counts.view(-1, num_classes + 1, *size)[:, :-1]
+
+
+class Contrast(nn.Module):
+    """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty has 0.
+
+    Args:
+        forward_weight: factor of L_FCL, target pixels to source means.
+        backward_weight: factor of L_BCL, source pixels to target means.
+        temperature: tau.
+        detach_prototypes: no gradient through the means, so that L_FCL reaches f_T alone and L_BCL f_S; in the released
+            code both losses reach both.
+        source, target: whose vectors are rho_S and rho_T: "pair", the means of each image, which needs no member of
+            that name, or a member such as centroids or mixtures, whose `seen` classes then count as present.
+        source_view, target_view: the views that form pairs.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes,
+        forward_weight: float = 1.0,
+        backward_weight: float = 1.0,
+        temperature: float = 0.1,
+        detach_prototypes: bool = False,
+        source: str = "pair",
+        target: str = "pair",
+        source_view: str = "source",
+        target_view: str = "target",
+    ):
+        super().__init__()
+        self.num_classes, self.temperature, self.detach_prototypes = num_classes, temperature, detach_prototypes
+        self.forward_weight, self.backward_weight = forward_weight, backward_weight
+        self.members, self.views = (source, target), (source_view, target_view)
+
+    def forward(self, outputs, labels, prototypes):
+        truth, pseudo = (labels[view] for view in self.views)
+        with torch.autocast(truth.device.type, enabled=False):
+            source, target = pair(outputs, self.views)
+            rho_s, in_source = self.vectors(self.members[0], prototypes, source, truth)
+            rho_t, in_target = self.vectors(self.members[1], prototypes, target, pseudo)
+            both = in_source & in_target  # O, (B, K)
+            forward = self.towards(rho_s, in_source, target, pseudo, both)
+            backward = self.towards(rho_t, in_target, source, truth, both)
+            return self.forward_weight * forward + self.backward_weight * backward
+
+    def vectors(self, name, prototypes, features, labels):
+        """Vectors (B, K, D) of a member for each image, and which classes have one (B, K)."""
+        if name not in prototypes and name != "pair":
+            known = ", ".join(sorted({"pair", *prototypes}))
+            raise UserError(f"bcl.Contrast: there are no prototypes named '{name}', but {known}")
+        member, labels = prototypes.get(name), resize_labels(labels, features.shape[-2:])
+        if member is None:
+            means, counts = class_sums(features, labels, self.num_classes, per_image=True)  # a cosine divides by length
+            present = counts > 0
+        elif hasattr(member, "pair_means"):
+            means, present = member.pair_means(features, labels)
+        else:
+            means = member.means().to(features.dtype).expand(len(features), -1, -1)
+            seen = getattr(member, "seen", means.new_ones(self.num_classes, dtype=torch.bool))  # not of a classifier
+            present = seen.expand(len(features), -1)
+        return means.detach() if self.detach_prototypes else means, present
+
+    def towards(self, means, present, features, labels, both):
+        """The loss of one direction.
+
+        z is upsampled to the labels as nearest neighbours. All pixels of a cell share its log-probabilities, so the sum
+        over pixels is one over cells that counts their pixels, and nothing of the labels' size needs a gradient.
+        """
+        log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
+        pixels = pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
+        return -((log_p * pixels).sum((1, 2, 3)) / pixels.sum((1, 2, 3)).clamp_min(1)).mean()

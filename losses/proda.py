@@ -1,0 +1,105 @@
+"""ProDA's denoising of pseudo labels by prototypes: the closest peer of BiSMAP and BCL (Zhang et al., "Prototypical
+Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semantic Segmentation", CVPR 2021).
+
+    prototypes:
+      target: {name: centroids.Centroids, momentum: 0.9999, view: target}
+    uda:
+      labelers: [{name: proda.Denoise}]
+      mixer: {name: mixers.SourceTarget}
+    losses:
+      - {name: cross_entropy.CrossEntropy, view: source}
+      - {name: bismap.SymmetricCrossEntropy, view: target, weight: 1.0}
+      - {name: proda.Regularity, weight: 0.1}
+    stages: [{name: source, teacher: none, ...}, {name: adapt, init: previous, teacher: frozen}]
+
+The predictions of the source model stay fixed; what changes while the student learns is how far each class is believed,
+by the distance of the pixel's feature to the target's class centroids:
+
+    w_k(p) = softmax_k(-|f(p) - eta_k| / tau)            label(p) = argmax_k w_k(p) p_k(p)
+
+[R] Where the paper stores the soft predictions once and takes features of an averaged teacher, here a frozen teacher
+predicts the same crop again (no K maps per image on the disk) and the features are the student's. Its third part, the
+consistency of prototype assignments between views, is not built; `bismap.Consistency` is the nearest term here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.errors import UserError
+from engine.statistics import resize_logits
+
+
+class Denoise(nn.Module):
+    """Labeler: the teacher's probabilities, weighted by the distances to the target's prototypes.
+
+    Args:
+        prototypes: name of the member that holds the target's centroids; `prepare` fits it with the predictions of the
+            network that the stage starts from.
+        temperature: tau.
+    """
+
+    def __init__(self, *, prototypes: str = "target", temperature: float = 1.0):
+        super().__init__()
+        self.prototypes, self.temperature = prototypes, temperature
+
+    def member(self, prototypes):
+        if self.prototypes not in prototypes:
+            raise UserError(
+                f"proda.Denoise needs the prototypes '{self.prototypes}'; there are {', '.join(prototypes)}. Add "
+                f"prototypes: {{{self.prototypes}: {{name: centroids.Centroids, momentum: 0.9999, view: target}}}}"
+            )
+        return prototypes[self.prototypes]
+
+    def prepare(self, preparation):
+        """Fit the member on all target pixels, each with its predicted class."""
+
+        def batches():
+            for _, image, _ in preparation.images(preparation.target):
+                output = preparation.segment(image)
+                yield output.features, output.logits.argmax(1), None
+
+        self.member(preparation.prototypes).fit(batches)
+
+    def denoise(self, logits, features, member, size):
+        """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels (B, H, W)."""
+        with torch.autocast(logits.device.type, enabled=False):
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            centroids = member.means().to(dtype)  # (K, D)
+            rows = features.to(dtype).flatten(2).transpose(1, 2)  # (B, N, D)
+            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(1, 2)  # (B, K, N)
+            distances = distances.masked_fill(~member.seen[:, None], torch.inf)
+            # Nothing seen: every class is believed alike.
+            trust = torch.where(member.seen.any(), (-distances / self.temperature).softmax(1), 1.0)
+            trust = trust.unflatten(2, features.shape[-2:])
+            belief = resize_logits(trust, logits.shape[-2:]) * logits.to(dtype).softmax(1)
+            return resize_logits(belief, size).argmax(1)
+
+    def after(self, batch, outputs, teacher, prototypes):
+        """{"target": (B, H, W)}, no weights: all pixels are labelled, as in the paper (threshold 0)."""
+        size = batch["target"]["image"].shape[-2:]
+        features = outputs["target"].features
+        return {"target": self.denoise(teacher.logits, features, self.member(prototypes), size)}, {}
+
+    def label(self, network, image, prototypes):
+        """Images (B, 3, H, W) -> (B, H, W), one network in both roles."""
+        output = network.segment(image)
+        return self.denoise(output.logits, output.features, self.member(prototypes), image.shape[-2:])
+
+
+class Regularity(nn.Module):
+    """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to a constant, which
+    keeps predictions from becoming too sure of noisy labels.
+
+    Args:
+        view: the view whose logits it takes.
+    """
+
+    def __init__(self, *, view: str = "target"):
+        super().__init__()
+        self.view = view
+
+    def forward(self, outputs):
+        logits = outputs[self.view].logits
+        with torch.autocast(logits.device.type, enabled=False):
+            return -F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1).mean()

@@ -1,0 +1,120 @@
+"""Maps that a stage stores before its first step: written whole, read back with the image's geometry, found again."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.base import DataError
+from datasets.toy import Toy
+from datasets.transforms import Augment
+from engine import distributed, prepare
+from engine.errors import UserError
+from engine.prepare import Preparation
+from models.backbones.resnet import ResNet
+from models.classifiers.linear import Linear
+from models.decoders.fcn import FCN
+from models.segmentor import Segmentor
+
+
+def network():
+    backbone = ResNet(depth=18, stages=3, weights="none")
+    decoder = FCN(in_channels=backbone.channels, width=8)
+    return Segmentor(backbone, decoder, Linear(in_channels=decoder.channels, num_classes=11))
+
+
+def preparation(folder, augment=None):
+    source = Toy(domain="synthetic", length=3, size=[32, 48], augment=augment)
+    target = Toy(domain="real", length=2, size=[32, 48], labels=False, augment=augment)
+    return Preparation(network(), source, target, {}, folder, torch.device("cpu"), contextlib.nullcontext())
+
+
+def shade(index, image, label):
+    return (image[0].mean(0) * 255).byte()
+
+
+def test_a_stored_map_comes_back_with_the_geometry_of_its_image(tmp_path):
+    made = preparation(tmp_path / "maps", Augment(crop=[24, 40], scale=[1.0, 1.0], flip=0.5))
+    made.store("shade", made.source, shade, {"rule": "brightness"})
+    source = made.training["source"]
+    for sample in range(4):
+        item = source[sample % 3, sample]
+        grey = (item["image"].float() / 255).mean(0)
+        assert ((grey * 255).byte().int() - item["extra"]["shade"].int()).abs().max() <= 1
+    assert made.training["target"].extra == {} and made.source.extra == {}
+    settings = json.loads((tmp_path / "maps" / "source" / "shade" / "settings.json").read_text())
+    assert settings["rule"] == "brightness" and settings["images"] == 3 and settings["classes"][0] == "Sky"
+
+
+def test_labels_are_stored_as_palette_pictures(tmp_path):
+    made = preparation(tmp_path / "maps")
+    ids = torch.full((32, 48), 4).index_fill(0, torch.arange(3), 255)
+    made.store("pseudo_labels", made.target, lambda *_: ids, {}, palette=True)
+    path = next((tmp_path / "maps" / "target" / "pseudo_labels").rglob("*.png"))
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and tuple(picture.getpalette()[12:15]) == tuple(Toy.PALETTE[4])
+        assert np.unique(picture).tolist() == [4, 255]
+        colours = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)
+        assert {*map(tuple, colours.tolist())} == {(0, 0, 0), tuple(Toy.PALETTE[4])}
+
+
+def test_the_network_labels_in_eval_mode_and_the_target_has_no_labels(tmp_path):
+    made = preparation(tmp_path)
+    assert not made.network.training
+    before = {k: v.clone() for k, v in made.network.state_dict().items()}
+    for _, image, label in made.images(made.target):
+        assert (label == 255).all() and image.shape == (1, 3, 32, 48) and not made.segment(image).logits.requires_grad
+    assert all(torch.equal(before[k], v) for k, v in made.network.state_dict().items())
+
+
+def test_each_process_makes_its_share(tmp_path, monkeypatch):
+    made, seen = preparation(tmp_path), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        seen.append([index for index, *_ in made.images(made.source)])
+    assert seen == [[0, 2], [1]]
+
+
+def test_maps_appear_as_a_whole_or_not_at_all(tmp_path):
+    made = preparation(tmp_path / "maps")
+
+    def fail(index, image, label):
+        if index == 1:
+            raise KeyboardInterrupt
+        return shade(index, image, label)
+
+    with pytest.raises(KeyboardInterrupt):
+        made.store("shade", made.source, fail, {})
+    assert not (tmp_path / "maps" / "source" / "shade").exists() and made.training["source"].extra == {}
+    made.store("shade", made.source, shade, {})  # again, over what was left
+    assert not list((tmp_path / "maps").rglob("*partial*"))
+    assert len(list((tmp_path / "maps" / "source" / "shade").rglob("*.png"))) == 3
+
+
+def test_an_interrupted_stage_finds_its_maps_or_says_that_they_are_gone(tmp_path):
+    first = preparation(tmp_path / "maps")
+    first.store("shade", first.source, shade, {})
+    second = preparation(tmp_path / "maps")
+    second.attach(first.stored())
+    assert first.stored() == second.stored() == ["source/shade"]
+    assert torch.equal(first.training["source"][1]["extra"]["shade"], second.training["source"][1]["extra"]["shade"])
+    with pytest.raises(UserError, match=r"maps .*pseudo_labels of the interrupted stage are gone"):
+        second.attach(["target/pseudo_labels"])
+
+
+def test_a_map_that_is_lost_while_training_is_named(tmp_path):
+    made = preparation(tmp_path / "maps")
+    made.store("shade", made.source, shade, {})
+    next((tmp_path / "maps" / "source" / "shade").rglob("*.png")).unlink()
+    with pytest.raises(DataError, match="shade"):
+        [made.training["source"][i] for i in range(3)]
+
+
+def test_a_backbone_for_maps_is_frozen(tmp_path):
+    encoder = preparation(tmp_path).backbone({"name": "resnet.ResNet", "depth": 18, "weights": "none"})
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert prepare.KINDS == ("source", "target")
