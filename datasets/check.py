@@ -2,8 +2,9 @@
 
     python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
 
-Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and what cannot be used,
-and draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1.
+Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and what cannot
+be used, and draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit
+code 1.
 """
 
 from pathlib import Path

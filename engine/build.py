@@ -169,9 +169,8 @@ def restore(path, overrides=()):
 
 def batches(dataset, cfg, seed, start, device):
     """The micro-batches of a training set for one process, from step `start` of a stage on."""
-    from datasets.statistics import class_counts
-
     from datasets.sampler import RareClassSampler, StreamSampler, make_loader
+    from datasets.statistics import class_counts
 
     options = {
         "batch_size": cfg.train.batch_size, "accumulate": cfg.train.accumulate, "start": start, "stop": cfg.train.iters,

@@ -51,16 +51,15 @@ class LikelihoodLabels(nn.Module):
 
     Args:
         prototypes: name of the member.
-        threshold: {"nats": T} or {"source_quantile": q}, q in 0..1.
+        threshold: {"nats": T} or {"source_quantile": q}, q in 0..1; None: 100 nats.
         fit: fit the member first; False takes it as it is.
 
     State: threshold (K), infinite for classes without a prototype.
     """
 
-    def __init__(
-        self, *, num_classes, prototypes: str = "mixtures", threshold: dict = {"nats": 100.0}, fit: bool = True
-    ):  # noqa: B006
+    def __init__(self, *, num_classes, prototypes: str = "mixtures", threshold: dict | None = None, fit: bool = True):
         super().__init__()
+        threshold = {"nats": 100.0} if threshold is None else threshold
         if len(threshold) != 1 or not {*threshold} <= {"nats", "source_quantile"}:
             raise ValueError(f"threshold must be {{nats: T}} or {{source_quantile: q}}, not {threshold}")
         if not 0 <= threshold.get("source_quantile", 0) <= 1:
@@ -124,7 +123,7 @@ class LikelihoodLabels(nn.Module):
         """Images (B, 3, H, W) -> labels (B, H, W)."""
         member = self.member(prototypes)
         scores = member.score(network.segment(image).features)
-        scores = scores.masked_fill(~member.seen[:, None, None], -torch.inf)
+        scores = scores.masked_fill(~member.seen[:, None, None], -1e30)  # finite: 0 times infinity has no value
         best, classes = resize_logits(scores, image.shape[-2:]).max(1)
         return torch.where(best >= self.threshold.to(best)[classes], classes, IGNORE)
 
@@ -172,7 +171,7 @@ class Transferability(nn.Module):
 
     Args:
         encoder: a backbone such as {name: resnet.ResNet, depth: 101, weights: PATH}; the paper has a SimCLR ResNet-152
-            with selective kernels. {name: none} takes the backbone of the network that the stage starts from [R].
+            with selective kernels. None takes the backbone of the network that the stage starts from [R].
         size: [H, W] pixels to which images are resized for it.
         grid: [rows, columns] of regions in an image.
         clusters: target prototypes.
@@ -186,7 +185,7 @@ class Transferability(nn.Module):
         self,
         *,
         num_classes,
-        encoder: dict = {"name": "none"},  # noqa: B006
+        encoder: dict | None = None,
         size: list = (128, 256),
         grid: list = (4, 4),
         clusters: int = 40,
@@ -197,14 +196,13 @@ class Transferability(nn.Module):
             raise ValueError(
                 f"entropy: {entropy} has 19 classes, the data {num_classes}; set entropy: measured or none"
             )
-        self.num_classes, self.encoder, self.size, self.grid = num_classes, dict(encoder), list(size), list(grid)
+        self.num_classes, self.encoder, self.size, self.grid = num_classes, encoder, list(size), list(grid)
         self.clusters, self.entropy = clusters, entropy
 
     @torch.no_grad()
     def prepare(self, preparation):
         """Store the weights of all source pixels."""
-        named = self.encoder["name"] != "none"
-        backbone = preparation.backbone(self.encoder) if named else preparation.network.backbone
+        backbone = preparation.backbone(self.encoder) if self.encoder else preparation.network.backbone
         target = [self.regions(backbone, image, preparation) for _, image, _ in preparation.images(preparation.target)]
         centres = self.centres(torch.cat(target)).to(target[0])
         distances = {}  # by index of the source image
