@@ -79,13 +79,14 @@ def stored(made, name="target/pseudo_labels"):
 def test_a_higher_threshold_only_removes_labels_and_none_leaves_no_hole(tmp_path):
     made = preparation(tmp_path, {"mixtures": mixtures()})
     kept = []
-    for nats in (-1e30, -50.0, 0.0, 30.0, 1e30):
-        LikelihoodLabels(num_classes=K, threshold={"nats": nats}).prepare(made)
+    quantiles = [{"source_quantile": level} for level in (0.1, 0.5, 0.9)]
+    for threshold in ({"nats": -1e30}, *quantiles, {"nats": 1e30}):
+        LikelihoodLabels(num_classes=K, threshold=threshold).prepare(made)
         kept.append(stored(made))
     assert (kept[0] != 255).all() and (kept[-1] == 255).all()
     for low, high in itertools.pairwise(kept):
         assert torch.equal(torch.where(high == 255, 255, low), high)
-    assert len({int((labels != 255).sum()) for labels in kept}) >= 4
+    assert len({int((labels != 255).sum()) for labels in kept}) == 5
 
 
 @pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
