@@ -52,9 +52,7 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     labelers.load_state_dict(saved.get("labelers", {}))
     rules = [(labeler, spec) for labeler, spec in zip(labelers, cfg.uda.labelers) if hasattr(labeler, "label")]
     if not rules:
-        raise ConfigError(
-            "no labeler: uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]' gives one"
-        )
+        raise ConfigError("no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'")
     labeler, spec = rules[0]
     labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
     autocast = precision.autocast(device, cfg.precision)

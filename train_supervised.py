@@ -22,7 +22,7 @@ from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
-from engine.report import draw_similarity, draw_views, final_report, validate
+from engine.report import draw_prototypes, draw_views, final_report, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
@@ -145,7 +145,7 @@ def main(arguments):
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_views(log, done, views, labels, {}, outputs, train_set)
-            draw_similarity(log, done, vectors, train_set)
+            draw_prototypes(log, done, vectors, train_set)
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
             if score > best:

@@ -36,7 +36,7 @@ from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
 from engine.prepare import Preparation
-from engine.report import draw_similarity, draw_views, final_report, log_pseudo_labels, validate
+from engine.report import draw_prototypes, draw_views, final_report, log_label_shares, log_pseudo_labels, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
@@ -108,6 +108,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         for part in [source_weights, *labelers]:
             if hasattr(part, "prepare"):
                 part.prepare(preparation)
+                if monitor and hasattr(part, "label"):
+                    log_pseudo_labels(preparation.network, part, vectors, monitor, device, autocast, log, offset)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     distributed.seed_everything(cfg.seed + 1009 * number + distributed.rank())
     sources, targets = (
@@ -207,10 +209,13 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_views(log, total, views, labels, trust, outputs, source_set)
-            draw_similarity(log, total, vectors, source_set)
-        if check and monitor:
-            guide = teacher.network if teacher else model
-            log_pseudo_labels(guide, labelers, vectors, monitor, device, autocast, log, total)
+            draw_prototypes(log, total, vectors, source_set)
+            if "target" in labels:
+                log_label_shares(log, total, labels["target"], source_set)
+        for labeler in labelers if check and monitor else []:
+            if hasattr(labeler, "label") and not hasattr(labeler, "prepare"):  # those were measured when they were made
+                guide = teacher.network if teacher else model
+                log_pseudo_labels(guide, labeler, vectors, monitor, device, autocast, log, total)
         if check and val_set:  # on the source: the target's labels choose nothing
             score = validate(reported, val_set, cfg.eval, device, autocast, log, total)
             if score > best:

@@ -128,7 +128,7 @@ def build_segmentor(model, num_classes, pretrained=True):
     backbone = build("models.backbones", spec)
     decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
     classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
-    network = Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn)
+    network = Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn, bn_views=model.bn_views)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
 

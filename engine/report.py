@@ -67,14 +67,35 @@ def draw_views(log, step, views, labels, weights, outputs, dataset, count=2):
         log.picture(f"images/{name}", pictures.stack(rows), step)
 
 
-def draw_similarity(log, step, vectors, dataset):
-    """TensorBoard: cosines between the class vectors of the classifier and of each prototype member."""
+def draw_prototypes(log, step, vectors, dataset):
+    """TensorBoard: cosines between the class vectors of the classifier and of each prototype member; of mixtures also
+    the likelihood quantiles of what they were fitted to and the mean responsibility of each component."""
+    names = dataset.CLASSES
     for name, member in vectors.items():
-        matrix = similarity(member.means())
-        names = dataset.CLASSES
-        log.picture(
-            f"prototypes/{name}", pictures.heatmap(matrix, names, names, low=-1.0, diverging=True, title=name), step
-        )
+        picture = pictures.heatmap(similarity(member.means()), names, names, low=-1.0, diverging=True, title=name)
+        log.picture(f"prototypes/{name}", picture, step)
+        if not hasattr(member, "quantiles") or not member.seen.any():
+            continue
+        unseen = ~member.seen[:, None].cpu()
+        levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+        table = torch.stack([member.quantiles(level) for level in levels], 1).double().cpu()
+        known = table[~unseen[:, 0]]
+        low, high, heads = float(known.min()), float(known.max()) + 1e-6, [f"{level:.0%}" for level in levels]
+        table = table.masked_fill(unseen, torch.nan).numpy()
+        title = "quantiles of the log-likelihood, nats"
+        picture = pictures.heatmap(table, names, heads, low=low, high=high, title=title, text="{:.0f}")
+        log.picture(f"prototypes/{name}_likelihood", picture, step)
+        shares = member.component_weights.double().cpu().masked_fill(unseen, torch.nan).numpy()
+        heads = [str(number + 1) for number in range(shares.shape[1])]
+        picture = pictures.heatmap(shares, names, heads, title="mean responsibility of each component", text="{:.0%}")
+        log.picture(f"prototypes/{name}_components", picture, step)
+
+
+def log_label_shares(log, step, labels, dataset):
+    """TensorBoard: per cent of the pixels of a view's labels (B, H, W) that each class has."""
+    counts = torch.bincount(labels.flatten(), minlength=256)[: len(dataset.CLASSES)]
+    shares = (100 * counts / labels.numel()).tolist()
+    log.scalars({f"pseudo/pixels_{name}": share for name, share in zip(dataset.CLASSES, shares)}, step)
 
 
 def report(network, datasets, options, device, autocast, folder, about):
@@ -217,11 +238,14 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     return matrix.all_reduce(), distributed.all_reduce(truth)
 
 
-def log_pseudo_labels(network, labelers, prototypes, dataset, device, autocast, log, step):
+def log_pseudo_labels(network, labeler, prototypes, dataset, device, autocast, log, step):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
-    for labeler in [part for part in labelers if hasattr(part, "label")][:1]:
-        matrix, truth = pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast)
-        log.scalars(label_scalars(matrix, truth), step)
+    matrix, truth = pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast)
+    values = label_scalars(matrix, truth)
+    log.scalars(values, step)
+    logger.info(
+        f"pseudo labels: {values.get('pseudo/share', 0):.1f} % labelled, {values.get('pseudo/accuracy', 0):.1f} % right"
+    )
 
 
 def label_scalars(matrix, truth):

@@ -4,10 +4,13 @@ One forward of the DDP module and one backward per micro-batch keep DDP simple: 
 in the Segmentor, and views (source, target, strongly augmented target ...) are entries of one dict.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from engine.errors import UserError
 
 
 class View(NamedTuple):
@@ -31,15 +34,17 @@ class Segmentor(nn.Module):
     Args:
         frozen_bn: names of parts ("backbone", "decoder") whose batch norm keeps its running statistics and its affine
             parameters: the safe choice for small batches and for pretrained weights.
+        bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
+            normalised by its own batch all the same.
     """
 
-    def __init__(self, backbone, decoder, classifier, frozen_bn=()):
+    def __init__(self, backbone, decoder, classifier, frozen_bn=(), bn_views=()):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
         unknown = set(frozen_bn) - {"backbone", "decoder"}
         if unknown:
             raise ValueError(f"model.frozen_bn may name backbone and decoder, not {', '.join(sorted(unknown))}")
-        self.frozen_bn = list(frozen_bn)
+        self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         for norm in self._frozen_norms():
             norm.requires_grad_(False)
 
@@ -60,4 +65,21 @@ class Segmentor(nn.Module):
 
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
-        return {name: self.segment(view.image, view.domain) for name, view in views.items()}
+        if self.bn_views and not {*self.bn_views} & {*views}:
+            raise UserError(f"model.bn_views names {', '.join(self.bn_views)}; the views are {', '.join(views)}")
+        outputs = {}
+        for name, view in views.items():
+            with self.statistics(moving=not self.bn_views or name in self.bn_views):
+                outputs[name] = self.segment(view.image, view.domain)
+        return outputs
+
+    @contextlib.contextmanager
+    def statistics(self, moving):
+        """Within it batch norm moves its running statistics or not."""
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not moving]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum

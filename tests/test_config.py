@@ -17,7 +17,7 @@ data.rare_classes.min_pixels data.rare_classes.temperature data.root data.target
 data.target_augment.name data.test data.train.name data.val.name data.workers
 deterministic device eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
 eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
-model.classifier.name model.decoder.name model.frozen_bn model.sync_bn optimizer.betas optimizer.clip
+model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.sync_bn optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
 resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers

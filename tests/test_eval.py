@@ -1,6 +1,7 @@
 """eval.py, predict.py and benchmarks/reproduce.py on a checkpoint of the smallest run."""
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from PIL import Image
 import eval as evaluation
 import predict
 import train_supervised
+import train_uda
 from benchmarks import reproduce
+from datasets.toy import Toy
 from engine import checkpoint
 from engine.errors import UserError
+from tests.runs import TINY_UDA
+from tests.test_uda import METHODS
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 
@@ -135,6 +140,73 @@ def test_predict_on_a_folder_without_pictures_says_so(trained, tmp_path):
         predict.main([str(trained / "best.pt"), str(tmp_path), str(tmp_path / "out")])
 
 
+# --- domain adaptation ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Run folder of a source stage and a stage of BCL, two steps each, and what the console said."""
+    folder = tmp_path_factory.mktemp("adapted")
+    monitor = "data.monitor={name: toy.Toy, domain: real, split: val, length: 2, size: [48, 64]}"
+    train_uda.main([TINY_UDA, f"folder={folder}", *METHODS["BCL"], "train.iters=2", "checkpoint.every=2", monitor])
+    return folder
+
+
+def test_an_adaptation_ends_with_before_and_after(adapted):
+    results = json.loads((adapted / "results.json").read_text())
+    log = (adapted / "log.txt").read_text()
+    assert "toy: before and after adaptation" in log and "before    after   change" in log
+    evaluation.main([str(adapted / "stage_source.pt")])
+    assert result(adapted, checkpoint_name="stage_source")["summary"] == results["before"]["toy"]
+    evaluation.main([str(adapted / "step_0000004.pt")])
+    assert result(adapted, checkpoint_name="step_0000004")["summary"] == results["results"]["toy"]
+    assert results["IoU"]["toy"]["Road"] == result(adapted, checkpoint_name="step_0000004")["IoU"][3]
+    width, height = Image.open(adapted / "eval" / "toy_before_after.png").size
+    assert width > 4 * 200 and height > 192
+
+
+def test_the_command_line_overrides_what_a_stage_sets(adapted):
+    cfg = evaluation.load_network(adapted / "step_0000004.pt", ["uda.mixer={name: mixers.ClassMix}"])[1]
+    assert cfg.uda.mixer == {"name": "mixers.ClassMix"} and cfg.uda.labelers[0]["name"] == "bcl.StaticLabels"
+
+
+def test_pseudo_labels_are_exported_with_their_settings(adapted):
+    path = adapted / "step_0000004.pt"
+    evaluation.main([str(path), "export=pseudo_labels"])
+    folder = adapted / "eval_step_0000004" / "pseudo_labels" / "toy"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["labeler"]["name"] == "bcl.StaticLabels" and settings["images"] == 3
+    assert settings["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and settings["classes"][3] == "Road"
+    labels = [np.array(Image.open(p)) for p in sorted(folder.rglob("*.png"))]
+    truth = [Toy(domain="real", split="test", length=3, size=[48, 64])[i]["label"].numpy() for i in range(3)]
+    kept = np.stack(labels) != 255
+    assert len(labels) == 3 and Image.open(next(folder.rglob("*.png"))).mode == "P" and kept.any() and not kept.all()
+    right = (np.stack(labels) == np.stack(truth))[kept].mean()
+    assert settings["pseudo/share"] == pytest.approx(100 * kept.mean())
+    assert settings["pseudo/accuracy"] == pytest.approx(100 * right)
+
+
+def test_any_checkpoint_exports_with_a_labeler_without_state(trained):
+    labeler = "uda.labelers=[{name: self_training.StoredConfidence, threshold: 0.0}]"
+    evaluation.main([str(trained / "best.pt"), "export=pseudo_labels", labeler])
+    folder = trained / "eval_best" / "pseudo_labels" / "toy"
+    assert json.loads((folder / "settings.json").read_text())["pseudo/share"] == 100.0
+    with pytest.raises(UserError, match=r"no labeler: set uda\.labelers="):
+        evaluation.main([str(trained / "best.pt"), "export=pseudo_labels"])
+    with pytest.raises(UserError, match="whose fitted state it needs"):
+        spec = "uda.labelers=[{name: bcl.StaticLabels}]"
+        evaluation.main([str(trained / "best.pt"), "export=pseudo_labels", spec])
+    with pytest.raises(UserError, match="export must be pseudo_labels, not labels"):
+        evaluation.main([str(trained / "best.pt"), "export=labels"])
+
+
+def test_labels_are_measured_when_they_are_made(adapted):
+    lines = [json.loads(line) for line in (adapted / "scalars.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "pseudo/accuracy" in line]
+    assert len(measured) == 1 and measured[0]["step"] == 2 and 0 < measured[0]["pseudo/share"] < 100
+    assert "% labelled" in (adapted / "log.txt").read_text()
+
+
 # --- benchmarks/reproduce.py ---------------------------------------------------------------------------------------
 
 GRID = """
@@ -185,6 +257,43 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeyp
         reproduce.main([str(grid), f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "threads=1"])
     assert "did you mean 'optimizer.lr'?" in capsys.readouterr().out
     assert "| wrong | 0 | not yet run |" in (tmp_path / "out" / "bad.md").read_text()
+
+
+def python_jobs(folder, **codes):
+    """Jobs (row, seed, folder, command) that run a line of Python each."""
+    return [(row, 0, folder / row, [sys.executable, "-c", code]) for row, code in codes.items()]
+
+
+def test_a_row_waits_for_the_row_it_starts_from(tmp_path):
+    done = tmp_path / "done"
+    late = f"import time; time.sleep(0.5); open({str(done)!r}, 'w')"
+    todo = python_jobs(tmp_path, adapted=f"open({str(done)!r})", source=late)
+    assert set(reproduce.execute(todo, 2, 1, {"adapted": "source"}).values()) == {0}
+    done.unlink()
+    assert sorted(reproduce.execute(todo, 2, 1, {}).values()) == [0, 1]  # without it the order is that of the grid
+
+
+def test_a_row_whose_start_failed_is_not_run(tmp_path, capsys):
+    done = tmp_path / "done"
+    todo = python_jobs(tmp_path, source="raise SystemExit(3)", adapted=f"open({str(done)!r}, 'w')")
+    codes = reproduce.execute(todo, 2, 1, {"adapted": "source"})
+    assert codes == {tmp_path / "source": 3, tmp_path / "adapted": 1} and not done.exists()
+    assert "1 runs wait for rows that failed" in capsys.readouterr().out
+
+
+def test_a_seed_stands_in_the_settings_of_a_row(tmp_path):
+    rows = {"a": {"config": "c.yaml", "set": ["stages=[{init: runs/seed{seed}/x.pt}]"]}}
+    grid = {
+        "rows": rows,
+        "seeds": [0, 7],
+        "folder": tmp_path,
+        "name": "g",
+        "common": [],
+        "threads": 0,
+        "script": "s.py",
+    }
+    commands = [command for *_, command in reproduce.jobs(grid)]
+    assert ["stages=[{init: runs/seed7/x.pt}]" in command for command in commands] == [False, True]
 
 
 def test_an_unknown_grid_key_is_an_error(tmp_path):

@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 from engine.build import build, build_segmentor
 from engine.config import ConfigError, load
+from engine.errors import UserError
 from engine.weights import WeightsError
 from models.backbones.mit import MiT
 from models.backbones.resnet import ResNet
@@ -19,6 +20,7 @@ from models.classifiers.branch_sum import BranchSum
 from models.classifiers.linear import Linear
 from models.decoders.daformer import DAFormer
 from models.decoders.deeplabv2 import DeepLabV2
+from models.decoders.fcn import FCN
 from models.decoders.segformer_mlp import SegFormerMLP
 from models.segmentor import Segmentor, View
 
@@ -570,3 +572,24 @@ def test_base_networks_build_and_run(name, num_classes, channels, stride):
     assert output.logits.shape == (1, num_classes, 128 // stride, 96 // stride)
     millions = {"deeplabv2_r101": 43.9, "mit_b5_daformer": 85.2, "mit_b0_segformer": 3.8}
     assert round(count(network) / 1e6, 1) == millions[name]
+
+
+def test_only_the_named_views_move_the_running_statistics():
+    torch.manual_seed(0)
+    views = {"source": View(torch.rand(2, 3, 32, 32)), "target": View(torch.rand(2, 3, 32, 32) + 2)}
+
+    def run(bn_views, given=views):
+        torch.manual_seed(1)
+        backbone = ResNet(depth=18, stages=3, weights="none")
+        decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
+        network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=bn_views)
+        outputs = network(given)
+        return outputs, network.backbone.bn1
+
+    outputs, norm = run(["target"])
+    alone, expected = run([], {"target": views["target"]})
+    assert torch.equal(norm.running_mean, expected.running_mean) and norm.momentum == 0.1
+    assert not torch.equal(run([])[1].running_mean, expected.running_mean)
+    assert torch.equal(outputs["target"].logits, alone["target"].logits)
+    with pytest.raises(UserError, match=r"model\.bn_views names strong; the views are source, target"):
+        run(["strong"])
