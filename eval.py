@@ -55,6 +55,8 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
         raise ConfigError("no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'")
     labeler, spec = rules[0]
     labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
+    if hasattr(labeler, "prepare") and [*labeler.buffers()]:
+        logger.warning("the labeler was fitted to the network that labelled before the stage, not to this one")
     autocast = precision.autocast(device, cfg.precision)
     about = {"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": saved["step"]}
     about |= {"labeler": config.plain(spec), "weights": cfg.eval.weights}

@@ -79,12 +79,14 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
     if cfg.stage.teacher == "ema":
         teacher = Teacher(model, cfg.train.teacher)
     elif cfg.stage.teacher == "frozen":
-        teacher = Teacher(previous if previous is not None else model, 1.0).to(device)
+        teacher = Teacher(model if previous is None else previous, 1.0)
     befores = [labeler.before for labeler in labelers if hasattr(labeler, "before")]
     afters = [labeler.after for labeler in labelers if hasattr(labeler, "after")]
     guided = any(asks_for(part, "teacher") for part in [*befores, *afters, *terms.values()])
     if guided and not teacher:
         raise config.ConfigError(f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen")
+    if guided and cfg.stage.teacher == "ema" and not cfg.train.teacher:
+        raise config.ConfigError(f"stage {cfg.stage.name}: train.teacher=0 would copy the student; set 0.99 to 0.999")
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
@@ -95,8 +97,9 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
 
     # --- resume, or prepare what the stage needs ---
     start, best = 0, -1.0
+    origin = model if previous is None else previous  # the network that labels: what the stage starts or learns from
     preparation = Preparation(
-        model if previous is None else previous, source_set, target_set, vectors,
+        origin, source_set, target_set, {"classifier": origin.classifier, **members},
         folder / "maps" / f"{number + 1}_{cfg.stage.name}", device, autocast, cfg.data.workers,
     )  # fmt: skip
     if saved:
@@ -109,7 +112,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             if hasattr(part, "prepare"):
                 part.prepare(preparation)
                 if monitor and hasattr(part, "label"):
-                    log_pseudo_labels(preparation.network, part, vectors, monitor, device, autocast, log, offset)
+                    prototypes = preparation.prototypes
+                    log_pseudo_labels(origin, part, prototypes, monitor, device, autocast, log, offset)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     distributed.seed_everything(cfg.seed + 1009 * number + distributed.rank())
     sources, targets = (

@@ -1,26 +1,40 @@
 """BiSMAP: "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain Adaptive Semantic Segmentation"
-(Lu et al., ACM MM 2022). Constants of its released code [C]; [R] marks what is reconstructed or differs.
+(Lu et al., ACM MM 2022). Equations and constants of its released code [C]; [R] marks what is reconstructed.
 
-    prototypes:
-      mixtures: {name: mixtures.Mixtures, components: 8, view: none}          # fitted once, never updated
+    prototypes: {mixtures: {name: mixtures.Mixtures, components: 8, pool: 300000, view: none}}
     uda:
-      labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}]     # source -> target
-      source_weights: {name: bismap.Transferability, entropy: gta5}           # target -> source
-      mixer: {name: mixers.Strong}                                            # views source, target, strong
-    losses:
-      - {name: cross_entropy.CrossEntropy, view: source}
-      - {name: bismap.SymmetricCrossEntropy, view: target}
-      - {name: bismap.Consistency, weight: 30}
-    stages: [{name: warmup, teacher: none, ...}, {name: self_training, init: imagenet}, {name: distillation, ...}]
+      source_weights: {name: bismap.Transferability, encoder: {name: resnet.ResNet, depth: 101}, entropy: gta5}
+    losses: [{name: cross_entropy.CrossEntropy, view: source}]
+    stages:
+      - {name: warmup, teacher: none}
+      - name: self_training
+        init: imagenet
+        uda: {labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}], mixer: {name: mixers.Strong}}
+        losses:
+          - {name: cross_entropy.CrossEntropy, view: source}
+          - {name: bismap.SymmetricCrossEntropy, view: target}
+          - {name: bismap.Consistency, weight: 30}
+      - name: distillation
+        repeat: 2
+        init: imagenet                            # the paper: model.backbone.weights=PATH of a SimCLR ResNet-101
+        teacher: frozen
+        uda:
+          labelers: [{name: self_training.StoredConfidence, threshold: 0, scales: [0.75, 1.0, 1.5], flip: true}]
+          mixer: {name: mixers.SourceTarget}
+        losses:
+          - {name: cross_entropy.CrossEntropy, view: source}
+          - {name: bismap.SymmetricCrossEntropy, view: target}
+          - {name: bismap.Distillation}
 
-The whole recipe is configs/base/uda_bismap.yaml: a warm-up on (stylised) source images; a mixture of Gaussians per
-class, fitted to its features; target pixels labelled by their likelihood; self-training from ImageNet weights; two
-distillations with `self_training.StoredConfidence` and `Distillation`. The stylised source is `data.train.stylised` or
-`uda.style`. In the other direction, source pixels that look like nothing in the target lose weight.
+1. Source pixels that look like nothing in the target lose weight (Transferability). 2. A warm-up learns the source in
+the style of the target (`data.train.stylised`, or `uda.style` as it trains). 3. A mixture of Gaussians per class is
+fitted to its features and labels the target by likelihood (LikelihoodLabels). 4. Self-training on these labels, from
+ImageNet weights, consistent with an averaged teacher. 5. Distillation, twice, each with the labels of the last network.
 
-What differs from the released code: the teacher runs in eval mode (there with batch statistics and without dropout),
-the mean distance is that of the whole source (there a running mean that depends on the order), scores are upsampled
-instead of features, and the sample of vectors per class is uniform (there a share per class).
+Differences from the released code: the teacher is in eval mode (there it normalises by its batch); distances are
+divided by their mean over the whole source (there a running mean, which depends on the order); scores are upsampled
+(there features); the vectors of a class are a uniform sample of 300,000 (there the first million at a rate kappa_c,
+then 300,000 of these); variances are clamped to 1e-6 (there 1e-6 is added).
 """
 
 import math
@@ -34,321 +48,381 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, resize_labels, resize_logits
+from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels, resize_logits
 
-SAMPLE = 2000  # scores per class and image from which the quantile of a member without `quantiles` is taken
 
-# --- source -> target: labels by likelihood ------------------------------------------------------------------------
+def precise(tensor):
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def resized(logits, size):
+    """Logits (B, K, h, w) -> (B, K, H, W) of at least float32."""
+    return precise(logits) if logits.shape[-2:] == tuple(size) else resize_logits(precise(logits), size)
+
+
+# --- source -> target: labels by likelihood --------------------------------------------------------------------------
+
+LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to be looked at
+SAMPLE = 20_000  # pixels of a class that quantiles are taken from, where a member has no `quantiles`
+NEVER = 2**32  # above every hash
 
 
 class LikelihoodLabels(nn.Module):
-    """Labeler: the class under which a pixel's feature is most likely, where it is likely enough.
+    """Labeler: the class with the largest score, where the score of that class's prototype reaches its threshold.
 
-    The prototypes are fitted to the features of source pixels that the network classifies correctly; the score of a
-    class is its log-density, without a prior. 100 nats are the paper's threshold, for its network: a density depends on
-    the number and scale of the features, so another network needs `source_quantile`, the share of a class's own source
-    pixels that may stay below its threshold [R]. Any member of the prototype family can take the mixtures' place.
+    The prototypes are fitted to the source, to pixels that the network classifies correctly at feature size. Scores of
+    mixtures are log-densities, without a prior. **Nats do not carry over to another network**: with 256 channels a
+    deviation of 0.1 gives 354 nats at a mean and one of 1 gives -235, so 100 is right for the paper's network alone.
+    `source_quantile` adapts to the network [R]: the share of a class's own source pixels below its threshold.
+
+    [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than the upsampled features
+    of the released code, and not bit-identical.
 
     Args:
-        prototypes: name of the member.
-        threshold: {"nats": T} or {"source_quantile": q}, q in 0..1; None: 100 nats.
-        fit: fit the member first; False takes it as it is.
+        prototypes: name of a member of the prototype family, or "classifier" for the logits.
+        threshold: {"nats": T}, for scores of any kind, or {"source_quantile": q} with q in 0..1.
+        fit: fit the member first; otherwise it is taken as it is.
+    Raises:
+        ValueError: not exactly one of the two thresholds, or no number.
+        UserError, from `prepare` or `label`: there is no such member.
 
-    State: threshold (K), infinite for classes without a prototype.
+    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct source pixels; both
+    infinite for classes without a prototype.
     """
 
-    def __init__(self, *, num_classes, prototypes: str = "mixtures", threshold: dict | None = None, fit: bool = True):
+    # fmt: off
+    def __init__(
+        self, *, num_classes, seed=0, prototypes: str = "mixtures", threshold: dict = {"nats": 100.0},  # noqa: B006
+        fit: bool = True,
+    ):
+        # fmt: on
         super().__init__()
-        threshold = {"nats": 100.0} if threshold is None else threshold
-        if len(threshold) != 1 or not {*threshold} <= {"nats", "source_quantile"}:
-            raise ValueError(f"threshold must be {{nats: T}} or {{source_quantile: q}}, not {threshold}")
+        value = threshold.get("nats", threshold.get("source_quantile"))
+        if len(threshold) != 1 or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ValueError(f"threshold must be one of {{nats: T}} and {{source_quantile: q}}, not {threshold}")
         if not 0 <= threshold.get("source_quantile", 0) <= 1:
-            raise ValueError(f"source_quantile must lie in 0..1, not {threshold['source_quantile']}")
-        self.prototypes, self.rule, self.fit = prototypes, dict(threshold), fit
+            raise ValueError(f"source_quantile={value} is no share of the pixels: it must lie in 0..1")
+        self.seed, self.prototypes, self.rule, self.fit = seed, prototypes, dict(threshold), fit
         self.register_buffer("threshold", torch.full((num_classes,), torch.inf))
+        self.register_buffer("source_quantiles", torch.full((num_classes, len(LEVELS)), torch.inf))
 
     def member(self, prototypes):
-        member = prototypes.get(self.prototypes) if self.prototypes in prototypes else None
-        if member is None or not hasattr(member, "score"):
+        if self.prototypes not in prototypes:
             raise UserError(
                 f"bismap.LikelihoodLabels needs the prototypes '{self.prototypes}'; there are {', '.join(prototypes)}. "
                 "Add prototypes: {mixtures: {name: mixtures.Mixtures, view: none}}"
             )
-        return member
+        return prototypes[self.prototypes]
+
+    def scores(self, output, prototypes):
+        """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a prototype."""
+        if self.prototypes == "classifier":  # of the network that made the output: not always the one that is trained
+            return precise(output.logits), torch.ones_like(self.threshold, dtype=torch.bool)
+        member = self.member(prototypes)
+        return precise(member.score(output.features)), member.seen
 
     @torch.no_grad()
     def prepare(self, preparation):
         """Fit the member, find the thresholds, store the labels of the target."""
-        member = self.member(preparation.prototypes)
+        prototypes = preparation.prototypes
+        member = None if self.prototypes == "classifier" else self.member(prototypes)
 
-        def batches():
-            """Features of the source with their labels where the network is right, 255 elsewhere."""
-            for _, image, label in preparation.images(preparation.source):
+        def correct():
+            """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source image."""
+            for index, image, label in preparation.images(preparation.source):
                 output = preparation.segment(image)
-                label = resize_labels(label, output.features.shape[-2:])
-                predicted = resize_logits(output.logits.float(), label.shape[-2:]).argmax(1)
-                yield output.features, torch.where(predicted == label, label, IGNORE), None
+                label = resize_labels(label, output.logits.shape[-2:])
+                yield index, output, torch.where(output.logits.argmax(1) == label, label, IGNORE)
 
-        if self.fit:
-            member.fit(batches)
-        self.threshold.copy_(torch.where(member.seen, self.bound(member, batches).to(self.threshold), torch.inf))
+        if self.fit and member is not None:
+            member.fit(lambda: ((output.features, label, None) for _, output, label in correct()))
+        levels = [*LEVELS, self.rule.get("source_quantile", 0.5)]
+        if self.fit and hasattr(member, "quantiles"):
+            quantiles = torch.stack([member.quantiles(level) for level in levels], 1)
+        else:
+            quantiles = self.measure(correct(), prototypes, levels)
+        bound = torch.full_like(self.threshold, self.rule["nats"]) if "nats" in self.rule else quantiles[:, -1]
+        seen = torch.ones_like(self.threshold, dtype=torch.bool) if member is None else member.seen
+        for state, found in ((self.threshold, bound), (self.source_quantiles.T, quantiles[:, :-1].T)):
+            state.copy_(torch.where(seen, found.to(state), torch.inf))
 
         def make(index, image, label):
-            with preparation.autocast:
-                return self.label(preparation.network, image, preparation.prototypes)[0]
+            return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
 
         reached = [float(t) if t.isfinite() else None for t in self.threshold.to("cpu")]
         settings = {"labeler": "bismap.LikelihoodLabels", "prototypes": self.prototypes, "rule": self.rule}
         preparation.store("pseudo_labels", preparation.target, make, settings | {"threshold": reached}, palette=True)
 
-    def bound(self, member, batches):
-        """Threshold of each class (K)."""
-        if "nats" in self.rule:
-            return torch.full_like(self.threshold, self.rule["nats"])
-        level = self.rule["source_quantile"]
-        if hasattr(member, "quantiles"):
-            return member.quantiles(level)
-        found = [[] for _ in self.threshold]  # cosines: a pass over the source, a bounded sample of each image
-        for features, labels, _ in batches():
-            scores = member.score(features).float()
-            for c, values in enumerate(found):
-                own = torch.where(labels == c, scores[:, c], torch.nan).flatten()
-                own = own.sort().values[: int((labels == c).sum())]  # NaN comes last
-                values.append(own[:: max(1, len(own) // SAMPLE)].to("cpu"))
-        gathered = distributed.gather([torch.cat(values) for values in found])
-        pooled = [np.concatenate([np.asarray(part[c]) for part in gathered]) for c in range(len(found))]
-        return torch.tensor([float(np.quantile(v, level)) if len(v) else math.inf for v in pooled])
+    def measure(self, correct, prototypes, levels):
+        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct pixel.
+
+        Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same on any number of
+        processes.
+        """
+        classes = torch.arange(len(self.threshold), device=self.threshold.device)[:, None]
+        lots = torch.full((len(classes), SAMPLE), NEVER, device=classes.device)
+        values = self.threshold.new_full(lots.shape, torch.inf)
+        for index, output, labels in correct:
+            scores, ids = self.scores(output, prototypes)[0], labels.flatten()
+            true = scores.gather(1, labels[:, None].clamp_max(len(classes) - 1)).flatten().to(values)  # (N)
+            drawn = pixel_hash(self.seed, torch.tensor([index], device=ids.device), len(ids))
+            drawn = torch.where((ids == classes) & true.isfinite(), drawn, NEVER)  # (K, N)
+            lots, place = torch.cat([lots, drawn], 1).topk(SAMPLE, largest=False)
+            values = torch.cat([values, true.expand(len(classes), -1)], 1).gather(1, place)
+        parts = distributed.gather((lots.to("cpu"), values.to("cpu")))
+        lots, values = (torch.cat(part, 1) for part in zip(*parts))
+        lots, place = lots.topk(SAMPLE, largest=False)
+        values = values.gather(1, place).masked_fill(lots == NEVER, torch.inf).sort(1).values
+        counts = (lots != NEVER).sum(1, keepdim=True)
+        return values.gather(1, ((counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1).clamp_min(0))
+
+    def choose(self, output, size, prototypes):
+        """Output -> labels (B, H, W)."""
+        scores, seen = self.scores(output, prototypes)
+        # Infinite only after the interpolation, where a factor of 0 would make NaN of it.
+        best, classes = resized(scores, size).masked_fill(~seen[:, None, None], -torch.inf).max(1)
+        return torch.where(best >= self.threshold.to(best.dtype)[classes], classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W)."""
-        member = self.member(prototypes)
-        scores = member.score(network.segment(image).features)
-        scores = scores.masked_fill(~member.seen[:, None, None], -1e30)  # finite: 0 times infinity has no value
-        best, classes = resize_logits(scores, image.shape[-2:]).max(1)
-        return torch.where(best >= self.threshold.to(best)[classes], classes, IGNORE)
+        """Images (B, 3, H, W) -> labels (B, H, W); sensible for the network that `prepare` saw, and its like."""
+        return self.choose(network.segment(image), image.shape[-2:], prototypes)
 
     def before(self, batch):
         """{"target": the stored labels (B, H, W)}, no weights."""
         return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}
 
 
-# --- target -> source: how much a source pixel looks like the target -----------------------------------------------
+# --- target -> source: how much a source pixel looks like the target -------------------------------------------------
 
-# "Class entropy" of the released code: rare and hard classes have much of it, and their pixels keep their weight.
+# e of the 19 classes of Cityscapes in the released code, which does not say how they were measured.
 ENTROPY = {
     "gta5": (
         0.1502, 0.2935, 0.1362, 0.4436, 0.4393, 0.2795, 0.3139, 0.3106, 0.1068, 0.3195, 0.0719, 0.2364, 0.4754, 0.0986,
         0.3673, 0.4127, 0.4826, 0.5645, 0.6694,
     ),
-    "synthia": (
+    "synthia": (  # the zeros are classes that it does not have
         0.1039, 0.1333, 0.0960, 0.4322, 0.4646, 0.2801, 0.3994, 0.3480, 0.1437, 0.0, 0.1032, 0.2556, 0.4076, 0.1399,
         0.0, 0.3501, 0.0, 0.5117, 0.4416,
     ),
 }  # fmt: skip
+SEED = 5  # of k-means
+
+
+def nearest_distances(regions, centres):
+    """Euclidean distance of each region (N, D) to the nearest centre (P, D) -> (N)."""
+    return torch.cdist(regions, centres, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
 
 
 def region_weights(distances, mean):
-    """2^-(d / mean)^2: 1 at the nearest prototype, 1/2 at the mean distance; all 1 where the mean is 0."""
-    return torch.where(mean > 0, torch.exp2(-(distances / torch.where(mean > 0, mean, 1)).square()), 1.0)
+    """w = 2^-(d / mean)^2: 1 on a centre, 1/2 at the mean distance. All 1 where the mean is 0."""
+    return torch.where(mean > 0, torch.exp2(-(distances / mean).square()), 1.0)
 
 
-def class_offsets(entropy):
-    """Entropies (K) -> (K), linearly from 0 for the smallest to 1 for the largest; all 0 where they are equal."""
-    low, high = entropy.amin(), entropy.amax()
-    return torch.where(high > low, (entropy - low) / torch.where(high > low, high - low, 1), 0.0)
+def class_offsets(entropies):
+    """e (K) -> (e - min e) / (max e - min e). 0 for classes whose e is NaN, and for all if none differ."""
+    known = ~entropies.isnan()
+    low, high = (torch.where(known, entropies, bound) for bound in (torch.inf, -torch.inf))
+    low, high = low.amin(), high.amax()
+    return torch.where(known & (high > low), (entropies - low) / (high - low), 0.0)
 
 
-def nearest_distances(features, centres):
-    """Euclidean distance of each row (N, D) to the nearest of the centres (P, D) -> (N)."""
-    return torch.cdist(features, centres, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+def pixel_weights(regions, labels, offset):
+    """W = clip(w + e_class, 0, 1): w (B, rows, columns), labels (B, H, W), offset (K) -> (B, H, W)."""
+    table = torch.zeros(256, dtype=regions.dtype, device=regions.device)
+    table[: len(offset)] = offset
+    return (resize_labels(regions, labels.shape[-2:]) + table[labels]).clamp(0, 1)
 
 
 class Transferability(nn.Module):
-    """Source weights W(p) = clip(2^-(d / mean d)^2 + e_class, 0, 1), stored once as 8-bit maps.
+    """Weights of the source's pixels: little where their region looks like nothing in the target.
 
-    d is the distance of the region that a pixel lies in, one of a few per image, to the nearest of k-means centres of
-    all target regions, in the features of a frozen encoder; the mean is that over the source [R]. So no scale is left.
+        w(r) = 2^-(d(r) / mean d)^2        W(p) = clip(w(r(p)) + e_class(p), 0, 1)
+
+    d is the distance of a region's feature to the nearest of the target's centres, so nothing depends on the scale of
+    the features. e lies in 0..1, and pixels of rare and hard classes keep their weight. W is stored once per image, in
+    8 bits, and read back in training. The images are those on the disk: stylised ones by `data.train.stylised` as in
+    the paper, but not by `uda.style`.
 
     Args:
-        encoder: a backbone such as {name: resnet.ResNet, depth: 101, weights: PATH}; the paper has a SimCLR ResNet-152
-            with selective kernels. None takes the backbone of the network that the stage starts from [R].
-        size: [H, W] pixels to which images are resized for it.
-        grid: [rows, columns] of regions in an image.
-        clusters: target prototypes.
-        entropy: e, "gta5" and "synthia" as published, for the 19 classes of Cityscapes; "measured": mean prediction
-            entropy of the network, by class of the source pixels [R]; "none": 0.
+        encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101, weights: PATH}; the paper
+            has a SimCLR ResNet-152 with selective kernels, on pictures that are not normalised. {name: none} is the
+            backbone of the network that the stage starts from [R].
+        size: [H, W] to which images are resized for it.
+        grid: [rows, columns] of regions, means over parts of its coarsest map.
+        clusters: centres of k-means, at most as many as there are regions of the target.
+        entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean entropy that predictions
+            of the network that the stage starts from have on the source pixels of a class [R]; not in a first stage,
+            whose network has learnt nothing. "none": no offset.
     Raises:
-        ValueError: the published constants with another number of classes.
+        ValueError: released constants for other than 19 classes; sizes that are none.
     """
 
+    # fmt: off
     def __init__(
-        self,
-        *,
-        num_classes,
-        encoder: dict | None = None,
-        size: list = (128, 256),
-        grid: list = (4, 4),
-        clusters: int = 40,
-        entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
+        self, *, num_classes, seed=0, encoder: dict = {"name": "none"}, size: list = (128, 256),  # noqa: B006
+        grid: list = (4, 4), clusters: int = 40, entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
     ):
+        # fmt: on
         super().__init__()
-        if entropy in ENTROPY and num_classes != 19:
-            raise ValueError(
-                f"entropy: {entropy} has 19 classes, the data {num_classes}; set entropy: measured or none"
-            )
-        self.num_classes, self.encoder, self.size, self.grid = num_classes, encoder, list(size), list(grid)
-        self.clusters, self.entropy = clusters, entropy
+        if entropy in ENTROPY and num_classes != len(ENTROPY[entropy]):
+            raise ValueError(f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none")
+        for name, value in (("size", size), ("grid", grid), ("clusters", [clusters, 1])):
+            if len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
+                raise ValueError(f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}")
+        self.num_classes, self.seed, self.clusters, self.entropy = num_classes, seed, clusters, entropy
+        self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
 
     @torch.no_grad()
     def prepare(self, preparation):
-        """Store the weights of all source pixels."""
-        backbone = preparation.backbone(self.encoder) if self.encoder else preparation.network.backbone
-        target = [self.regions(backbone, image, preparation) for _, image, _ in preparation.images(preparation.target)]
-        centres = self.centres(torch.cat(target)).to(target[0])
-        distances = {}  # by index of the source image
-        sums = target[0].new_zeros(2, dtype=torch.float64)  # of distances, and their number
-        entropies = target[0].new_zeros(2, self.num_classes + 1, dtype=torch.float64)  # the same of each class
+        """Centres of the target, distances of the source, and its weights."""
+        own = self.encoder.get("name") == "none"
+        encoder = preparation.network.backbone if own else preparation.backbone(self.encoder)
+        of_target = preparation.images(preparation.target)
+        regions = {index: np.asarray(self.regions(encoder, image).to("cpu")) for index, image, _ in of_target}
+        centres = self.centres(regions).to(preparation.device)
+
+        distances, sums = {}, torch.zeros(2, dtype=torch.float64, device=preparation.device)
+        entropies = torch.zeros(self.num_classes, 2, dtype=torch.float64, device=preparation.device)
         for index, image, label in preparation.images(preparation.source):
-            distances[index] = nearest_distances(self.regions(backbone, image, preparation), centres)
-            sums += torch.stack([distances[index].sum(), distances[index].new_tensor(len(distances[index]))])
+            found = self.regions(encoder, image)
+            distances[index] = nearest_distances(found, centres.to(found))
+            sums += torch.stack([distances[index].sum().double(), sums.new_tensor(len(found))])
             if self.entropy == "measured":
-                entropies += self.entropy_of(preparation.segment(image).logits, label)
-        total = distributed.all_reduce(sums)
-        mean, offsets = total[0] / total[1], self.offsets(distributed.all_reduce(entropies))
+                entropies += self.entropies(preparation.segment(image).logits, label)
+        sums, entropies = distributed.all_reduce(sums), distributed.all_reduce(entropies)
+        mean = sums[0] / sums[1]
+        released = ENTROPY.get(self.entropy, [0.0] * self.num_classes)
+        measured = self.entropy == "measured"
+        offset = class_offsets(entropies[:, 0] / entropies[:, 1] if measured else entropies.new_tensor(released))
 
         def make(index, image, label):
-            regions = region_weights(distances[index], mean.float()).view(1, *self.grid)
-            weights = resize_labels(regions, label.shape[-2:])  # the region that the pixel's centre lies in
-            known = torch.where(label == IGNORE, 0, label)
-            offset = torch.where(label == IGNORE, 0, offsets.to(weights)[known])
-            return ((weights + offset).clamp(0, 1) * 255).round()[0]
+            weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
+            return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "entropy": self.entropy}
-        settings |= {"mean distance": float(mean), "offsets": [float(e) for e in offsets.to("cpu")]}
+        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "size": self.size, "grid": self.grid}
+        settings |= {"clusters": len(centres), "mean_distance": float(mean), "entropy": self.entropy}
+        settings |= {"offsets": [float(e) for e in offset.to("cpu")]}
         preparation.store("transferability", preparation.source, make, settings)
 
-    def regions(self, backbone, image, preparation):
-        """Image (1, 3, H, W) -> features (regions, D) of the coarsest map."""
-        small = F.interpolate(image, self.size, mode="bilinear", antialias=True)
-        with preparation.autocast:
-            maps = backbone(small)[-1]
-        return F.adaptive_avg_pool2d(maps.float(), self.grid)[0].flatten(1).T
+    def regions(self, encoder, image):
+        """Image (1, 3, H, W) -> features (regions, D) of at least float32."""
+        small = F.interpolate(image, self.size, mode="bilinear", align_corners=False, antialias=True)
+        return F.adaptive_avg_pool2d(precise(encoder(small)[-1]), self.grid)[0].flatten(1).T
 
     def centres(self, regions):
-        """k-means over the target regions of all processes (N, D) -> (P, D), the same on each of them."""
-        everything = np.concatenate([np.asarray(part) for part in distributed.gather(regions.to("cpu"))])
-        everything = np.ascontiguousarray(everything[np.lexsort(everything.T[:2])], np.float32)  # in any order
-        found = None
+        """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the same on all."""
+        regions = {index: rows for part in distributed.gather(regions) for index, rows in part.items()}
+        centres = None
         if distributed.is_main():
-            cv2.setRNGSeed(5)
-            stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)
-            clusters = min(self.clusters, len(everything))
-            found = cv2.kmeans(everything, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)[2]
-        return torch.from_numpy(distributed.gather(found)[0])
+            rows = np.concatenate([regions[index] for index in sorted(regions)]).astype(np.float32)
+            cv2.setRNGSeed(SEED + self.seed)
+            stop = (cv2.TERM_CRITERIA_COUNT, 100, 0)  # or when nothing moves: a distance would depend on the scale
+            clusters = min(self.clusters, len(rows))
+            *_, centres = cv2.kmeans(rows, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+        return torch.from_numpy(distributed.gather(centres)[0])
 
-    def entropy_of(self, logits, label):
-        """Sums of H(p) / log K by class of the label, and numbers of pixels (2, K + 1); the last column is ignored."""
-        log_p = logits.float().log_softmax(1)
-        entropy = -(log_p.exp() * log_p).sum(1) / math.log(log_p.shape[1])  # (1, h, w)
-        ids = resize_labels(label, entropy.shape[-2:]).flatten().clamp_max(self.num_classes)
-        values = torch.stack([entropy.flatten(), torch.ones_like(entropy).flatten()]).double()
-        return values.new_zeros(2, self.num_classes + 1).index_add_(1, ids, values)
-
-    def offsets(self, measured):
-        """e (K) in 0..1; `measured` (2, K + 1) is what `entropy_of` has summed over the source."""
-        if self.entropy == "none":
-            return torch.zeros(self.num_classes)
-        if self.entropy in ENTROPY:
-            return class_offsets(torch.tensor(ENTROPY[self.entropy]))
-        total, count = measured[:, :-1]
-        mean = total / count.clamp_min(1)
-        # A class without a pixel takes no part in the range.
-        return class_offsets(torch.where(count > 0, mean, total.sum() / count.sum()).float())
+    def entropies(self, logits, labels):
+        """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The unit cancels."""
+        log_p = precise(logits).log_softmax(1)
+        entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
+        sums, counts = class_sums(entropy, resize_labels(labels, logits.shape[-2:]), self.num_classes)
+        return torch.cat([sums, counts[:, None]], 1).double()
 
     def forward(self, batch):
-        """Weights (B, H, W) in [0, 1] of the source pixels."""
+        """Weights (B, H, W) in [0, 1] of the source images of a batch."""
         return batch["source"]["extra"]["transferability"].to(torch.get_default_dtype()) / 255
 
 
-# --- losses --------------------------------------------------------------------------------------------------------
-
-
-def full_size(logits, size):
-    """Logits (B, K, h, w) -> (B, K, H, W) of at least float32."""
-    return resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
+# --- losses ----------------------------------------------------------------------------------------------------------
 
 
 class SymmetricCrossEntropy(nn.Module):
-    """ce CE + rce RCE, over the labelled pixels (Wang et al., ICCV 2019): RCE exchanges the roles of label and
-    prediction, -sum_c p_c log q_c with the one-hot label q clamped to `floor`, which is -log(floor) (1 - p_y): bounded,
-    so that a wrong label does little harm.
+    """sum_p w(p) (ce CE(p) + rce RCE(p)) / number of labelled pixels (Wang et al., ICCV 2019).
+
+    RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at least `floor`. Of a
+    labelled pixel that is -log(floor) (1 - p_y): bounded by 9.2103, so that a wrong label does little harm. (The
+    released code clamps p to at least 1e-7 too, which adds less than K 1e-6.)
 
     Args:
         view: the view whose logits are scored.
-        floor: 1e-4 gives a wrong pixel 9.21.
+        ce, rce: factors.
+        floor: smallest value of a label.
+    Raises:
+        ValueError: a floor outside 0..1.
     """
 
     def __init__(self, *, view: str = "target", ce: float = 0.1, rce: float = 1.0, floor: float = 1e-4):
         super().__init__()
-        if not 0 < floor < 1:
-            raise ValueError(f"floor must lie between 0 and 1, not {floor}")
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor={floor} must be above 0 and at most 1")
         self.view, self.ce, self.rce, self.floor = view, ce, rce, floor
 
     def forward(self, outputs, labels, valid, weights):
         logits, labels = outputs[self.view].logits, labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            log_p = -F.cross_entropy(
-                full_size(logits, labels.shape[-2:]), labels, ignore_index=IGNORE, reduction="none"
-            )  # (B, H, W), 0 where ignored, which is RCE 0 too
-            loss = -self.ce * log_p - self.rce * math.log(self.floor) * (1 - log_p.exp())
+            logits = resized(logits, labels.shape[-2:])
+            ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
+            rce = math.log(self.floor) * torch.expm1(-ce)  # 0 there too
+            loss = self.ce * ce + self.rce * rce
             if self.view in weights:
                 loss = loss * weights[self.view]
             return loss.sum() / valid[self.view].to(loss.dtype).clamp_min(1)
 
 
 class Consistency(nn.Module):
-    """w(t) KL(teacher on the target image || student on its strong view), mean over the pixels outside the cut-out and
-    over classes; w(t) = exp(-5 (1 - t / ramp)^2), 1 from there on. The paper's factor is 30 (`weight: 30`): the mean
-    over 19 classes makes that 1.6 per pixel.
+    """The student on the strong view follows the teacher on the plain target image, outside the cut-out:
+
+        w(t) mean_p mean_c t_c (log t_c - log s_c)        w(t) = exp(-5 (1 - min(t, ramp) / ramp)^2)
+
+    The paper's factor is 30 (`weight: 30`); the mean over 19 classes makes it 1.6 per pixel.
 
     Args:
-        ramp: steps.
-        view: the strong view; weights[view] is 0 in the cut-out.
+        view: the strong view of `mixers.Strong`, whose weights are 0 in the cut-out and 1 elsewhere.
+        ramp: steps until w is 1; 0: always 1.
+    Raises:
+        ValueError: a negative ramp.
+        UserError, from `forward`: there is no such view.
     """
 
-    def __init__(self, *, ramp: int = 4000, view: str = "strong"):
+    def __init__(self, *, view: str = "strong", ramp: int = 4000):
         super().__init__()
-        self.ramp, self.view = ramp, view
+        if ramp < 0:
+            raise ValueError(f"ramp={ramp} is a number of steps: it must not be negative")
+        self.view, self.ramp = view, ramp
 
     def factor(self, step):
-        return math.exp(-5 * (1 - min(step / self.ramp, 1)) ** 2) if self.ramp else 1.0
+        """w(t)."""
+        return math.exp(-5 * (1 - min(step, self.ramp) / self.ramp) ** 2) if self.ramp else 1.0
 
     def forward(self, outputs, teacher, weights, step):
+        if self.view not in outputs or self.view not in weights:
+            raise UserError(f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}")
         logits, kept = outputs[self.view].logits, weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            log_s = full_size(logits, kept.shape[-2:]).log_softmax(1)
-            log_t = full_size(teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
-            divergence = (log_t.exp() * (log_t - log_s)).mean(1) * kept  # (B, H, W)
-            pixels = distributed.mean(kept.sum().to(divergence.dtype))
-            return self.factor(step) * divergence.sum() / pixels.clamp_min(1)
+            student, guide = (resized(x, kept.shape[-2:]).log_softmax(1) for x in (logits, teacher.logits.detach()))
+            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)  # (B, H, W)
+            kept = kept.to(divergence.dtype)
+            return self.factor(step) * (divergence * kept).sum() / distributed.mean(kept.sum()).clamp_min(1)
 
 
 class Distillation(nn.Module):
-    """The student follows a frozen teacher on the target, mean over pixels and classes.
+    """The student follows a frozen teacher on the target; mean over pixels, at feature size, and classes.
 
     Args:
-        kd: "linear" is the released code, which passes probabilities where log-probabilities belong:
-            sum t (log t - s), whose gradient is that of -sum t s. "kl" is the divergence itself [R].
         view: the plain target view.
+        kd: "linear" is the released form, which has probabilities in the place of log-probabilities,
+            sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c. "kl" is the divergence [R].
     """
 
-    def __init__(self, *, kd: Literal["linear", "kl"] = "linear", view: str = "target"):
+    def __init__(self, *, view: str = "target", kd: Literal["linear", "kl"] = "linear"):
         super().__init__()
-        self.kd, self.view = kd, view
+        self.view, self.kd = view, kd
 
     def forward(self, outputs, teacher):
         logits = outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
-            log_s = full_size(logits, logits.shape[-2:]).log_softmax(1)
-            log_t = full_size(teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)
-            return (log_t.exp() * (log_t - (log_s.exp() if self.kd == "linear" else log_s))).mean()
+            student = precise(logits).log_softmax(1)
+            guide = resized(teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)
+            student = student.exp() if self.kd == "linear" else student
+            return F.kl_div(student, guide, reduction="none", log_target=True).mean()

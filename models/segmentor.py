@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.errors import UserError
 
 
@@ -67,6 +68,10 @@ class Segmentor(nn.Module):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
         if self.bn_views and not {*self.bn_views} & {*views}:
             raise UserError(f"model.bn_views names {', '.join(self.bn_views)}; the views are {', '.join(views)}")
+        per_domain = getattr(self.backbone, "source", None) is not None
+        domains = {view.domain for view in views.values()}
+        if per_domain and distributed.world_size() > 1 and domains != {"source", "target"}:
+            raise UserError("stem: per_domain on several processes needs views of both domains in every step")
         outputs = {}
         for name, view in views.items():
             with self.statistics(moving=not self.bn_views or name in self.bn_views):

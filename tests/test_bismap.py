@@ -1,424 +1,774 @@
-"""BiSMAP: labels by likelihood, weights of source pixels, and its three losses, held to the numbers of the paper."""
+"""BiSMAP: labels by likelihood, transferability of the source, and its losses, against equations and planted data.
+
+The mixtures themselves: test_mixtures.py.
+"""
 
 import contextlib
 import itertools
 import json
 import math
 import threading
-import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from datasets.toy import Toy
 from engine import distributed
 from engine.errors import UserError
 from engine.prepare import Preparation
-from engine.statistics import resize_labels
 from losses import bismap
 from losses.bismap import (
+    ENTROPY,
     Consistency,
     Distillation,
     LikelihoodLabels,
     SymmetricCrossEntropy,
     Transferability,
     class_offsets,
+    nearest_distances,
+    pixel_weights,
     region_weights,
 )
 from losses.cross_entropy import CrossEntropy
 from models.backbones.resnet import ResNet
 from models.classifiers.linear import Linear
-from models.decoders.fcn import FCN
+from models.decoders.deeplabv3plus import DeepLabV3Plus
 from models.prototypes.basis import OrthogonalBasis
 from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
+from models.prototypes.pair import Pair
 from models.segmentor import Output, Segmentor
 
-K, D = 11, 16
+IGNORE = 255
+K, D = 5, 8
+ABSENT = 3  # a class that the planted source does not have
 
 
-def preparation(folder, members=None, target="real", length=4):
+# --- planted features ------------------------------------------------------------------------------------------------
+
+
+class Planted:
+    """What LikelihoodLabels needs of a Preparation, and of a network: image number i has the i-th maps."""
+
+    def __init__(self, features, labels, prototypes, factor=1, logits=None):
+        self.features, self.prototypes, self.source, self.target = features, prototypes, "source", "target"
+        self.logits = features[:, :K] if logits is None else logits
+        self.labels = labels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        self.network = self
+
+    def images(self, dataset):
+        for i, label in enumerate(self.labels):
+            label = label if dataset == "source" else torch.full_like(label, IGNORE)
+            yield i, torch.full((1, 3, *label.shape), float(i)), label[None]
+
+    def segment(self, image):
+        index = image[:, 0, 0, 0].long()
+        return Output(self.logits[index], self.features[index], {})
+
+    def store(self, name, dataset, make, settings, palette=False):
+        assert name == "pseudo_labels" and dataset == "target" and palette
+        self.settings = json.loads(json.dumps(settings))
+        self.stored = torch.stack([make(*item) for item in self.images(dataset)])
+
+
+def planted(images=3, size=(16, 20), deviation=0.5, dtype=torch.float64):
+    """Features (N, D, h, w) about 4 times the unit vector of their class, labels (N, h, w) without the class ABSENT."""
+    labels = torch.tensor([0, 1, 2, 4])[torch.randint(4, (images, size[0] // 2, size[1] // 2))]
+    labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    noise = deviation * torch.randn(images, *size, D, dtype=dtype)
+    return (4 * torch.eye(K, D, dtype=dtype)[labels] + noise).permute(0, 3, 1, 2), labels
+
+
+def basis():
+    member = OrthogonalBasis(num_classes=K, in_channels=D)
+    member.vectors.copy_(torch.eye(K, D))
+    return member
+
+
+MEMBERS = {
+    "mixtures": lambda: Mixtures(num_classes=K, in_channels=D, components=2),
+    "centroids": lambda: Centroids(num_classes=K, in_channels=D),
+    "pair": lambda: Pair(num_classes=K, in_channels=D),
+    "basis": basis,
+}
+NAMES = pytest.mark.parametrize("name", [*MEMBERS, "classifier"])
+
+
+def members():
+    return {name: make().double() for name, make in MEMBERS.items()}
+
+
+def labelled(features, labels, name="mixtures", factor=1, logits=None, **options):
+    """(labeler, its labels (N, H, W)) of a target that is the source."""
     torch.manual_seed(0)
-    backbone = ResNet(depth=18, stages=3, output_stride=8, weights="none")
-    decoder = FCN(in_channels=backbone.channels, width=D)
-    network = Segmentor(backbone, decoder, Linear(in_channels=decoder.channels, num_classes=K))
-    source = Toy(domain="synthetic", length=length, size=[48, 64])
-    target = Toy(domain=target, length=length, size=[48, 64], labels=False)
-    made = Preparation(network, source, target, members or {}, folder, torch.device("cpu"), contextlib.nullcontext())
-    # A network that is right about most source pixels: a linear map from its own features to the labels.
-    features, labels = [], []
-    for _, image, label in made.images(made.source):
-        output = made.segment(image)
-        features.append(output.features[0].flatten(1).T)
-        labels.append(resize_labels(label, output.features.shape[-2:]).flatten())
-    features, labels = torch.cat(features), torch.cat(labels)
-    solution = torch.linalg.lstsq(
-        torch.cat([features, torch.ones_like(features[:, :1])], 1), 8 * torch.eye(256)[labels][:, :K]
-    ).solution
-    network.classifier.load_state_dict(
-        {key: value.view_as(network.classifier.state_dict()[key])
-         for key, value in zip(network.classifier.state_dict(), (solution[:-1].T.contiguous(), solution[-1]))}
-    )  # fmt: skip
-    return made
+    preparation = Planted(features, labels, members(), factor, logits)
+    labeler = LikelihoodLabels(num_classes=K, prototypes=name, **options).double()
+    labeler.prepare(preparation)
+    return labeler, preparation.stored, preparation
 
 
-def mixtures(**options):
-    return Mixtures(num_classes=K, in_channels=D, components=2, pool=2000, relative_floor=1e-3, **options)
+@pytest.mark.parametrize("nats", [-20.0, -12.0])
+def test_labels_are_the_arg_max_of_upsampled_log_densities_above_the_threshold(nats):
+    features, labels = planted()
+    labeler, found, preparation = labelled(features, labels, factor=4, threshold={"nats": nats})
+    member = preparation.prototypes["mixtures"]
+    scores = member.score(features)
+    best, classes = F.interpolate(scores, scale_factor=4, mode="bilinear").max(1)
+    assert torch.equal(found, torch.where(best >= nats, classes, IGNORE))
+    assert 0.1 < (found == IGNORE).double().mean() < 0.95
+    expected = torch.stack([member.quantiles(level) for level in bismap.LEVELS], 1)[member.seen]
+    assert torch.equal(labeler.source_quantiles[member.seen], expected)
 
 
-def stored(made, name="target/pseudo_labels"):
-    paths = sorted((made.folder / name).rglob("*.png"))
-    return torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).long()
+@NAMES
+@pytest.mark.parametrize("key", ["nats", "source_quantile"])
+def test_raising_the_threshold_only_removes_labels(name, key):
+    features, labels = planted()
+    values = (-math.inf, -20.0, 0.5, 2.0, math.inf) if key == "nats" else (0.0, 0.05, 0.3, 0.9, 1.0)
+    results = [labelled(features, labels, name, 2, threshold={key: value})[1] for value in values]
+    for more, less in itertools.pairwise(results):
+        assert torch.equal(less[less != IGNORE], more[less != IGNORE])
+    counts = [int((found != IGNORE).sum()) for found in results]
+    assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
+    if key == "nats":
+        assert counts[0] == results[0].numel() and counts[-1] == 0
 
 
-# --- labels by likelihood ------------------------------------------------------------------------------------------
+@NAMES
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_source_quantile_leaves_its_share_of_the_source_without_a_label(name, share):
+    features, labels = planted(4, (30, 40))
+    labeler, found, _ = labelled(features, labels, name, threshold={"source_quantile": share})
+    for c in (0, 1, 2, 4):
+        assert abs((found[labels == c] == c).double().mean() - (1 - share)) < 0.01
+        assert (labeler.source_quantiles[c].diff() >= 0).all()
+    assert labeler.threshold.isinf().tolist() == [c == ABSENT for c in range(K)]
+    assert labeler.source_quantiles[ABSENT].isinf().all()
 
 
-def test_a_higher_threshold_only_removes_labels_and_none_leaves_no_hole(tmp_path):
-    made = preparation(tmp_path, {"mixtures": mixtures()})
-    kept = []
-    quantiles = [{"source_quantile": level} for level in (0.1, 0.5, 0.9)]
-    for threshold in ({"nats": -1e30}, *quantiles, {"nats": 1e30}):
-        LikelihoodLabels(num_classes=K, threshold=threshold).prepare(made)
-        kept.append(stored(made))
-    assert (kept[0] != 255).all() and (kept[-1] == 255).all()
-    for low, high in itertools.pairwise(kept):
-        assert torch.equal(torch.where(high == 255, 255, low), high)
-    assert len({int((labels != 255).sum()) for labels in kept}) == 5
+@pytest.mark.parametrize("name", ["mixtures", "centroids", "pair"])
+def test_absent_classes_never_appear_and_leave_no_holes(name):
+    """Their cosine of 0 is the largest where all others are negative; their infinite score would be NaN if resized."""
+    features, labels = planted()
+    fitted = labelled(features, labels, name)[2].prototypes
+    for nats, factor in itertools.product((-math.inf, -0.8 if name != "mixtures" else -130.0), (1, 3)):
+        opposite = Planted(-features, labels, fitted, factor)
+        LikelihoodLabels(num_classes=K, prototypes=name, threshold={"nats": nats}, fit=False).prepare(opposite)
+        assert not (opposite.stored == ABSENT).any()
+        assert (opposite.stored != IGNORE).double().mean() > (0.1 if math.isfinite(nats) else 0.9999)
 
 
-@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
-def test_a_source_quantile_keeps_that_share_of_the_source_where_the_network_is_right(tmp_path, level):
-    made = preparation(tmp_path, {"mixtures": mixtures()}, length=24)
-    labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": level})
-    labeler.prepare(made)
-    above, total = torch.zeros(K), torch.zeros(K)
-    for _, image, label in made.images(made.source):
-        output = made.segment(image)
-        label = resize_labels(label, output.features.shape[-2:])
-        right = output.logits.argmax(1) == label
-        own = made.prototypes["mixtures"].score(output.features).gather(1, label.clamp_max(K - 1)[:, None])[:, 0]
-        chosen = right & (own >= labeler.threshold[label.clamp_max(K - 1)])
-        above += torch.bincount(label[chosen], minlength=K)
-        total += torch.bincount(label[right], minlength=K)
-    common = total > 50
-    assert common.sum() >= 2
-    assert (above / total)[common].tolist() == pytest.approx([1 - level] * int(common.sum()), abs=0.04)
+def test_only_correctly_classified_pixels_shape_the_prototypes():
+    features, labels = planted()
+    wrong = torch.rand(labels.shape) < 0.3
+    logits = torch.where(wrong[:, None], features[:, :K].roll(1, 1), features[:, :K])
+    features = torch.where(wrong[:, None], features + 10, features)
+    options = {"threshold": {"source_quantile": 0.2}, "logits": logits}
+    for name in ("mixtures", "centroids"):
+        one = labelled(features, labels, name, **options)[0]
+        two = labelled(torch.where(wrong[:, None], 77.0, features), labels, name, **options)[0]
+        clean = labelled(features, torch.where(wrong, IGNORE, labels), name, **options)[0]
+        assert torch.equal(one.threshold, two.threshold) and torch.equal(one.threshold, clean.threshold)
+    means = labelled(features, labels, **options)[2].prototypes["mixtures"].means()
+    assert (means[[0, 1, 2, 4]] - 4 * torch.eye(K, D).double()[[0, 1, 2, 4]]).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("member", [Centroids, OrthogonalBasis])
-def test_any_member_of_the_family_can_label(tmp_path, member):
-    made = preparation(tmp_path, {"other": member(num_classes=K, in_channels=D)})
-    labeler = LikelihoodLabels(num_classes=K, prototypes="other", threshold={"source_quantile": 0.25})
-    labeler.prepare(made)
-    found = labeler.threshold[labeler.threshold.isfinite()]
-    assert len(found) >= 4 and (found.abs() <= 1e3).all()
-    share = (stored(made) != 255).double().mean()
-    assert 0 < share < 1
+def test_labels_are_compared_with_the_prediction_at_feature_size():
+    features, labels = planted(1, (6, 8))
+    preparation = Planted(features, labels, members(), factor=4)
+    preparation.labels[:, 0::4] = preparation.labels[:, :, 0::4] = ABSENT  # not at the centres of the cells
+    labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.5}).double()
+    labeler.prepare(preparation)
+    assert torch.equal(labeler.threshold, labelled(features, labels, threshold={"source_quantile": 0.5})[0].threshold)
 
 
-def test_a_class_that_was_never_learned_is_never_a_label(tmp_path):
-    made = preparation(tmp_path, {"mixtures": mixtures()})
-    labeler = LikelihoodLabels(num_classes=K, threshold={"nats": -1e30})
-    labeler.prepare(made)
-    seen = made.prototypes["mixtures"].seen
-    labels = stored(made)
-    assert not seen.all() and seen.any()  # the drawn classes are not all among the pixels that it gets right
-    assert set(labels.unique().tolist()) <= {c for c in range(K) if seen[c]}
-    assert (labels != 255).all()
-    assert labeler.threshold[~seen].isinf().all()
+@pytest.mark.parametrize("size", [50, 10**5])
+def test_measured_quantiles_are_those_of_a_uniform_sample(monkeypatch, size):
+    monkeypatch.setattr(bismap, "SAMPLE", size)
+    features, labels = planted(6, (30, 40))
+    features[5] += 2  # another distribution, of one sixth of the pixels
+    labeler = labelled(features, labels, "basis", threshold={"source_quantile": 0.25})[0]
+    correct = torch.where(features[:, :K].argmax(1) == labels, labels, IGNORE)
+    for c in (0, 1, 2, 4):
+        own = features[:, c][correct == c]
+        measured = [*labeler.source_quantiles[c], labeler.threshold[c]]
+        for level, value in zip((*bismap.LEVELS, 0.25), measured):
+            assert (own == value).any()  # a quantile is one of the scores
+            share = (own < value).double().mean()
+            assert level - 1.001 / len(own) <= share < level if size > 50 else abs(share - level) < 0.2
 
 
-def test_only_correct_source_pixels_are_fitted(tmp_path):
-    class Recorder(Centroids):
-        def fit(self, batches):
-            self.counted = sum((labels != 255).sum() for _, labels, _ in batches())
-            super().fit(batches)
+def test_without_fit_a_member_stays_as_it_is_and_is_measured():
+    """Mixtures that were only updated have no quantiles of their own."""
+    features, labels = planted()
+    mixtures = MEMBERS["mixtures"]().double()
+    mixtures.update([(features + 1, labels, None)])
+    state = {key: value.clone() for key, value in mixtures.state_dict().items()}
+    preparation = Planted(features, labels, {"mixtures": mixtures})
+    labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.1}, fit=False).double()
+    labeler.prepare(preparation)
+    assert all(torch.equal(value, mixtures.state_dict()[key]) for key, value in state.items())
+    scores, correct = mixtures.score(features), features[:, :K].argmax(1) == labels
+    for c in (0, 1, 2, 4):
+        own = scores[:, c][correct & (labels == c)]
+        assert abs((own < labeler.threshold[c]).double().mean() - 0.1) <= 1.001 / len(own)
 
-    made = preparation(tmp_path, {"mixtures": Recorder(num_classes=K, in_channels=D)})
-    LikelihoodLabels(num_classes=K, threshold={"nats": 0.0}).prepare(made)
-    right = everything = 0
-    for _, image, label in made.images(made.source):
-        output = made.segment(image)
-        label = resize_labels(label, output.features.shape[-2:])
-        right += (output.logits.argmax(1) == label).sum()
-        everything += (label != 255).sum()
-    assert made.prototypes["mixtures"].counted == right < everything
+
+def test_pixels_at_the_threshold_have_a_label_and_scores_that_are_not_finite_do_not_count():
+    features, labels = planted()
+    one, found, _ = labelled(features, labels, "basis", threshold={"source_quantile": 1.0})
+    assert ((found != IGNORE).sum(), one.threshold.isfinite().sum()) == (4, 4)  # the largest of each class
+    spoilt = torch.rand(labels.shape) < 0.2
+    logits = features[:, :K].clone()
+    for value in (math.nan, math.inf):
+        changed = torch.where(spoilt[:, None], value, features)
+        both = [(changed, labels), (features, torch.where(spoilt, IGNORE, labels))]
+        options = {"logits": logits, "threshold": {"source_quantile": 0.3}}
+        first, second = (labelled(*data, "basis", **options)[0].state_dict() for data in both)
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_stored_labels_come_back_in_training_and_equal_the_rule(tmp_path):
-    made = preparation(tmp_path, {"mixtures": mixtures()})
-    labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.1})
-    labeler.prepare(made)
-    sample = made.training["target"][2]
-    batch = {"target": {"extra": {"pseudo_labels": sample["extra"]["pseudo_labels"][None]}}}
-    labels, weights = labeler.before(batch)
-    image = sample["image"][None].float() / 255
-    assert torch.equal(labels["target"], labeler.label(made.network, image, made.prototypes)) and weights == {}
+def test_label_gives_the_stored_labels_also_from_a_saved_state_and_before_reads_them():
+    features, labels = planted()
+    labeler, found, preparation = labelled(features, labels, factor=2, threshold={"source_quantile": 0.3})
+    again = LikelihoodLabels(num_classes=K).double()
+    again.load_state_dict(labeler.state_dict())
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 32, 40)
+    assert torch.equal(again.label(preparation, images, preparation.prototypes), found)
+    alone = [again.label(preparation, image[None], preparation.prototypes) for image in images]
+    assert torch.equal(torch.cat(alone), found)
+    batch = {"target": {"extra": {"pseudo_labels": found.to(torch.uint8)}}}
+    read, weights = labeler.before(batch)
+    assert read["target"].dtype == torch.int64 and torch.equal(read["target"], found) and not weights
+    expected = [None if t.isinf() else pytest.approx(float(t)) for t in labeler.threshold]
+    assert preparation.settings["rule"] == {"source_quantile": 0.3} and preparation.settings["threshold"] == expected
+
+
+def test_labels_of_half_precision_features_are_scored_in_float32():
+    features, labels = planted(dtype=torch.float32)
+    for name in [*MEMBERS, "classifier"]:
+        half = Planted(features.bfloat16(), labels, members())
+        single = Planted(features.bfloat16().float(), labels, members())
+        for preparation in (half, single):
+            preparation.prototypes = {key: member.float() for key, member in preparation.prototypes.items()}
+            with torch.autocast("cpu", torch.bfloat16, enabled=preparation is half):
+                labeler = LikelihoodLabels(num_classes=K, prototypes=name, threshold={"source_quantile": 0.2})
+                labeler.prepare(preparation)
+                output = preparation.segment(torch.zeros(1, 3, 1, 1))
+                assert labeler.scores(output, preparation.prototypes)[0].dtype == torch.float32
+        same = (half.stored == single.stored).double().mean()
+        assert same == 1 if name in ("mixtures", "centroids") else same > 0.99  # those multiply under autocast
+
+
+@pytest.mark.parametrize("threshold", [{"nats": -1e6}, {"source_quantile": 0.0}])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_source_without_labels_leaves_the_target_without(name, threshold):
+    features, labels = planted()
+    labeler, found, _ = labelled(features, torch.full_like(labels, IGNORE), name, threshold=threshold)
+    frozen = name == "basis" and "nats" in threshold  # it has a vector for every class from the start
+    assert frozen or (labeler.threshold.isinf().all() and (found == IGNORE).all())
+
+
+def test_a_source_of_one_class_labels_nothing_else():
+    features, labels = planted()
+    _, found, _ = labelled(features, torch.where(labels == 2, labels, IGNORE), threshold={"nats": -math.inf})
+    assert (found == 2).all()
+
+
+def test_a_missing_member_is_named_with_the_line_to_add():
+    features, labels = planted()
+    labeler = LikelihoodLabels(num_classes=K, prototypes="mixture")
+    with pytest.raises(UserError, match=r"'mixture'; there are mixtures, .*\{name: mixtures.Mixtures, view: none\}"):
+        labeler.prepare(Planted(features, labels, members()))
 
 
 @pytest.mark.parametrize(
-    "threshold", [{}, {"nats": 1.0, "source_quantile": 0.1}, {"quantile": 0.1}, {"source_quantile": 2}]
-)
-def test_a_threshold_is_nats_or_a_quantile(threshold):
-    with pytest.raises(ValueError, match=r"nats|lie in 0\.\.1"):
+    "threshold",
+    [{}, {"nats": 1.0, "source_quantile": 0.1}, {"nat": 1.0}, {"nats": "100"}, {"nats": math.nan},
+     {"source_quantile": 1.5}, {"source_quantile": -0.1}],
+)  # fmt: skip
+def test_a_threshold_that_is_none_is_an_error(threshold):
+    with pytest.raises(ValueError, match=r"threshold must be one of|source_quantile=-?[0-9.]+ is no share"):
         LikelihoodLabels(num_classes=K, threshold=threshold)
 
 
-def test_a_missing_member_is_named(tmp_path):
-    made = preparation(tmp_path, {"centroids": Centroids(num_classes=K, in_channels=D)})
-    with pytest.raises(UserError, match=r"needs the prototypes 'mixtures'; there are centroids\. Add prototypes"):
-        LikelihoodLabels(num_classes=K).prepare(made)
+# --- transferability: the equations ----------------------------------------------------------------------------------
 
 
-def two_halves(monkeypatch, function):
-    """Run `function` in two threads that act as two processes and exchange what they would."""
-    barrier, box, local = threading.Barrier(2), [None, None], threading.local()
+def test_region_weights_are_one_on_a_centre_and_a_half_at_the_mean_distance():
+    mean = torch.tensor(3.0).double()
+    found = region_weights(mean * torch.tensor([0, 0.5, 1, 2, 1e3]).double(), mean)
+    expected = torch.tensor([1, 2**-0.25, 0.5, 0.0625, 0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    far = region_weights(torch.linspace(0, 50, 1000), mean.float())
+    assert (far.diff() <= 0).all() and far.min() >= 0 and far.max() == 1
+    assert torch.equal(region_weights(torch.zeros(4), torch.tensor(0.0)), torch.ones(4))
+    assert torch.equal(region_weights(torch.full((4,), 7.0), torch.tensor(7.0)), torch.full((4,), 0.5))
+
+
+def test_region_weights_do_not_depend_on_the_scale_of_the_features():
+    regions, centres = torch.randn(50, 9).double(), torch.randn(6, 9).double()
+    weights = []
+    for scale in (1.0, 0.01, 3e5):
+        distances = nearest_distances(scale * regions, scale * centres)
+        weights.append(region_weights(distances, distances.mean()))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-12, atol=0)
+    naive = [min(float((r - c).norm()) for c in centres) for r in regions]
+    torch.testing.assert_close(nearest_distances(regions, centres), torch.tensor(naive).double())
+
+
+PUBLISHED = {
+    "gta5": ".131 .371 .108 .622 .615 .347 .405 .399 .058 .414 0 .275 .675 .045 .494 .570 .687 .824 1",
+    "synthia": ".203 .261 .188 .845 .908 .547 .781 .680 .281 0 .202 .500 .797 .273 0 .684 0 1 .863",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_offsets_of_the_released_constants(name):
+    expected = torch.tensor([float(x) for x in PUBLISHED[name].split()])
+    torch.testing.assert_close(class_offsets(torch.tensor(ENTROPY[name])), expected, rtol=0, atol=6e-4)
+
+
+def test_offsets_of_equal_or_unknown_entropies_are_zero():
+    nan = math.nan
+    for entropies, expected in (
+        ([0.3, 0.3, 0.3], [0, 0, 0]),
+        ([nan, nan], [0, 0]),
+        ([nan, 0.2], [0, 0]),
+        ([0.2, nan, 0.6, 0.3], [0, 0, 1, 0.25]),
+    ):
+        torch.testing.assert_close(class_offsets(torch.tensor(entropies)), torch.tensor(expected).float())
+
+
+def test_pixel_weights_add_the_offset_of_the_class_and_are_clipped():
+    regions, labels = torch.rand(2, 4, 4).double(), torch.randint(3, (2, 20, 28))
+    labels[:, 0] = IGNORE
+    offset = torch.tensor([0.0, 0.4, 1.0]).double()
+    found = pixel_weights(regions, labels, offset)
+    for b, y, x in np.ndindex(*labels.shape):
+        own = offset[labels[b, y, x]] if labels[b, y, x] != IGNORE else 0
+        assert found[b, y, x] == (regions[b, y // 5, x // 7] + own).clamp(0, 1)
+    assert (found[labels == 2] == 1).all() and found.min() >= 0 and found.max() <= 1
+
+
+def test_a_map_of_ones_is_the_ordinary_cross_entropy_and_the_divisor_is_the_number_of_pixels():
+    logits, labels = torch.randn(2, K, 16, 20).double(), torch.randint(K, (2, 16, 20))
+    labels[:, :4] = IGNORE
+    transferability = Transferability(num_classes=K, entropy="none")
+    outputs, valid = {"source": Output(logits, None, {})}, {"source": (labels != IGNORE).sum()}
+    values = []
+    for level in (255, 51):
+        stored = torch.full((2, 16, 20), level, dtype=torch.uint8)
+        weights = transferability({"source": {"extra": {"transferability": stored}}})
+        assert weights.dtype == torch.get_default_dtype() and weights.shape == stored.shape
+        values.append(CrossEntropy()(outputs, {"source": labels}, valid, {"source": weights.double()}))
+    mean = F.cross_entropy(logits, labels, ignore_index=IGNORE)
+    torch.testing.assert_close(values[0], mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(values[1], mean * 0.2, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"entropy": "gta5"}, "has 19 classes, the data 5"), ({"clusters": 0}, "clusters needs positive"),
+     ({"size": [128]}, "size needs positive"), ({"grid": [4, 0.5]}, "grid needs positive")],
+)  # fmt: skip
+def test_options_of_the_map_that_are_none_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Transferability(num_classes=K, **options)
+
+
+# --- transferability: prepared ---------------------------------------------------------------------------------------
+
+SMALL = {"size": [32, 64], "grid": [2, 2], "clusters": 6}
+
+
+class Mixed(Toy):
+    """The target's images at even places, their negatives at odd ones: one half of the source looks like the target."""
+
+    def load(self, index):
+        image, label = super().load(index)
+        return image if index % 2 == 0 else 255 - image, label
+
+
+def network(classes=11):
+    backbone = ResNet(depth=18, stages=3, weights="none")
+    decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=8, low_width=4)
+    return Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=classes))
+
+
+def toy(folder, source=Mixed, **prototypes):
+    """The preparation of a run on drawn scenes with a small network, and one on which everything depends on seed 0."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    sets = [kind(domain="real", length=4, size=[32, 48]) for kind in (source, Toy)]
+    model = network().to(dtype)
+    return Preparation(model, *sets, prototypes, folder, torch.device("cpu"), contextlib.nullcontext())
+
+
+def maps(preparation, name="transferability", kind="source"):
+    """The stored maps (N, H, W), as training reads them."""
+    return torch.stack([sample["extra"][name] for sample in map(preparation.training[kind].__getitem__, range(4))])
+
+
+@pytest.mark.parametrize("encoder", [{"name": "none"}, {"name": "resnet.ResNet", "depth": 18, "weights": "none"}])
+def test_source_images_that_look_like_the_target_keep_more_of_their_weight(tmp_path, encoder):
+    preparation = toy(tmp_path)
+    Transferability(num_classes=11, entropy="none", encoder=encoder, **SMALL | {"clusters": 16}).prepare(preparation)
+    found = maps(preparation)
+    assert found.dtype == torch.uint8 and found.shape == (4, 32, 48)
+    assert (found[0::2] == 255).all()  # every region of the target is a centre
+    assert 0 < found[1::2].double().mean() / 255 < 0.5
+    assert all(torch.equal(block, block[:1, :1].expand(16, 24)) for image in found for half in image.split(16)
+               for block in half.split(24, 1))  # fmt: skip
+    settings = json.loads(next(tmp_path.rglob("settings.json")).read_text())
+    assert settings["clusters"] == 16 and settings["mean_distance"] > 0 and settings["offsets"] == [0] * 11
+
+
+def test_the_map_is_that_of_a_naive_loop(tmp_path):
+    preparation = toy(tmp_path, source=Toy)
+    part = Transferability(num_classes=11, entropy="none", **SMALL | {"grid": [2, 3], "clusters": 3})
+    part.prepare(preparation)
+    regions = {}
+    for kind in ("source", "target"):
+        for index, image, _ in preparation.images(getattr(preparation, kind)):
+            small = F.interpolate(image, (32, 64), mode="bilinear", antialias=True)
+            with torch.no_grad():
+                regions[kind, index] = F.adaptive_avg_pool2d(preparation.network.backbone(small)[-1], (2, 3))[0]
+    centres = part.centres({i: regions["target", i].flatten(1).T.numpy() for i in range(4)})
+    distances = {i: torch.zeros(2, 3) for i in range(4)}
+    for i, y, x in itertools.product(range(4), range(2), range(3)):
+        distances[i][y, x] = min((regions["source", i][:, y, x] - centre).norm() for centre in centres)
+    mean = sum(d.sum() for d in distances.values()) / 24
+    expected = [2 ** -((distances[i] / mean) ** 2) for i in range(4)]
+    expected = torch.stack([255 * w.repeat_interleave(16, 0).repeat_interleave(16, 1) for w in expected])
+    assert (maps(preparation).double() - expected).abs().max() < 0.51 and len(maps(preparation).unique()) > 8
+
+
+def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_path):
+    class Sure(nn.Module):
+        """A network that is uncertain about every third class, half certain about the next, sure of the others."""
+
+        backbone = ResNet(depth=18, stages=3, weights="none")
+
+        def segment(self, image):
+            label = labels[float(image.sum())]
+            sharpness = torch.tensor([0.0, 2.0, 30.0])[label % 3] * (label != IGNORE)
+            return Output(sharpness[:, None] * F.one_hot(label % 11, 11).movedim(3, 1), None, {})
+
+    preparation = toy(tmp_path)
+    preparation.network = Sure().eval()
+    labels = {float(image.sum()): label for _, image, label in preparation.images(preparation.source)}
+    truth, offsets = torch.cat([*labels.values()]), []
+    for entropy in ("none", "measured"):
+        Transferability(num_classes=11, entropy=entropy, **SMALL).prepare(preparation)
+        offsets.append((entropy, maps(preparation).double() / 255))
+        settings = json.loads(next(tmp_path.rglob("settings.json")).read_text())
+    plain, found = (value for _, value in offsets)
+    p = math.exp(2) / (math.exp(2) + 10)
+    half = -(p * math.log(p) + (1 - p) * math.log((1 - p) / 10)) / math.log(11)
+    for c in truth.unique():
+        e = (1, half, 0)[c % 3] if c != IGNORE else 0
+        torch.testing.assert_close(found[truth == c], (plain[truth == c] + e).clamp(0, 1), rtol=0, atol=4.1e-3)
+        assert c == IGNORE or settings["offsets"][c] == pytest.approx(e, abs=1e-5)
+    assert (found[truth % 3 == 0] == 1).all() and (plain < 0.9).any()
+
+
+def test_the_map_does_not_depend_on_the_scale_of_the_features(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, backbone, scale):
+            super().__init__()
+            self.backbone, self.scale = backbone, scale
+
+        def forward(self, image):
+            return [self.scale * x for x in self.backbone(image)]
+
+    results = []
+    for scale in (1.0, 2.0**-12, 2.0**14):
+        preparation = toy(tmp_path / str(scale), source=Toy)
+        preparation.network.backbone = Scaled(preparation.network.backbone, scale)
+        Transferability(num_classes=11, entropy="none", **SMALL).prepare(preparation)
+        results.append(maps(preparation))
+    assert len(results[0].unique()) > 5
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_centres_depend_on_neither_the_order_nor_the_scale_of_the_regions():
+    """Dead channels, and vectors without clusters, whose centres depend on where k-means starts."""
+    rows = np.random.default_rng(0).random((64, 6), np.float32) * ([0] * 2 + [1] * 4)
+    part = Transferability(num_classes=K, entropy="none", clusters=5)
+    centres = part.centres({index: row[None] for index, row in enumerate(rows)})
+    assert centres.shape == (5, 6) and centres.dtype == torch.float32
+    order = [*range(0, 64, 2), *range(1, 64, 2)]
+    assert torch.equal(part.centres({index: rows[index][None] for index in order}), centres)
+    for scale in (2.0**-14, 2.0**10):
+        assert torch.equal(part.centres({i: scale * row[None] for i, row in enumerate(rows)}), scale * centres)
+    other = Transferability(num_classes=K, entropy="none", clusters=5, seed=1)
+    assert not torch.equal(other.centres({index: row[None] for index, row in enumerate(rows)}), centres)
+
+
+def test_a_target_of_one_colour_and_more_clusters_than_regions(tmp_path):
+    class Constant(Toy):
+        def load(self, index):
+            image, label = super().load(index)
+            return np.full_like(image, 90), label
+
+    preparation = toy(tmp_path, source=Constant)
+    preparation.target = Constant(domain="real", length=4, size=[32, 48])
+    Transferability(num_classes=11, entropy="none", **SMALL | {"clusters": 40}).prepare(preparation)
+    assert (maps(preparation) == 255).all()  # all distances are 0
+
+
+# --- both, on drawn scenes -------------------------------------------------------------------------------------------
+
+
+def fresh(folder):
+    """A preparation with two members, and the parts to prepare; before any thread starts, for they draw at random."""
+    torch.manual_seed(0)
+    mixtures = Mixtures(num_classes=11, in_channels=8, components=2, iterations=3)
+    preparation = toy(folder, mixtures=mixtures, centroids=Centroids(num_classes=11, in_channels=8))
+    quantiles = {"mixtures": {"source_quantile": 0.3}, "centroids": {"source_quantile": 0.5}}
+    parts = {n: LikelihoodLabels(num_classes=11, prototypes=n, threshold=q) for n, q in quantiles.items()}
+    return preparation, parts | {"weights": Transferability(num_classes=11, **SMALL)}
+
+
+def prepare_all(preparation, parts):
+    """What the parts hold after they prepared, and the maps as training reads them."""
+    state = {}
+    for name, part in parts.items():
+        part.prepare(preparation)
+        state |= {f"{name}.{key}": value.clone() for key, value in part.state_dict().items()}
+        stored = ("transferability", "source") if name == "weights" else ("pseudo_labels", "target")
+        state[f"{name}.maps"] = maps(preparation, *stored)
+        distributed.barrier()
+    return state
+
+
+def parts_of_consistency(rank=None):
+    """Loss of four images with very different cut-outs, or of two of them."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, K, 4, 5, generator=generator, dtype=torch.float64)
+    kept = torch.zeros(4, 8, 10, dtype=torch.float64)
+    for i in range(4):
+        kept[i, : 8 * i // 3] = 1
+    part = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    outputs = {"strong": Output(student[part], None, {})}
+    return Consistency()(outputs, Output(teacher[part], None, {}), {"strong": kept[part]}, 5000)
+
+
+def as_two_processes(monkeypatch, function):
+    """Results of function(rank) in two threads that take themselves for processes."""
+    me, values, meet = threading.local(), {}, threading.Barrier(2, timeout=60)
 
     def gather(value):
-        box[local.rank] = value
-        barrier.wait()
-        values = list(box)
-        barrier.wait()
-        return values
+        values[me.rank] = value
+        meet.wait()
+        everything = [values[0], values[1]]
+        meet.wait()
+        return everything
 
-    monkeypatch.setattr(distributed, "rank", lambda: local.rank)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "is_main", lambda: local.rank == 0)
-    monkeypatch.setattr(distributed, "gather", gather)
-    monkeypatch.setattr(distributed, "barrier", lambda: gather(None))
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: sum(gather(tensor.detach().clone())))
-    results = [None, None]
+    def process(rank):
+        me.rank = rank
+        try:
+            return function(rank)
+        except BaseException:
+            meet.abort()
+            raise
 
-    def work(rank):
-        local.rank = rank
-        results[rank] = function(rank)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    return results
+    fakes = {"rank": lambda: me.rank, "world_size": lambda: 2, "barrier": meet.wait, "gather": gather}
+    for name, fake in (fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}).items():
+        monkeypatch.setattr(distributed, name, fake)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2)))
 
 
-def test_two_processes_store_what_one_stores(tmp_path, monkeypatch):
-    def run(made):
-        LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.2}).prepare(made)
-        Transferability(num_classes=K, clusters=5, size=[32, 64], grid=[2, 2]).prepare(made)
-        return made
-
+@pytest.fixture
+def double():
     torch.set_default_dtype(torch.float64)
-    try:
-        one = run(preparation(tmp_path / "one", {"mixtures": mixtures()}))
-        both = [preparation(tmp_path / "two", {"mixtures": mixtures()}) for _ in range(2)]
-        results = two_halves(monkeypatch, lambda rank: run(both[rank]))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(result is not None for result in results)
-    for name in ("target/pseudo_labels", "source/transferability"):
-        assert torch.equal(stored(one, name), stored(both[0], name))
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-# --- weights of the source -----------------------------------------------------------------------------------------
+def test_preparing_again_is_bitwise_the_same_and_two_processes_equal_one(tmp_path, monkeypatch, double):
+    one, again = (prepare_all(*fresh(tmp_path / name)) for name in ("one", "again"))
+    both = [fresh(tmp_path / "two") for _ in range(2)]
+    first, second = as_two_processes(monkeypatch, lambda rank: prepare_all(*both[rank]))
+    assert one.keys() == first.keys()
+    for key, value in one.items():
+        assert torch.equal(value, again[key]) and torch.equal(first[key], second[key])
+        torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-9)
+    for name in ("mixtures", "centroids"):
+        assert one[f"{name}.threshold"].isfinite().any()
+        labels = one[f"{name}.maps"]
+        assert {*labels.unique().tolist()} <= {*range(11), IGNORE} and 0.01 < (labels != IGNORE).double().mean() < 0.99
+    assert len(one["weights.maps"].unique()) > 8
+    for kind, mode in (("pseudo_labels", "P"), ("transferability", "L")):
+        with Image.open(next((tmp_path / "one").rglob(f"{kind}/**/*.png"))) as picture:
+            assert picture.mode == mode
 
 
-def test_the_region_weight_is_one_at_a_prototype_and_half_at_the_mean_distance():
-    distances = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    weights = region_weights(distances, distances.mean())
-    assert weights[0] == 1 and weights[2] == 0.5 and (weights.diff() < 0).all() and (weights >= 0).all()
-    torch.testing.assert_close(weights, torch.exp(-math.log(2) * distances**2 / 4))
-    torch.testing.assert_close(weights, region_weights(7 * distances, 7 * distances.mean()))
-    assert (region_weights(torch.zeros(3), torch.tensor(0.0)) == 1).all()
+def test_consistency_is_normalised_by_the_kept_pixels_of_all_processes(monkeypatch):
+    expected = parts_of_consistency()
+    found = as_two_processes(monkeypatch, parts_of_consistency)
+    torch.testing.assert_close(sum(found) / 2, expected, rtol=1e-12, atol=0)
+    assert abs(found[0] - found[1]) > 0.1 * expected  # the cut-outs of the two differ
 
 
-def test_the_published_class_offsets():
-    """The second rows of the table, to the printed digits."""
-    gta5 = class_offsets(torch.tensor(bismap.ENTROPY["gta5"], dtype=torch.float64))
-    printed = "131 371 108 622 615 347 405 399 058 414 000 275 675 045 494 570 687 824 1000"
-    assert gta5.tolist() == pytest.approx([int(digits) / 1000 for digits in printed.split()], abs=6e-4)
-    synthia = class_offsets(torch.tensor(bismap.ENTROPY["synthia"], dtype=torch.float64))
-    printed = "203 261 188 845 908 547 781 680 281 000 202 500 797 273 000 684 000 1000 863"
-    assert synthia.tolist() == pytest.approx([int(digits) / 1000 for digits in printed.split()], abs=6e-4)
-    assert (class_offsets(torch.full((4,), 0.3)) == 0).all()
+# --- symmetric cross-entropy -----------------------------------------------------------------------------------------
 
 
-def weights_of(tmp_path, **options):
-    made = preparation(tmp_path, target=options.pop("target", "real"))
-    part = Transferability(num_classes=K, size=[32, 64], grid=[2, 2], **{"clusters": 5, **options})
-    part.prepare(made)
-    maps = stored(made, "source/transferability")
-    return made, part, maps
+def symmetric(logits, labels, weights=None, **options):
+    valid = {"target": (labels != IGNORE).sum()}
+    term = SymmetricCrossEntropy(**options)
+    return term({"target": Output(logits, None, {})}, {"target": labels}, valid, weights or {})
 
 
-def test_weights_lie_in_the_unit_interval_and_average_a_half_region(tmp_path):
-    made, part, maps = weights_of(tmp_path, entropy="none")
-    assert maps.min() >= 0 and maps.max() <= 255 and len(maps.unique()) > 4
-    sample = made.training["source"][1]
-    weights = part({"source": {"extra": {"transferability": sample["extra"]["transferability"][None]}}})
-    assert weights.shape == (1, 48, 64) and weights.dtype == torch.get_default_dtype()
-    assert torch.equal((weights * 255).round().long()[0], maps[1])
-    # No offset: one value per region, a quarter of the picture each.
-    assert all(len(block.unique()) == 1 for row in maps[0].split(24) for block in row.split(32, 1))
+def certain(probability, size=(1, 2)):
+    """Logits (1, 2, h, w) that give the first class this probability."""
+    logit = math.log(probability / (1 - probability)) if 0 < probability < 1 else 1e4 * (2 * probability - 1)
+    return torch.tensor([logit, 0.0]).double().view(1, 2, 1, 1).repeat(1, 1, *size)
 
 
-def test_hard_classes_keep_their_weight(tmp_path):
-    made, _, maps = weights_of(tmp_path)
-    settings = json.loads((made.folder / "source" / "transferability" / "settings.json").read_text())
-    offsets = torch.tensor(settings["offsets"])
-    assert offsets.min() == 0 and offsets.max() == 1
-    labels = torch.stack([label[0] for _, _, label in made.images(made.source)])
-    hardest = int(offsets.argmax())
-    assert (labels == hardest).any() and (maps[labels == hardest] == 255).all() and (maps < 255).any()
+@pytest.mark.parametrize(("probability", "expected"), [(1.0, 0.0), (0.0, 9.2103), (0.5, 4.6052), (0.9, 0.92103)])
+def test_reverse_cross_entropy_is_bounded(probability, expected):
+    logits = certain(probability).requires_grad_()
+    value = symmetric(logits, torch.zeros(1, 1, 2, dtype=torch.long), ce=0.0)
+    assert abs(value.item() - expected) < 1e-4
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.abs().sum() <= 9.2104 / 2  # p (1 - p) times two logits
 
 
-def test_source_regions_that_look_like_the_target_keep_their_weight(tmp_path):
-    """A target made of one source image and of noise: its regions are prototypes themselves."""
-
-    class Planted(Toy):
-        def load(self, index):
-            image, label = super().load(0) if index == 0 else super().load(index)
-            return (
-                image if index == 0 else np.random.default_rng(index).integers(0, 256, image.shape, np.uint8)
-            ), label
-
-    made = preparation(tmp_path)
-    made.target = Planted(domain="synthetic", length=4, size=[48, 64], labels=False)
-    Transferability(num_classes=K, size=[32, 64], grid=[2, 2], clusters=16, entropy="none").prepare(made)
-    maps = stored(made, "source/transferability").double() / 255
-    assert (maps[0] == 1).all() and maps[1:].mean() < 0.75
+def test_symmetric_cross_entropy_is_the_clamped_form_of_the_released_code():
+    logits, labels = 5 * torch.randn(2, 19, 8, 10).double(), torch.randint(19, (2, 16, 20))
+    labels[:, :3] = IGNORE
+    large = F.interpolate(logits, (16, 20), mode="bilinear")
+    p = large.softmax(1).clamp(1e-7, 1).movedim(1, 3)[labels != IGNORE]
+    q = F.one_hot(labels[labels != IGNORE], 19).double().clamp(1e-4, 1)
+    reverse = -(p * q.log()).sum(1).mean()
+    forward = F.cross_entropy(large, labels, ignore_index=IGNORE)
+    torch.testing.assert_close(symmetric(logits, labels), 0.1 * forward + reverse, rtol=0, atol=19e-6)
+    torch.testing.assert_close(symmetric(logits, labels, rce=0.0), 0.1 * forward, rtol=1e-14, atol=0)
 
 
-def test_weights_of_one_are_the_ordinary_cross_entropy():
-    outputs = {"source": Output(torch.randn(2, K, 6, 8), torch.randn(2, D, 6, 8), {})}
-    labels = {"source": torch.randint(0, K, (2, 24, 32))}
-    valid = {"source": (labels["source"] != 255).sum()}
-    plain = CrossEntropy()(outputs, labels, valid, {})
-    ones = CrossEntropy()(outputs, labels, valid, {"source": torch.ones(2, 24, 32)})
-    half = CrossEntropy()(outputs, labels, valid, {"source": torch.full((2, 24, 32), 0.5)})
-    assert plain == ones and torch.isclose(half, plain / 2)  # the divisor is the count, not the sum of the weights
+def test_symmetric_cross_entropy_divides_by_the_labelled_pixels_and_takes_weights():
+    logits, labels = torch.randn(1, K, 6, 6).double(), torch.randint(K, (1, 6, 6))
+    weights = torch.rand(1, 6, 6).double()
+    each = [symmetric(logits[:, :, y : y + 1, x : x + 1], labels[:, y : y + 1, x : x + 1]) for y, x in np.ndindex(6, 6)]
+    expected = (torch.stack(each) * weights.flatten()).mean()
+    torch.testing.assert_close(symmetric(logits, labels, {"target": weights}), expected)
+    term = SymmetricCrossEntropy()
+    twice = term({"target": Output(logits, None, {})}, {"target": labels}, {"target": torch.tensor(72.0)}, {})
+    torch.testing.assert_close(twice, symmetric(logits, labels) / 2)
 
 
-def test_published_entropies_are_for_nineteen_classes():
-    with pytest.raises(ValueError, match="has 19 classes, the data 11"):
-        Transferability(num_classes=11, entropy="gta5")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_symmetric_cross_entropy_without_labels_is_zero_with_a_graph(dtype):
+    logits = torch.randn(1, K, 4, 4, dtype=dtype).requires_grad_()
+    value = symmetric(logits, torch.full((1, 8, 8), IGNORE))
+    value.backward()
+    assert value == 0 and value.dtype == torch.float32 and not logits.grad.any()
 
 
-# --- losses --------------------------------------------------------------------------------------------------------
+# --- consistency -----------------------------------------------------------------------------------------------------
 
 
-def symmetric(logits, label, weights=None, **options):
-    labels = {"target": torch.full((1, *logits.shape[-2:]), label)}
-    outputs = {"target": Output(logits, logits, {})}
-    valid = {"target": (labels["target"] != 255).sum()}
-    return SymmetricCrossEntropy(**options)(outputs, labels, valid, weights or {})
+def consistent(student, teacher, kept, step=4000, **options):
+    outputs = {"strong": Output(student, None, {})}
+    return Consistency(**options)(outputs, Output(teacher, None, {}), {"strong": kept}, step)
 
 
-def pixel(p, k=5):
-    """Logits (1, K, 1, 1) whose class 0 has probability p."""
-    others = torch.full((k - 1,), (1 - p) / (k - 1), dtype=torch.float64)
-    return torch.cat([torch.tensor([p], dtype=torch.float64), others]).clamp_min(1e-300).log().view(1, k, 1, 1)
+def test_consistency_is_the_mean_divergence_over_kept_pixels_and_classes():
+    student, teacher = torch.randn(2, 2, K, 4, 5).double()
+    kept = (torch.rand(2, 8, 10) > 0.3).double()
+    s, t = (F.interpolate(x, (8, 10), mode="bilinear").softmax(1).movedim(1, 3)[kept > 0] for x in (student, teacher))
+    expected = (t * (t.log() - s.log())).mean()
+    torch.testing.assert_close(consistent(student, teacher, kept), expected)
+    torch.testing.assert_close(consistent(student, teacher, kept, step=2000), expected * math.exp(-1.25))
 
 
-def test_reverse_cross_entropy_is_bounded():
-    assert symmetric(pixel(1.0), 0, ce=0.0) == pytest.approx(0, abs=1e-12)
-    assert symmetric(pixel(0.0), 0, ce=0.0) == pytest.approx(9.2103, abs=1e-4)
-    for p in (0.1, 0.5, 0.9):  # the definition, with the one-hot label clamped to [1e-4, 1]
-        q = torch.full((5,), 1e-4, dtype=torch.float64).index_fill(0, torch.tensor(0), 1.0)
-        expected = -(pixel(p).flatten().exp() * q.log()).sum()
-        assert symmetric(pixel(p), 0, ce=0.0) == pytest.approx(float(expected), abs=1e-10)
-    for p in (1e-12, 0.3, 1 - 1e-9):
-        logits = pixel(p).requires_grad_()
-        (gradient,) = torch.autograd.grad(symmetric(logits, 0, ce=0.0), logits)
-        assert gradient.isfinite().all() and gradient.abs().max() <= 9.2103 / 4 + 1e-9
+def test_consistency_is_zero_where_the_student_is_the_teacher():
+    logits, kept = torch.randn(1, K, 4, 5).double().requires_grad_(), torch.ones(1, 16, 20).double()
+    value = consistent(logits, logits.detach().clone(), kept)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert abs(value) < 1e-15 and gradient.abs().max() < 1e-15
+    assert consistent(logits, torch.randn(1, K, 4, 5).double(), kept) > 0.01
 
 
-def test_cross_entropy_has_a_tenth():
-    p = pixel(0.3)
-    both, reverse = symmetric(p, 0), symmetric(p, 0, ce=0.0)
-    assert both - reverse == pytest.approx(-0.1 * math.log(0.3), abs=1e-12)
+def test_consistency_teaches_the_student_alone_and_not_in_the_cut_out():
+    student, teacher = (torch.randn(1, K, 8, 8).double().requires_grad_() for _ in range(2))
+    kept = torch.ones(1, 16, 16).double()
+    kept[:, 4:12, 6:14] = 0
+    value = consistent(student, teacher, kept)
+    ours, theirs = torch.autograd.grad(value, [student, teacher], allow_unused=True)
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[3:5, 4:6] = True  # cells that no pixel outside is interpolated from
+    assert theirs is None and not ours[..., inside].any() and (ours[..., [0, 7], :] != 0).all()
+    changed = torch.where(inside, 9.0, student)
+    torch.testing.assert_close(consistent(changed, teacher, kept), value, rtol=1e-14, atol=0)
 
 
-def test_symmetric_cross_entropy_skips_ignored_pixels_and_takes_weights():
-    logits = pixel(0.3).requires_grad_()
-    empty = symmetric(logits, 255)
-    assert empty == 0 and torch.autograd.grad(empty, logits)[0].abs().sum() == 0
-    assert symmetric(pixel(0.3), 0, {"target": torch.full((1, 1, 1), 0.25)}) == pytest.approx(
-        float(symmetric(pixel(0.3), 0)) / 4
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_consistency_of_images_that_are_cut_out_as_a_whole_is_zero(dtype):
+    student, teacher = torch.randn(2, 1, K, 4, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = consistent(student.requires_grad_(), teacher, torch.zeros(1, 16, 16))
+    value.backward()
+    assert value == 0 and value.dtype == torch.float32 and not student.grad.any()
 
 
-def consistency(student, teacher, kept, step=4000, **options):
-    outputs = {"strong": Output(student, student, {})}
-    return Consistency(**options)(outputs, Output(teacher, teacher, {}), {"strong": kept}, step)
-
-
-def test_consistency_is_zero_where_student_and_teacher_agree_and_the_divergence_elsewhere():
-    logits, other = torch.randn(2, K, 6, 8, dtype=torch.float64), torch.randn(2, K, 6, 8, dtype=torch.float64)
-    ones = torch.ones(2, 6, 8, dtype=torch.float64)
-    assert consistency(logits, logits, ones) == pytest.approx(0, abs=1e-12)
-    t, s = other.softmax(1), logits.softmax(1)
-    expected = (t * (t.log() - s.log())).mean()  # over pixels and classes
-    assert consistency(logits, other, ones) == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_consistency_sends_gradients_to_the_student_outside_the_cut_out_alone():
-    student, teacher = (torch.randn(1, K, 6, 8, requires_grad=True) for _ in range(2))
-    kept = torch.ones(1, 6, 8)
-    kept[:, :, 3:] = 0
-    loss = consistency(student, teacher, kept)
-    gradients = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
-    assert gradients[1] is None and (gradients[0][..., 3:] == 0).all() and (gradients[0][..., :3] != 0).any()
-    assert torch.isclose(loss, consistency(student[..., :3], teacher[..., :3], kept[..., :3]))
-    empty = consistency(student, teacher, torch.zeros_like(kept))
-    assert empty == 0 and torch.autograd.grad(empty, student)[0].abs().sum() == 0
-
-
-def test_the_ramp_of_consistency():
-    factors = [Consistency(ramp=4000).factor(t) for t in (0, 1000, 2000, 3000, 4000, 9000)]
+def test_consistency_rises_over_the_ramp():
+    factors = [Consistency().factor(step) for step in (0, 1000, 2000, 3000, 4000, 9000)]
     assert factors == pytest.approx([0.0067, 0.060, 0.287, 0.732, 1, 1], abs=5e-4)
     assert Consistency(ramp=0).factor(0) == 1
+    with pytest.raises(ValueError, match="ramp=-1"):
+        Consistency(ramp=-1)
 
 
-def test_distillation_in_both_forms():
-    student = torch.randn(1, K, 4, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(1, K, 4, 4, dtype=torch.float64)
-
-    def loss(kd, s=student, t=teacher):
-        return Distillation(kd=kd)({"target": Output(s, s, {})}, Output(t, t, {}))
-
-    (linear,) = torch.autograd.grad(loss("linear"), student)
-    (expected,) = torch.autograd.grad(-(teacher.softmax(1) * student.softmax(1)).mean(), student)
-    torch.testing.assert_close(linear, expected)
-    assert loss("kl") > 0 and loss("kl", teacher, teacher) == pytest.approx(0, abs=1e-12)
-    smaller = Output(*(2 * [torch.randn(1, K, 2, 2)]), {})  # another output stride
-    assert Distillation()({"target": Output(student, student, {})}, smaller).isfinite()
+def test_consistency_without_a_strong_view_names_the_mixer():
+    output = Output(torch.randn(1, K, 4, 4), None, {})
+    with pytest.raises(UserError, match=r"view 'strong': set uda.mixer=\{name: mixers.Strong\}"):
+        Consistency()({"target": output}, output, {}, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_of_half_precision_are_computed_in_float32(dtype):
-    student, teacher = (torch.randn(1, K, 6, 8).to(dtype) for _ in range(2))
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+def distilled(student, teacher, **options):
+    return Distillation(**options)({"target": Output(student, None, {})}, Output(teacher, None, {}))
+
+
+def test_linear_distillation_has_the_gradient_of_minus_the_inner_product():
+    student, teacher = (torch.randn(2, K, 6, 7).double().requires_grad_() for _ in range(2))
+    s, t = student.softmax(1), teacher.softmax(1)
+    value = distilled(student, teacher)
+    torch.testing.assert_close(value, (t * (t.log() - s)).sum() / (2 * 6 * 7 * K))
+    ours, theirs = torch.autograd.grad(value, [student, teacher], allow_unused=True, retain_graph=True)
+    (expected,) = torch.autograd.grad(-(t.detach() * s).sum() / (2 * 6 * 7 * K), student)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-16)
+    assert theirs is None
+
+
+def test_kl_distillation_is_the_divergence():
+    student, teacher = (torch.randn(1, K, 6, 7).double().requires_grad_() for _ in range(2))
+    value = distilled(student, teacher, kd="kl")
+    divergence = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x.movedim(1, 3)) for x in (teacher, student))
+    )
+    torch.testing.assert_close(value, divergence.mean() / K)
+    assert value > 0 and abs(distilled(teacher, teacher, kd="kl")) < 1e-16
+    (gradient,) = torch.autograd.grad(distilled(teacher, teacher, kd="kl"), teacher)
+    assert gradient.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("kd", ["linear", "kl"])
+def test_distillation_of_half_precision_is_float32(kd):
+    student, teacher = torch.randn(2, 1, K, 6, 7).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        value = consistency(student, teacher, torch.ones(1, 6, 8))
-        assert value.dtype == torch.float32 and value.isfinite() and value > 0
-        assert symmetric(student, 3).dtype == torch.float32
-        assert (
-            Distillation()({"target": Output(student, student, {})}, Output(teacher, teacher, {})).dtype
-            == torch.float32
-        )
-
-
-def test_mixtures_of_equal_isotropic_components_label_as_the_nearest_centroid():
-    """With one component and one variance for all, likelihood is distance; with unequal variances it is not."""
-    one = Mixtures(num_classes=2, in_channels=2, components=1)
-    one.component_means.copy_(torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]]))
-    one.seen.fill_(True)
-    labeler = LikelihoodLabels(num_classes=2, threshold={"nats": 0.0})
-    labeler.threshold.fill_(-torch.inf)
-    x = torch.tensor([0.6, 0.0]).view(1, 2, 1, 1)
-    network = types.SimpleNamespace(segment=lambda image: Output(image, x, {}))
-    assert labeler.label(network, x[..., :1, :1], {"mixtures": one}).item() == 1
-    one.component_variances[1] = 0.05
-    torch.testing.assert_close(one.score(x).flatten(), torch.tensor([-2.018, -0.442]), atol=1e-3, rtol=0)
-    x = torch.tensor([0.45, 0.0]).view(1, 2, 1, 1)
-    assert labeler.label(network, x, {"mixtures": one}).item() == 1  # the first mean is nearer
+        value = distilled(student, teacher, kd=kd)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, distilled(student.float(), teacher.float(), kd=kd))

@@ -593,3 +593,27 @@ def test_only_the_named_views_move_the_running_statistics():
     assert torch.equal(outputs["target"].logits, alone["target"].logits)
     with pytest.raises(UserError, match=r"model\.bn_views names strong; the views are source, target"):
         run(["strong"])
+
+
+def test_a_resnet_for_weights_of_plain_pixels_does_not_normalise():
+    state = resnet18().state_dict()
+    nets = [ResNet(depth=18, weights="none", normalize=kind).eval() for kind in ("none", "imagenet")]
+    for net in nets:
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc")})
+    image = torch.rand(1, 3, 32, 32)
+    plain, normal = (net(image)[0] for net in nets)
+    undone = nets[1](image * nets[1].normalize.std + nets[1].normalize.mean)[0]
+    torch.testing.assert_close(plain, undone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain, normal, atol=1e-3)
+
+
+def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
+    backbone = ResNet(depth=18, stages=3, weights="none", stem="per_domain")
+    decoder = FCN(in_channels=backbone.channels, width=8)
+    network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3))
+    one = {"source": View(torch.rand(1, 3, 32, 32), "source")}
+    network.eval()(one)
+    monkeypatch.setattr("engine.distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match="per_domain on several processes needs views of both domains"):
+        network(one)
+    network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})

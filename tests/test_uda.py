@@ -111,6 +111,8 @@ def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
     labeler = "uda.labelers=[{name: self_training.TeacherConfidence}]"
     with pytest.raises(UserError, match="needs a teacher"):
         train(tmp_path / "b", labeler, "stages=[{teacher: none}]", config=TINY_UDA)
+    with pytest.raises(UserError, match=r"train\.teacher=0 would copy the student"):
+        train(tmp_path / "d", labeler, "stages=[]", "train.teacher=0.0", config=TINY_UDA)
     with pytest.raises(UserError, match="there is no stage before it"):
         train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
 

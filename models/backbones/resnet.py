@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101 (He et al., CVPR 2016) as torchvision builds them, with a choice of output stride and of stages.
+"""ResNet-18 to ResNet-152 (He et al., CVPR 2016) as torchvision builds them, with a choice of output stride and stages.
 
 model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
 """
@@ -31,12 +31,13 @@ class ResNet(nn.Module):
     """Maps of stages 1 to `stages`, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
 
     Args:
-        depth: 18, 34, 50 or 101.
+        depth: 18, 34, 50, 101 or 152.
         output_stride: 8, 16 or 32; later stages are dilated instead of strided.
         stages: 4, or 3 to stop before layer4.
         stem: "shared", or "per_domain" for a second conv1, bn1 and layer1 that images of the domain "source" take
             (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both copies start from the same weights.
             A step then needs both views, or the unused copy has no gradient and DistributedDataParallel waits for it.
+        normalize: "imagenet" for its mean and deviation, or "none" for weights trained on [0, 1], such as SimCLR's.
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys.
         allow_missing: patterns of keys that the file may lack, such as ["layer4.*"].
     """
@@ -44,16 +45,17 @@ class ResNet(nn.Module):
     def __init__(
         self,
         *,
-        depth: Literal[18, 34, 50, 101] = 50,
+        depth: Literal[18, 34, 50, 101, 152] = 50,
         output_stride: Literal[8, 16, 32] = 32,
         stages: Literal[3, 4] = 4,
         stem: Literal["shared", "per_domain"] = "shared",
+        normalize: Literal["imagenet", "none"] = "imagenet",
         weights: str = "imagenet",
         allow_missing: list = (),
     ):
         super().__init__()
         net = get_model(f"resnet{depth}", weights=None)
-        self.normalize = Normalize()
+        self.normalize = Normalize() if normalize == "imagenet" else nn.Identity()
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.stage_names = [f"layer{i}" for i in range(1, stages + 1)]
         width = 64 if depth < 50 else 256
