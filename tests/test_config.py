@@ -451,7 +451,7 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         (
             "models.backbones",
             {"name": "resnet.ResNet", "depth": 20},
-            r"'depth' must be Literal\[18, 34, 50, 101\], not 20",
+            r"'depth' must be Literal\[18, 34, 50, 101, 152\], not 20",
         ),
         ("losses", {"name": "occl.OCCL", "temprature": 0.07}, "has no option 'temprature'; did you mean 'temperature'"),
         ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),

@@ -47,7 +47,8 @@ def test_the_configuration_that_the_readme_explains_is_the_real_one():
 
 
 def test_the_recipe_for_own_data_loads(tmp_path):
-    (tmp_path / "mine.yaml").write_text(blocks("yaml")[1].replace("[base/", f"[{ROOT}/configs/base/"))
+    recipe = next(block for block in blocks("yaml") if "configs/mine.yaml" in block)
+    (tmp_path / "mine.yaml").write_text(recipe.replace("[base/", f"[{ROOT}/configs/base/"))
     cfg = load(tmp_path / "mine.yaml")
     assert cfg.data.train["classes"] == ["field", "water", "forest"] and cfg.data.val["split"] == "val"
 
