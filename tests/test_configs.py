@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import reproduce
 from datasets.base import DataError
 from engine.build import build, build_adaptation, build_losses, build_members, build_segmentor
 from engine.config import load, stages
@@ -52,3 +53,12 @@ def test_an_experiment_says_how_to_run_it_and_what_was_measured(path):
     script = "train_uda.py" if "uda" in str(path.relative_to(ROOT)) else "train_supervised.py"
     assert header and f"{script} {path.relative_to(ROOT)}" in header[0]
     assert any("easured" in line or "not yet run" in line for line in header)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_grid_starts_only_what_can_be_configured(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid = reproduce.load_grid(path, [])
+    for row, _, _, (_, script, config, *settings) in reproduce.jobs(grid):
+        assert Path(script).is_file() and stages(load(config, settings))
+        assert grid["rows"][row].get("after", row) in grid["rows"]
