@@ -22,7 +22,7 @@ from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
-from engine.report import draw_prototypes, draw_views, final_report, validate
+from engine.report import draw_step, final_report, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
@@ -81,13 +81,9 @@ def main(arguments):
 
     def content(step):
         """What a checkpoint holds after `step` steps."""
-        state = {name: item.state_dict() for name, item in stateful.items()}
-        facts = {"classes": list(train_set.CLASSES), "palette": [list(map(int, c)) for c in train_set.PALETTE]}
-        rng = distributed.gather(checkpoint.rng_state())
-        return state | facts | {
-            "step": step, "best": best, "seconds": seconds + time.time() - clock, "rng": rng,
-            "config": config.plain(cfg),
-        }  # fmt: skip
+        spent = seconds + time.time() - clock
+        about = {"step": step, "best": best, "seconds": spent, "config": config.plain(cfg)}
+        return checkpoint.content(stateful, train_set, **about)
 
     # --- train ---
     model.train()
@@ -144,8 +140,7 @@ def main(arguments):
             log.scalars(values | log.speed(step, cfg.train.batch_size, device), done)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_views(log, done, views, labels, {}, outputs, train_set)
-            draw_prototypes(log, done, vectors, train_set)
+            draw_step(log, done, views, labels, {}, outputs, vectors, train_set)
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
             if score > best:

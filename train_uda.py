@@ -36,7 +36,7 @@ from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
 from engine.prepare import Preparation
-from engine.report import draw_prototypes, draw_views, final_report, log_label_shares, log_pseudo_labels, validate
+from engine.report import draw_step, final_report, log_pseudo_labels, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
@@ -126,13 +126,10 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
 
     def content(step):
         """What a checkpoint holds after `step` steps of this stage."""
-        state = {name: item.state_dict() for name, item in stateful.items()}
-        facts = {"classes": list(source_set.CLASSES), "palette": [list(map(int, c)) for c in source_set.PALETTE]}
-        rng = distributed.gather(checkpoint.rng_state())
-        return state | facts | {
-            "step": offset + step, "stage": number, "stage_step": step, "best": best, "seconds": clock(), "rng": rng,
-            "maps": preparation.stored(), "config": config.plain(run_config),
-        }  # fmt: skip
+        return checkpoint.content(
+            stateful, source_set, step=offset + step, stage=number, stage_step=step, best=best, seconds=clock(),
+            maps=preparation.stored(), config=config.plain(run_config),
+        )  # fmt: skip
 
     # --- train ---
     model.train()
@@ -212,10 +209,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             log.scalars(values | log.speed(total - 1, cfg.train.batch_size, device), total)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_views(log, total, views, labels, trust, outputs, source_set)
-            draw_prototypes(log, total, vectors, source_set)
-            if "target" in labels:
-                log_label_shares(log, total, labels["target"], source_set)
+            draw_step(log, total, views, labels, trust, outputs, vectors, source_set)
         for labeler in labelers if check and monitor else []:
             if hasattr(labeler, "label") and not hasattr(labeler, "prepare"):  # those were measured when they were made
                 guide = teacher.network if teacher else model

@@ -43,6 +43,18 @@ def save(path, content, required=True):
         logger.warning(f"{message}; training continues")
 
 
+def content(stateful, dataset, **about):
+    """What a checkpoint holds: the states of all parts, the classes, the generators of all processes, and `about`."""
+    state = {name: part.state_dict() for name, part in stateful.items()}
+    palette = [list(map(int, color)) for color in dataset.PALETTE]
+    return state | {
+        "classes": list(dataset.CLASSES),
+        "palette": palette,
+        "rng": distributed.gather(rng_state()),
+        **about,
+    }
+
+
 def load(path):
     """Read a checkpoint of this project.
 

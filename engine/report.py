@@ -52,6 +52,14 @@ def confusion_picture(matrix, title):
     return pictures.heatmap(shares, matrix.classes, matrix.classes, title=title, text="{:.0%}")
 
 
+def draw_step(log, step, views, labels, weights, outputs, vectors, dataset):
+    """TensorBoard: what a training step saw and where the prototypes are."""
+    draw_views(log, step, views, labels, weights, outputs, dataset)
+    draw_prototypes(log, step, vectors, dataset)
+    if "target" in labels:
+        log_label_shares(log, step, labels["target"], dataset)
+
+
 def draw_views(log, step, views, labels, weights, outputs, dataset, count=2):
     """TensorBoard: the first images of every view of a training step, its labels, weights and the prediction."""
     for name, view in views.items():
