@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without running any code:
 
-    format step model teacher prototypes optimizer scaler rng best seconds config classes palette    (stage stage_step)
+    format step model teacher prototypes optimizer scaler rng best seconds config classes palette
+    stage stage_step labelers maps      (train_uda.py)
 """
 
 import errno

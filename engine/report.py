@@ -17,6 +17,7 @@ from PIL import Image
 from engine import distributed, pictures
 from engine.inference import evaluate, predict
 from engine.metrics import ConfusionMatrix
+from engine.prepare import images
 from engine.statistics import IGNORE, resize_logits
 
 logger = logging.getLogger("engine")
@@ -106,6 +107,11 @@ def log_label_shares(log, step, labels, dataset):
     log.scalars({f"pseudo/pixels_{name}": share for name, share in zip(dataset.CLASSES, shares)}, step)
 
 
+def drawn(dataset, options):
+    """Indices of the images that a report shows, evenly spaced."""
+    return np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int).tolist()
+
+
 def report(network, datasets, options, device, autocast, folder, about):
     """Evaluate and write.
 
@@ -136,8 +142,8 @@ def report(network, datasets, options, device, autocast, folder, about):
                 writer.writerow([matrix.classes[i], *(f"{100 * value:.2f}" for value in row)])
         picture = confusion_picture(matrix, f"{name}: rows truth, columns prediction")
         Image.fromarray(picture).save(folder / f"{name}_confusion.png")
-        for index in np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int):
-            Image.fromarray(draw(network, dataset, int(index), options, device, autocast)).save(
+        for index in drawn(dataset, options):
+            Image.fromarray(draw(network, dataset, index, options, device, autocast)).save(
                 folder / f"{name}_{index:04d}.png"
             )
     return matrices
@@ -190,13 +196,12 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
         head = f"{'IoU':<{width}} {'before':>8} {'after':>8} {'change':>8}"
         logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
         if distributed.is_main() and options.pictures:
-            indices = np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int)
             strips = []
-            for index in indices:
-                image, truth = dataset[int(index)]["image"], dataset[int(index)]["label"].long()
-                labels = [label(network, image, options, device, autocast) for network in (before, after)]
-                shown = dict(zip(("before", "after", "truth"), (*labels, truth)))
-                strips.append(side_by_side(image / 255, dataset.PALETTE, **shown))
+            for index in drawn(dataset, options):
+                sample = dataset[index]
+                labels = [label(network, sample["image"], options, device, autocast) for network in (before, after)]
+                shown = dict(zip(("before", "after", "truth"), (*labels, sample["label"].long())))
+                strips.append(side_by_side(sample["image"] / 255, dataset.PALETTE, **shown))
             strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
             Image.fromarray(pictures.stack(strips)).save(folder / f"{name}_before_after.png")
     return old
@@ -234,12 +239,9 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     network.eval()
     matrix = ConfusionMatrix(dataset.CLASSES, {}, device)
     truth = torch.zeros(len(dataset.CLASSES), dtype=torch.int64, device=device)
-    for index in range(distributed.rank(), len(dataset), distributed.world_size()):
-        sample = dataset[index]
-        image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
-        real = sample["label"].to(device).long()
+    for _, image, real in images(dataset, device):
         with autocast:
-            pseudo = labeler.label(network, image, prototypes)[0]
+            pseudo = labeler.label(network, image, prototypes)
         truth += torch.bincount(real.flatten(), minlength=256)[: len(truth)]
         matrix.update(pseudo.where(pseudo != IGNORE, 0), real.where(pseudo != IGNORE, IGNORE))
     network.train(mode)
