@@ -9,6 +9,11 @@ The data sets are `data.test` of the checkpoint's configuration (or data.val, wh
 console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the
 averaged network.
 
+    python eval.py CHECKPOINT CHECKPOINT ...
+
+Several test sets end with a table over domains, rows checkpoints, columns sets, and the mean of those that are not in
+`data.seen`; it is written to domains.txt beside the first checkpoint.
+
     python eval.py CHECKPOINT export=pseudo_labels
 
 writes instead the labels that the checkpoint's labeler gives to the same data sets, as palette PNGs with settings.json
@@ -29,7 +34,7 @@ from engine.config import ConfigError
 from engine.errors import run
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
-from engine.report import label_scalars, pseudo_label_quality, report
+from engine.report import domain_table, label_scalars, pseudo_label_quality, report
 
 logger = logging.getLogger("engine")
 
@@ -45,7 +50,7 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     """Write `<folder>/<set>/<path of the image>.png` by the rule of the first labeler that has one."""
     context = {"num_classes": len(saved["classes"]), "in_channels": network.decoder.channels, "seed": cfg.seed}
     labelers, *_ = build_adaptation(cfg.uda, **context)
-    members, _ = build_members(cfg.prototypes, **context)
+    members, _ = build_members(cfg.prototypes, cfg.model.projector.channels, classes=tuple(saved["classes"]), **context)
     members.load_state_dict(saved["prototypes"])
     if labelers.state_dict().keys() != saved.get("labelers", {}).keys():
         raise ConfigError(f"uda.labelers is not that of {path}, whose fitted state it needs")
@@ -77,14 +82,32 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
 
 @record
 def main(arguments):
-    path, overrides = Path(arguments[0]), [a for a in arguments[1:] if not a.startswith("export=")]
-    exports = {a.removeprefix("export=") for a in arguments[1:] if a.startswith("export=")}
+    paths = [Path(a) for a in arguments if "=" not in a or Path(a).is_file()]
+    rest = [a for a in arguments if Path(a) not in paths]
+    overrides = [a for a in rest if not a.startswith("export=")]
+    exports = {a.removeprefix("export=") for a in rest if a.startswith("export=")}
     if exports - {"pseudo_labels"}:
         raise ConfigError(f"export must be pseudo_labels, not {', '.join(sorted(exports))}")
+    if not paths:
+        raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
     to_console()
+    rows, seen = {}, []
+    for path in paths:
+        matrices, cfg = evaluate_checkpoint(path, overrides, exports)
+        rows[str(path)] = {name: matrix.as_dict()["summary"]["mIoU"] for name, matrix in matrices.items()}
+        seen = list(dict.fromkeys([*seen, *cfg.data.seen]))
+    if len(rows) > 1 or max(map(len, rows.values())) > 1:
+        table = domain_table(rows, seen)
+        logger.info("\n" + table)
+        if distributed.is_main():
+            (paths[0].parent / f"eval_{paths[0].stem}" / "domains.txt").write_text(table + "\n")
+
+
+def evaluate_checkpoint(path, overrides, exports):
+    """One checkpoint on the test sets of its configuration -> ({set: ConfusionMatrix}, configuration)."""
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
-    specs = cfg.data.test or {"val": cfg.data.val}
+    specs = {name: spec for name, spec in cfg.data.test.items() if spec.get("name") != "none"} or {"val": cfg.data.val}
     datasets = {name: build("datasets", spec, root=cfg.data.root) for name, spec in specs.items()}
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:
@@ -95,10 +118,10 @@ def main(arguments):
     folder = path.parent / f"eval_{path.stem}"
     if exports:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
-        return
+        return {}, cfg
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
     autocast = precision.autocast(device, cfg.precision)
-    report(network, datasets, cfg.eval, device, autocast, folder, about)
+    return report(network, datasets, cfg.eval, device, autocast, folder, about), cfg
 
 
 if __name__ == "__main__":

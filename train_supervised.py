@@ -45,6 +45,7 @@ def main(arguments):
     model = build_segmentor(cfg.model, num_classes, pretrained=not saved)
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
+    context["classes"] = tuple(train_set.CLASSES)
     members = build_members(cfg.prototypes, **context)[0].to(device)
     terms, weights = build_losses(cfg.losses, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
@@ -125,7 +126,7 @@ def main(arguments):
             if teacher:
                 teacher.update(model)
             for member in members.values():
-                member.update(seen)
+                call(member.update, batches=seen, prototypes=vectors, step=step, iters=cfg.train.iters)
 
         # --- log, validate, save ---
         done = step + 1

@@ -71,6 +71,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
     model = build_segmentor(cfg.model, num_classes, False) if saved else initial_network(cfg, num_classes, previous)
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
+    context["classes"] = tuple(source_set.CLASSES)
     members, view_of = build_members(cfg.prototypes, **context)
     terms, factors = build_losses(cfg.losses, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
@@ -191,7 +192,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
                 teacher.update(model)
             for name, member in members.items():
                 if view_of[name] != "none":
-                    member.update(member_batches(seen, view_of[name]))
+                    shown = member_batches(seen, view_of[name])
+                    call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
             for labeler in labelers:
                 if hasattr(labeler, "update"):
                     labeler.update()

@@ -28,7 +28,7 @@ class ACDC(SegmentationData):
     # fmt: off
     def __init__(
         self, *, root, split: str = "train", condition: str = "all", labels: bool = True, ignore: list = (),
-        augment=None, seed=0, stylised: str | None = None,
+        augment=None, seed=0, stylised: str | None = None, label_space: dict | None = None,
     ):
         # fmt: on
         if condition not in (*CONDITIONS, "all"):
@@ -37,7 +37,7 @@ class ACDC(SegmentationData):
             raise DataError(f"ACDC {split} holds reference images, which have no labels; set labels: false")
         self.conditions = CONDITIONS if condition == "all" else (condition,)
         options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
-        super().__init__(root=root, split=split, **options)
+        super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         return [pair for condition in self.conditions for pair in self.pairs_of(condition)]

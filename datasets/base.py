@@ -1,8 +1,9 @@
 """What all data sets share: reading, id mapping, checks whose messages name the file, and reproducible augmentation.
 
-Every data set of files takes style-transferred copies of its images, whose labels are those of the originals:
+Every data set of files takes style-transferred copies of its images, whose labels are those of the originals, and a map
+of its classes to those of another label space:
 
-    data: {train: {name: gta5.GTA5, stylised: PATH}}
+    {name: gta5.GTA5, stylised: PATH, label_space: {Road: [road], Vehicle: [car, truck], Kerb: []}}
 """
 
 import copy
@@ -21,6 +22,7 @@ from engine.errors import UserError
 IGNORE = 255
 UNKNOWN = 254  # marks ids that the map does not know; no data set here has that many classes
 PICTURES = (".png", ".jpg", ".jpeg")
+GREY = (160, 160, 160)  # of a class that no class of the data set is mapped to
 
 
 class DataError(UserError):
@@ -77,12 +79,23 @@ def read_colors(path, colors):
     return values[position].astype(np.uint8)
 
 
-def lookup_table(id_map, num_classes, ignored=()):
-    """(65536) uint8: id on disk -> class id, IGNORE (also for the class ids in `ignored`) or UNKNOWN."""
+def lookup_table(id_map, classes):
+    """{id on disk: own id}, {own id: class id} -> (65536) uint8: id on disk -> class id, IGNORE or UNKNOWN."""
     table = np.full(65536, UNKNOWN, np.uint8)
-    for raw, target in (id_map or {i: i for i in [*range(num_classes), IGNORE]}).items():
-        table[raw] = IGNORE if target in ignored else target
+    for raw, own in id_map.items():
+        table[raw] = classes.get(own, IGNORE)
     return table
+
+
+def check_label_space(title, space, own):
+    """Raise DataError unless {class: [own classes]} names own classes, and none twice."""
+    if wrong := [name for name, members in space.items() if not isinstance(members, (list, tuple))]:
+        raise DataError(f"{title}: label_space.{wrong[0]} must be a list of class names, not {space[wrong[0]]!r}")
+    named = [name for members in space.values() for name in members]
+    if unknown := [name for name in named if name not in own]:
+        raise DataError(f"{title}: label_space names {unknown}; there are {', '.join(own)}")
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise DataError(f"{title}: label_space names {twice} more than once; a class has one place")
 
 
 def check_sizes(image_path, image, path, values):
@@ -124,23 +137,27 @@ class SegmentationData(Dataset):
         stylised: folder, relative to the root, with a style-transferred copy of each image: the same path as the image
             has below the root, or directly in it a file of the same name; .png, .jpg or .jpeg whatever the image has.
             The copies are read in place of the images; label, `stem` and size are those of the image.
+        label_space: {class: [own classes]}, the classes of another label space in the order of their ids. They replace
+            CLASSES, PALETTE and SCORED, and `ignore` means them. Own classes that no entry names are ignored; a class
+            with an empty list does not occur here and is not scored.
     Attributes:
         extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
             before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
     Raises:
         DataError: missing folder, no images, images without labels or copies, two images with one stem, unknown names
-            in `ignore`.
+            in `ignore`, unknown or repeated ones in `label_space`.
     """
 
     CLASSES = ()
     PALETTE = ()
+    SCORED = ()
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
 
     # fmt: off
     def __init__(
         self, *, root, split: str = "train", labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None,
+        stylised: str | None = None, label_space: dict | None = None,
     ):
         # fmt: on
         if root is None:
@@ -148,31 +165,48 @@ class SegmentationData(Dataset):
         self.root, self.split, self.labels = Path(root), split, labels
         self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
-            raise DataError(
-                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or the root that "
-                "this data set has of its own (layouts: README, Data)"
-            )
-        if unknown := [name for name in ignore if name not in self.CLASSES]:
-            raise DataError(f"{type(self).__name__}: ignore names {unknown}; there are {', '.join(self.CLASSES)}")
+            remedy = "set data.root=PATH, or the root that this data set has of its own (layouts: README, Data)"
+            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; {remedy}")
+        self.set_classes(ignore, label_space)
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
         self.samples = [(image, label if labels else None) for image, label in found if image not in self.left_out]
-        ignored = [self.CLASSES.index(name) for name in ignore]
-        # The second table is for labels that others converted to class ids.
-        self.table, self.class_table = (lookup_table(ids, len(self.CLASSES), ignored) for ids in (self.ID_MAP, None))
         self._check()
         self.stylised = {} if stylised is None else self._find_stylised(self.root / stylised)  # {image: its copy}
+
+    def set_classes(self, ignore=(), label_space=None):
+        """Make CLASSES, PALETTE and SCORED those of the label space, and the tables from ids on disk to its ids."""
+        title, own = type(self).__name__, list(self.CLASSES)
+        space = {str(name): members for name, members in (label_space or {name: [name] for name in own}).items()}
+        check_label_space(title, space, own)
+        scored = tuple(name for name, members in space.items() if {*members} & {*(self.SCORED or own)})
+        if not scored:
+            raise DataError(f"{title}: label_space has no class that occurs in this data set: {space}")
+        self.own_classes, self.CLASSES, self.SCORED = own, tuple(space), scored if len(scored) < len(space) else ()
+        self.PALETTE = tuple(self.PALETTE[own.index(m[0])] if m else GREY for m in space.values())
+        if unknown := [name for name in ignore if name not in space]:
+            raise DataError(f"{title}: ignore names {unknown}; there are {', '.join(space)}")
+        ids = {own.index(m): i for i, (name, ms) in enumerate(space.items()) if name not in ignore for m in ms}
+        direct = {i: i for i in [*range(len(own)), IGNORE]}
+        # The second table is for labels that others converted to own class ids.
+        self.table, self.class_table = (lookup_table(id_map, ids) for id_map in (self.ID_MAP or direct, direct))
+
+    def split_folder(self, folder):
+        """The folder of the split in a folder of splits."""
+        if not (folder / self.split).is_dir():
+            there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+            title = f"{type(self).__name__} has no split '{self.split}'"
+            raise DataError(f"{title}: the folders in {folder} are {there}")
+        return folder / self.split
 
     def _check(self):
         name = f"{type(self).__name__} {self.split}"
         if not self.samples:
             raise DataError(f"{name}: no images under {self.root}; see the layouts in README, Data")
         for kind, paths in (("images", [i for i, _ in self.samples]), ("labels", [p for _, p in self.samples if p])):
-            missing = [str(path) for path in paths if not Path(path).is_file()]
-            if missing:
-                raise DataError(
-                    f"{name}: {len(missing)} of {len(paths)} {kind} do not exist, such as {', '.join(missing[:5])}"
-                )
+            if missing := [str(path) for path in paths if not Path(path).is_file()]:
+                some = f"{name}: {len(missing)} of {len(paths)} {kind}"
+                raise DataError(f"{some} do not exist, such as {', '.join(missing[:5])}")
         check_different(self._stems(), "the path '{}' but for the suffix, under which maps are stored; rename one")
 
     def _stems(self):
@@ -186,15 +220,16 @@ class SegmentationData(Dataset):
         found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
         copies = {image: found.get(stem, found.get(Path(image).stem)) for image, stem in self._stems().items()}
         if missing := [str(image) for image, path in copies.items() if path is None]:
-            raise DataError(
-                f"{type(self).__name__}: {len(missing)} of {len(copies)} images have no stylised copy in {folder}, "
-                f"such as {', '.join(missing[:5])}"
-            )
+            some = f"{type(self).__name__}: {len(missing)} of {len(copies)} images"
+            raise DataError(f"{some} have no stylised copy in {folder}, such as {', '.join(missing[:5])}")
         check_different(copies, "the stylised copy {}; give the copies the paths that the images have below the root")
         return copies
 
     def pairs(self):
         raise NotImplementedError
+
+    def read_image(self, path):
+        return read_image(path)
 
     def read_label(self, path):
         return read_ids(path)
@@ -222,7 +257,7 @@ class SegmentationData(Dataset):
         """Image (H, W, 3) uint8 and class ids (H, W) uint8, checked; an unlabelled set has ignore everywhere."""
         original, label_path = self.samples[index]
         path = self.stylised.get(original, original)
-        image, label = read_image(path), self.load_label(index)
+        image, label = self.read_image(path), self.load_label(index)
         if label is None:
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
         check_sizes(path, image, label_path, label)
@@ -240,7 +275,7 @@ class SegmentationData(Dataset):
             bad = np.unique(ids[label == UNKNOWN]).tolist()
             remedy = "map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
             raise DataError(
-                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.CLASSES)} classes) "
+                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.own_classes)} classes) "
                 f"does not know: {'it is read as converted to class ids, 255 = ignore' if mapped else remedy}"
             )
         return label
@@ -257,7 +292,7 @@ class SegmentationData(Dataset):
         return maps
 
     def without_augmentation(self):
-        """The same samples as they lie on disk, without maps: what maps are made from."""
+        """The same samples as they are read, without maps: what maps are made from."""
         plain = copy.copy(self)
         plain.augment, plain.extra = None, {}
         return plain

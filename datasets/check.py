@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.base import IGNORE, DataError
-from engine.build import build
+from engine.build import build, build_set
 from engine.config import ConfigError, load
 from engine.errors import run
 from engine.pictures import colorize, legend, overlay, stack, strip
@@ -52,7 +52,7 @@ def measure(dataset, name, workers):
 def describe(dataset, name, sizes, counts, problems):
     """The report on one data set, as lines of text."""
     yield f"{name}: {type(dataset).__name__} {dataset.split}, {len(dataset)} images"
-    for image in getattr(dataset, "left_out", []):
+    for image in dataset.left_out:
         yield f"  left out: {image} ({dataset.KNOWN_BAD[Path(image).stem]})"
     if dataset.stylised:
         copies = [*dataset.stylised.values()]
@@ -91,14 +91,15 @@ def draw(dataset, path):
 
 def main(arguments):
     cfg = load(arguments[0], arguments[1:])
-    specs = {"train": cfg.data.train, "val": cfg.data.val, "monitor": cfg.data.monitor}
-    specs |= {"target": {**cfg.data.target, "labels": False}}  # as training reads it
+    specs = {"train": cfg.data.train, "val": cfg.data.val, "monitor": cfg.data.monitor, "target": cfg.data.target}
     specs |= {f"test.{name}": spec for name, spec in cfg.data.test.items()}
-    specs = {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
+    specs = {name: spec if isinstance(spec, list) else [spec] for name, spec in specs.items()}
+    specs["target"] = [{**spec, "labels": False} for spec in specs["target"]]  # as training reads it
+    specs = {name: several for name, several in specs.items() if several[0].get("name") != "none"}
     if not specs:
         raise ConfigError(f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty")
     # all of them first: a mistake should not show up only after minutes of reading
-    sets = {name: build("datasets", spec, root=cfg.data.root, seed=cfg.seed) for name, spec in specs.items()}
+    sets = {name: build_set(several, root=cfg.data.root, seed=cfg.seed) for name, several in specs.items()}
     augment = build("datasets", cfg.data.augment) if "train" in sets else None
     folder, bad = Path(cfg.folder) / "check", 0
     for name, dataset in sets.items():
@@ -107,7 +108,7 @@ def main(arguments):
         draw(dataset, folder / f"{name}.png")
         bad += len(problems)
     if "train" in sets:
-        train = build("datasets", cfg.data.train, root=cfg.data.root, seed=cfg.seed, augment=augment)
+        train = build_set(specs["train"], root=cfg.data.root, seed=cfg.seed, augment=augment)
         print("train, augmented:")
         draw(train, folder / "augmented.png")
     if bad:

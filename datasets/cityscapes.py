@@ -14,7 +14,7 @@ SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default all 
 `ignore: [terrain, truck, train]` the pixels of the classes that SYNTHIA lacks are not scored (B).
 """
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 
 CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -45,11 +45,7 @@ class Cityscapes(SegmentationData):
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
     def pairs(self):
-        images = self.root / "leftImg8bit"
-        if not (images / self.split).is_dir():
-            splits = ", ".join(sorted(path.name for path in images.glob("*") if path.is_dir())) or "none"
-            raise DataError(f"Cityscapes has no split '{self.split}': the folders in {images} are {splits}")
-        found = sorted((images / self.split).glob("*/*_leftImg8bit.png"))
+        found = sorted(self.split_folder(self.root / "leftImg8bit").glob("*/*_leftImg8bit.png"))
         return [(image, self.label_of(image) if self.labels else None) for image in found]
 
     def label_of(self, image):

@@ -84,6 +84,7 @@ class Folder(SegmentationData):
         label_dir: str = "labels/{split}", image_suffix: str | list = ".jpg", label_suffix: str = ".png",
         list: str | None = None, palette: list | None = None, id_map: dict | None = None,
         color_labels: bool = False, labels: bool = True, augment=None, seed=0, stylised: str | None = None,
+        label_space: dict | None = None,
     ):
         # fmt: on
         names, colors = tuple(map(str, classes)), palette or distinct_colors(len(classes))
@@ -100,7 +101,8 @@ class Folder(SegmentationData):
         self.colors = {(0, 0, 0): IGNORE} | {c: i for i, c in enumerate(self.PALETTE)} if color_labels else None
         self.folders = [text and text.replace("{split}", split) for text in (image_dir, label_dir, list)]
         self.suffixes = [image_suffix] if isinstance(image_suffix, str) else image_suffix, [label_suffix]
-        super().__init__(root=root, split=split, labels=labels, augment=augment, seed=seed, stylised=stylised)
+        options = {"labels": labels, "augment": augment, "seed": seed, "stylised": stylised}
+        super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         (image_dir, label_dir, listing), (of_images, of_labels) = self.folders, self.suffixes

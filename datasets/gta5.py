@@ -44,11 +44,11 @@ class GTA5(SegmentationData):
     # fmt: off
     def __init__(
         self, *, root, split: str = "all", labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None,
+        stylised: str | None = None, label_space: dict | None = None,
     ):
         # fmt: on
         options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
-        super().__init__(root=root, split=split, **options)
+        super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         return listed_pairs(self, self.root / "images", self.root / "labels")

@@ -45,6 +45,36 @@ class SourceTarget:
         return {name: (batch[name]["image"], name) for name in ("source", "target")}, labels, weights
 
 
+class ColorBlur:
+    """Colour jitter and Gaussian blur of a batch, each image by its number: what makes strong views of an image that
+    others (a teacher, an image tower) see as it is.
+
+    Args:
+        color: largest change of brightness, contrast, saturation, and shift of hue.
+        color_p, blur_p: probability of jitter and of blur for each image.
+        sigma: smallest and largest width of the blur, pixels.
+    """
+
+    # fmt: off
+    def __init__(
+        self, *, seed=0, color: list = (0.5, 0.5, 0.5, 0.3), color_p: float = 0.8, blur_p: float = 0.5,
+        sigma: list = (0.15, 1.15),
+    ):
+        # fmt: on
+        self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
+        self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, tuple(sigma))
+
+    def __call__(self, images, numbers):
+        """Images (B, 3, H, W) in [0, 1] and the number of each sample -> the changed images."""
+        return torch.stack([self.change(image, number) for image, number in zip(images, numbers)])
+
+    def change(self, image, sample):
+        with changing(image, self.seed, sample):
+            jitter, blur = torch.rand(2) < torch.tensor([self.color_p, self.blur_p])
+            image = self.color(image) if jitter else image
+            return self.blur(image) if blur else image
+
+
 class ClassMix:
     """Paste half of the classes of each source image onto the target image, then colour jitter and blur (Olsson et al.,
     WACV 2021, between domains as in DACS; constants as in DAFormer).
@@ -65,8 +95,8 @@ class ClassMix:
         blur_p: float = 0.5,
     ):
         # fmt: on
-        self.seed, self.target, self.color_p, self.blur_p = seed, target, color_p, blur_p
-        self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, (0.15, 1.15))
+        self.seed, self.target = seed, target
+        self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
 
     def __call__(self, batch, labels, weights):
         if "target" not in labels:
@@ -74,7 +104,7 @@ class ClassMix:
         source, target = batch["source"], batch["target"]
         pasted = self.choose(source["label"], target["sample"])  # (B, H, W)
         mixed = torch.where(pasted[:, None], source["image"], target["image"])
-        mixed = torch.stack([self.augment(image, number) for image, number in zip(mixed, target["numbers"])])
+        mixed = self.augment(mixed, target["numbers"])
         ones = torch.ones_like(mixed[:, 0])
         trust = torch.where(pasted, weights.get("source", ones), weights.get("target", ones))
         labels = labels | {"mixed": torch.where(pasted, source["label"], labels["target"])}
@@ -92,13 +122,6 @@ class ClassMix:
         place = lots.argsort(1).argsort(1)  # (B, K): absent classes come last
         chosen = present & (place < (present.sum(1, keepdim=True) + 1) // 2)
         return chosen.gather(1, ids).view_as(label)
-
-    def augment(self, image, sample):
-        """Colour jitter and blur of one image (3, H, W), a function of its number."""
-        with changing(image, self.seed, sample):
-            jitter, blur = torch.rand(2) < torch.tensor([self.color_p, self.blur_p])
-            image = self.color(image) if jitter else image
-            return self.blur(image) if blur else image
 
 
 def sharpness(image, factor):

@@ -308,7 +308,7 @@ class Toy(SegmentationData):
         split: train, val or test: disjoint series.
         length: number of images.
         size: [H, W] pixels.
-        labels, augment, seed: as in SegmentationData.
+        labels, augment, seed, label_space: as in SegmentationData.
     """
 
     CLASSES, PALETTE = CLASSES, PALETTE
@@ -323,9 +323,11 @@ class Toy(SegmentationData):
         labels: bool = True,
         augment=None,
         seed=0,
+        label_space: dict | None = None,
     ):
         if domain not in DOMAINS or split not in SPLITS:
             raise UserError(f"toy.Toy has the domains {', '.join(DOMAINS)} and the splits {', '.join(SPLITS)}")
+        self.set_classes(label_space=label_space)
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels
         self.augment, self.seed, self.extra, self.stylised, self.left_out = augment, seed, {}, {}, []
         self.series = SPLITS.index(split) if split != "train" else len(SPLITS) + DOMAINS.index(domain)
@@ -333,13 +335,14 @@ class Toy(SegmentationData):
 
     def load(self, index):
         image, label = draw(self.series, index, self.domain, self.size)
-        return image, label if self.labels else np.full_like(label, IGNORE)
+        return image, self.table[label] if self.labels else np.full_like(label, IGNORE)
 
     def load_label(self, index):
-        return draw_label(self.series, index, self.size) if self.labels else None
+        return self.table[draw_label(self.series, index, self.size)] if self.labels else None
 
     def stem(self, index):
         return self.samples[index][0]
 
     def label_key(self):
-        return repr((type(self).__name__, self.series, self.size, [name for name, _ in self.samples]))
+        names = [name for name, _ in self.samples]
+        return repr((type(self).__name__, self.series, self.size, self.CLASSES, self.table.tobytes(), names))

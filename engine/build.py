@@ -89,6 +89,16 @@ def _keywords(constructor, name, spec, context):
     return keywords
 
 
+def build_set(specs, **context):
+    """One data set, or several as one (datasets/several.py) where a list is given."""
+    if not isinstance(specs, list):
+        return build("datasets", specs, **context)
+    from datasets.several import Several
+
+    sets = [build("datasets", spec, **context) for spec in specs]
+    return sets[0] if len(sets) == 1 else Several(sets)
+
+
 def build_data(cfg):
     """The data sets of a configuration; they must share their classes.
 
@@ -97,17 +107,19 @@ def build_data(cfg):
         that pseudo labels are measured on; None for those that the configuration does not name, but for the first.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    train = build("datasets", cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
+    train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
     others = {"val": build("datasets", cfg.data.val, **context)} if cfg.data.val["name"] != "none" else {}
-    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in cfg.data.test.items()}
+    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in cfg.data.test.items()
+               if spec.get("name") != "none"}  # fmt: skip
     if cfg.data.monitor["name"] != "none":
         others["monitor"] = build("datasets", cfg.data.monitor, **context)
     target = None
-    if cfg.data.target["name"] != "none":
+    if isinstance(cfg.data.target, list) or cfg.data.target["name"] != "none":
         spec, augment = cfg.data.target, cfg.data.target_augment
         augment = build("datasets", augment if augment["name"] != "none" else cfg.data.augment)
         # A target set for training gets no label path at all; its samples are drawn independently of the source's.
-        target = build("datasets", {**spec, "labels": False}, augment=augment, **context | {"seed": cfg.seed + 1})
+        specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
+        target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
     for name, dataset in (others | ({"target": target} if target else {})).items():
         if tuple(dataset.CLASSES) != tuple(train.CLASSES):
             raise ConfigError(
@@ -122,13 +134,19 @@ def build_data(cfg):
 
 def build_segmentor(model, num_classes, pretrained=True):
     """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
-    from models.segmentor import Segmentor
+    from models.segmentor import Projector, Segmentor
+    from models.text_attention import TextAttention
 
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec)
     decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
     classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
-    network = Segmentor(backbone, decoder, classifier, frozen_bn=model.frozen_bn, bn_views=model.bn_views)
+    channels, width, layers = model.projector.channels, model.projector.width, model.text_attention.layers
+    projector = Projector(decoder.channels, channels, width or channels) if channels else None
+    if layers and not channels:
+        raise ConfigError("model.text_attention needs a joint space of text and images: set model.projector.channels")
+    attention = TextAttention(channels, layers) if layers else None
+    network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, projector, attention)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
 
@@ -207,11 +225,49 @@ def build_adaptation(uda, **context):
     return labelers, weights, style, build("datasets", uda.mixer, **context)
 
 
-def build_members(specs, **context):
-    """The `prototypes` of a configuration -> ({name: member} as a module, {name: view that updates it})."""
-    views = {name: spec.get("view", "source") for name, spec in specs.items()}
-    specs = {name: {key: value for key, value in spec.items() if key != "view"} for name, spec in specs.items()}
-    return nn.ModuleDict({name: build("models.prototypes", spec, **context) for name, spec in specs.items()}), views
+def build_generalisation(cfg, **context):
+    """The `dg` section -> (frozen image tower, reweighting, style, strong colours), None for what is not configured.
+
+    Raises:
+        ConfigError: a tower without dense features, or in another space than the projector.
+    """
+    packages = {"tower": "models.backbones", "reweight": "losses", "style": "datasets", "strong": "datasets"}
+    parts = {key: None if cfg.dg[key]["name"] == "none" else build(package, cfg.dg[key], **context)
+             for key, package in packages.items()}  # fmt: skip
+    if tower := parts["tower"]:
+        if not hasattr(tower, "dense"):
+            raise ConfigError(f"dg.tower: {cfg.dg.tower['name']} has no dense features; clip.ViT and clip.ResNet have")
+        if cfg.model.projector.channels != tower.joint:
+            raise ConfigError(
+                f"the joint space of dg.tower has {tower.joint} channels, and model.projector.channels is "
+                f"{cfg.model.projector.channels}: set it to {tower.joint}"
+            )
+        tower.requires_grad_(False).eval()
+    return parts["tower"], parts["reweight"], parts["style"], parts["strong"]
+
+
+def build_members(specs, joint=0, **context):
+    """The `prototypes` of a configuration.
+
+    Args:
+        joint: channels of the joint space of text and images, `model.projector.channels`.
+        context: num_classes, in_channels of the features, ...
+    Returns:
+        {name: member} as a module, {name: view that updates it}; `name: none` takes a member out.
+    """
+    specs = {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
+    views, members = {name: spec.get("view", "source") for name, spec in specs.items()}, nn.ModuleDict()
+    for name, spec in specs.items():
+        space = spec.get("space", "features")
+        if space not in ("features", "joint") or (space == "joint" and not joint):
+            raise ConfigError(
+                f"prototypes.{name}: space must be features, or joint with model.projector.channels above 0, not "
+                f"{space!r}"
+            )
+        options = {key: value for key, value in spec.items() if key not in ("view", "space")}
+        channels = joint if space == "joint" else context["in_channels"]
+        members[name] = build("models.prototypes", options, **context | {"in_channels": channels})
+    return members, views
 
 
 def asks_for(function, name):

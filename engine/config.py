@@ -190,7 +190,8 @@ def difference(old, new, prefix=""):
 # Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE = (
     "folder", "resume", "device", "threads", "timeout", "eval", "log", "checkpoint",
-    "data.root", "data.workers", "data.test", "data.monitor", "data.cache", "model.backbone.weights",
+    "data.root", "data.workers", "data.test", "data.monitor", "data.cache", "data.seen", "model.backbone.weights",
+    "dg.tower.weights",
 )  # fmt: skip
 
 
@@ -235,10 +236,17 @@ def _read_with_bases(path, schema, chain):
     return _merge(merged, own)
 
 
+SEVERAL = ("data.train", "data.target")  # components that may be a list of components
+
+
 def _check(value, schema, key, where):
     """Compare a layer with the defaults: known keys, the same types. Components are checked by `build`."""
     if schema is None or (isinstance(schema, dict) and not schema):
         return  # null in the defaults: any value; {}: names chosen by the user
+    if key in SEVERAL and isinstance(value, list) and value:
+        for number, item in enumerate(value):
+            _check(item, schema, f"{key}.{number}", where)
+        return
     if isinstance(schema, dict):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} must be a mapping with keys such as {listing(schema)}, not {value!r}")

@@ -80,7 +80,7 @@ def evaluate(network, dataset, options, device, autocast, title=""):
     """
     mode = network.training
     network.eval()
-    matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device)
+    matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device, dataset.SCORED)
     indices = range(distributed.rank(), len(dataset), distributed.world_size())
     for index in tqdm(indices, desc=title, leave=False, disable=not distributed.is_main(), mininterval=1.0):
         sample = dataset[index]

@@ -1,7 +1,9 @@
 """One int64 confusion matrix over the whole data set, and what is read from it.
 
 Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the predictions have no IoU
-(nan, shown as "-") and do not enter the means; the table says how many classes did.
+(nan, shown as "-") and do not enter the means; the table says how many classes did. A data set that lacks classes names
+those that it has (SCORED): the others have no IoU either, and a pixel that is taken for one of them is an error of the
+class that it has.
 """
 
 import torch
@@ -16,18 +18,22 @@ class ConfusionMatrix:
     Args:
         classes: K names.
         subsets: {name: [class names]} further means, such as SYNTHIA's mIoU16 and mIoU13.
+        scored: names of the classes that have values and enter means; empty: all.
     """
 
-    def __init__(self, classes, subsets=None, device="cpu"):
+    def __init__(self, classes, subsets=None, device="cpu", scored=()):
         self.classes = list(classes)
-        self.subsets = {name: [self._position(c, name) for c in members] for name, members in (subsets or {}).items()}
+        self.subsets = {
+            name: [self._position(c, f"eval.subsets.{name}") for c in members]
+            for name, members in (subsets or {}).items()
+        }
+        scored = [self._position(c, "SCORED") for c in scored or self.classes]
+        self.unscored = torch.ones(len(classes), dtype=torch.bool).index_fill(0, torch.tensor(scored), False)
         self.matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
 
-    def _position(self, name, subset):
+    def _position(self, name, where):
         if name not in self.classes:
-            raise UserError(
-                f"eval.subsets.{subset} names the class '{name}'; the data set has {', '.join(self.classes)}"
-            )
+            raise UserError(f"{where} names the class '{name}'; the data set has {', '.join(self.classes)}")
         return self.classes.index(name)
 
     def update(self, predictions, labels):
@@ -43,14 +49,15 @@ class ConfusionMatrix:
         return self
 
     def per_class(self):
-        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur."""
+        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or is not scored."""
         matrix = self.matrix.double().cpu()
         hit, truth, prediction = matrix.diag(), matrix.sum(1), matrix.sum(0)
-        return {
+        values = {
             "IoU": hit / (truth + prediction - hit),
             "Acc": hit / truth,
             "F1": 2 * hit / (truth + prediction),
         }
+        return {name: value.masked_fill(self.unscored, torch.nan) for name, value in values.items()}
 
     def summary(self):
         """{"mIoU", "mAcc", "aAcc", "mF1", one per subset}: floats in per cent."""

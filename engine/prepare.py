@@ -28,9 +28,13 @@ logger = logging.getLogger("engine")
 KINDS = ("source", "target")
 
 
-def images(dataset, device, workers=0):
-    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64)."""
-    mine = range(distributed.rank(), len(dataset), distributed.world_size())
+def images(dataset, device, workers=0, count=None):
+    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64).
+
+    `count`: at most as many images of the whole set, evenly spaced.
+    """
+    chosen = np.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).round().astype(int).tolist()
+    mine = chosen[distributed.rank() :: distributed.world_size()]
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, generator=torch.Generator())
     for sample in tqdm(loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from engine import distributed, pictures
+from engine.errors import UserError
 from engine.inference import evaluate, predict
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
@@ -161,10 +162,55 @@ def validate(network, dataset, options, device, autocast, log, step):
     return score["mIoU"]
 
 
-def final_report(network, datasets, options, device, autocast, folder, about, before=None):
+def domain_table(rows, seen=()):
+    """{run: {test set: mIoU}} -> text: rows runs, columns domains, and the mean of those that were not `seen`."""
+    domains = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    unseen = [name for name in domains if name not in seen]
+    heads = [f"{name}*" if name in seen else name for name in domains] + ["unseen"]
+    width, cell = max(map(len, ["mIoU", *rows])), max(7, *map(len, heads))
+    lines = [f"{'mIoU':<{width}} " + " ".join(f"{head:>{cell}}" for head in heads)]
+    for run, scores in rows.items():
+        values = [scores.get(name) for name in domains]
+        known = [scores[name] for name in unseen if scores.get(name) is not None]
+        values.append(sum(known) / len(known) if known and len(known) == len(unseen) else None)
+        cells = (f"{value:>{cell}.2f}" if value is not None else f"{'-':>{cell}}" for value in values)
+        lines.append(f"{run:<{width}} " + " ".join(cells))
+    note = f"unseen: mean of {', '.join(unseen)}" + (";  * of the training domain" if seen else "")
+    return "\n".join([*lines, note])
+
+
+def selected_on_target(cfg, val_set, test_sets):
+    """Whether best.pt is chosen on a domain that the run claims not to have seen; warns. The last checkpoint, which is
+    what a run reports, is free of it.
+
+    A validation set is one of the source if it differs from a training set in nothing but its part of it (split,
+    length, size), and shares no image with an unseen test set.
+    """
+    if unknown := set(cfg.data.seen) - set(cfg.data.test):
+        raise UserError(f"data.seen names {', '.join(sorted(unknown))}; the test sets are {', '.join(cfg.data.test)}")
+    if not val_set:
+        return False
+    part = ("split", "length", "size", "labels", "ignore", "root")
+    trains = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
+    own, *known = [{k: v for k, v in spec.items() if k not in part} for spec in (cfg.data.val, *trains)]
+    shown = {str(image) for image, _ in val_set.samples}
+    unseen = [name for name in test_sets if name not in cfg.data.seen]
+    shared = [name for name in unseen if shown & {str(image) for image, _ in test_sets[name].samples}]
+    if own in known and not shared:
+        return False
+    what = f"shares images with the test domain {shared[0]}" if shared else "is not of the training domain"
+    logger.warning(
+        f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain generalisation. Take a "
+        "part of the source, or data.val={name: none}. This run is marked selected_on_target"
+    )
+    return True
+
+
+def final_report(network, datasets, options, device, autocast, folder, about, before=None, seen=None):
     """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
 
-    With `before`, the network that adaptation started from, both are compared class by class and in pictures.
+    With `before`, the network that adaptation started from, both are compared class by class and in pictures. With
+    `seen`, names of test sets from the training domain, a table over all domains comes last.
     """
     matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
     results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
@@ -172,9 +218,15 @@ def final_report(network, datasets, options, device, autocast, folder, about, be
     if before is not None:
         old = compare(before, network, matrices, datasets, options, device, autocast, folder / "eval")
         results["before"] = {name: matrix.as_dict()["summary"] for name, matrix in old.items()}
+    scores = {name: summary["mIoU"] for name, summary in results["results"].items()}
+    unseen = [score for name, score in scores.items() if name not in (seen or ()) and score is not None]
+    if seen is not None and unseen:
+        results |= {"seen": list(seen), "unseen_mIoU": sum(unseen) / len(unseen)}
     if distributed.is_main():
         (folder / "results.json").write_text(json.dumps(about | results, indent=1))
     logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
+    if "seen" in results:
+        logger.info("\n" + domain_table({folder.name: scores}, seen))
 
 
 def compare(before, after, matrices, datasets, options, device, autocast, folder):

@@ -25,6 +25,14 @@ def resize_labels(labels, size):
     return labels[..., rows[:, None], columns]
 
 
+def pure_labels(labels, size, share=0.75):
+    """Labels (B, H, W) -> (B, h, w): the label at the centre of each cell, 255 where less than a share of the cell's
+    pixels carry it."""
+    cells = resize_labels(labels, size)
+    same = labels == F.interpolate(cells[:, None].to(torch.float32), labels.shape[-2:])[:, 0]
+    return torch.where(F.adaptive_avg_pool2d(same[:, None].to(torch.float32), size)[:, 0] >= share, cells, IGNORE)
+
+
 def resize_logits(logits, size):
     """Logits (B, K, h, w) -> (B, K, H, W), bilinear, align_corners=False."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

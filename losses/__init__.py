@@ -9,7 +9,8 @@
     prototypes  {name: member}: the named members, and "classifier"
     step, iters int: step of the stage, and how many it has
     teacher     Output of the teacher on the target images (train_uda.py)
-    batch       {"source", "target"} (train_uda.py)
+    batch       {"source", "target"} (train_uda.py); a batch (train_dg.py)
+    tower       dense features (B, D, h, w) of the frozen image tower (train_dg.py)
 
 and returns a scalar of at least float32. **The loss of a step is the mean over processes and micro-batches of what a
 term returns.** A sum over pixels divided by `valid` is then normalised by the global number of labelled pixels,

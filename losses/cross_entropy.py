@@ -24,11 +24,13 @@ class CrossEntropy(nn.Module):
         view: the view whose logits are scored.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
+        by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
+            micro-batch by its own.
     """
 
-    def __init__(self, *, view: str = "source", ohem: float = 0.0, ohem_min: int = 10000):
+    def __init__(self, *, view: str = "source", ohem: float = 0.0, ohem_min: int = 10000, by_weights: bool = False):
         super().__init__()
-        self.view, self.ohem, self.ohem_min = view, ohem, ohem_min
+        self.view, self.ohem, self.ohem_min, self.by_weights = view, ohem, ohem_min, by_weights
 
     def forward(self, outputs, labels, valid, weights):
         logits, labels = outputs[self.view].logits, labels[self.view]
@@ -41,6 +43,10 @@ class CrossEntropy(nn.Module):
                 loss, count = loss * kept, distributed.mean(kept.sum())
             if self.view in weights:
                 loss = loss * weights[self.view]
+                if self.by_weights:
+                    trusted = weights[self.view] * (labels != IGNORE) * (kept if self.ohem else 1)
+                    count = distributed.mean(trusted.sum()).to(loss.dtype)
+                    return loss.sum() / torch.where(count > 0, count, 1)
             return loss.sum() / count.clamp_min(1)
 
     def hard(self, loss, labels):

@@ -16,6 +16,7 @@ Prototypes (`models/prototypes`) are interchangeable; state in buffers of at lea
     pair_means(features, labels (B, h, w)) -> (B, K, D), (B, K) bool        optional, with the graph: the class vectors
                             of each image and which it has; without it they are means() and seen for all images alike
 
+`update` and `fit` may ask by name for `prototypes` {name: member}, `update` also for `step` and `iters`.
 `batches` is an iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None): the micro-batches of
 one step in `update`, so that accumulating gradients changes nothing, or the whole data set in `fit`.
 """

@@ -8,6 +8,7 @@ import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
@@ -15,43 +16,75 @@ from engine.errors import UserError
 
 
 class View(NamedTuple):
-    """What the network sees: image (B, 3, H, W) in [0, 1], and the domain whose stem and statistics it takes."""
+    """What the network sees.
+
+    image (B, 3, H, W) in [0, 1]; the domain whose stem it takes; for `model.text_attention` text rows (K, D) and dense
+    features (B, D, h, w) of a frozen image tower, without which the network's own are taken.
+    """
 
     image: torch.Tensor
     domain: str = "target"
+    text: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
 
 
 class Output(NamedTuple):
-    """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors."""
+    """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors, of a
+    training step alone: "embedding" (B, D', h, w), unit features in the joint space of text and images, and
+    "prototypes" (B, K, D'), the text rows as the image changes them."""
 
     logits: torch.Tensor
     features: torch.Tensor
     aux: dict
 
 
-class Segmentor(nn.Module):
-    """Backbone, decoder and classifier.
+class Projector(nn.Module):
+    """Features (B, D, h, w) -> unit features (B, D', h, w) of a joint space; dropped at test.
 
     Args:
-        frozen_bn: names of parts ("backbone", "decoder") whose batch norm keeps its running statistics and its affine
-            parameters: the safe choice for small batches and for pretrained weights.
+        in_channels, channels, width: D, D', and the channels between two 1x1 convolutions.
+    """
+
+    def __init__(self, in_channels, channels, width):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, channels, 1),
+        )
+
+    def forward(self, features):
+        embedding = self.layers(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1, eps=1e-6)
+
+
+class Segmentor(nn.Module):
+    """Backbone, decoder and classifier, and for training alone a projector and an attention of text.
+
+    Args:
+        frozen_bn: names of parts ("backbone", "decoder", "projector") whose batch norm keeps its running statistics and
+            its affine parameters: the safe choice for small batches and for pretrained weights.
         bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
             normalised by its own batch all the same.
     """
 
-    def __init__(self, backbone, decoder, classifier, frozen_bn=(), bn_views=()):
+    def __init__(self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
-        unknown = set(frozen_bn) - {"backbone", "decoder"}
+        self.projector, self.text_attention = projector, text_attention
+        unknown = set(frozen_bn) - {"backbone", "decoder", "projector"}
         if unknown:
-            raise ValueError(f"model.frozen_bn may name backbone and decoder, not {', '.join(sorted(unknown))}")
+            unknown = ", ".join(sorted(unknown))
+            raise ValueError(f"model.frozen_bn may name backbone, decoder and projector, not {unknown}")
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         for norm in self._frozen_norms():
             norm.requires_grad_(False)
 
     def _frozen_norms(self):
-        for part in self.frozen_bn:
-            yield from (m for m in getattr(self, part).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        for part in filter(None, (getattr(self, name) for name in self.frozen_bn)):
+            yield from (m for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
     def train(self, mode=True):
         super().train(mode)
@@ -59,10 +92,14 @@ class Segmentor(nn.Module):
             norm.eval()
         return self
 
-    def segment(self, image, domain="target"):
-        """One view: image (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them."""
+    def segment(self, image, domain="target", embed=False):
+        """One view: image (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them.
+
+        `embed` runs the projector too, if there is one.
+        """
         features = self.decoder(self.backbone(image, domain))
-        return Output(self.classifier(features), features, {})
+        aux = {"embedding": self.projector(features)} if embed and self.projector else {}
+        return Output(self.classifier(features), features, aux)
 
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
@@ -75,7 +112,10 @@ class Segmentor(nn.Module):
         outputs = {}
         for name, view in views.items():
             with self.statistics(moving=not self.bn_views or name in self.bn_views):
-                outputs[name] = self.segment(view.image, view.domain)
+                output = outputs[name] = self.segment(view.image, view.domain, embed=True)
+            if self.text_attention and view.text is not None:
+                dense = output.aux["embedding"].detach() if view.dense is None else view.dense
+                output.aux["prototypes"] = self.text_attention(view.text, dense)
         return outputs
 
     @contextlib.contextmanager

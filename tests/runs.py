@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+import train_dg
 import train_supervised
 import train_uda
 from engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY, TINY_UDA = str(ROOT / "tests" / "tiny.yaml"), str(ROOT / "tests" / "tiny_uda.yaml")
-SCRIPTS = {TINY: train_supervised, TINY_UDA: train_uda}
+TINY, TINY_UDA, TINY_DG = (str(ROOT / "tests" / f"{name}.yaml") for name in ("tiny", "tiny_uda", "tiny_dg"))
+SCRIPTS = {TINY: train_supervised, TINY_UDA: train_uda, TINY_DG: train_dg}
 DOUBLE = """
 import sys, torch
 torch.set_default_dtype(torch.float64)

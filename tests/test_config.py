@@ -13,11 +13,13 @@ from engine.config import ConfigError, difference, load, override, plain, read_y
 
 KEYS = """
 checkpoint.every checkpoint.keep data.augment.name data.cache data.monitor.name
-data.rare_classes.min_pixels data.rare_classes.temperature data.root data.target.name
+data.rare_classes.min_pixels data.rare_classes.temperature data.root data.seen data.target.name
 data.target_augment.name data.test data.train.name data.val.name data.workers
-deterministic device eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
+deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
+eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
 eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
-model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.sync_bn optimizer.betas optimizer.clip
+model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.projector.channels model.projector.width
+model.sync_bn model.text_attention.layers optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
 resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers

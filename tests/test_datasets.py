@@ -16,13 +16,16 @@ from datasets import check, folder
 from datasets.base import DataError, SegmentationData, read_ids, read_image, read_map, to_device
 from datasets.camvid import CamVid
 from datasets.folder import Folder, distinct_colors
+from datasets.labelmefacade import LabelMeFacade
 from datasets.sampler import StreamSampler, make_loader
+from datasets.statistics import class_counts
 from datasets.toy import DOMAINS, Toy, draw, draw_label
 from datasets.transforms import Augment
 from engine.build import build
 from engine.config import load
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "camvid"
+FACADES = REAL.parent / "labelmefacade"
 SIZE = (8, 12)  # height, width
 
 
@@ -170,6 +173,136 @@ def test_a_colour_label_where_ids_are_expected_says_what_to_do(tmp_path):
     save(tmp_path / "labels" / "0.png", picture())
     with pytest.raises(DataError, match=r"labels/0.png is a colour picture \(3 channels\).*color_labels: true"):
         Files(root=tmp_path)[0]
+
+
+# --- the classes of another label space ----------------------------------------------------------------------------
+
+
+def spaced(root, space, **options):
+    return Files(root=root, label_space=space, **options)
+
+
+def test_a_label_space_gives_its_names_its_ids_and_colours(tmp_path):
+    data = spaced(files(tmp_path), {"z": ["c"], "none": [], "y": ["b", "a"]})
+    assert data.CLASSES == ("z", "none", "y") and data.PALETTE == ((3, 0, 0), (160, 160, 160), (2, 0, 0))
+    assert column(data[0]["label"])[:4] == [2, 2, 0, 255] and data.SCORED == ("z", "y")
+    assert Files.CLASSES == ("a", "b", "c") and Files(root=tmp_path).CLASSES == Files.CLASSES
+    assert Files(root=tmp_path, label_space={}).PALETTE == Files.PALETTE and Files(root=tmp_path).SCORED == ()
+
+
+def test_own_classes_that_a_label_space_does_not_name_are_ignored(tmp_path):
+    data = spaced(files(tmp_path), {"rest": ["b"]})
+    assert column(data[0]["label"])[:4] == [255, 0, 255, 255] and data.SCORED == ()
+
+
+def test_ignored_names_are_those_of_the_label_space(tmp_path):
+    space = {"z": ["c"], "y": ["a", "b"]}
+    data = spaced(files(tmp_path), space, ignore=["y"])
+    assert column(data[0]["label"])[:4] == [255, 255, 0, 255] and data.CLASSES == ("z", "y")
+    with pytest.raises(DataError, match=r"Files: ignore names \['a'\]; there are z, y$"):
+        spaced(tmp_path, space, ignore=["a"])
+
+
+class Raw(Files):
+    """Ids 10, 20, 30 on disk, or class ids in files whose name ends in _ids."""
+
+    ID_MAP = {10: 0, 20: 1, 30: 2, 7: 255}  # noqa: RUF012
+
+    def is_mapped(self, path, ids):
+        return path.stem.endswith("_ids")
+
+
+def test_a_label_space_follows_the_map_of_ids_and_labels_that_are_mapped_already(tmp_path):
+    for name, ids in (("0", (10, 20, 30, 7)), ("1_ids", (0, 1, 2, 255))):
+        save(tmp_path / "images" / f"{name}.png", picture())
+        save(tmp_path / "labels" / f"{name}.png", rows(*ids))
+    data = Raw(root=tmp_path, label_space={"x": ["b", "c"], "w": ["a"]})
+    assert [column(data[i]["label"])[:4] for i in range(2)] == [[1, 0, 0, 255]] * 2
+    save(tmp_path / "labels" / "1_ids.png", rows(2, 3))  # 3 is no class here, however many the label space has
+    with pytest.raises(DataError, match=r"1_ids.png holds the ids \[3\], which Raw \(3 classes\) does not know"):
+        Raw(root=tmp_path, label_space={"x": ["b", "c"], "w": ["a"], "v": [], "u": []})[1]
+
+
+def test_classes_that_are_not_scored_stay_so_in_a_label_space(tmp_path):
+    class Fewer(Files):
+        SCORED = ("a", "c")
+
+    assert Fewer(root=files(tmp_path)).SCORED == ("a", "c")
+    assert Fewer(root=tmp_path, label_space={"x": ["b"], "y": ["a"], "z": []}).SCORED == ("y",)
+    assert Fewer(root=tmp_path, label_space={"x": ["b", "c"], "y": ["a"]}).SCORED == ()
+    with pytest.raises(DataError, match="Fewer: label_space has no class that occurs in this data set"):
+        Fewer(root=tmp_path, label_space={"x": ["b"], "z": []})
+
+
+@pytest.mark.parametrize(
+    "space, says",
+    [
+        ({"x": ["a", "d"], "y": ["e"]}, r"label_space names \['d', 'e'\]; there are a, b, c"),
+        ({"x": ["a", "b"], "y": ["b"]}, r"label_space names \['b'\] more than once"),
+        ({"x": ["a", "a"]}, r"label_space names \['a'\] more than once"),
+        ({"x": ["a"], "y": "b"}, "label_space.y must be a list of class names, not 'b'"),
+        ({"x": ["a"], "y": None}, "label_space.y must be a list of class names, not None"),
+        ({"x": []}, "label_space has no class that occurs"),
+    ],
+)
+def test_label_spaces_that_cannot_be_meant_are_named(tmp_path, space, says):
+    with pytest.raises(DataError, match=f"Files: {says}"):
+        spaced(files(tmp_path), space)
+
+
+def test_counts_of_classes_are_those_of_the_label_space(tmp_path):
+    files(tmp_path / "data", count=1, ids=(0, 1, 2, 255))
+    spaces = ({}, {"x": ["a", "b"], "y": ["c"]}, {"x": ["c"], "y": ["a", "b"]}, {"x": ["a"], "y": ["b", "c"]})
+    counts = [class_counts(spaced(tmp_path / "data", space), tmp_path / "cache").tolist() for space in spaces * 2]
+    assert counts == [[[24, 24, 24]], [[48, 24]], [[24, 48]], [[24, 48]]] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def classes_of_files():
+    """Every class of data sets in the package."""
+    names = [m.name for m in pkgutil.iter_modules(datasets.__path__)]
+    members = [c for n in names for c in vars(importlib.import_module(f"datasets.{n}")).values()]
+    return {c for c in members if isinstance(c, type) and issubclass(c, SegmentationData)}
+
+
+def test_every_data_set_says_which_classes_are_scored():
+    scored = {c.__name__: c.SCORED for c in classes_of_files() if c.SCORED}
+    assert scored == {"LabelMeFacade": ("Sky", "Building", "Road", "Pavement", "Tree", "Car")}
+    assert Toy(length=1).SCORED == () and {*scored["LabelMeFacade"]} < {*LabelMeFacade.CLASSES}
+
+
+def test_every_data_set_takes_another_label_space(tmp_path):
+    options = {"folder.Folder": {"classes": CLASSES}, "acdc.ACDC": {"condition": "fog"}}
+    for name, path in LAYOUTS.items():
+        save(tmp_path / name / path, picture())
+        spec = {"name": name, "labels": False, **options.get(name, {})}
+        own = build("datasets", spec, root=str(tmp_path / name), seed=0).CLASSES
+        space = {"last": [own[-1]], "none": [], "others": list(own[:-1])}
+        made = build("datasets", {**spec, "label_space": space}, root=str(tmp_path / name), seed=0)
+        assert made.CLASSES == ("last", "none", "others") and made.SCORED[-1] == "others", name
+
+
+def test_toy_scenes_can_be_read_in_another_label_space(tmp_path):
+    space = {"far": ["Sky", "Building"], "rail": [], "ground": ["Pavement", "Road"]}
+    own, data = (Toy(domain="fog", length=2, size=[24, 32], label_space=s) for s in (None, space))
+    table = np.full(256, 255)
+    table[[0, 1, 3, 4]] = 0, 0, 2, 2
+    for index in range(2):
+        label = data.load(index)[1]
+        assert np.array_equal(label, table[own.load(index)[1]]) and np.array_equal(label, data.load_label(index))
+    assert (data.CLASSES, data.SCORED) == (("far", "rail", "ground"), ("far", "ground"))
+    assert (own.PALETTE[0], (160, 160, 160), own.PALETTE[4]) == data.PALETTE
+    counts = [class_counts(dataset, tmp_path).sum(0) for dataset in (own, data)]
+    assert counts[1].tolist() == [counts[0][:2].sum(), 0, counts[0][3:5].sum()]
+    assert (Toy(length=1, labels=False, label_space=space)[0]["label"] == 255).all()
+
+
+def test_folder_colours_are_read_before_the_label_space(tmp_path):
+    save(tmp_path / "images" / "train" / "a.jpg", picture())
+    save(tmp_path / "labels" / "train" / "a.png", rows((9, 0, 0), (0, 9, 0), (0, 0, 0)))
+    options = {"classes": ["x", "y"], "palette": [[9, 0, 0], [0, 9, 0]], "color_labels": True}
+    data = Folder(root=tmp_path, label_space={"v": ["y"], "u": ["x"]}, **options)
+    assert column(data[0]["label"])[:3] == [1, 0, 255] and data.PALETTE == ((0, 9, 0), (9, 0, 0))
 
 
 # --- augmentation is a function of (seed, sample) ------------------------------------------------------------------
@@ -403,19 +536,20 @@ def test_a_stylised_copy_of_another_size_is_named(tmp_path):
 
 LAYOUTS = {
     "acdc.ACDC": "rgb_anon/fog/train/GP1/1_rgb_anon.png",
+    "bdd100k.BDD100K": "images/10k/train/1.jpg",
     "camvid.CamVid": "images/train/1.png",
     "cityscapes.Cityscapes": "leftImg8bit/train/ulm/1_leftImg8bit.png",
     "folder.Folder": "images/train/1.jpg",
     "gta5.GTA5": "images/1.png",
+    "labelmefacade.LabelMeFacade": "images/train/1.jpg",
+    "mapillary.Mapillary": "training/images/1.jpg",
     "synthia.Synthia": "RGB/1.png",
 }
 
 
 def test_every_data_set_of_files_reads_stylised_copies(tmp_path):
-    names = [m.name for m in pkgutil.iter_modules(datasets.__path__)]
-    members = [c for n in names for c in vars(importlib.import_module(f"datasets.{n}")).values()]
-    own = [c for c in members if isinstance(c, type) and issubclass(c, SegmentationData)]
-    assert {f"{c.__module__[9:]}.{c.__name__}" for c in own} - {"base.SegmentationData", "toy.Toy"} == {*LAYOUTS}
+    own = {f"{c.__module__[9:]}.{c.__name__}" for c in classes_of_files()}
+    assert own - {"base.SegmentationData", "toy.Toy"} == {*LAYOUTS}
     options = {"folder.Folder": {"classes": CLASSES}, "acdc.ACDC": {"condition": "fog"}}
     for name, path in LAYOUTS.items():
         root = tmp_path / name
@@ -514,6 +648,52 @@ def test_camvid_real_data_has_the_published_numbers():
     assert sample["image"].shape == (3, 360, 480) and set(sample["label"].unique().tolist()) <= {*range(11), 255}
     target = CamVid(root=REAL, split="train_dusk", labels=False)
     assert all(path is None for _, path in target.samples) and (target[0]["label"] == 255).all()
+
+
+def test_camvid_can_be_read_in_another_label_space(tmp_path):
+    road, bus, child, void = (128, 64, 128), (192, 128, 192), (192, 128, 64), (0, 0, 0)
+    original(tmp_path, "0006R0_f00930", road, bus, child, void)
+    space = {"thing": ["Car", "Pedestrian"], "animal": [], "ground": ["Road", "Pavement"]}
+    data = CamVid(root=tmp_path, label_space=space)
+    assert column(data[0]["label"])[:4] == [2, 0, 0, 255] and data.SCORED == ("thing", "ground")
+
+
+# --- LabelMeFacade -------------------------------------------------------------------------------------------------
+
+
+def facade(root, *ids, split="test"):
+    save(root / "images" / split / "a.jpg", picture())
+    save(root / "labels" / split / "a.png", rows(*ids))
+    return root
+
+
+def test_labelmefacade_has_six_of_the_classes_of_camvid(tmp_path):
+    data = LabelMeFacade(root=facade(tmp_path, 0, 1, 3, 4, 5, 8, 255), split="test")
+    assert column(data[0]["label"])[:7] == [0, 1, 3, 4, 5, 8, 255]
+    assert (data.CLASSES, data.PALETTE) == (CamVid.CLASSES, CamVid.PALETTE)
+    assert [data.CLASSES.index(name) for name in data.SCORED] == [0, 1, 3, 4, 5, 8]
+    save(tmp_path / "labels" / "test" / "a.png", rows(0, 2, 11))
+    with pytest.raises(DataError, match=r"a.png holds the ids \[2, 11\], which LabelMeFacade"):
+        data[0]
+
+
+def test_labelmefacade_missing_labels_and_splits_are_named(tmp_path):
+    facade(tmp_path, 0)
+    with pytest.raises(DataError, match=r"LabelMeFacade has no split 'val': the folders in .*images are test$"):
+        LabelMeFacade(root=tmp_path, split="val")
+    (tmp_path / "labels" / "test" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"LabelMeFacade test: 1 of 1 labels do not exist, such as .*test/a.png"):
+        LabelMeFacade(root=tmp_path, split="test")
+    assert LabelMeFacade(root=tmp_path, split="test", labels=False).samples[0][1] is None
+
+
+@pytest.mark.skipif(not FACADES.is_dir(), reason="the images of LabelMeFacade are not here")
+def test_labelmefacade_real_data_has_the_published_shares(tmp_path):
+    train, test = (LabelMeFacade(root=FACADES, split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (60, 320) and max(test[0]["label"].shape) == 480
+    counts = class_counts(train, tmp_path).sum(0)
+    pixels = sum(train.load_label(i).size for i in range(60))
+    assert (100 * counts / pixels).round(2).tolist() == [13.09, 41.54, 0, 22.21, 4.57, 8.73, 0, 0, 5.5, 0, 0]
 
 
 # --- Folder --------------------------------------------------------------------------------------------------------
@@ -661,6 +841,17 @@ def test_check_counts_and_draws(tmp_path, capsys):
     for name in ("train", "val", "augmented"):
         drawn = tmp_path / "run" / "check" / f"{name}.png"
         assert str(drawn) in text and read_image(drawn).std() > 10
+
+
+def test_check_measures_the_classes_of_the_label_space(tmp_path, capsys):
+    with_lists(tmp_path)
+    space = "{up: [Sky], down: [Bicyclist], far: []}"
+    (tmp_path / "c.yaml").write_text(f"data: {{workers: 0, val: {{name: camvid.CamVid, label_space: {space}}}}}")
+    check.main([str(tmp_path / "c.yaml"), f"data.root={tmp_path}", f"folder={tmp_path / 'run'}"])
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["0", "up", "37.500%", "2"] in lines and ["1", "down", "37.500%", "2"] in lines
+    assert "never occur: far" in text and "problems: 0" in text
 
 
 def test_check_says_which_pictures_it_reads(tmp_path, capsys):

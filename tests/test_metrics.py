@@ -78,6 +78,31 @@ def test_a_subset_with_an_unknown_class_is_an_error():
         ConfusionMatrix(CLASSES, {"mIoU2": ["road", "grass"]})
 
 
+def test_classes_that_are_not_scored_have_no_values_but_predicting_them_is_an_error():
+    counts = [[3, 1, 2], [0, 4, 0], [0, 0, 0]]  # two pixels of road are taken for sky, which never occurs
+    plain, scored = filled(counts), filled(counts, scored=["road", "tree"], subsets={"top": ["tree", "sky"]})
+    assert scored.matrix.tolist() == counts
+    values, summary = scored.per_class(), scored.summary()
+    assert all(math.isnan(values[name][2]) for name in ("IoU", "Acc", "F1"))
+    assert values["IoU"][:2].tolist() == pytest.approx([3 / 6, 4 / 5])
+    assert values["Acc"][:2].tolist() == pytest.approx([3 / 6, 1])
+    assert summary["mIoU"] == pytest.approx(100 * (3 / 6 + 4 / 5) / 2) and summary["top"] == pytest.approx(80)
+    assert plain.summary()["mIoU"] == pytest.approx(100 * (3 / 6 + 4 / 5 + 0) / 3)
+    assert summary["aAcc"] == plain.summary()["aAcc"] == pytest.approx(70)
+    lines = scored.table().splitlines()
+    assert lines[3].split()[:4] == ["sky", "-", "-", "-"] and "mean over 2 of 3 classes" in lines[-1]
+    assert json.loads(json.dumps(scored.as_dict(), allow_nan=False))["IoU"][2] is None
+
+
+def test_a_class_that_is_not_scored_has_no_values_even_where_it_occurs():
+    assert filled([[1, 0, 0], [0, 1, 0], [0, 0, 1]], scored=["sky"]).per_class()["IoU"].isnan().tolist() == [1, 1, 0]
+
+
+def test_an_unknown_class_to_score_is_an_error():
+    with pytest.raises(UserError, match=r"SCORED names the class 'grass'; the data set has road, tree, sky"):
+        ConfusionMatrix(CLASSES, scored=["grass"])
+
+
 def test_updates_add_up():
     predictions, labels = torch.randint(0, 3, (2, 4, 5)), torch.randint(0, 3, (2, 4, 5))
     once, twice = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES)
@@ -247,7 +272,7 @@ def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
 class Labelled:
     """Images whose labels may have another size than the image."""
 
-    CLASSES = CLASSES
+    CLASSES, SCORED = CLASSES, ()
 
     def __init__(self, length=5, scale=1):
         self.asked, self.length, self.scale = [], length, scale
@@ -286,3 +311,11 @@ def test_evaluate_scores_what_predict_says():
         scores = predict(network, sample["image"][None].float() / 255, options())
         expected.update(scores.argmax(1)[0].detach(), sample["label"].long())
     assert torch.equal(matrix.matrix, expected.matrix) and "ground" in matrix.summary()
+
+
+def test_evaluate_scores_the_classes_that_the_data_set_names():
+    class Two(Labelled):
+        SCORED = ("road", "sky")
+
+    matrix = evaluate(Pointwise(), Two(), options(), CPU, contextlib.nullcontext())
+    assert matrix.per_class()["IoU"].isnan().tolist() == [False, True, False] and "2 of 3 classes" in matrix.table()

@@ -8,14 +8,18 @@ import ast
 import importlib
 import inspect
 import itertools
+import json
 import pkgutil
 import re
+import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
@@ -71,6 +75,27 @@ def write_acdc(root):
     return {"root": str(root)}
 
 
+def write_bdd100k(root):
+    for i in range(2):
+        write_pair(root / f"images/train/{i}.jpg", root / f"labels/train/{i}_train_id.png", classes=19)
+    return {"root": str(root)}
+
+
+def write_mapillary(root):
+    for i in range(2):
+        write_pair(root / f"training/images/{i}.jpg", root / f"training/labels/{i}.png", classes=65)
+    return {"root": str(root)}
+
+
+def write_labelmefacade(root):
+    for i in range(2):
+        image, label = root / f"images/train/{i}.jpg", root / f"labels/train/{i}.png"
+        write_pair(image, label, classes=6)
+        ids = np.array([0, 1, 3, 4, 5, 8, 255], np.uint8)[np.array(Image.open(label)).clip(max=6)]
+        Image.fromarray(ids).save(label)
+    return {"root": str(root)}
+
+
 def write_pair(image, label, classes, size=(48, 70)):
     """A random picture and random ids with some ignored rows."""
     rng = np.random.default_rng(0)
@@ -80,6 +105,16 @@ def write_pair(image, label, classes, size=(48, 70)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(content).save(path)
 
+
+TINY = Path(tempfile.mkdtemp())
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+for model, tower in {  # the smallest CLIPs
+    "tiny-RN": {"image_size": 64, "layers": [1, 1, 1, 2], "width": 16, "head_width": 64, "patch_size": None},
+    "tiny-ViT": {"image_size": 64, "layers": 6, "width": 32, "head_width": 16, "patch_size": 16},
+}.items():
+    (TINY / f"{model}.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": TEXT}))
+open_clip.add_model_config(TINY)
+torch.save({"vectors": torch.randn(5, 20), "classes": list("abcde")}, TINY / "text.pt")
 
 # What a class needs beyond its defaults to be small, or a function (folder) -> options that writes the files it reads.
 SMALL = {
@@ -97,6 +132,14 @@ SMALL = {
     "synthia.Synthia": write_synthia,
     "acdc.ACDC": write_acdc,
     "toy.Toy": {"size": [48, 70], "length": 3},
+    "bdd100k.BDD100K": write_bdd100k,
+    "mapillary.Mapillary": write_mapillary,
+    "labelmefacade.LabelMeFacade": write_labelmefacade,
+    "clip.ResNet": {"model": "tiny-RN"},
+    "clip.ViT": {"model": "tiny-ViT"},
+    "timm.Timm": {"model": "test_resnet"},
+    "text.Text": {"file": str(TINY / "text.pt"), "classes": list("abcde")},
+    "visual_text.VisualText": {"center": False},  # the centre is that of all classes
 }
 
 # Modules that hold no part of their package's kind.
@@ -105,6 +148,7 @@ HELPERS = {
     "datasets.check": "command line tool",
     "datasets.mixers": "views of domain adaptation, tested in test_mixers.py and test_uda.py",
     "datasets.sampler": "order of the samples",
+    "datasets.several": "several sets as one, tested in test_several.py",
     "datasets.statistics": "class counts, tested in test_sampler.py",
     "datasets.style": "styles of domain adaptation, tested in test_mixers.py",
     "datasets.toy_scene": "geometry of datasets.toy",
@@ -325,6 +369,17 @@ def member(name):
     return make("models.prototypes", name, num_classes=K, in_channels=D, seed=0)
 
 
+def update(member, batches):
+    """As a script does it: some members look at others."""
+    text = make("models.prototypes", "basis.OrthogonalBasis", num_classes=K, in_channels=D)
+    call(member.update, batches=batches, prototypes={"text": text}, step=5, iters=10)
+
+
+def fit(member, batches):
+    text = make("models.prototypes", "basis.OrthogonalBasis", num_classes=K, in_channels=D)
+    call(member.fit, batches=batches, prototypes={"text": text})
+
+
 def labelled(classes, batch=2, seed=0, dtype=torch.float32):
     """Features (B, D, h, w) and labels (B, h, w) of these classes; the first row is ignored."""
     generator = torch.Generator().manual_seed(seed)
@@ -346,7 +401,7 @@ def unchanged(module, state):
 def test_prototypes_have_the_shapes_of_the_family(name):
     prototypes = member(name)
     features, labels = labelled(range(K))
-    prototypes.update([(features, labels, None)])
+    update(prototypes, [(features, labels, None)])
     assert prototypes.score(features).shape == (2, K, 9, 7)
     assert prototypes.score(features).isfinite().all()
     assert prototypes.means().shape == (K, D)
@@ -357,7 +412,7 @@ def test_prototypes_have_the_shapes_of_the_family(name):
 def test_prototype_scores_have_a_gradient_and_keep_float64(name):
     prototypes = member(name)
     features, labels = labelled(range(K))
-    prototypes.update([(features, labels, None)])
+    update(prototypes, [(features, labels, None)])
     features = features.requires_grad_()
     (gradient,) = torch.autograd.grad((prototypes.score(features) ** 2).sum(), features)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -371,8 +426,8 @@ def test_prototype_state_lies_in_buffers_of_at_least_float32(name):
     prototypes = member(name)
     features, labels = labelled(range(K), dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        prototypes.update([(features, labels, None)])
-        prototypes.fit(lambda: [(features, labels, None)])
+        update(prototypes, [(features, labels, None)])
+        fit(prototypes, lambda: [(features, labels, None)])
     assert not list(prototypes.parameters())
     assert {key for key, _ in prototypes.named_buffers()} == {*prototypes.state_dict()}
     floating = [b for b in prototypes.buffers() if b.is_floating_point()]
@@ -383,10 +438,10 @@ def test_prototype_state_lies_in_buffers_of_at_least_float32(name):
 @MEMBERS
 def test_prototype_update_moves_only_classes_that_are_present(name):
     prototypes = member(name)
-    prototypes.fit(lambda: [(*labelled([0, 1, 2, 3], seed=1), None)])
+    fit(prototypes, lambda: [(*labelled([0, 1, 2, 3], seed=1), None)])
     state, means, seen = state_of(prototypes), prototypes.means().clone(), prototypes.seen.clone()
     features, labels = labelled([1, 3], seed=2)
-    prototypes.update(iter([(features.requires_grad_(), labels, None)]))
+    update(prototypes, iter([(features.requires_grad_(), labels, None)]))
     absent = [0, 2, 4]
     assert torch.equal(prototypes.means()[absent], means[absent])
     assert torch.equal(prototypes.seen[absent], seen[absent])
@@ -399,9 +454,9 @@ def test_prototype_update_moves_only_classes_that_are_present(name):
 def test_prototypes_that_an_update_leaves_alone_stay_through_fit(name):
     prototypes = member(name)
     state = state_of(prototypes)
-    prototypes.update([(*labelled(range(K)), None)])
+    update(prototypes, [(*labelled(range(K)), None)])
     if unchanged(prototypes, state):
-        prototypes.fit(lambda: [(*labelled(range(K)), None)])
+        fit(prototypes, lambda: [(*labelled(range(K)), None)])
         assert unchanged(prototypes, state)
 
 
@@ -409,13 +464,13 @@ def test_prototypes_that_an_update_leaves_alone_stay_through_fit(name):
 @pytest.mark.parametrize("empty", ["ignored", "no weight"])
 def test_prototype_update_without_labels_changes_nothing(name, empty):
     prototypes = member(name)
-    prototypes.update([(*labelled(range(K)), None)])
+    update(prototypes, [(*labelled(range(K)), None)])
     state = state_of(prototypes)
     features, labels = labelled(range(K), seed=1)
     if empty == "ignored":
-        prototypes.update([(features, torch.full_like(labels, 255), None)])
+        update(prototypes, [(features, torch.full_like(labels, 255), None)])
     else:
-        prototypes.update([(features, labels, torch.zeros(labels.shape))])
+        update(prototypes, [(features, labels, torch.zeros(labels.shape))])
     assert unchanged(prototypes, state)
 
 
@@ -431,8 +486,8 @@ def test_prototype_update_does_not_depend_on_micro_batches_and_counts_weights(na
         [(torch.where(labels[:, None] == 255, 7.0, features), labels, ones / 2)],
     ):
         prototypes = member(name)
-        prototypes.update([(*labelled(range(K), seed=1), None)])
-        prototypes.update(batches)
+        update(prototypes, [(*labelled(range(K), seed=1), None)])
+        update(prototypes, batches)
         results.append(prototypes.means())
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
@@ -442,7 +497,7 @@ def test_prototype_update_does_not_depend_on_micro_batches_and_counts_weights(na
 def test_prototypes_come_back_from_a_state_dict(name):
     prototypes, other = member(name), member(name)
     features, labels = labelled(range(K))
-    prototypes.fit(lambda: [(features, labels, None)])
+    fit(prototypes, lambda: [(features, labels, None)])
     for buffer in other.buffers():
         if buffer.is_floating_point():
             nn.init.normal_(buffer)
@@ -465,7 +520,8 @@ def evaluate(name, classes, dtype=torch.float32):
         features = torch.randn(2, D, 9, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         ids = torch.tensor(classes)[torch.randint(len(classes), (2, 18, 14), generator=generator)]
         ids[:, :4] = 255
-        outputs[view], labels[view] = Output(logits, features, {}), ids
+        aux = {"embedding": F.normalize(features, dim=1), "prototypes": logits[:, :, :4, :5].flatten(2)}
+        outputs[view], labels[view] = Output(logits, features, aux), ids
         samples[view] = torch.tensor([4, 9]) + number
         leaves += [logits, features]
     valid = {view: (ids != 255).sum() for view, ids in labels.items()}
@@ -473,10 +529,12 @@ def evaluate(name, classes, dtype=torch.float32):
     drawn = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(dtype) for leaf in leaves[:2]]
     teacher = Output(*drawn, {})
     members = {"classifier": make("models.classifiers", "linear.Linear", in_channels=D, num_classes=K).to(dtype)}
+    members |= {name: make("models.prototypes", "basis.OrthogonalBasis", in_channels=D, num_classes=K).to(dtype)
+                for name in ("text", "visual")}  # fmt: skip
     loss = make("losses", name, num_classes=K, in_channels=D, seed=0)
     value = call(
-        loss, outputs=outputs, labels=labels, weights=kept, valid=valid, samples=samples, prototypes=members, step=0,
-        teacher=teacher, iters=10,
+        loss, outputs=outputs, labels=labels, weights=kept, valid=valid, samples=samples, prototypes=members, step=5,
+        teacher=teacher, iters=10, tower=drawn[1],
     )  # fmt: skip
     return value, leaves
 
@@ -594,6 +652,7 @@ LEAVES = ("engine.distributed", "engine.statistics", "engine.weights", "engine.e
 EXTRA = {  # beside its own folder and the leaves
     "models": ("models.blocks",),
     "models.classifiers": ("models.prototypes",),
+    "models.prototypes.text": ("models.backbones.clip",),  # the command that makes its file
     "losses.self_training": ("engine.inference",),
     "datasets.check": ("engine.build", "engine.config", "engine.pictures"),
 }

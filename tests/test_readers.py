@@ -1,4 +1,4 @@
-"""Cityscapes, GTA5, SYNTHIA and ACDC on tiny files in their official formats."""
+"""Cityscapes, GTA5, SYNTHIA, ACDC, BDD100K and Mapillary Vistas on tiny files in their official formats."""
 
 import struct
 import zlib
@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import acdc, cityscapes, gta5, synthia
+from datasets import acdc, bdd100k, camvid, cityscapes, gta5, mapillary, synthia
 from datasets.acdc import ACDC
 from datasets.base import DataError
+from datasets.bdd100k import BDD100K
 from datasets.cityscapes import Cityscapes
 from datasets.gta5 import GTA5
+from datasets.mapillary import Mapillary
+from datasets.statistics import class_counts
 from datasets.synthia import Synthia
 from engine.build import build
 from engine.config import load
@@ -88,9 +91,9 @@ def city_frame(root, frame, ids=RAW, kind="labelIds", split="train"):
 
 
 def test_cityscapes_tables_are_the_official_ones():
-    for module in (cityscapes, gta5, synthia, acdc):
+    for module in (cityscapes, gta5, synthia, acdc, bdd100k, mapillary):
         assert list(module.CLASSES) == NAMES and list(module.PALETTE) == COLORS
-    for data in (Cityscapes, GTA5, Synthia, ACDC):
+    for data in (Cityscapes, GTA5, Synthia, ACDC, BDD100K, Mapillary):
         assert list(data.CLASSES) == NAMES and list(data.PALETTE) == COLORS
     assert len(TRAIN_ID) == 34
     assert Cityscapes.ID_MAP == ACDC.ID_MAP == TRAIN_ID | {255: 255}
@@ -414,13 +417,209 @@ def test_acdc_unknown_conditions_splits_and_missing_labels_are_named(tmp_path):
         ACDC(root=tmp_path, split="val")
 
 
-# --- what all four share ---------------------------------------------------------------------------------------------
+# --- BDD100K ---------------------------------------------------------------------------------------------------------
+
+
+def drive_frame(root, name, newer, ids=CONVERTED, split="val"):
+    images, labels, suffix = ("images/10k", "labels/sem_seg/masks", "") if newer else ("images", "labels", "_train_id")
+    picture(root / images / split / f"{name}.jpg", len(ids))
+    grey(root / labels / split / f"{name}{suffix}.png", ids)
+    return root
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_bdd100k_both_layouts_hold_train_ids(tmp_path, newer):
+    for name in ("b1d0a191-65deaeef", "7d128593-0ccfea4c"):
+        drive_frame(tmp_path, name, newer)
+    drive_frame(tmp_path, "0a0a0b1a-7c39d841", newer, split="train")
+    data = BDD100K(root=tmp_path, split="val")
+    assert [image.stem for image, _ in data.samples] == ["7d128593-0ccfea4c", "b1d0a191-65deaeef"]
+    assert row(data) == row(data, 1) == CONVERTED and len(BDD100K(root=tmp_path)) == 1
+    folder = "labels/sem_seg/masks/val" if newer else "labels/val"
+    assert {label.parent.relative_to(tmp_path).as_posix() for _, label in data.samples} == {folder}
+
+
+def test_bdd100k_newer_images_are_those_of_the_10k_folder(tmp_path):
+    """The newer release has the 100,000 images of detection beside the 10,000 of segmentation."""
+    picture(drive_frame(tmp_path, "a", True) / "images" / "100k" / "val" / "b.jpg", 20)
+    assert [image.stem for image, _ in BDD100K(root=tmp_path, split="val").samples] == ["a"]
+
+
+@pytest.mark.parametrize("newer, name", [(False, "masks.png"), (True, "masks_train_id.png")])
+def test_bdd100k_either_name_of_a_label_is_found_in_either_layout(tmp_path, newer, name):
+    drive_frame(tmp_path, "masks", newer)
+    (official,) = tmp_path.rglob("labels/**/*.png")
+    official.rename(official.with_name(name))
+    assert row(BDD100K(root=tmp_path, split="val")) == CONVERTED
+
+
+@pytest.mark.parametrize("newer, name", [(False, "labels/val/b_train_id.png"), (True, "sem_seg/masks/val/b.png")])
+def test_bdd100k_missing_labels_splits_and_unknown_ids_are_named(tmp_path, newer, name):
+    drive_frame(tmp_path, "a", newer, [0, 18, 19])
+    with pytest.raises(DataError, match=r"holds the ids \[19\], which BDD100K \(19 classes\)"):
+        BDD100K(root=tmp_path, split="val")[0]
+    picture(tmp_path / ("images/10k" if newer else "images") / "val" / "b.jpg", 3)
+    with pytest.raises(DataError, match=f"BDD100K val: 1 of 2 labels do not exist, such as .*{name}"):
+        BDD100K(root=tmp_path, split="val")
+    assert len(BDD100K(root=tmp_path, split="val", labels=False)) == 2
+    with pytest.raises(DataError, match=r"BDD100K has no split 'test': the folders in .*images.* are val$"):
+        BDD100K(root=tmp_path, split="test", labels=False)
+
+
+# --- Mapillary Vistas ------------------------------------------------------------------------------------------------
+
+# The train ids of the ids 0 to 65, ten to a line; a dot is ignore.
+VISTAS = {
+    "strict": """
+        .  .  1  4  .  .  3  .  .  .
+        .  .  .  0  .  1  .  2  .  11
+        12 12 12 .  0  .  .  10 .  9
+        8  .  .  .  .  .  .  .  .  .
+        .  0  .  .  .  5  .  5  6  .
+        7  .  18 .  15 13 .  17 16 .
+        .  14 .  .  .  .
+    """,
+    "wide": """
+        .  .  1  4  .  .  3  0  0  1
+        0  1  .  0  0  1  .  2  .  11
+        12 12 12 0  0  .  .  10 .  9
+        8  .  .  .  .  .  .  .  .  .
+        .  .  .  .  5  5  7  5  6  7
+        7  .  18 .  15 13 .  17 16 .
+        .  14 .  .  .  .
+    """,
+}
+VISTAS = {name: [255 if cell == "." else int(cell) for cell in text.split()] for name, text in VISTAS.items()}
+VISTAS_IDS = [*range(66)]
+
+
+def vista(root, name="_1Gn_xkw7sa_i9GU4mkxxQ", ids=VISTAS_IDS, labels="labels", split="validation"):
+    picture(root / split / "images" / f"{name}.jpg", len(ids))
+    if labels:
+        palette_png(root / split / labels / f"{name}.png", ids)
+    return root
+
+
+@pytest.mark.parametrize("ids", VISTAS)
+@pytest.mark.parametrize("labels", ["labels", "v1.2/labels"])
+def test_mapillary_maps_all_66_ids_in_both_arrangements(tmp_path, ids, labels):
+    assert len(VISTAS[ids]) == 66 and {*VISTAS[ids]} == {*range(19), 255}
+    assert row(Mapillary(root=vista(tmp_path, labels=labels), split="validation", ids=ids)) == VISTAS[ids]
+    vista(tmp_path, labels=labels, split="training")
+    assert row(Mapillary(root=tmp_path, ids=ids)) == VISTAS[ids]
+
+
+def test_mapillary_reads_the_strict_ids_unless_told_otherwise(tmp_path):
+    assert row(Mapillary(root=vista(tmp_path), split="validation")) == VISTAS["strict"] != VISTAS["wide"]
+    with pytest.raises(DataError, match="ids 'broad', long_side 0: strict or wide"):
+        Mapillary(root=tmp_path, split="validation", ids="broad")
+
+
+def test_mapillary_labels_of_version_2_are_never_read(tmp_path):
+    vista(tmp_path, labels="v2.0/labels", ids=[21] * 66)
+    with pytest.raises(
+        DataError, match=r"validation has labels of v2.0 alone, whose ids differ; those of v1.2 are read"
+    ):
+        Mapillary(root=tmp_path, split="validation")
+    assert len(Mapillary(root=tmp_path, split="validation", labels=False)) == 1
+    vista(tmp_path, labels="v1.2/labels")
+    assert row(Mapillary(root=tmp_path, split="validation")) == VISTAS["strict"]
+    vista(tmp_path / "moved", ids=[0, 123])  # v2.0 in the place of the original release
+    with pytest.raises(DataError, match=r"labels/_1Gn.*png holds the id 123, but v1.2 has 0 to 65: labels of v2.0"):
+        Mapillary(root=tmp_path / "moved", split="validation")[0]
+
+
+def test_mapillary_missing_labels_and_splits_are_named(tmp_path):
+    vista(vista(tmp_path, "b", labels="v1.2/labels"), "a", labels=None)
+    with pytest.raises(DataError, match=r"Mapillary validation: 1 of 2 labels .*validation/v1.2/labels/a.png"):
+        Mapillary(root=tmp_path, split="validation")
+    vista(tmp_path, labels=None, split="testing")
+    with pytest.raises(DataError, match=r"1 of 1 labels do not exist, such as .*testing/labels/_1Gn.*png"):
+        Mapillary(root=tmp_path, split="testing")
+    assert {*row(Mapillary(root=tmp_path, split="testing", labels=False))} == {255}
+    with pytest.raises(DataError, match=r"Mapillary has no split 'val': the folders in .* are testing, validation$"):
+        Mapillary(root=tmp_path, split="val")
+
+
+def test_mapillary_converted_labels_are_train_ids(tmp_path):
+    vista(tmp_path, "a", CONVERTED)
+    grey(tmp_path / "train_ids" / "validation" / "a.png", CONVERTED)
+    options = {"root": tmp_path, "split": "validation", "train_ids": "train_ids/{split}"}
+    assert row(Mapillary(**options)) == row(Mapillary(ids="wide", **options)) == CONVERTED
+    assert row(Mapillary(root=tmp_path, split="validation", labels=False)) == [255] * 20
+    grey(tmp_path / "train_ids" / "validation" / "a.png", range(20))
+    with pytest.raises(DataError, match=r"a.png holds the ids \[19\].*converted to class ids"):
+        Mapillary(**options)[0]
+    with pytest.raises(DataError, match=r"a.png holds the id 255, .* set train_ids to their folder"):
+        Mapillary(root=grey(tmp_path / "validation" / "labels" / "a.png", CONVERTED).parents[2], split="validation")[0]
+
+
+def big(root, width=60, height=40):
+    """Stripes of one pixel, black and white; the label is road on the left half, sky on the right."""
+    stripes = np.zeros((height, width, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save((vista(root, "a") / "validation" / "images" / "a.jpg"), quality=100, subsampling=0)
+    save(root / "validation" / "labels" / "a.png", np.repeat([[13] * (width // 2) + [27] * (width // 2)], height, 0))
+    return {"root": root, "split": "validation"}
+
+
+def test_mapillary_long_side_reduces_image_and_label_alike(tmp_path):
+    options = big(tmp_path)
+    for long_side, size in ((0, (40, 60)), (60, (40, 60)), (2048, (40, 60)), (30, (20, 30)), (20, (13, 20))):
+        data = Mapillary(long_side=long_side, **options)
+        image, label = data.load(0)
+        assert image.shape == (*size, 3) and label.shape == size and image.dtype == label.dtype == np.uint8
+        assert np.array_equal(data.load_label(0), label)
+        assert (label[:, : size[1] // 2] == 0).all() and (label[:, size[1] // 2 :] == 10).all()
+        if size[1] < 60:  # without antialiasing every second or third column would be black or white
+            assert abs(image[:, 1:-1].astype(float) - 127.5).max() < 30
+        else:
+            assert image[:, ::2].min() > 200 and image[:, 1::2].max() < 50
+
+
+def test_mapillary_reduced_portraits_keep_their_ratio_and_take_the_labels_in_the_middle(tmp_path):
+    ids = np.full((60, 36), 65)
+    ids[2::5] = np.arange(13, 25)[:, None]  # the middle row of each five
+    save(tmp_path / "validation" / "images" / "a.jpg", np.zeros((60, 36, 3)))
+    save(tmp_path / "validation" / "labels" / "a.png", ids)
+    data = Mapillary(root=tmp_path, split="validation", long_side=12)
+    image, label = data.load(0)
+    assert image.shape == (12, 7, 3) and label[:, 3].tolist() == VISTAS["strict"][13:25]
+
+
+def test_mapillary_maps_and_counts_have_the_reduced_size(tmp_path):
+    options = big(tmp_path / "data")
+    full, half = Mapillary(**options), Mapillary(long_side=30, **options)
+    for size, data in (((40, 60), full), ((20, 30), half)):
+        save(tmp_path / str(size[0]) / "validation" / "images" / "a.png", np.full(size, 7))
+        data.extra["map"] = tmp_path / str(size[0])
+        assert data[0]["extra"]["map"].shape == size
+    half.extra["map"] = tmp_path / "40"
+    with pytest.raises(DataError, match=r"sizes differ: .*a.jpg is 30x20, .*a.png is 60x40"):
+        half[0]
+    counts = [class_counts(data, tmp_path / "cache")[0].tolist() for data in (full, half, full)]
+    assert [count[0] for count in counts] == [1200, 300, 1200] and len({full.label_key(), half.label_key()}) == 2
+
+
+def test_mapillary_labels_of_another_shape_are_errors_at_any_size(tmp_path):
+    options = big(tmp_path)
+    save(tmp_path / "validation" / "labels" / "a.png", np.zeros((50, 60)))
+    for long_side in (0, 30):
+        with pytest.raises(DataError, match=r"sizes differ: .*images/a.jpg is .*labels/a.png is"):
+            Mapillary(long_side=long_side, **options)[0]
+    with pytest.raises(DataError, match="long_side -1"):
+        Mapillary(long_side=-1, **options)
+
+
+# --- what all of them share ------------------------------------------------------------------------------------------
 
 WRITERS = {
     Cityscapes: lambda root: city_frame(root, "ulm_000000_000019"),
     GTA5: lambda root: game_frame(root, "00001"),
     Synthia: lambda root: drawn_frame(root, "0000001"),
     ACDC: lambda root: [weather_frame(root, c, "GP1_frame_000001", split="train") for c in acdc.CONDITIONS],
+    BDD100K: lambda root: drive_frame(root, "a", newer=True, split="train"),
+    Mapillary: lambda root: vista(root, split="training"),
 }
 
 
@@ -432,6 +631,7 @@ def test_unlabelled_targets_never_look_at_labels(tmp_path, data, monkeypatch):
     monkeypatch.setattr(cityscapes, "existing", None)  # a call would fail
     monkeypatch.setattr(gta5, "existing", None)
     monkeypatch.setattr(acdc, "existing", None)
+    monkeypatch.setattr(bdd100k, "existing", None)
     unlabelled = data(root=tmp_path, labels=False)
     assert len(unlabelled) > 0 and all(label is None for _, label in unlabelled.samples)
     assert all(label is None for _, label in unlabelled.pairs())
@@ -443,6 +643,53 @@ def test_all_of_them_can_ignore_classes(tmp_path, data):
     WRITERS[data](tmp_path)
     plain = row(data(root=tmp_path))
     assert row(data(root=tmp_path, ignore=["road"])) == [255 if i == 0 else i for i in plain] != plain
+
+
+# --- the classes of another label space ------------------------------------------------------------------------------
+
+AS_CAMVID = {
+    "Sky": ["sky"],
+    "Building": ["building"],
+    "Pole": ["pole"],
+    "Road": ["road"],
+    "Pavement": ["sidewalk"],
+    "Tree": ["vegetation"],
+    "SignSymbol": ["traffic light", "traffic sign"],
+    "Fence": ["wall", "fence"],
+    "Car": ["car", "truck", "bus"],
+    "Pedestrian": ["person"],
+    "Bicyclist": ["rider", "bicycle"],
+}
+IN_CAMVID = [3, 4, 1, 7, 7, 2, 6, 6, 5, 255, 0, 9, 10, 8, 8, 8, 255, 255, 10]  # of the train ids
+MAPS = ROOT.parent / "shared" / "data" / "maps"
+
+
+@pytest.mark.parametrize("kind, ids", [("labelIds", RAW), ("labelTrainIds", CONVERTED)])
+def test_cityscapes_can_be_read_in_the_classes_of_camvid(tmp_path, kind, ids):
+    root = city_frame(tmp_path, "ulm_000000_000019", ids, kind)
+    data, expected = Cityscapes(root=root, label_space=AS_CAMVID), [*IN_CAMVID, *[255] * 237]
+    assert row(data) == [expected[i] for i in row(Cityscapes(root=root))]
+    assert data.CLASSES == camvid.CLASSES and data.SCORED == ()
+    assert data.PALETTE[6] == (250, 170, 30) and data.PALETTE[0] == (70, 130, 180)  # traffic light, sky
+
+
+@pytest.mark.skipif(not MAPS.is_dir(), reason="the maps between label spaces are not here")
+def test_the_map_from_cityscapes_to_camvid_is_the_one_in_the_file(tmp_path):
+    lines = [line.split() for line in (MAPS / "cityscapes19_to_camvid11.txt").read_text().splitlines()[1:]]
+    assert [name.replace("_", " ") for _, name, _ in lines] == NAMES
+    written = {name: [n.replace("_", " ") for _, n, i in lines if int(i) == c] for c, name in enumerate(camvid.CLASSES)}
+    assert written == AS_CAMVID
+    root = city_frame(tmp_path, "ulm_000000_000019", CONVERTED, "labelTrainIds")
+    assert row(Cityscapes(root=root, label_space=written)) == [*(int(i) for *_, i in lines), 255]
+
+
+def test_maps_to_another_label_space_compose_with_those_of_the_data_sets(tmp_path):
+    for data in (BDD100K, Mapillary):
+        WRITERS[data](tmp_path / data.__name__)
+        own = row(data(root=tmp_path / data.__name__))
+        assert row(data(root=tmp_path / data.__name__, label_space=AS_CAMVID)) == [
+            255 if i == 255 else IN_CAMVID[i] for i in own
+        ]
 
 
 # --- configurations --------------------------------------------------------------------------------------------------

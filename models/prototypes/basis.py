@@ -1,6 +1,7 @@
-"""Frozen orthogonal prototypes: algorithm 1 of "Frozen is better than learning" (Chen et al., PR 2024).
+"""Frozen prototypes that know nothing of their classes: orthogonal ones, algorithm 1 of "Frozen is better than
+learning" (Chen et al., PR 2024), and random directions.
 
-prototypes.basis: {name: basis.OrthogonalBasis, length: 1}
+prototypes.basis: {name: basis.OrthogonalBasis, length: 1}      prototypes.random: {name: basis.RandomDirections}
 """
 
 import torch
@@ -29,19 +30,13 @@ def orthogonal_rows(num_classes, dim, length):
     return (q * r.diagonal().sign()).T * length
 
 
-class OrthogonalBasis(nn.Module):
-    """K orthogonal vectors of one length; drawn from PyTorch's global generator, never updated, saved in the
-    checkpoint.
+class Frozen(nn.Module):
+    """K vectors that are never updated; saved in the checkpoint. `rows` (K, D)."""
 
-    Args:
-        length: T, the norm of every prototype.
-    """
-
-    def __init__(self, *, num_classes, in_channels, length: float = 1.0):
+    def __init__(self, rows):
         super().__init__()
-        rows = orthogonal_rows(num_classes, in_channels, length)
         self.register_buffer("vectors", rows.to(torch.get_default_dtype()))
-        self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
+        self.register_buffer("seen", torch.ones(len(rows), dtype=torch.bool))
 
     def means(self):
         """(K, D)."""
@@ -56,3 +51,22 @@ class OrthogonalBasis(nn.Module):
 
     def fit(self, batches):
         """Frozen: nothing changes."""
+
+
+class OrthogonalBasis(Frozen):
+    """K orthogonal vectors of one length, drawn from PyTorch's global generator.
+
+    Args:
+        length: T, the norm of every prototype.
+    """
+
+    def __init__(self, *, num_classes, in_channels, length: float = 1.0):
+        super().__init__(orthogonal_rows(num_classes, in_channels, length))
+
+
+class RandomDirections(Frozen):
+    """K unit vectors, uniform on the sphere and drawn from PyTorch's global generator: what remains of a text prototype
+    without the text (an ablation)."""
+
+    def __init__(self, *, num_classes, in_channels):
+        super().__init__(F.normalize(torch.randn(num_classes, in_channels, dtype=torch.float64), dim=1))

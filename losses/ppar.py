@@ -1,0 +1,343 @@
+"""PPAR-style domain generalisation: alignment of pixels to text prototypes, from easy to difficult, and reweighting.
+
+    model: {projector: {channels: 512}}
+    prototypes:
+      text: {name: text.Text, space: joint, view: none, file: PATH}
+      visual: {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
+    dg: {reweight: {name: ppar.Reweight}}
+    losses:
+      - {name: cross_entropy.CrossEntropy, by_weights: true}
+      - {name: ppar.Alignment, weight: 0.1}
+
+"Prototypical Progressive Alignment and Reweighting for Generalizable Semantic Segmentation" (Zhang et al., IEEE T-ITS
+2025). **Only its abstract was at hand, and no code is public: this file is a reconstruction**, and its constants are
+those of the authors' earlier work or our own. What the abstract says: (1) two prototypes per class, made by CLIP, the
+original text prototype T (OTP) and the visual text prototype U (VTP); (2) alignment from easy to difficult, "to reduce
+domain-variant information progressively instead of directly"; (3) learning weights by the reliability of the source
+data. How that became equations, with s the share of the training done, z the unit features of a pixel in the joint
+space (the projector's output), g those of CLIP's image tower, y its label and tau a temperature:
+
+    P(s) = norm((1 - omega) U + omega T)      omega = clip((s - 0.2) / 0.6, 0, 1)          order of the prototypes
+    d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                                       difficulty of a pixel
+    m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of each class                  order of the pixels
+    L    = sum m w CE(z P(s)^T / tau, y) / sum m w                                          Alignment
+    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y                          reliability
+    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)                                Reweight
+
+U is nearer to the pixels (easy), T has nothing of any domain but lies across the gap between text and images
+(difficult). The opposite order is as defensible, so it is an option. Weights are relative to the class: they say which
+pixels of a class count, not how much a class counts. Difficulty and reliability look at nearly the same thing (their
+correlation is 0.94 in a toy), so look at them one by one before stacking them.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import distributed
+from engine.errors import UserError
+from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
+
+BINS = 128  # of the difficulty, which lies in -1..3
+RAMP = 0.6  # share of the training after which no pixel is left out
+
+
+def precise(tensor):
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def progress(done, start, end):
+    """0 until `done` = start, 1 from end on, linear between them; shares of the training."""
+    return min(1.0, max(0.0, (done - start) / (end - start))) if end > start else float(done >= end)
+
+
+def embedding(outputs, view):
+    """Unit features z (B, D, h, w) of the joint space."""
+    if "embedding" not in outputs[view].aux:
+        raise UserError("losses of PPAR need a projector: set model.projector.channels to the dimension of the text")
+    return precise(outputs[view].aux["embedding"])
+
+
+def class_vectors(prototypes, name, fallback=None):
+    """Unit vectors (K, D) of a member, where it has seen a class, otherwise of `fallback`."""
+    for member in filter(None, (name, fallback)):
+        if member not in prototypes:
+            raise UserError(f"ppar needs the prototypes '{member}'; there are {', '.join(prototypes)}")
+    member = prototypes[name]
+    vectors = precise(member.means().detach())
+    if fallback is not None and name != fallback:
+        vectors = torch.where(member.seen[:, None], vectors, precise(prototypes[fallback].means().detach()))
+    return F.normalize(vectors, dim=-1, eps=1e-6)
+
+
+def cosines(unit, vectors):
+    """Unit features (B, D, N) with class vectors (K, D), or (B, K, D) of each image -> (B, K, N)."""
+    return torch.matmul(vectors.to(unit.dtype), unit)
+
+
+def at_labels(scores, labels):
+    """Scores (B, K, h, w) of the label of each pixel (B, H, W), taken from its nearest cell; 0 where there is none."""
+    (height, width), (k, h, w) = labels.shape[-2:], scores.shape[1:]
+    rows, columns = (torch.arange(n, device=labels.device) * m // n for n, m in ((height, h), (width, w)))
+    known = labels < k
+    place = (torch.where(known, labels, 0) * h + rows[:, None]) * w + columns
+    return scores.flatten(1).gather(1, place.flatten(1)).view(labels.shape) * known
+
+
+def class_means(values, labels, num_classes):
+    """Means (K) of values (B, H, W) over the pixels of each class in the batch of all processes; 1 for absent ones."""
+    total = 0
+    for value, label in zip(values, labels):  # image by image: K maps of the whole batch at image size would be large
+        sums, counts = class_sums(value[None, None], label[None], num_classes)
+        total = total + torch.cat([sums, counts[:, None]], 1)
+    sums, counts = distributed.all_reduce(total).unbind(1)
+    return torch.where(counts > 0, sums / counts.clamp_min(1), 1)
+
+
+def balanced(labels, lots, num_classes, count):
+    """Places (B, count) of pixels of labels (B, N), of each class in turn until none is left, by the order of `lots`
+    (B, N) within a class; pixels without a label come last."""
+    ids = torch.where(labels < num_classes, labels, num_classes)
+    keys, order = ((ids << 32) | lots).sort(1)
+    ids = keys >> 32
+    classes = torch.arange(num_classes + 1, device=ids.device).repeat(len(ids), 1)
+    starts = torch.searchsorted(ids, classes)  # of each class in the sorted row
+    n = ids.shape[1]
+    turn = torch.where(ids < num_classes, torch.arange(n, device=ids.device) - starts.gather(1, ids), n)
+    return order.gather(1, (turn * (num_classes + 1) + ids).topk(count, 1, largest=False).indices)
+
+
+class Reweight(nn.Module):
+    """Weights of the source's pixels by their reliability (dg.reweight; the module docstring has the equation).
+
+    Args:
+        view: the view that is weighted.
+        easy, hard: members; reliability is measured with `easy`, and with `hard` for classes that it has not seen.
+        source: whose features tell: the student's, CLIP's image tower's (`dg.tower`), or both, half and half.
+        alpha: exponent; 0 makes all weights 1.
+        low, high: bounds of a weight.
+        temperature: tau, of the student's features.
+        scale: kappa, of CLIP's.
+        warmup: share of the training in which weights move from 1 to their value.
+        level: "pixel", or "image" for the mean of an image, relative to the batch.
+    Raises:
+        ValueError: bounds that do not hold 1.
+        UserError, from `after`: there is no projector, no such member or no image tower.
+    """
+
+    # fmt: off
+    def __init__(
+        self, *, view: str = "source", easy: str = "visual", hard: str = "text",
+        source: Literal["clip", "student", "both"] = "student", alpha: float = 1.0, low: float = 0.2, high: float = 2.0,
+        temperature: float = 0.1, scale: float = 100.0, warmup: float = 0.1, level: Literal["pixel", "image"] = "pixel",
+    ):
+        # fmt: on
+        super().__init__()
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(f"low={low} and high={high} must lie on either side of 1")
+        self.view, self.easy, self.hard, self.source, self.level = view, easy, hard, source, level
+        self.alpha, self.low, self.high, self.warmup = alpha, low, high, warmup
+        self.temperature, self.scale = temperature, scale
+
+    def reliability(self, unit, labels, vectors, scale):
+        """softmax(scale features vectors^T)_y: features (B, D, h, w), labels (B, H, W) -> (B, H, W)."""
+        scores = cosines(unit.flatten(2), vectors).unflatten(2, unit.shape[-2:])
+        return at_labels((scores * scale).softmax(1), labels)
+
+    def relative(self, trust, labels, num_classes):
+        """r (B, H, W) -> r^alpha over its mean in the class; 0 where there is no label."""
+        known = labels < num_classes
+        trust = torch.where(known, trust, 1) ** self.alpha
+        means = class_means(trust, labels, num_classes)
+        return trust / means.to(trust)[labels.clamp(0, num_classes - 1)] * known
+
+    def after(self, outputs, labels, prototypes, step, iters, tower=None):
+        """No labels, and {view: weights (B, H, W)}; 0 for pixels without a label."""
+        labels = labels[self.view]
+        with torch.autocast(labels.device.type, enabled=False):
+            vectors = self.vectors(outputs, prototypes)
+            parts = []
+            if self.source != "clip":
+                unit = embedding(outputs, self.view).detach()
+                parts.append(self.reliability(unit, labels, vectors, 1 / self.temperature))
+            if self.source != "student":
+                if tower is None:
+                    raise UserError(f"ppar.Reweight with source: {self.source} needs CLIP's image tower: set dg.tower")
+                parts.append(self.reliability(precise(tower), labels, vectors, self.scale))
+            trust = sum(parts) / len(parts)
+            known = (labels != IGNORE).to(trust.dtype)
+            weights = self.relative(trust, labels, vectors.shape[-2]).clamp(self.low, self.high)
+            if self.level == "image":
+                pixels = known.sum((1, 2)).clamp_min(1)
+                image = (weights * known).sum((1, 2)) / pixels
+                weights = (image / distributed.mean(image.mean()))[:, None, None]
+            ramp = min(1.0, step / (self.warmup * iters)) if self.warmup else 1.0
+            return {}, {self.view: (1 + ramp * (weights - 1)) * known}
+
+    def vectors(self, outputs, prototypes):
+        if self.easy == "attention":
+            return precise(outputs[self.view].aux["prototypes"].detach())
+        return class_vectors(prototypes, self.easy, self.hard)
+
+
+class Alignment(nn.Module):
+    """Pixels to prototypes, the module docstring's L. Only the network learns: its features, and its attention if
+    there is one; no gradient reaches a member of the prototype family.
+
+    Args:
+        view: the view whose embedding is aligned.
+        easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes of each image
+            (models/text_attention.py). Classes that `easy` has not seen take `hard`.
+        order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy" or "hard".
+        start, end: shares of the training between which one prototype becomes the other.
+        curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps all at all times.
+        granularity: "pixel", or "coarse_to_fine" for the class means of the batch first, and pixels as omega grows.
+        temperature: tau.
+        samples: most pixels of an image, of all its classes alike.
+        ramp: share of the training in which the loss grows from 0 to its weight.
+    Raises:
+        ValueError: shares outside 0..1, or no temperature.
+        UserError, from `forward`: there is no projector or no such member.
+    """
+
+    # fmt: off
+    def __init__(
+        self, *, num_classes, seed=0, view: str = "source", easy: str = "visual", hard: str = "text",
+        order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
+        start: float = 0.2, end: float = 0.8, curriculum: float = 0.5,
+        granularity: Literal["pixel", "coarse_to_fine"] = "pixel", temperature: float = 0.1, samples: int = 4096,
+        ramp: float = 0.05,
+    ):
+        # fmt: on
+        super().__init__()
+        if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= end <= 1:
+            raise ValueError(
+                f"temperature must be above 0, curriculum in 0..1, and 0 <= start <= end <= 1, not {temperature}, "
+                f"{curriculum}, {start}, {end}"
+            )
+        self.num_classes, self.seed, self.view, self.easy, self.hard = num_classes, seed, view, easy, hard
+        self.order, self.start, self.end, self.curriculum = order, start, end, curriculum
+        self.granularity, self.temperature, self.samples, self.ramp = granularity, temperature, samples, ramp
+
+    def omega(self, done):
+        """Share of the second prototype after a share of the training."""
+        return progress(done, self.start, self.end)
+
+    def kept(self, done):
+        """Share of the pixels of each class that takes part."""
+        return min(1.0, self.curriculum + (1 - self.curriculum) * done / RAMP)
+
+    def targets(self, outputs, prototypes, done):
+        """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with `both`."""
+        hard = class_vectors(prototypes, self.hard)
+        if self.easy == "attention":
+            easy = precise(outputs[self.view].aux["prototypes"])
+        else:
+            easy = hard if self.order == "hard" else class_vectors(prototypes, self.easy, self.hard)
+        if self.order in ("easy", "hard", "both"):
+            return {"easy": [easy], "hard": [hard], "both": [easy, hard]}[self.order]
+        share = self.omega(done) if self.order == "easy_to_hard" else 1 - self.omega(done)
+        return [F.normalize((1 - share) * easy + share * hard, dim=-1, eps=1e-6)]
+
+    def forward(self, outputs, labels, weights, prototypes, samples, step, iters):
+        done = step / iters
+        unit = embedding(outputs, self.view)
+        with torch.autocast(unit.device.type, enabled=False):
+            ids = resize_labels(labels[self.view], unit.shape[-2:]).flatten(1)  # (B, N)
+            trust = torch.ones_like(ids, dtype=unit.dtype)
+            if self.view in weights:
+                trust = resize_labels(weights[self.view], unit.shape[-2:]).flatten(1).to(unit.dtype)
+            unit = unit.flatten(2)
+            lots = pixel_hash(self.seed, samples[self.view], ids.shape[1])
+            place = balanced(ids, lots, self.num_classes, min(self.samples, ids.shape[1]))  # (B, n)
+            ids, trust = ids.gather(1, place), trust.gather(1, place)
+            unit = unit.gather(2, place[:, None].expand(-1, unit.shape[1], -1))  # (B, D, n)
+            targets = self.targets(outputs, prototypes, done)
+            loss = sum(self.align(unit, ids, trust, vectors, done) for vectors in targets) / len(targets)
+            return loss * (min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0)
+
+    def align(self, unit, ids, trust, vectors, done):
+        """Unit features (B, D, n), labels and weights (B, n), class vectors -> scalar."""
+        scores = cosines(unit, vectors)  # (B, K, n)
+        trust = trust * self.easiest(scores.detach(), ids, self.kept(done))
+        loss = F.cross_entropy(scores / self.temperature, ids, ignore_index=IGNORE, reduction="none") * trust
+        pixels = loss.sum() / distributed.mean(trust.sum()).clamp_min(1e-6)
+        if self.granularity == "pixel":
+            return pixels
+        share = self.omega(done)
+        return share * pixels + (1 - share) * self.align_means(unit, ids, trust, vectors)
+
+    def align_means(self, unit, ids, trust, vectors):
+        """The same for the mean of each class in the batch of all processes."""
+        sums, counts = class_sums(unit[..., None], ids[..., None], self.num_classes, trust[..., None], sync=True)
+        vectors = vectors.mean(0) if vectors.dim() == 3 else vectors
+        scores = F.normalize(sums, dim=1, eps=1e-6) @ vectors.to(sums.dtype).T / self.temperature
+        loss = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="none")
+        present = (counts > 0).to(loss.dtype)
+        return (loss * present).sum() / present.sum().clamp_min(1)
+
+    def easiest(self, scores, ids, share):
+        """Mask (B, n): the easiest `share` of the pixels of each class, to 1 / 128 of the range of the difficulty.
+
+        The order of the pixels comes from one histogram per class over all processes, so it does not depend on their
+        number; at least one pixel of a class that is there is kept.
+        """
+        known = ids < self.num_classes
+        own = torch.where(known, ids, 0)
+        mine = scores.gather(1, own[:, None])[:, 0]
+        others = scores.scatter(1, own[:, None], -torch.inf).amax(1)
+        difficulty = torch.where(known, 1 - mine + others, 0)
+        bins = ((difficulty + 1) * (BINS / 4)).long().clamp(0, BINS - 1)
+        histogram = torch.zeros((self.num_classes + 1) * BINS, dtype=torch.int64, device=ids.device)
+        place = torch.where(known, ids, self.num_classes) * BINS + bins
+        histogram.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
+        below = distributed.all_reduce(histogram).view(-1, BINS)[: self.num_classes].cumsum(1)  # (K, bins)
+        # The first bin up to which there are enough.
+        bound = (below < share * below[:, -1:]).sum(1)
+        return (known & (bins <= bound[own])).to(scores.dtype)
+
+
+class TextFidelity(nn.Module):
+    """The prototypes of each image stay those of their class (attention variant): CE(U_b T^T / tau, own class).
+
+    Args:
+        view: the view with the attention.
+        text: the member that T is taken from.
+        temperature: tau; 0.07 as in tqdm.
+    """
+
+    def __init__(self, *, view: str = "source", text: str = "text", temperature: float = 0.07):
+        super().__init__()
+        self.view, self.text, self.temperature = view, text, temperature
+
+    def forward(self, outputs, prototypes):
+        if "prototypes" not in outputs[self.view].aux:
+            raise UserError("ppar.TextFidelity needs prototypes of each image: set model.text_attention.layers")
+        with torch.autocast(outputs[self.view].logits.device.type, enabled=False):
+            own = precise(outputs[self.view].aux["prototypes"])  # (B, K, D)
+            scores = own @ class_vectors(prototypes, self.text).to(own.dtype).T / self.temperature
+            classes = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
+            return F.cross_entropy(scores.flatten(0, 1), classes)
+
+
+class FrozenFeatures(nn.Module):
+    """The student's mean embedding of an image stays near that of the frozen image tower: |mean z - mean g|^2, mean
+    over images. A complement to PPAR, after the regulariser of tqdm (Pak et al., ECCV 2024), which compares CLIP's
+    class tokens.
+
+    Args:
+        view: the view of the student; the tower sees the image without strong changes.
+    """
+
+    def __init__(self, *, view: str = "source"):
+        super().__init__()
+        self.view = view
+
+    def forward(self, outputs, tower):
+        unit = embedding(outputs, self.view)
+        with torch.autocast(unit.device.type, enabled=False):
+            mine, frozen = (F.normalize(x.mean((2, 3)), dim=1, eps=1e-6) for x in (unit, precise(tower)))
+            return (mine - frozen.to(mine)).square().sum(1).mean()

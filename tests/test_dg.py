@@ -1,0 +1,211 @@
+"""train_dg.py: resume, several processes, what reaches inference, what is frozen, and the protocol."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.build import restore
+from engine.config import load
+from engine.errors import UserError
+from engine.report import domain_table
+from tests.runs import ROOT, TINY_DG, assert_same_state, last, leaves, run, scalars, train
+
+ATTENTION = ("model.text_attention.layers=1", "losses.ppar.easy=attention")
+FIDELITY = (
+    "losses=[{name: cross_entropy.CrossEntropy}, {name: ppar.Alignment, easy: attention}, {name: ppar.TextFidelity}]"
+)
+
+
+def test_resuming_is_bitwise(tmp_path):
+    straight = train(tmp_path / "straight", config=TINY_DG)
+    train(tmp_path / "parts", config=TINY_DG)
+    checkpoint.list_steps(tmp_path / "parts")[0].unlink()
+    code, output = run(tmp_path / "parts", config=TINY_DG)
+    assert code == 0 and "resumed at step 3" in output, output
+    assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
+    one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    resumed = scalars(tmp_path / "parts")
+    assert {s: v["train/loss"] for s, v in resumed.items()} == {s: v["train/loss"] for s, v in straight.items()}
+    assert last(tmp_path / "parts")["prototypes"]["visual.seen"].any()
+
+
+def test_two_processes_equal_one(tmp_path):
+    exact = ("model.frozen_bn=[backbone, decoder, projector]", "model.decoder.dropout=0.0", "schedule.warmup=0")
+    exact += ("train.iters=3",)
+    exact += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}", "checkpoint.every=1")
+    exact += ("losses.ppar.granularity=coarse_to_fine", "dg.reweight.level=image")
+    for name, processes in (("one", 1), ("two", 2)):
+        code, output = run(tmp_path / name, *exact, processes=processes, double=True, config=TINY_DG)
+        assert code == 0, output
+    for step in (1, 3):
+        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        assert_same_state(one, two, 1e-10, ("model", "teacher", "prototypes", "optimizer"))
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for step in one:
+        for key in (key for key in one[step] if key.startswith(("train/loss", "dg/"))):
+            assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
+    matrices = [json.loads((tmp_path / name / "eval" / "fog.json").read_text())["matrix"] for name in ("one", "two")]
+    assert matrices[0] == matrices[1]
+
+
+def test_the_branch_changes_no_logit_at_inference(tmp_path):
+    train(tmp_path / "run", *ATTENTION, FIDELITY, config=TINY_DG)
+    path = checkpoint.list_steps(tmp_path / "run")[0]
+    network = restore(path, ["eval.weights=student"])[0]
+    image = torch.rand(1, 3, 32, 48)
+    expected = network.segment(image)
+    assert expected.aux == {}
+    network.projector = network.text_attention = None
+    assert torch.equal(network.segment(image).logits, expected.logits)
+
+
+def test_every_part_can_be_switched_off_and_then_nothing_of_it_is_left(tmp_path):
+    off = ("model.projector.channels=0", "prototypes={text: {name: none}, visual: {name: none}}", "train.iters=2")
+    off += ("dg.reweight={name: none}", "losses=[{name: cross_entropy.CrossEntropy}]")
+    steps = train(tmp_path / "plain", *off, config=TINY_DG)
+    assert not any("weight" in key or "ppar" in key for key in steps[1])
+
+
+OPTIONS = {
+    "order": ("losses.ppar.order=hard_to_easy",),
+    "text alone": ("losses.ppar.order=hard",),
+    "coarse to fine": ("losses.ppar.granularity=coarse_to_fine", "losses.ppar.curriculum=1"),
+    "images": ("dg.reweight.level=image",),
+    "styles": ("dg.style={name: style.ColorStats}", "dg.strong={name: mixers.ColorBlur}"),
+    "random text": ("prototypes.text={name: basis.RandomDirections, space: joint, view: none}",),
+    "student": ("prototypes.visual.view=source",),
+    "attention": (*ATTENTION, FIDELITY),
+    "centroids": ("prototypes.visual={name: centroids.Centroids, space: joint, view: teacher}",),
+    "accumulate": ("train.accumulate=2",),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains(tmp_path, name):
+    steps = train(tmp_path / "run", *OPTIONS[name], "train.iters=2", "eval.pictures=0", config=TINY_DG)
+    assert all(step["train/loss"] == step["train/loss"] for step in steps.values())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    scores = [results["results"][domain]["mIoU"] for domain in ("night", "fog")]
+    assert results["unseen_mIoU"] == pytest.approx(sum(scores) / 2) and results["seen"] == ["synthetic"]
+
+
+@pytest.fixture
+def tiny_clip(tmp_path):
+    """A small CLIP of open_clip, and a text of its joint space for the classes of the toy."""
+    from datasets.toy import Toy
+
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    tower = {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
+    config = {"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}
+    (tmp_path / "small-ViT.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    torch.save({"vectors": torch.randn(11, 24), "classes": list(Toy.CLASSES)}, tmp_path / "text.pt")
+    return (
+        "model.projector.channels=24",
+        f"prototypes.text={{name: text.Text, space: joint, view: none, file: {tmp_path / 'text.pt'}}}",
+        "dg.tower={name: clip.ViT, model: small-ViT, taps: [2], weights: none}",
+        "dg.reweight.source=both", "train.iters=2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("offline", [0, 5])
+def test_clip_runs_end_to_end_and_stays_as_it_is(tmp_path, tiny_clip, offline, monkeypatch):
+    from models.backbones.clip import ViT
+
+    seen, original = [], ViT.dense
+
+    def dense(self, image):
+        seen.append((self, self.training, any(p.requires_grad for p in self.parameters())))
+        return original(self, image)
+
+    monkeypatch.setattr(ViT, "dense", dense)
+    visual = f"prototypes.visual={{name: visual_text.VisualText, view: tower, offline: {offline}, start: 0.0}}"
+    losses = "losses=[{name: cross_entropy.CrossEntropy, by_weights: true}, {name: ppar.Alignment},"
+    losses += "{name: ppar.FrozenFeatures, weight: 0.1}]"
+    train(tmp_path / "run", *tiny_clip, visual, losses, config=TINY_DG)
+    assert len(seen) == (5 + 2 if offline else 2 + 2)  # the pass or the updates, and the steps
+    assert not any(training or grad for _, training, grad in seen)
+    saved = last(tmp_path / "run")
+    assert not any("tower" in key for key in saved["model"]) and saved["prototypes"]["visual.seen"].any()
+
+
+# --- the protocol ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_selects_on_a_target_warns_and_is_marked(tmp_path, capsys):
+    short = ("train.iters=1", "eval.pictures=0")
+    for number, val in enumerate(("{domain: night, split: val}", "{domain: synthetic, split: val}")):
+        target = number == 0
+        spec = val.replace("{", "{name: toy.Toy, length: 2, size: [32, 48], ")
+        train(tmp_path / str(number), f"data.val={spec}", *short, config=TINY_DG)
+        results = json.loads((tmp_path / str(number) / "results.json").read_text())
+        assert (
+            ("selected_on_target" in results)
+            == target
+            == ("not of the training domain" in "".join(capsys.readouterr()))
+        )
+    same = "data.val={name: toy.Toy, domain: night, split: test, length: 2, size: [32, 48]}"
+    train(tmp_path / "same", same, *short, config=TINY_DG)
+    assert "shares images with the test domain night" in "".join(capsys.readouterr())
+
+
+def test_the_table_has_a_mean_of_the_unseen_domains_alone():
+    table = domain_table({"a": {"day": 60.0, "night": 30.0, "fog": 40.0}, "b": {"day": 61.0, "night": 20.0}}, ["day"])
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0] == ["mIoU", "day*", "night", "fog", "unseen"]
+    assert lines[1] == ["a", "60.00", "30.00", "40.00", "35.00"]
+    assert lines[2] == ["b", "61.00", "20.00", "-", "-"]
+
+
+def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
+    import eval as evaluation
+
+    for seed in (0, 1):
+        train(tmp_path / str(seed), f"seed={seed}", "train.iters=1", "eval.pictures=0", config=TINY_DG)
+    paths = [str(checkpoint.list_steps(tmp_path / str(seed))[0]) for seed in (0, 1)]
+    evaluation.main([*paths, "eval.pictures=0"])
+    table = next(tmp_path.glob("0/eval_step_*/domains.txt")).read_text()
+    for seed in (0, 1):
+        results = json.loads((tmp_path / str(seed) / "results.json").read_text())
+        line = table.splitlines()[1 + seed].split()
+        assert line[0] == paths[seed] and line[-1] == f"{results['unseen_mIoU']:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.seen=[day]", "data.seen names day; the test sets are"),
+        ("prototypes.visual.view=tower", "prototypes.visual: view must be source, none, teacher .* or tower"),
+        ("prototypes.visual.space=text", "prototypes.visual: space must be features, or joint"),
+        ("model.projector.channels=0", "prototypes.text: space must be features, or joint with model.projector"),
+        ("train.teacher=0.0", "prototypes.visual: view must be"),
+        ("dg.tower={name: resnet.ResNet, weights: none}", "dg.tower: resnet.ResNet has no dense features"),
+        ("prototypes.visual.text=clip", "VisualText needs the prototypes 'clip'"),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_error(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", override, config=TINY_DG)
+
+
+def test_a_tower_of_another_space_is_an_error(tmp_path, tiny_clip):
+    with pytest.raises(UserError, match=r"has 24 channels, and model\.projector\.channels is 16: set it to 24"):
+        train(tmp_path / "run", *tiny_clip[2:3], config=TINY_DG)
+
+
+def test_several_sources_train_as_one(tmp_path):
+    sources = ", ".join(f"{{name: toy.Toy, domain: {d}, length: 5, size: [32, 48]}}" for d in ("synthetic", "rain"))
+    train(tmp_path / "run", f"data.train=[{sources}]", "train.iters=2", "data.val={name: none}", config=TINY_DG)
+    assert "10 images" in (tmp_path / "run" / "log.txt").read_text()
+    assert load(TINY_DG, [f"data.train=[{sources}]", "data.train.1.domain=snow"]).data.train[1]["domain"] == "snow"
+
+
+def test_the_toy_configuration_is_one_of_six_domains():
+    cfg = load(str(ROOT / "configs" / "toy" / "dg_ppar.yaml"), [])
+    assert list(cfg.data.test) == ["synthetic", "real", "night", "fog", "rain", "snow"] and cfg.data.seen == [
+        "synthetic"
+    ]

@@ -1,0 +1,381 @@
+"""PPAR: prototypes, curricula, reliability and alignment against naive loops and closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.errors import UserError
+from engine.statistics import pure_labels
+from losses.cross_entropy import CrossEntropy
+from losses.ppar import Alignment, FrozenFeatures, Reweight, TextFidelity, at_labels, balanced, class_means
+from models.prototypes.basis import OrthogonalBasis, RandomDirections
+from models.prototypes.visual_text import VisualText, blended
+from models.segmentor import Output, Projector
+from models.text_attention import TextAttention
+
+K, D, IGNORE = 4, 8, 255
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
+
+
+def outputs(embedding, logits=None, **aux):
+    logits = embedding[:, :K] if logits is None else logits
+    return {"source": Output(logits, embedding, {"embedding": embedding, **aux})}
+
+
+def members(easy=None, hard=None, seen=None):
+    """{"text", "visual"} whose class vectors are given."""
+    result = {}
+    for name, rows in (("text", hard), ("visual", easy)):
+        member = result[name] = RandomDirections(num_classes=K, in_channels=D).double()
+        if rows is not None:
+            member.vectors.copy_(rows)
+    if seen is not None:
+        result["visual"].seen.copy_(seen)
+    return result
+
+
+def align(loss, embedding, labels, prototypes, step=100, iters=100, weights=None, **aux):
+    samples = {"source": torch.arange(len(labels))}
+    given = {"source": weights} if weights is not None else {}
+    return loss(outputs(embedding, **aux), {"source": labels}, given, prototypes, samples, step, iters)
+
+
+# --- visual-text prototypes ------------------------------------------------------------------------------------------
+
+
+def test_blend_0_is_the_text_and_1_the_direction_of_the_centred_mean():
+    text, visual, seen = unit(K, D), torch.randn(K, D).double(), torch.ones(K, dtype=torch.bool)
+    torch.testing.assert_close(blended(text, visual, seen, 0.0, True), text)
+    moved = visual - visual.mean(0) + text.mean(0)
+    torch.testing.assert_close(blended(text, visual, seen, 1.0, True), F.normalize(moved, dim=1))
+    torch.testing.assert_close(blended(text, visual, seen, 1.0, False), F.normalize(visual, dim=1))
+
+
+def test_classes_that_were_not_seen_keep_the_text_and_do_not_move_the_centre():
+    text, visual = unit(K, D), torch.randn(K, D).double()
+    seen = torch.tensor([True, False, True, True])
+    visual[1] = 1e6
+    result = blended(text, visual, seen, 0.5, True)
+    assert torch.equal(result[1], text[1])
+    torch.testing.assert_close(result[seen], blended(text[seen], visual[seen], seen[seen], 0.5, True))
+
+
+def test_the_mean_is_weighted_by_agreement_with_the_text():
+    member = VisualText(num_classes=K, in_channels=D, temperature=0.1, blend=1.0, center=False, momentum=0.5).double()
+    prototypes, features = members(), unit(1, D, 3, 3)
+    labels = torch.tensor([[[0, 0, 0], [1, 1, 255], [0, 255, 1]]])
+    text = prototypes["text"].vectors
+    sums, mass = torch.zeros(K, D).double(), torch.zeros(K).double()
+    for row in range(3):
+        for column in range(3):
+            y, g = int(labels[0, row, column]), features[0, :, row, column]
+            if y != IGNORE:
+                a = (text @ g / 0.1).softmax(0)[y]
+                sums[y] += a * g
+                mass[y] += a
+    member.update([(features, labels, None)], prototypes, 0, 10)
+    expected = F.normalize(sums[:2] / mass[:2, None], dim=1)
+    torch.testing.assert_close(member.means()[:2], expected)
+    torch.testing.assert_close(member.means()[2:], text[2:])
+    assert member.seen.tolist() == [True, True, False, False]
+
+
+def test_the_running_average_has_no_bias_towards_its_start():
+    member = VisualText(num_classes=K, in_channels=D, momentum=0.9).double()
+    prototypes, first, second = members(), unit(K, D), unit(K, D)
+    for rows in (first, second):
+        member.update([(rows.T[None, :, None], torch.arange(K)[None, None], None)], prototypes, 5, 10)
+    visual = member.average / member.mass[:, None]
+    torch.testing.assert_close(visual, (0.9 * first + second) / 1.9)
+
+
+def test_nothing_is_learned_before_start_or_by_an_offline_member():
+    late = VisualText(num_classes=K, in_channels=D, start=0.5).double()
+    batch = [(unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), None)]
+    late.update(batch, members(), 4, 10)
+    assert not late.seen.any() and not late.means().any()
+    late.update(batch, members(), 5, 10)
+    assert late.seen.tolist() == [True, False, False, False]
+    offline = VisualText(num_classes=K, in_channels=D, offline=5).double()
+    offline.fit(lambda: batch, members())
+    before = offline.means().clone()
+    offline.update([(unit(1, D, 2, 2), batch[0][1], None)], members(), 9, 10)
+    assert offline.seen[0] and torch.equal(offline.means(), before)
+
+
+def test_a_cell_has_a_pure_label_where_enough_of_it_carries_it():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[0, :4, :2] = 1  # half of the first cell
+    labels[0, 4, 4:6] = 2  # an eighth of the last
+    cells = pure_labels(labels, (2, 2))
+    assert cells[0, 0, 0] == IGNORE and cells[0, 1, 1] == 0 and cells[0, 0, 1] == 0
+    assert pure_labels(labels, (2, 2), share=0.5)[0, 0, 0] != IGNORE
+
+
+# --- curricula -------------------------------------------------------------------------------------------------------
+
+
+def test_omega_and_the_kept_share_grow_from_their_start_to_one():
+    loss = Alignment(num_classes=K)
+    steps = torch.linspace(0, 1, 50).tolist()
+    omegas, shares = [loss.omega(s) for s in steps], [loss.kept(s) for s in steps]
+    assert omegas == sorted(omegas) and shares == sorted(shares)
+    assert (loss.omega(0.2), loss.omega(0.5), loss.omega(0.8)) == pytest.approx((0, 0.5, 1))
+    assert (loss.kept(0), loss.kept(0.3), loss.kept(0.6), loss.kept(1)) == pytest.approx((0.5, 0.75, 1, 1))
+
+
+def test_prototypes_go_from_easy_to_hard_or_back():
+    prototypes = members(unit(K, D), unit(K, D))
+    easy, hard = prototypes["visual"].vectors, prototypes["text"].vectors
+    forth, back = (Alignment(num_classes=K, order=order) for order in ("easy_to_hard", "hard_to_easy"))
+    for loss, first, last in ((forth, easy, hard), (back, hard, easy)):
+        torch.testing.assert_close(loss.targets(None, prototypes, 0.0), [first])
+        torch.testing.assert_close(loss.targets(None, prototypes, 1.0), [last])
+        torch.testing.assert_close(loss.targets(None, prototypes, 0.5), [F.normalize(easy + hard, dim=1)])
+    torch.testing.assert_close(Alignment(num_classes=K, order="both").targets(None, prototypes, 0.3), [easy, hard])
+    torch.testing.assert_close(Alignment(num_classes=K, order="hard").targets(None, prototypes, 0.0), [hard])
+
+
+def test_classes_without_an_easy_prototype_take_the_hard_one():
+    seen = torch.tensor([True, True, False, True])
+    prototypes = members(unit(K, D), unit(K, D), seen)
+    found = Alignment(num_classes=K, order="easy").targets(None, prototypes, 0.0)[0]
+    assert torch.equal(found[2], prototypes["text"].vectors[2])
+    torch.testing.assert_close(found[seen], prototypes["visual"].vectors[seen])
+
+
+def test_the_easiest_share_of_each_class_is_kept_and_at_least_one_pixel():
+    loss = Alignment(num_classes=K)
+    ids = torch.randint(0, K, (2, 400))
+    ids[0, :30] = IGNORE
+    ids[ids == 3] = 2
+    ids[1, 7] = 3  # the only pixel of its class
+    scores = torch.rand(2, K, 400, dtype=torch.float64) * 2 - 1
+    own = ids.clamp_max(K - 1)
+    mine = scores.gather(1, own[:, None])[:, 0]
+    difficulty = 1 - mine + scores.scatter(1, own[:, None], -2.0).amax(1)
+    for share in (0.1, 0.5, 0.9):
+        kept = loss.easiest(scores, ids, share).bool()
+        assert not kept[ids == IGNORE].any() and kept[1, 7]
+        for c in range(3):
+            mask = ids == c
+            bound = difficulty[mask].sort().values[math.ceil(share * int(mask.sum())) - 1]
+            assert kept[mask & (difficulty <= bound)].all()
+            assert not kept[mask & (difficulty > bound + 4 / 128)].any()
+    assert torch.equal(loss.easiest(scores, ids, 1.0).bool(), ids != IGNORE)
+
+
+def test_sampled_pixels_are_balanced_over_classes():
+    labels = torch.zeros(2, 1000, dtype=torch.int64)
+    labels[0, :10], labels[0, 10:40], labels[1, :999] = 1, 2, IGNORE
+    lots = torch.randint(0, 2**32, labels.shape)
+    place = balanced(labels, lots, K, 60)
+    first, second = (labels[i, place[i]].bincount(minlength=256) for i in range(2))
+    assert first[:3].tolist() == [25, 10, 25]
+    assert second[0] == 1 and second[IGNORE] == 59
+    assert all(len(set(row.tolist())) == 60 for row in place)
+
+
+# --- reliability -----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_taken_at_the_label_of_each_pixel():
+    scores, labels = torch.randn(2, K, 3, 4), torch.randint(0, K, (2, 9, 12))
+    labels[0, 0, 0] = IGNORE
+    found = at_labels(scores, labels)
+    assert found[0, 0, 0] == 0
+    for b, row, column in ((0, 4, 7), (1, 8, 11), (1, 0, 3)):
+        assert found[b, row, column] == scores[b, labels[b, row, column], row // 3, column // 3]
+
+
+def weigh(embedding, labels, prototypes, step=100, tower=None, **options):
+    part = Reweight(**options)
+    return part.after(outputs(embedding), {"source": labels}, prototypes, step, 100, tower)[1]["source"]
+
+
+def test_weights_have_mean_one_in_each_class_and_none_where_ignored():
+    labels = torch.randint(0, K, (2, 12, 16))
+    labels[0, :3] = IGNORE
+    weights = weigh(unit(2, D, 3, 4), labels, members(), low=0.0, high=1e9)
+    for c in range(K):
+        assert float(weights[labels == c].mean()) == pytest.approx(1, abs=1e-12)
+    assert not weights[labels == IGNORE].any()
+    clipped = weigh(unit(2, D, 3, 4), labels, members())[labels != IGNORE]
+    assert clipped.min() >= 0.2 - 1e-12 and clipped.max() <= 2 and clipped.std() > 0.1
+
+
+def test_a_pixel_like_another_class_weighs_less_than_one_like_its_own():
+    prototypes, labels = members(), torch.zeros(1, 1, 2, dtype=torch.int64)
+    vectors = prototypes["visual"].vectors
+    both = torch.stack([vectors[0], vectors[1]], 1)[None, :, None]  # (1, D, 1, 2)
+    for options in ({}, {"source": "clip", "tower": both}, {"source": "both", "tower": both}):
+        weights = weigh(both, labels, prototypes, low=0.0, high=10.0, **options)
+        assert weights[0, 0, 0] > 1 > weights[0, 0, 1]
+
+
+def test_alpha_0_and_the_first_step_weigh_all_pixels_alike_so_that_cross_entropy_is_plain():
+    embedding, labels = unit(2, D, 3, 4), torch.randint(0, K, (2, 12, 16))
+    labels[1, 5:] = IGNORE
+    ones = (labels != IGNORE).double()
+    assert torch.equal(weigh(embedding, labels, members(), alpha=0.0), ones)
+    assert torch.equal(weigh(embedding, labels, members(), step=0), ones)
+    result, valid = outputs(embedding), {"source": (labels != IGNORE).sum()}
+    plain = CrossEntropy()(result, {"source": labels}, valid, {})
+    assert CrossEntropy(by_weights=True)(result, {"source": labels}, valid, {"source": ones}) == plain
+
+
+def test_cross_entropy_is_divided_by_the_sum_of_the_weights():
+    embedding, labels = unit(2, D, 3, 4), torch.randint(0, K, (2, 3, 4))
+    labels[0, 0] = IGNORE
+    weights = torch.rand(2, 3, 4, dtype=torch.float64)
+    found = CrossEntropy(by_weights=True)(
+        outputs(embedding), {"source": labels}, {"source": labels.sum()}, {"source": weights}
+    )
+    each = F.cross_entropy(embedding[:, :K], labels, ignore_index=IGNORE, reduction="none")
+    known = labels != IGNORE
+    torch.testing.assert_close(found, (each * weights)[known].sum() / weights[known].sum())
+
+
+def test_weights_of_images_have_mean_one_over_the_batch():
+    labels = torch.randint(0, K, (3, 12, 16))
+    weights = weigh(unit(3, D, 3, 4), labels, members(), level="image")
+    first = weights[:, 0, 0]
+    assert torch.equal(weights, first[:, None, None].expand_as(weights)) and float(first.mean()) == pytest.approx(1)
+    assert first.std() > 0
+
+
+def test_class_means_are_those_of_a_loop():
+    values, labels = torch.rand(2, 5, 6, dtype=torch.float64), torch.randint(0, K - 1, (2, 5, 6))
+    means = class_means(values, labels, K)
+    torch.testing.assert_close(means[:3], torch.stack([values[labels == c].mean() for c in range(3)]))
+    assert means[3] == 1
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def test_alignment_is_the_weighted_mean_of_the_pixels_that_are_kept():
+    embedding, labels = unit(2, D, 3, 4), torch.randint(0, K, (2, 3, 4))
+    labels[0, 0] = IGNORE
+    prototypes, weights = members(), torch.rand(2, 3, 4, dtype=torch.float64)
+    loss = Alignment(num_classes=K, order="hard", temperature=0.2, ramp=0.0)
+    found = align(loss, embedding, labels, prototypes, weights=weights)
+    rows, ids, w = embedding.permute(0, 2, 3, 1)[labels != IGNORE], labels[labels != IGNORE], weights[labels != IGNORE]
+    each = F.cross_entropy(rows @ prototypes["text"].vectors.T / 0.2, ids, reduction="none")
+    torch.testing.assert_close(found, (each * w).sum() / w.sum())
+
+
+def test_alignment_falls_when_pixels_move_to_their_prototype_and_moves_them_there():
+    prototypes, labels = members(), torch.randint(0, K, (1, 6, 6))
+    embedding = unit(1, D, 6, 6).requires_grad_()
+    loss = Alignment(num_classes=K)
+    before = align(loss, embedding, labels, prototypes, step=50)
+    before.backward()
+    moved = F.normalize(embedding.detach() - 2 * embedding.grad * labels.numel(), dim=1)
+    assert align(loss, moved, labels, prototypes, step=50) < before
+    assert not any(vector.requires_grad for vector in prototypes["text"].buffers())
+
+
+def test_coarse_to_fine_starts_with_class_means_and_ends_with_pixels():
+    embedding, labels, prototypes = unit(2, D, 6, 6), torch.randint(0, K, (2, 6, 6)), members()
+    coarse = Alignment(num_classes=K, granularity="coarse_to_fine", ramp=0.0)
+    fine = Alignment(num_classes=K, ramp=0.0)
+    torch.testing.assert_close(
+        align(coarse, embedding, labels, prototypes, 100), align(fine, embedding, labels, prototypes, 100)
+    )
+    only = Alignment(num_classes=K, granularity="coarse_to_fine", curriculum=1.0, ramp=0.0, order="hard")
+    means = torch.stack([embedding.permute(0, 2, 3, 1)[labels == c].mean(0) for c in range(K)])
+    expected = F.cross_entropy(F.normalize(means, dim=1) @ prototypes["text"].vectors.T / 0.1, torch.arange(K))
+    torch.testing.assert_close(align(only, embedding, labels, prototypes, 0), expected)
+
+
+@pytest.mark.parametrize("labels", [IGNORE, 2])
+@pytest.mark.parametrize("granularity", ["pixel", "coarse_to_fine"])
+def test_all_ignored_and_single_class_batches_are_finite_and_keep_the_graph(labels, granularity):
+    ids = torch.full((2, 6, 6), labels)
+    embedding = unit(2, D, 3, 3).requires_grad_()
+    prototypes = members()
+    weights = weigh(embedding, ids, prototypes)
+    loss = align(Alignment(num_classes=K, granularity=granularity), embedding, ids, prototypes, 50, weights=weights)
+    result = outputs(embedding)
+    loss = loss + CrossEntropy(by_weights=True)(
+        result, {"source": ids}, {"source": torch.tensor(1)}, {"source": weights}
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(embedding.grad).all() and torch.isfinite(weights).all()
+    assert (float(loss.detach()) == 0) == (labels == IGNORE)
+
+
+def test_the_loss_grows_over_its_ramp():
+    embedding, labels, prototypes = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4)), members()
+    loss = Alignment(num_classes=K, ramp=0.1, order="hard", curriculum=1.0)
+    values = [float(align(loss, embedding, labels, prototypes, step)) for step in (0, 5, 10)]
+    assert values[0] == 0 and values[1] == pytest.approx(values[2] / 2) and values[2] > 0
+
+
+def test_what_is_missing_is_named():
+    embedding, labels = unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
+    bare = {"source": Output(embedding, embedding, {})}
+    given = ({"source": labels}, {}, members(), {"source": torch.zeros(1, dtype=torch.int64)}, 1, 10)
+    with pytest.raises(UserError, match=r"set model\.projector\.channels"):
+        Alignment(num_classes=K)(bare, *given)
+    with pytest.raises(UserError, match="needs the prototypes 'clip'; there are text, visual"):
+        align(Alignment(num_classes=K, hard="clip"), embedding, labels, members())
+    with pytest.raises(UserError, match=r"set dg\.tower"):
+        weigh(embedding, labels, members(), source="clip")
+    with pytest.raises(UserError, match=r"set model\.text_attention\.layers"):
+        TextFidelity()(bare, members())
+    for options in ({"temperature": 0.0}, {"curriculum": 0.0}, {"start": 0.9}):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            Alignment(num_classes=K, **options)
+    with pytest.raises(ValueError, match=r"low=1\.5"):
+        Reweight(low=1.5)
+
+
+# --- the network's side ----------------------------------------------------------------------------------------------
+
+
+def test_the_projector_gives_unit_vectors():
+    found = Projector(6, D, 12)(torch.randn(2, 6, 5, 4))
+    assert found.shape == (2, D, 5, 4)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, 5, 4))
+
+
+def test_attention_starts_from_the_text_and_is_held_there():
+    text = F.normalize(torch.randn(K, D), dim=1)
+    attention = TextAttention(D, layers=1, width=16, heads=2)
+    rows = attention(text, torch.randn(2, D, 3, 3))
+    assert rows.shape == (2, K, D) and float((rows - text).abs().max()) < 1e-2
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, K))
+    prototypes = members(hard=text.double())
+    near, far = (
+        TextFidelity()(outputs(unit(2, D, 2, 2), prototypes=x.double()), prototypes) for x in (rows, rows.roll(1, 1))
+    )
+    assert near < far
+    loss = Alignment(num_classes=K, easy="attention", order="easy")
+    given = ({"source": torch.randint(0, K, (2, 3, 3))}, {}, prototypes, {"source": torch.arange(2)}, 50, 100)
+    loss(outputs(unit(2, D, 3, 3), prototypes=rows.double()), *given).backward()
+    assert attention.gamma.grad.abs().sum() > 0
+
+
+def test_the_student_is_held_to_the_frozen_tower():
+    embedding, tower = unit(2, D, 3, 3), unit(2, D, 2, 2)
+    loss = FrozenFeatures()(outputs(embedding), tower)
+    mine, frozen = (F.normalize(x.mean((2, 3)), dim=1) for x in (embedding, tower))
+    torch.testing.assert_close(loss, (2 - 2 * (mine * frozen).sum(1)).mean())
+    assert FrozenFeatures()(outputs(embedding), embedding) == pytest.approx(0, abs=1e-12)
+
+
+def test_any_member_stands_in_for_the_text():
+    embedding, labels = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4))
+    basis = OrthogonalBasis(num_classes=K, in_channels=D).double()
+    loss = align(Alignment(num_classes=K, order="hard"), embedding, labels, {"text": basis})
+    assert torch.isfinite(loss) and loss > 0
+    random = RandomDirections(num_classes=K, in_channels=D)
+    torch.testing.assert_close(random.means().norm(dim=1), torch.ones(K))
+    assert float((random.means() @ random.means().T - torch.eye(K)).abs().max()) > 0.01
