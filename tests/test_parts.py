@@ -83,7 +83,9 @@ def write_bdd100k(root):
 
 def write_mapillary(root):
     for i in range(2):
-        write_pair(root / f"training/images/{i}.jpg", root / f"training/labels/{i}.png", classes=65)
+        label = root / f"training/labels/{i}.png"
+        write_pair(root / f"training/images/{i}.jpg", label, classes=65)
+        Image.fromarray(np.array(Image.open(label)).clip(max=65)).save(label)  # 65 is its unlabelled
     return {"root": str(root)}
 
 

@@ -30,7 +30,7 @@ def orthogonal_rows(num_classes, dim, length):
     return (q * r.diagonal().sign()).T * length
 
 
-class Frozen(nn.Module):
+class _Frozen(nn.Module):
     """K vectors that are never updated; saved in the checkpoint. `rows` (K, D)."""
 
     def __init__(self, rows):
@@ -53,7 +53,7 @@ class Frozen(nn.Module):
         """Frozen: nothing changes."""
 
 
-class OrthogonalBasis(Frozen):
+class OrthogonalBasis(_Frozen):
     """K orthogonal vectors of one length, drawn from PyTorch's global generator.
 
     Args:
@@ -64,7 +64,7 @@ class OrthogonalBasis(Frozen):
         super().__init__(orthogonal_rows(num_classes, in_channels, length))
 
 
-class RandomDirections(Frozen):
+class RandomDirections(_Frozen):
     """K unit vectors, uniform on the sphere and drawn from PyTorch's global generator: what remains of a text prototype
     without the text (an ablation)."""
 
