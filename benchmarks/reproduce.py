@@ -106,9 +106,29 @@ def collect(grid):
             continue
         result = json.loads(path.read_text())
         runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:])})
-        for name, summary in result["results"].items():
+        summaries = dict(result["results"])
+        if "unseen_mIoU" in result:  # of train_dg.py: the mean over the domains that were not seen
+            summaries["unseen"] = {"mIoU": result["unseen_mIoU"]}
+        for name, summary in summaries.items():
             table.setdefault(row, {}).setdefault(name, {})[seed] = summary
     return table, runs
+
+
+def per_class(grid, runs):
+    """One table per test set: IoU of each class, mean over seeds."""
+    lines, sets = [], list(dict.fromkeys(name for facts in runs for name in facts.get("IoU", {})))
+    for name in sets:
+        found = [(facts["row"], facts["IoU"][name]) for facts in runs if name in facts.get("IoU", {})]
+        classes = list(found[0][1])
+        lines += ["", f"IoU of each class on {name}, mean over seeds:", "", f"| row | {' | '.join(classes)} |"]
+        lines.append(f"|---|{'---|' * len(classes)}")
+        for row in grid["rows"]:
+            ious = [values for owner, values in found if owner == row]
+            if ious:
+                known = [[values[c] for values in ious if values[c] is not None] for c in classes]
+                cells = [f"{statistics.mean(values):.1f}" if values else "-" for values in known]
+                lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
 
 
 def markdown(grid, table, runs):
@@ -136,7 +156,7 @@ def markdown(grid, table, runs):
         f"torch {distinct('torch')}; {distinct('iters')} steps; seeds {distinct('seed')}; {minutes[0]:.1f} to "
         f"{minutes[-1]:.1f} minutes a run. Last checkpoint. ± is the standard deviation over seeds.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *per_class(grid, runs)]) + "\n"
 
 
 def main(arguments):

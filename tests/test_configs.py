@@ -1,5 +1,6 @@
 """Every experiment in configs/ is read, and all that it names is built: no configuration can rot."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,24 @@ from torch import nn
 
 from benchmarks import reproduce
 from datasets.base import DataError
-from engine.build import build, build_adaptation, build_losses, build_members, build_segmentor
+from engine.build import (
+    build,
+    build_adaptation,
+    build_generalisation,
+    build_losses,
+    build_members,
+    build_segmentor,
+)
 from engine.config import load, stages
 from engine.schedule import make_optimizer
 from tests.runs import ROOT
 
 EXPERIMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("base", "configs"))
-CLASSES = {"CamVid": 11, "Toy": 11}
+STREETS, SCENES = (
+    importlib.import_module("datasets.cityscapes").CLASSES,
+    importlib.import_module("datasets.camvid").CLASSES,
+)
+SCRIPTS = {"uda": "train_uda.py", "dg": "train_dg.py"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +36,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_an_experiment_builds_what_it_names(path):
+def test_an_experiment_builds_what_it_names(path, tmp_path):
     different = {str({**cfg, "stage": 0, "optimizer": 0}): cfg for cfg in stages(load(path))}
     for cfg in different.values():
         for spec in (cfg.data.train, cfg.data.val, cfg.data.target, cfg.data.monitor, *cfg.data.test.values()):
@@ -34,23 +46,38 @@ def test_an_experiment_builds_what_it_names(path):
         for spec in (cfg.data.augment, cfg.data.target_augment):
             if spec["name"] != "none":
                 build("datasets", spec)
-        num_classes = CLASSES.get(cfg.data.train["name"].split(".")[1], 19)
+        classes = SCENES if cfg.data.train["name"].split(".")[1] in ("CamVid", "Toy") else STREETS
+        context, joint = {"num_classes": len(classes), "classes": classes, "seed": 0}, cfg.model.projector.channels
+        specs = dict(cfg.prototypes)
+        if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped
+            torch.save({"vectors": torch.randn(len(classes), joint), "classes": list(classes)}, tmp_path / "text.pt")
+            specs["text"] = {**specs["text"], "file": str(tmp_path / "text.pt"), "rows": None}
+        if cfg.dg.tower["name"] != "none":
+            cfg.dg.tower["weights"] = "none"
+        context["in_channels"] = 1
+        text = {name: spec for name, spec in specs.items() if spec["name"] == "text.Text"}
+        build_members(text, joint, **context)
         with torch.device("meta"):
-            network = build_segmentor(cfg.model, num_classes, pretrained=False)
-            context = {"num_classes": num_classes, "in_channels": network.decoder.channels, "seed": 0}
-            members, _ = build_members(cfg.prototypes, **context)
+            network = build_segmentor(cfg.model, len(classes), pretrained=False)
+            context["in_channels"] = network.decoder.channels
+            members, _ = build_members({k: v for k, v in specs.items() if k not in text}, joint, **context)
+            build_generalisation(cfg, **context)
+        members = {*members, *text}
         terms, _ = build_losses(cfg.losses, **context)
         labelers, *_ = build_adaptation(cfg.uda, **context)
         make_optimizer(network, cfg.optimizer)
         for part in (*labelers, *terms.values()):
-            wanted = {getattr(part, "prototypes", None)} | set(getattr(part, "members", ()))
-            assert wanted - {None, "pair", "classifier"} <= {*members}, f"{type(part).__name__} wants {wanted}"
+            wanted = {getattr(part, name, None) for name in ("prototypes", "easy", "hard")}
+            wanted = {name for name in wanted if isinstance(name, str)}
+            wanted |= set(getattr(part, "members", ()))
+            assert wanted - {"pair", "classifier"} <= members, f"{type(part).__name__} wants {wanted}"
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_an_experiment_says_how_to_run_it_and_what_was_measured(path):
     header = [line for line in Path(path).read_text().splitlines() if line.startswith("#")]
-    script = "train_uda.py" if "uda" in str(path.relative_to(ROOT)) else "train_supervised.py"
+    kind = next((kind for kind in SCRIPTS if kind in (path.parent.name, path.name.split("_")[0])), None)
+    script = SCRIPTS.get(kind, "train_supervised.py")
     assert header and f"{script} {path.relative_to(ROOT)}" in header[0]
     assert any("easured" in line or "not yet run" in line for line in header)
 
