@@ -48,6 +48,13 @@ def read(path):
     )
 
 
+def unwrap(state):
+    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.` before the keys."""
+    for wrapper in ("state_dict", "model"):
+        state = state[wrapper] if wrapper in state and isinstance(state[wrapper], dict) else state
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
 def load_into(module, state, *, source, allow_missing=(), drop=()):
     """Copy a state dict into a module.
 
@@ -60,10 +67,7 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     Raises:
         WeightsError: keys that match neither side, or tensors of another shape.
     """
-    for wrapper in ("state_dict", "model"):
-        state = state[wrapper] if wrapper in state and isinstance(state[wrapper], dict) else state
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not _matches(key, drop)}
+    state = {key: value for key, value in unwrap(state).items() if not _matches(key, drop)}
     own = module.state_dict()
     # Batch counters matter only for cumulative averages, and old or converted weights lack them.
     missing = [k for k in own if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))]
@@ -86,8 +90,11 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     )
 
 
-def load_pretrained(module, weights, url, *, allow_missing=(), drop=()):
-    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path."""
+def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state):
+    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path.
+
+    `adapt` changes the state dict, without `state_dict` and `module.` around it, to the names of the module.
+    """
     if weights == "none":
         return
     if weights == "imagenet":
@@ -97,6 +104,7 @@ def load_pretrained(module, weights, url, *, allow_missing=(), drop=()):
             raise WeightsError(f"could not download {url} ({error}); give a local copy by weights=PATH") from None
     else:
         state = read(weights)
+    state = adapt(unwrap(state), module)
     load_into(module, state, source=str(weights), allow_missing=allow_missing, drop=drop)
 
 

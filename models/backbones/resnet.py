@@ -6,6 +6,7 @@ model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: im
 import copy
 from typing import Literal
 
+import torch
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
@@ -27,6 +28,32 @@ def dilate(stage, dilation):
                     module.dilation = module.padding = (rate, rate)
 
 
+class IBN(nn.Module):
+    """Instance norm on the first half of the channels, batch norm on the others (Pan et al., Two at once, ECCV 2018)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.half = channels // 2
+        self.IN, self.BN = nn.InstanceNorm2d(self.half, affine=True), nn.BatchNorm2d(channels - self.half)
+
+    def forward(self, x):
+        first, second = x.split([self.half, x.shape[1] - self.half], 1)
+        return torch.cat([self.IN(first), self.BN(second)], 1)
+
+
+def split_norms(state, module):
+    """The state dict of a plain ResNet as one of a ResNet with IBN: each norm's values go to its two halves."""
+    for name in [name for name, part in module.named_modules() if isinstance(part, IBN) and f"{name}.weight" in state]:
+        half = module.get_submodule(name).half
+        for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            value = state.pop(f"{name}.{kind}", None)
+            if value is not None and kind in ("weight", "bias"):
+                state[f"{name}.IN.{kind}"] = value[:half]
+            if value is not None:
+                state[f"{name}.BN.{kind}"] = value[half:] if value.dim() else value
+    return state
+
+
 class ResNet(nn.Module):
     """Maps of stages 1 to `stages`, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
 
@@ -37,6 +64,8 @@ class ResNet(nn.Module):
         stem: "shared", or "per_domain" for a second conv1, bn1 and layer1 that images of the domain "source" take
             (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both copies start from the same weights.
             A step then needs both views, or the unused copy has no gradient and DistributedDataParallel waits for it.
+        ibn: "a" for IBN in place of the first norm of each block of layer1 to layer3, against differences of style;
+            weights may be those of IBN-Net's release or of a plain ResNet, whose values go to both halves [R].
         normalize: "imagenet" for its mean and deviation, or "none" for weights trained on [0, 1], such as SimCLR's.
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys.
         allow_missing: patterns of keys that the file may lack, such as ["layer4.*"].
@@ -49,6 +78,7 @@ class ResNet(nn.Module):
         output_stride: Literal[8, 16, 32] = 32,
         stages: Literal[3, 4] = 4,
         stem: Literal["shared", "per_domain"] = "shared",
+        ibn: Literal["none", "a"] = "none",
         normalize: Literal["imagenet", "none"] = "imagenet",
         weights: str = "imagenet",
         allow_missing: list = (),
@@ -65,10 +95,12 @@ class ResNet(nn.Module):
             stage = getattr(net, name)
             if 4 * 2**i > output_stride:
                 dilate(stage, 4 * 2**i // output_stride)
+            for block in stage if ibn == "a" and name != "layer4" else ():
+                block.bn1 = IBN(block.bn1.num_features)
             setattr(self, name, stage)
         url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
         unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
-        load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused)
+        load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused, adapt=split_norms)
         self.source = None
         if stem == "per_domain":
             self.source = copy.deepcopy(nn.ModuleDict({k: getattr(self, k) for k in ("conv1", "bn1", "layer1")}))
