@@ -112,6 +112,28 @@ def tiny_clip(tmp_path):
     )  # fmt: skip
 
 
+def test_a_frozen_tower_with_batch_norm_keeps_its_statistics(tmp_path, tiny_clip, monkeypatch):
+    from models.backbones.clip import ResNet
+
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    tower = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None}
+    (tmp_path / "small-RN.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path)
+    towers, states, original = [], [], ResNet.dense
+
+    def dense(self, image):
+        towers.append(self)
+        states.append({key: value.clone() for key, value in self.state_dict().items()})
+        return original(self, image)
+
+    monkeypatch.setattr(ResNet, "dense", dense)
+    tower = "dg.tower={name: clip.ResNet, model: small-RN, weights: none}"
+    train(tmp_path / "run", *tiny_clip, tower, "prototypes.visual.view=tower", config=TINY_DG)
+    assert len({id(tower) for tower in towers}) == 1 and any("running_mean" in key for key in states[0])
+    assert all(torch.equal(value, states[0][key]) for key, value in towers[0].state_dict().items())
+    assert not any(p.requires_grad for p in towers[0].parameters())
+
+
 @pytest.mark.parametrize("offline", [0, 5])
 def test_clip_runs_end_to_end_and_stays_as_it_is(tmp_path, tiny_clip, offline, monkeypatch):
     from models.backbones.clip import ViT

@@ -29,7 +29,7 @@ def dilate(stage, dilation):
 
 
 class IBN(nn.Module):
-    """Instance norm on the first half of the channels, batch norm on the others (Pan et al., Two at once, ECCV 2018)."""
+    """Instance norm on the first half of the channels, batch norm on the others (Pan et al., IBN-Net, ECCV 2018)."""
 
     def __init__(self, channels):
         super().__init__()
