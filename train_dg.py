@@ -96,6 +96,8 @@ def main(arguments):
                 f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or tower (with "
                 f"dg.tower), not {view!r}"
             )
+    if model.text_attention and "text" not in members:
+        raise config.ConfigError("model.text_attention needs the rows that look at the image: prototypes.text")
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
