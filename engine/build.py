@@ -134,6 +134,7 @@ def build_data(cfg):
 
 def build_segmentor(model, num_classes, pretrained=True):
     """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
+    from models.region import Region
     from models.segmentor import Projector, Segmentor
     from models.text_attention import TextAttention
 
@@ -146,8 +147,26 @@ def build_segmentor(model, num_classes, pretrained=True):
     if layers and not channels:
         raise ConfigError("model.text_attention needs a joint space of text and images: set model.projector.channels")
     attention = TextAttention(channels, layers) if layers else None
-    network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, projector, attention)
+    region = None
+    if stage := model.region.stage:
+        if not hasattr(backbone, "depths") or not 1 <= stage <= len(backbone.depths):
+            raise ConfigError(
+                f"model.region.stage={stage} needs a transformer with such a stage (mit.MiT: 1 to 4, vit.ViT: 1), not "
+                f"{model.backbone['name']}"
+            )
+        sizes = {"channels": backbone.channels[stage - 1], "depth": backbone.depths[stage - 1]}
+        region = Region(num_classes=num_classes, **sizes, **model.region)
+    network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, projector, attention, region)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
+
+
+# Parts for training alone, which a stage may add to the network of the one before or leave out.
+TRAINING = ("region.*", "projector.*", "text_attention.*")
+
+
+def unwanted(network):
+    """Patterns of TRAINING that a network does not have."""
+    return [pattern for pattern in TRAINING if getattr(network, pattern.split(".")[0]) is None]
 
 
 def initial_network(cfg, num_classes, previous):
@@ -161,7 +180,7 @@ def initial_network(cfg, num_classes, previous):
         # A stem per domain starts from the shared one.
         stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
         state = state | {own: state[shared] for own, shared in stems.items() if own not in state and shared in state}
-        weights.load_into(network, state, source=init)
+        weights.load_into(network, state, source=init, allow_missing=TRAINING, drop=unwanted(network))
     return network
 
 

@@ -21,7 +21,7 @@ def factor(step, iters, schedule):
 def parameter_groups(model, options):
     """Split the trainable parameters into backbone / head x with / without weight decay.
 
-    Norms, biases (all tensors of at most one dimension) and positions get no decay.
+    Norms, biases (all tensors of at most one dimension) positions and tokens get no decay.
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
     groups = {}
@@ -29,7 +29,7 @@ def parameter_groups(model, options):
         if not parameter.requires_grad:
             continue
         part = "backbone" if name.startswith("backbone.") else "head"
-        decay = parameter.ndim > 1 and "pos_embed" not in name and "positional_embedding" not in name
+        decay = parameter.ndim > 1 and not any(word in name for word in ("pos_embed", "positional_embedding", "_token"))
         groups.setdefault((part, decay), []).append(parameter)
     return [
         {

@@ -2,6 +2,7 @@
 
     Backbone.forward(image (B, 3, H, W) in [0, 1], domain="target", bias=None) -> [maps, fine to coarse]
         .channels  .strides     one number per map. It normalises the image itself.
+        bias(stage, block, x, keys): asked before each block of a transformer for a bias of its attention (mit, vit)
     Decoder(in_channels, strides, ...).forward(maps) -> features (B, D, h, w)
         .channels  D
     Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)

@@ -1,5 +1,7 @@
 """Small pieces that several networks share."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -26,3 +28,16 @@ def conv_bn_relu(in_channels, out_channels, kernel=3, dilation=1):
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+class Guide(NamedTuple):
+    """What a block's attention gets: floats (B, 1, 1, M) added to its logits; a factor (B, 1, M, 1) of its values."""
+
+    bias: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+
+def guided(guide, v):
+    """A Guide, a bias alone or None, and values (B, heads, M, D) -> the bias for the logits and the values."""
+    bias, factor = guide if isinstance(guide, Guide) else (guide, None)
+    return None if bias is None else bias.to(v.dtype), v if factor is None else v * factor.to(v.dtype)

@@ -29,9 +29,9 @@ class View(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors, of a
-    training step alone: "embedding" (B, D', h, w), unit features in the joint space of text and images, and
-    "prototypes" (B, K, D'), the text rows as the image changes them."""
+    """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors:
+    "embedding" (B, D', h, w), unit features in the joint space of text and images, and "prototypes" (B, K, D'), the
+    text rows as the image changes them, both in training alone; what models/region.py finds."""
 
     logits: torch.Tensor
     features: torch.Tensor
@@ -61,7 +61,8 @@ class Projector(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """Backbone, decoder and classifier, and for training alone a projector and an attention of text.
+    """Backbone, decoder and classifier; regions that guide the backbone's attention; for training alone a projector and
+    an attention of text.
 
     Args:
         frozen_bn: names of parts ("backbone", "decoder", "projector") whose batch norm keeps its running statistics and
@@ -70,10 +71,14 @@ class Segmentor(nn.Module):
             normalised by its own batch all the same.
     """
 
-    def __init__(self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None):
+    # fmt: off
+    def __init__(
+        self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None, region=None
+    ):
+        # fmt: on
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
-        self.projector, self.text_attention = projector, text_attention
+        self.projector, self.text_attention, self.region = projector, text_attention, region
         unknown = set(frozen_bn) - {"backbone", "decoder", "projector"}
         if unknown:
             unknown = ", ".join(sorted(unknown))
@@ -92,13 +97,15 @@ class Segmentor(nn.Module):
             norm.eval()
         return self
 
-    def segment(self, image, domain="target", embed=False):
+    def segment(self, image, domain="target", embed=False, step=0):
         """One view: image (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them.
 
-        `embed` runs the projector too, if there is one.
+        `embed` runs the projector too, if there is one; `step` is for parts that ramp.
         """
-        features = self.decoder(self.backbone(image, domain))
-        aux = {"embedding": self.projector(features)} if embed and self.projector else {}
+        aux = {}
+        guide = self.region.watch(step, aux) if self.region else None
+        features = self.decoder(self.backbone(image, domain, guide))
+        aux |= {"embedding": self.projector(features)} if embed and self.projector else {}
         return Output(self.classifier(features), features, aux)
 
     def forward(self, views, step=0):
@@ -112,7 +119,7 @@ class Segmentor(nn.Module):
         outputs = {}
         for name, view in views.items():
             with self.statistics(moving=not self.bn_views or name in self.bn_views):
-                output = outputs[name] = self.segment(view.image, view.domain, embed=True)
+                output = outputs[name] = self.segment(view.image, view.domain, True, step)
             if self.text_attention and view.text is not None:
                 dense = output.aux["embedding"].detach() if view.dense is None else view.dense
                 output.aux["prototypes"] = self.text_attention(view.text, dense)

@@ -19,6 +19,9 @@ deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
 eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
 eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.projector.channels model.projector.width
+model.region.blocks model.region.cell model.region.detach model.region.dropout model.region.kappa
+model.region.ramp model.region.regions
+model.region.reverse model.region.rounds model.region.stage model.region.strength model.region.variant
 model.sync_bn model.text_attention.layers optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
 resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout

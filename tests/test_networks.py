@@ -286,30 +286,39 @@ def grids(backbone, size):
     return [(q, tuple(n // r for n in q)) for q, r in zip(queries, backbone.reductions)]
 
 
-def test_mit_bias_of_a_constant_changes_nothing(mit):
+def test_mit_bias_of_a_constant_changes_nothing_and_none_is_no_bias_at_all(mit):
     image = torch.rand(2, 3, 70, 49)
     expected = mit(image)
-    bias = {}
-    for s, ((h, w), keys) in enumerate(grids(mit, (70, 49)), 1):
-        bias[s, 0] = torch.full((2, mit.heads[s - 1], h * w, math.prod(keys)), 3.0)
-        bias[s, 1] = torch.zeros(2, 1, 1, math.prod(keys))
-    for x, y in zip(mit(image, bias=bias), expected):
+
+    def constant(stage, block, x, keys):
+        full = (2, mit.heads[stage - 1], x[0, 0].numel(), math.prod(keys))
+        return torch.full(full, 3.0) if block == 0 else torch.full((2, 1, 1, math.prod(keys)), -7.0)
+
+    for x, y in zip(mit(image, bias=constant), expected):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    assert all(torch.equal(x, y) for x, y in zip(mit(image, bias={}), expected))
+    assert all(torch.equal(x, y) for x, y in zip(mit(image, bias=lambda *call: None), expected))
 
 
-def test_mit_bias_reaches_its_own_block_only(mit):
-    seen, handles = [], []
-    for name, module in mit.named_modules():
-        if name.endswith("attn"):
-            handles.append(module.register_forward_pre_hook(lambda m, a, name=name: seen.append((name, a[1]))))
-    bias = {(3, 1): torch.zeros(1, 1, 1, 4), (4, 0): torch.ones(1, 1, 1, 4)}
-    mit(torch.rand(1, 3, 64, 64), bias=bias)
+def test_mit_asks_for_the_bias_of_every_block_and_gives_it_to_that_one(mit):
+    entered, got, calls, handles = [], [], [], []
+    for s in range(1, 5):
+        for block in getattr(mit, f"block{s}"):
+            handles.append(block.register_forward_pre_hook(lambda m, a: entered.append(a[0].permute(0, 3, 1, 2))))
+            handles.append(block.attn.register_forward_pre_hook(lambda m, a: got.append(a[1])))
+    given = {(3, 1): torch.zeros(1, 1, 1, 4), (4, 0): torch.ones(1, 1, 1, 6)}
+
+    def bias(stage, block, x, keys):
+        calls.append((stage, block, x, keys))
+        return given.get((stage, block))
+
+    mit(torch.rand(1, 3, 70, 49), bias=bias)
     for handle in handles:
         handle.remove()
-    got = {name: value for name, value in seen if value is not None}
-    assert len(seen) == 8 and got.keys() == {"block3.1.attn", "block4.0.attn"}
-    assert got["block3.1.attn"] is bias[3, 1] and got["block4.0.attn"] is bias[4, 0]
+    keys = [keys for _, keys in grids(mit, (70, 49))]
+    assert [(s, i, k) for s, i, _, k in calls] == [(s, i, keys[s - 1]) for s in range(1, 5) for i in range(2)]
+    assert keys == [(2, 1), (2, 1), (2, 2), (3, 2)]
+    assert all(torch.equal(x, y) for (_, _, x, _), y in zip(calls, entered, strict=True))
+    assert all(value is given.get((s, i)) for (s, i, *_), value in zip(calls, got, strict=True))
 
 
 @pytest.mark.parametrize("stage", [1, 3, 4])
@@ -357,18 +366,24 @@ def test_bias_multiplies_attention_weights_and_has_a_gradient():
     assert gradient.isfinite().all() and gradient.abs().min() > 0
 
 
-def test_bias_for_a_block_that_does_not_exist_is_an_error(mit):
-    for block in [(0, 0), (1, 2), (5, 0)]:
-        with pytest.raises(ValueError, match=r"bias is for blocks"):
-            mit(torch.rand(1, 3, 32, 32), bias={block: torch.zeros(1, 1, 1, 1)})
+def test_mit_bias_follows_the_precision_of_the_attention_and_gradients_flow_through_it(mit):
+    image, value = torch.rand(1, 3, 64, 64), torch.randn(1, 1, 1, 4, requires_grad=True)
+    entered = []
 
+    def bias(stage, block, x, keys):
+        if (stage, block) == (4, 1):
+            entered.append(x)
+            return value + x.mean(1).flatten(1)[:, None, None]
 
-def test_bias_follows_the_precision_of_the_attention(mit):
-    bias = {(4, 1): torch.randn(1, 1, 1, 4)}
-    image = torch.rand(1, 3, 64, 64)
+    def maps():
+        return mit(image, bias=bias)
+
+    expected = maps()[-1]
+    gradients = torch.autograd.grad(expected.square().sum(), [value, entered[0]])
+    assert all(g.isfinite().all() and g.abs().amax() > 0 for g in gradients)
     with torch.autocast("cpu", torch.bfloat16):
-        low = mit(image, bias=bias)
-    torch.testing.assert_close(low[-1].float(), mit(image, bias=bias)[-1], rtol=0.2, atol=0.3)
+        low = maps()[-1]
+    torch.testing.assert_close(low.float(), expected, rtol=0.2, atol=0.3)
 
 
 def test_drop_path_grows_over_the_depth_and_is_inactive_in_eval():

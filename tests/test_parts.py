@@ -140,6 +140,7 @@ SMALL = {
     "clip.ResNet": {"model": "tiny-RN"},
     "clip.ViT": {"model": "tiny-ViT"},
     "timm.Timm": {"model": "test_resnet"},
+    "vit.ViT": {"size": "t"},
     "text.Text": {"file": str(TINY / "text.pt"), "classes": list("abcde")},
     "visual_text.VisualText": {"center": False},  # the centre is that of all classes
 }
@@ -523,6 +524,7 @@ def evaluate(name, classes, dtype=torch.float32):
         ids = torch.tensor(classes)[torch.randint(len(classes), (2, 18, 14), generator=generator)]
         ids[:, :4] = 255
         aux = {"embedding": F.normalize(features, dim=1), "prototypes": logits[:, :, :4, :5].flatten(2)}
+        aux |= {"domain": logits[:, 0, :2, :3], "auxiliary": logits[:, :, ::2, ::2]}
         outputs[view], labels[view] = Output(logits, features, aux), ids
         samples[view] = torch.tensor([4, 9]) + number
         leaves += [logits, features]

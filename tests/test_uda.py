@@ -33,12 +33,22 @@ METHODS = {  # overrides of the smallest adaptation
         "losses: [{name: cross_entropy.CrossEntropy}, {name: bismap.SymmetricCrossEntropy, view: target},"
         "{name: bismap.Consistency, ramp: 2}]}]",
     ),
+    "TMT": (
+        "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
+        " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
+        " region: {stage: 3, cell: 2, ramp: 4, dropout: 0.0}}",
+        f"stages=[{SOURCE[:-1]}, model: {{region: {{stage: 0}}}}, losses: [{{name: cross_entropy.CrossEntropy}}]}},"
+        "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
+        "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
+        "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
+        "{name: tmt.Auxiliary}, {name: tmt.RegionAdversarial}]}]",
+    ),
 }
 KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
 
 
 @pytest.mark.parametrize(
-    ("steps", "method"), [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP")]
+    ("steps", "method"), [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP"), (4, "TMT")]
 )
 def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
     """Killed within the first stage, at its end, within the second; the rest in a new process."""

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from engine.weights import WeightsError, load_into, read
-from models.blocks import Normalize
+from models.blocks import Normalize, guided
 
 Size = Literal["b0", "b1", "b2", "b3", "b4", "b5"]
 DEPTHS = dict(b0=(2, 2, 2, 2), b1=(2, 2, 2, 2), b2=(3, 4, 6, 3), b3=(3, 4, 18, 3), b4=(3, 8, 27, 3), b5=(3, 6, 40, 3))
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         """(B, h, w, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, M)."""
         small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
         q, k, v = map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
-        bias = None if bias is None else bias.to(q.dtype)
+        bias, v = guided(bias, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, N, C / heads)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
@@ -163,18 +163,18 @@ class MiT(nn.Module):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
 
         Args:
-            bias: {(stage, block): floats (B, heads or 1, N or 1, M)} for the attention logits of some blocks; block4.0
-                is (4, 0), and what does not exist a ValueError. N = h w queries and M keys of the grid h // r x w // r,
-                r the stage's reduction, go row by row. -inf hides a key; every query must keep one.
+            bias: a function (stage, block, x, keys) that is called before every block, with stage from 1, block from 0,
+                the tokens x (B, C, h, w) that enter the block, and keys = (h // r, w // r), the grid of its keys, r the
+                stage's reduction. It returns None, which leaves the block as it is, or floats (B or 1, heads or 1,
+                N or 1, M) for the attention logits of N = h w queries and M keys, row by row, or a Guide of
+                models/blocks.py. -inf hides a key; every query must keep one.
         """
-        names = {(s, i) for s, depth in enumerate(self.depths, 1) for i in range(depth)}
-        if bias and not names.issuperset(bias):
-            raise ValueError(f"bias is for blocks {sorted(set(bias) - names)}; MiT has those up to {max(names)}")
         x, maps = self.normalize(image).permute(0, 2, 3, 1), []  # channels last from here on
         for s in range(1, 5):
             x = getattr(self, f"patch_embed{s}")(x)
+            keys = tuple(n // self.reductions[s - 1] for n in x.shape[1:3])
             for i, block in enumerate(getattr(self, f"block{s}")):
-                x = block(x, bias.get((s, i)) if bias else None)
+                x = block(x, bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None)
             x = getattr(self, f"norm{s}")(x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps

@@ -1,0 +1,242 @@
+"""TMT's regions: how well parts of an image transfer between domains, and attention that looks at those that do not.
+
+    model: {backbone: {name: mit.MiT, size: b0}, region: {variant: bias, stage: 3, cell: 4}}
+    losses: [..., {name: tmt.RegionAdversarial, weight: 0.1}, {name: tmt.Auxiliary, weight: 0.4}]
+
+"TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et al., arXiv
+2504.05774). No code is public, and of its text only the abstract and digests of others were at hand: **the grouping
+(equations 1 to 3) is quoted there, everything else is a reconstruction** [R].
+
+ACTE, the adaptive cluster-based transferability estimator, groups a map chi (h, w) softly, from cells of c x c pixels.
+A pixel belongs to the 3 x 3 cells around its own, so an assignment is nine numbers per pixel. `rounds` times:
+
+    (1) f(r)   = sum_p a(p, r) chi(p) / sum_p a(p, r)
+    (2) s(p,r) = exp(kappa cos(f(r), chi(p)))     for the nine cells r around p, otherwise 0
+    (3) a(p,r) = s(p, r) / sum_r' s(p, r')
+
+A discriminator D tells the domain of f(r) behind a gradient reversal; transferability is its doubt, in bits, as in TVT
+(Yang et al., WACV 2023): tau = H2(D(f(r))), T(p) = sum_r a(p, r) tau(r). TMA, transferable masked attention, then gives
+weight to keys that transfer badly and whose class is in doubt; U is the entropy of an auxiliary head over log K:
+
+    pi = (1 - T) U          logits + strength log(1/2 + pi / 2)
+
+which is the same as multiplying attention by (1/2 + pi/2)^strength and normalising it again: an equal pi changes
+nothing. The sign is TMT's: LOW transferability gains. TVT's gains with HIGH transferability: `variant: tvt` multiplies
+the attention by T without normalising, in the last block.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.errors import UserError
+from models.blocks import Guide
+
+EPSILON = 1e-6
+ABSENT = -1e9  # similarity to a cell outside of the map: finite, so that nothing becomes NaN
+
+
+# --- ACTE: soft regions ----------------------------------------------------------------------------------------------
+
+
+def to_cells(maps, cell):
+    """(B, D, h, w) -> (B, R, C, D, c c); sides that are no multiple of the cell are filled up with their last row."""
+    bottom, right = (-side % cell for side in maps.shape[-2:])
+    maps = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
+    return maps.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).permute(0, 2, 4, 1, 3, 5).flatten(4)
+
+
+def from_cells(values, cell, size):
+    """(B, R, C, D, c c) -> (B, D, h, w), without what was filled up."""
+    maps = values.unflatten(4, (cell, cell)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return maps[..., : size[0], : size[1]]
+
+
+def neighbours(regions):
+    """Values of the regions (B, D, R, C) -> of the 3 x 3 around each (B, R, C, 9, D), zero outside."""
+    b, d, rows, columns = regions.shape
+    return F.unfold(regions, 3, padding=1).view(b, d, 9, rows, columns).permute(0, 3, 4, 2, 1)
+
+
+def gather(values):
+    """The opposite: what each cell gives to the 3 x 3 around it (B, R, C, 9, D) -> sums at the regions (B, D, R, C)."""
+    b, rows, columns, _, d = values.shape
+    return F.fold(values.permute(0, 4, 3, 1, 2).reshape(b, 9 * d, -1), (rows, columns), 3, padding=1)
+
+
+def region_means(assignment, cells):
+    """Equation 1: assignment (B, R, C, 9, c c), cells (B, R, C, D, c c) -> f (B, D, R, C)."""
+    sums = gather(assignment @ cells.transpose(3, 4))
+    mass = gather(assignment.sum(4, keepdim=True))
+    return sums / mass.clamp_min(EPSILON)
+
+
+def assign(means, cells, kappa):
+    """Equations 2 and 3: f (B, D, R, C) and unit features (B, R, C, D, c c) -> a (B, R, C, 9, c c), of sum 1."""
+    inside = neighbours(torch.ones_like(means[:1, :1]))[..., 0]  # (1, R, C, 9)
+    similar = neighbours(F.normalize(means, dim=1, eps=EPSILON)) @ cells  # cosines (B, R, C, 9, c c)
+    return torch.where(inside[..., None] > 0, kappa * similar, ABSENT).softmax(3)
+
+
+def group(maps, cell, kappa, rounds):
+    """Soft regions of a map (B, D, h, w) -> (assignment (B, R, C, 9, c c), f (B, D, R, C)).
+
+    With no round every pixel belongs to its own cell. Gradients reach the features through f alone, with the assignment
+    as it is: nine times the cost for what changes little [R].
+    """
+    cells = to_cells(maps, cell)
+    own = torch.zeros(9, dtype=maps.dtype, device=maps.device).index_fill_(0, torch.tensor(4, device=maps.device), 1)
+    assignment = own[:, None].expand(*cells.shape[:3], 9, cell * cell)
+    with torch.no_grad():
+        unit = F.normalize(cells, dim=3, eps=EPSILON)
+        for _ in range(rounds):
+            assignment = assign(region_means(assignment, cells), unit, kappa)
+    return assignment, region_means(assignment, cells)
+
+
+def spread(assignment, values, cell, size):
+    """Values of the regions (B, R, C) -> of the pixels, sum_r a(p, r) value(r): (B, h, w)."""
+    around = neighbours(values[:, None]).transpose(3, 4)  # (B, R, C, 1, 9)
+    return from_cells(around @ assignment, cell, size)[:, 0]
+
+
+def labels_of(assignment, cell, size):
+    """Number of the region that each pixel belongs to most, for pictures: (B, h, w)."""
+    b, rows, columns = assignment.shape[:3]
+    numbers = torch.arange(rows * columns, device=assignment.device, dtype=assignment.dtype).view(1, 1, rows, columns)
+    numbers = neighbours(numbers).expand(b, -1, -1, -1, -1)[..., 0]  # (B, R, C, 9)
+    return from_cells(numbers.gather(3, assignment.argmax(3))[:, :, :, None], cell, size)[:, 0].long()
+
+
+# --- domain and transferability --------------------------------------------------------------------------------------
+
+
+class Reversal(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by -factor (Ganin and Lempitsky, ICML 2015)."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.factor * gradient, None
+
+
+def reversal(step, ramp):
+    """2 / (1 + exp(-10 step / ramp)) - 1: 0, 0.46, 0.99 after none, a tenth, half of the ramp; 1 without one."""
+    return 2 / (1 + math.exp(-10 * min(step / ramp, 1.0))) - 1 if ramp else 1.0
+
+
+def doubt(logits):
+    """Binary entropy H2(sigmoid(logits)) in bits: 1 where the domain cannot be told, 0 where it is certain."""
+    return (F.softplus(logits) - logits * logits.sigmoid()).clamp_min(0) / math.log(2)
+
+
+def uncertainty(logits):
+    """Entropy of the classes over log K: (B, K, h, w) -> (B, h, w) in 0..1."""
+    log_p = logits.log_softmax(1)
+    return (-(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])).clamp(0, 1)
+
+
+class Region(nn.Module):
+    """ACTE and TMA on one stage of a transformer.
+
+    Args:
+        channels: D of the tokens of that stage.
+        num_classes: K.
+        depth: how many blocks the stage has.
+        variant: "bias" (TMA), "tvt" (its ancestor), or "none": regions and their adversarial loss, attention as it is.
+        stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them is grouped.
+        regions: "adaptive", or "patches" for the cells themselves (no round).
+        cell, kappa, rounds: c, kappa, L.
+        strength: lambda; 0 leaves attention as it is.
+        detach: the segmentation loss does not train the discriminator.
+        ramp: steps over which the reversal grows; 0: 1 at all times.
+        dropout: of the discriminator.
+        reverse: False makes the discriminator a probe: it learns, and the features do not.
+    """
+
+    def __init__(
+        self, *, channels, num_classes, depth, variant, stage, blocks, regions, cell, kappa, rounds, strength, detach,
+        ramp, reverse, dropout,
+    ):  # fmt: skip
+        super().__init__()
+        if variant not in ("none", "bias", "tvt") or regions not in ("adaptive", "patches"):
+            raise UserError(
+                f"model.region: variant must be none, bias or tvt and regions adaptive or patches, not {variant}, "
+                f"{regions}"
+            )
+        if not 1 <= blocks <= depth or cell < 1 or rounds < 0:
+            raise UserError(
+                f"model.region: blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
+                "least 0"
+            )
+        self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
+        self.first, self.last = depth - blocks, depth - 1
+        self.rounds = rounds if regions == "adaptive" else 0
+        self.strength, self.detach, self.ramp, self.reverse = strength, detach, ramp, reverse
+        width = max(channels // 4, 1)
+        layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
+        self.discriminator = nn.Sequential(*layers)
+        self.head = nn.Conv2d(channels, num_classes, 1)
+
+    def domain_logits(self, means, factor):
+        """f (B, D, R, C) -> logits of "source" (B, R, C), behind the reversal."""
+        rows = means.permute(0, 2, 3, 1)
+        rows = Reversal.apply(rows, factor) if self.reverse else rows.detach()
+        return self.discriminator(rows)[..., 0]
+
+    def transferability(self, means):
+        """tau (B, R, C) without dropout, so that it does not depend on chance."""
+        rows = means.permute(0, 2, 3, 1)
+        rows = rows.detach() if self.detach else rows
+        for layer in self.discriminator:
+            rows = rows if isinstance(layer, nn.Dropout) else layer(rows)
+        return doubt(rows[..., 0])
+
+    def look(self, maps, step):
+        """What enters the first guided block, (B, D, h, w) -> {name: tensor} for losses, pictures and attention."""
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            assignment, means = group(maps, self.cell, self.kappa, self.rounds)
+            tau = self.transferability(means)
+            dense = spread(assignment, tau, self.cell, maps.shape[-2:])
+            dense = dense.detach() if self.detach else dense
+            logits = self.head(maps)
+            doubts = uncertainty(logits.detach())
+            return {
+                "domain": self.domain_logits(means, reversal(step, self.ramp)),
+                "auxiliary": logits,
+                "assignment": assignment,
+                "transferability": dense,
+                "uncertainty": doubts,
+                "priority": (1 - dense) * doubts,
+            }
+
+    def guide(self, found, keys):
+        """Maps of `look` and the grid of the keys -> Guide."""
+        name = "transferability" if self.variant == "tvt" else "priority"
+        small = F.adaptive_avg_pool2d(found[name][:, None], keys).flatten(2)  # (B, 1, M)
+        if self.variant == "tvt":
+            return Guide(values=small[..., None])
+        bias = self.strength * torch.log(EPSILON + 0.5 + 0.5 * small)
+        # Relative to the mean factor, so that an equal priority is 0 for tokens without one too (the class token).
+        return Guide(bias=(bias - bias.logsumexp(2, keepdim=True) + math.log(bias.shape[2]))[:, :, None])
+
+    def watch(self, step, found):
+        """The function that a backbone calls before each of its blocks; it fills the dict `found`."""
+
+        def before(stage, block, x, keys):
+            if stage != self.stage or not self.first <= block <= self.last:
+                return None
+            if block == self.first:
+                found.update(self.look(x, step))
+            guided = self.variant == "bias" or (self.variant == "tvt" and block == self.last)
+            return self.guide(found, keys) if guided and self.strength else None
+
+        return before

@@ -1,0 +1,351 @@
+"""TMT: soft regions against naive loops, the reversal, transferability, and attention with priorities."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.errors import UserError
+from losses.tmt import Auxiliary, RegionAdversarial
+from models.region import (
+    Region,
+    Reversal,
+    assign,
+    doubt,
+    from_cells,
+    group,
+    labels_of,
+    region_means,
+    reversal,
+    spread,
+    to_cells,
+    uncertainty,
+)
+from models.segmentor import Output
+
+D, K = 6, 4
+OPTIONS = {
+    "channels": D, "num_classes": K, "depth": 3, "variant": "bias", "stage": 2, "blocks": 1, "regions": "adaptive",
+    "cell": 4, "kappa": 10.0, "rounds": 3, "strength": 1.0, "detach": True, "ramp": 0, "reverse": True, "dropout": 0.5,
+}  # fmt: skip
+
+
+def maps(height=16, width=20, batch=2):
+    return torch.randn(batch, D, height, width, dtype=torch.float64)
+
+
+def region(**options):
+    return Region(**OPTIONS | options).double()
+
+
+def dense(assignment, cell, size):
+    """Assignment (B, R, C, 9, c c) -> every pixel's weight of every region (B, R C, h, w)."""
+    b, rows, columns = assignment.shape[:3]
+    eye = torch.eye(rows * columns, dtype=assignment.dtype).view(rows * columns, rows, columns)
+    return torch.stack([spread(assignment, one.expand(b, -1, -1), cell, size) for one in eye], 1)
+
+
+def naive(x, cell, kappa, rounds):
+    """Equations 1 to 3 with loops over pixels and regions: (D, h, w) -> a (h, w, R, C), f (R, C, D)."""
+    h, w = x.shape[1:]
+    rows, columns = h // cell, w // cell
+    a = torch.zeros(h, w, rows, columns, dtype=x.dtype)
+    for i in range(h):
+        for j in range(w):
+            a[i, j, i // cell, j // cell] = 1
+    for turn in range(rounds + 1):
+        f = torch.einsum("hwrc,dhw->rcd", a, x) / a.sum((0, 1))[..., None]
+        if turn == rounds:
+            return a, f
+        a = torch.zeros_like(a)
+        for i in range(h):
+            for j in range(w):
+                for r in range(max(i // cell - 1, 0), min(i // cell + 2, rows)):
+                    for c in range(max(j // cell - 1, 0), min(j // cell + 2, columns)):
+                        a[i, j, r, c] = math.exp(kappa * float(F.cosine_similarity(f[r, c], x[:, i, j], dim=0)))
+                a[i, j] /= a[i, j].sum()
+
+
+# --- regions ---------------------------------------------------------------------------------------------------------
+
+
+def test_grouping_is_that_of_the_equations():
+    x = maps(12, 8, 1)
+    assignment, means = group(x, 4, 5.0, 2)
+    a, f = naive(x[0], 4, 5.0, 2)
+    torch.testing.assert_close(dense(assignment, 4, (12, 8))[0].permute(1, 2, 0).view(a.shape), a)
+    torch.testing.assert_close(means[0].permute(1, 2, 0), f)
+
+
+def test_assignments_sum_to_one_over_at_most_nine_regions():
+    assignment, means = group(maps(), 4, 10.0, 3)
+    assert assignment.shape == (2, 4, 5, 9, 16) and means.shape == (2, D, 4, 5)
+    torch.testing.assert_close(assignment.sum(3), torch.ones(2, 4, 5, 16).double(), rtol=0, atol=1e-6)
+    full = dense(assignment, 4, (16, 20))
+    count = (full > 0).sum(1)
+    assert count[:, 0, 0].eq(4).all() and count[:, 0, 8].eq(6).all() and count[:, 8, 8].eq(9).all()
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_no_sharpness_or_equal_features_share_a_pixel_equally(constant):
+    x = torch.ones(1, D, 12, 12).double() if constant else maps(12, 12, 1)
+    full = dense(group(x, 4, 50.0 if constant else 0.0, 1)[0], 4, (12, 12))
+    for (row, column), share in {(0, 0): 1 / 4, (0, 5): 1 / 6, (5, 5): 1 / 9}.items():
+        assert full[0, :, row, column].max() == pytest.approx(share, abs=1e-12)
+
+
+def test_great_sharpness_is_one_hot_and_no_round_is_the_grid():
+    full = dense(group(maps(), 4, 1e5, 1)[0], 4, (16, 20))
+    torch.testing.assert_close(full.amax(1), torch.ones(2, 16, 20).double())
+    x = maps()
+    assignment, means = group(x, 4, 10.0, 0)
+    torch.testing.assert_close(means, F.avg_pool2d(x, 4))
+    rows, columns = torch.arange(16)[:, None] // 4, torch.arange(20) // 4
+    assert torch.equal(labels_of(assignment, 4, (16, 20))[0], rows * 5 + columns)
+
+
+def test_regions_never_cross_an_edge_between_two_colours():
+    colours = torch.nn.functional.one_hot(torch.tensor([0, 1]), D).double()
+    side = (torch.arange(24) >= 10).long()  # off the grid of 4
+    x = colours[side].T[None, :, None].expand(1, D, 16, 24)
+    labels = labels_of(group(x, 4, 50.0, 3)[0], 4, (16, 24))[0]
+    left, right = (set(labels[:, side == s].flatten().tolist()) for s in (0, 1))
+    assert not left & right and len(left) > 2 and len(right) > 2
+
+
+def test_sizes_that_are_no_multiple_are_filled_up_and_cut_again():
+    x = maps(13, 18)
+    cells = to_cells(x, 4)
+    assert cells.shape == (2, 4, 5, D, 16)
+    assert torch.equal(from_cells(cells, 4, (13, 18)), x)
+    assignment, _ = group(x, 4, 10.0, 2)
+    ones = spread(assignment, torch.ones(2, 4, 5).double(), 4, (13, 18))
+    torch.testing.assert_close(ones, torch.ones(2, 13, 18).double())
+    assert labels_of(assignment, 4, (13, 18)).shape == (2, 13, 18)
+
+
+def test_grouping_follows_a_mirror_and_looks_only_at_directions():
+    x = maps()
+    one, other = (dense(group(y, 4, 10.0, 2)[0], 4, (16, 20)) for y in (x, x.flip(-1)))
+    mirrored = other.flip(-1).unflatten(1, (4, 5)).flip(2).flatten(1, 2)
+    torch.testing.assert_close(one, mirrored)
+    means = F.avg_pool2d(x, 4)
+    unit, scaled = (F.normalize(to_cells(y, 4), dim=3) for y in (x, x * torch.rand(2, 1, 16, 20).double()))
+    torch.testing.assert_close(assign(means, unit, 10.0), assign(means, scaled, 10.0))
+
+
+def test_gradients_reach_the_features_through_the_means():
+    x = maps().requires_grad_()
+    assignment, means = group(x, 4, 10.0, 2)
+    means.square().sum().backward()
+    assert not assignment.requires_grad and (x.grad != 0).all()
+    again = region_means(assignment, to_cells(x.detach(), 4))
+    torch.testing.assert_close(again, means.detach())
+
+
+# --- domain, transferability -----------------------------------------------------------------------------------------
+
+
+def test_doubt_is_one_at_a_half_zero_when_certain_and_symmetric():
+    logits = torch.tensor([0.0, 50.0, -50.0, 1e4, -1e4, 2.0, -2.0], dtype=torch.float64)
+    found = doubt(logits)
+    assert found[0] == pytest.approx(1) and (found[1:5] < 1e-12).all() and (found >= 0).all()
+    p = logits[5].sigmoid()
+    assert float(found[5]) == pytest.approx(float(-p * p.log2() - (1 - p) * (1 - p).log2()))
+    torch.testing.assert_close(found[5], found[6])
+
+
+def test_dense_transferability_lies_between_that_of_the_regions():
+    part = region()
+    x = maps()
+    means = group(x, 4, 10.0, 3)[1]
+    tau, found = part.transferability(means), part.look(x, 0)
+    assert found["transferability"].min() >= tau.min() - 1e-12 and found["transferability"].max() <= tau.max() + 1e-12
+    assert (found["priority"] >= 0).all() and (found["priority"] <= 1).all()
+    torch.testing.assert_close(found["priority"], (1 - found["transferability"]) * found["uncertainty"])
+
+
+def test_uncertainty_is_one_for_equal_logits_and_zero_for_a_certain_one():
+    assert torch.allclose(uncertainty(torch.zeros(1, K, 2, 2)), torch.ones(1, 2, 2))
+    certain = torch.zeros(1, K, 1, 1)
+    certain[:, 0] = 100
+    assert uncertainty(certain).max() < 1e-6
+
+
+def test_the_reversal_grows_with_the_step_and_turns_the_gradient():
+    assert [reversal(step, 10000) for step in (0, 1000, 5000)] == pytest.approx([0, 0.4621, 0.9866], abs=1e-4)
+    assert reversal(3, 0) == 1 and reversal(10**6, 100) == reversal(100, 100)
+    x = torch.ones(3, requires_grad=True)
+    (Reversal.apply(x, 0.25) * torch.arange(3.0)).sum().backward()
+    torch.testing.assert_close(x.grad, -0.25 * torch.arange(3.0))
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_the_discriminator_learns_and_the_features_learn_the_opposite(reverse):
+    part = region(reverse=reverse, ramp=10).eval()
+    x = {name: maps().requires_grad_() for name in ("source", "target")}
+    for step, factor in ((0, 0.0), (10, reversal(10, 10))):
+        outputs = {name: Output(None, None, part.look(value, step)) for name, value in x.items()}
+        loss = RegionAdversarial()(outputs)
+        weights = list(part.discriminator.parameters())
+        grads = torch.autograd.grad(loss, [*x.values(), *weights], allow_unused=True)
+        assert all(g.abs().sum() > 0 for g in grads[2:])
+        if not reverse:
+            assert grads[0] is None and grads[1] is None
+            continue
+        straight = region(reverse=True, ramp=0).eval()
+        straight.load_state_dict(part.state_dict())
+        outputs = {name: Output(None, None, straight.look(value, 0)) for name, value in x.items()}
+        full = torch.autograd.grad(RegionAdversarial()(outputs), list(x.values()))
+        for found, one in zip(grads, full):
+            torch.testing.assert_close(found, factor * one)
+
+
+def test_the_adversarial_loss_is_the_mean_of_both_domains():
+    domain = {"source": torch.randn(2, 3, 4), "target": torch.randn(1, 3, 4)}
+    outputs = {name: Output(None, None, {"domain": value}) for name, value in domain.items()}
+    expected = [
+        F.binary_cross_entropy_with_logits(value, torch.full_like(value, float(name == "source")))
+        for name, value in domain.items()
+    ]
+    torch.testing.assert_close(RegionAdversarial()(outputs), sum(expected) / 2)
+
+
+def test_swapping_the_domains_changes_no_transferability():
+    part = region().eval()
+    x = maps()
+    before = part.look(x, 0)["transferability"]
+    last = part.discriminator[-1]
+    with torch.no_grad():
+        last.weight.neg_()
+        last.bias.neg_()
+    torch.testing.assert_close(part.look(x, 0)["transferability"], before)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_segmentation_loss_trains_the_discriminator_only_if_it_may(detach):
+    part = region(detach=detach).eval()
+    found = part.look(maps(), 0)
+    guide = part.guide(found, (2, 3))
+    loss = guide.bias.square().sum() + 0 * found["domain"].sum()
+    loss.backward()
+    moved = sum(float(p.grad.abs().sum()) for p in part.discriminator.parameters())
+    assert (moved == 0) == detach
+
+
+def test_the_auxiliary_head_learns_as_cross_entropy_does():
+    logits, labels = torch.randn(2, K, 4, 5), torch.randint(0, K, (2, 8, 10))
+    labels[0, :3] = 255
+    outputs = {"source": Output(None, None, {"auxiliary": logits})}
+    found = Auxiliary()(outputs, {"source": labels}, {"source": (labels != 255).sum()}, {})
+    big = F.interpolate(logits, (8, 10), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, F.cross_entropy(big, labels, ignore_index=255))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(guide, queries=7, keys=6, dim=8):
+    """softmax(q k^T + bias) and its output, with a guide or without one."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 3, n, dim, dtype=torch.float64) for n in (queries, keys, keys))
+    logits = q @ k.transpose(2, 3) / dim**0.5
+    weights = (logits if guide.bias is None else logits + guide.bias).softmax(3)
+    return weights, weights @ (v if guide.values is None else v * guide.values)
+
+
+def guided(priority, **options):
+    found = {"priority": priority, "transferability": priority}
+    return region(**options).guide(found, (2, 3))
+
+
+def test_equal_priorities_and_no_strength_leave_attention_as_it_is():
+    plain = attention(guided(torch.zeros(2, 4, 6).double(), strength=0.0))[0]
+    for value in (0.0, 0.3, 1.0):
+        same = attention(guided(torch.full((2, 4, 6), value).double()))[0]
+        torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
+    found, calls = {}, []
+    watch = region(strength=0.0).watch(0, found)
+    calls.append(watch(2, 2, maps(), (2, 3)))
+    assert calls == [None] and "priority" in found
+
+
+def test_the_bias_is_multiplication_and_normalisation():
+    priority = torch.rand(2, 2, 3).double()
+    plain = attention(guided(priority, strength=0.0))[0]
+    for strength in (1.0, 2.5):
+        weights = attention(guided(priority, strength=strength))[0]
+        expected = plain * ((0.5 + 0.5 * priority.flatten(1)) ** strength)[:, None, None]
+        torch.testing.assert_close(weights, expected / expected.sum(3, keepdim=True), rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights.sum(3), torch.ones(2, 3, 7).double())
+
+
+def test_keys_of_low_transferability_and_high_uncertainty_gain():
+    priority = torch.tensor([[[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]]]).double().expand(2, 2, 3)
+    plain, weights = attention(guided(priority, strength=0.0))[0], attention(guided(priority))[0]
+    ratio = weights / plain
+    assert (ratio.diff(dim=3) > 0).all()
+    part, x = region().eval(), maps()
+    found = part.look(x, 0)
+    best = found["priority"].flatten(1).argmax(1)
+    product = (1 - found["transferability"]).flatten(1) * found["uncertainty"].flatten(1)
+    assert torch.equal(best, product.argmax(1))
+
+
+def test_tvt_multiplies_by_transferability_without_normalising():
+    value = torch.rand(2, 2, 3).double()
+    guide = guided(value, variant="tvt")
+    plain, output = attention(guided(value, strength=0.0))[0], attention(guide)[1]
+    torch.manual_seed(1)
+    *_, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (7, 6, 6))
+    torch.testing.assert_close(output, (plain * value.flatten(1)[:, None, None]) @ v)
+
+
+def test_only_the_last_blocks_are_guided():
+    part, found = region(blocks=2, depth=4), {}
+    watch = part.watch(0, found)
+    x = maps()
+    assert watch(1, 3, x, (4, 5)) is None and watch(2, 1, x, (4, 5)) is None and not found
+    assert watch(2, 2, x, (4, 5)).bias.shape == (2, 1, 1, 20)
+    first = dict(found)
+    assert watch(2, 3, maps(), (2, 2)).bias.shape == (2, 1, 1, 4)
+    assert all(found[name] is first[name] for name in first)  # grouped once
+    tvt = region(variant="tvt", blocks=2, depth=4).watch(0, {})
+    assert tvt(2, 2, x, (4, 5)) is None and tvt(2, 3, x, (4, 5)).values.shape == (2, 1, 20, 1)
+
+
+def test_a_wrong_option_is_a_clear_error():
+    with pytest.raises(UserError, match="variant must be none, bias or tvt"):
+        region(variant="mask")
+    with pytest.raises(UserError, match="blocks=4 must be 1 to 3"):
+        region(blocks=4)
+
+
+# --- a planted shift -------------------------------------------------------------------------------------------------
+
+
+def area_under_curve(scores, positive):
+    order = scores.argsort(descending=True)
+    hits = positive[order].double()
+    return float((hits.cumsum(0) * (1 - hits)).sum() / (hits.sum() * (1 - hits).sum()))
+
+
+def test_a_shift_in_one_part_of_the_picture_is_found_by_a_probe():
+    """Target features differ in one quarter; 1 - T is high there, in both domains only where they differ."""
+    torch.manual_seed(0)
+    part = region(channels=32, reverse=False, ramp=0)
+    layout = torch.randn(32, 4, 5).double().repeat_interleave(4, 1).repeat_interleave(4, 2)
+    shift = torch.zeros(16, 20, dtype=torch.bool)
+    shift[:8, :8] = True
+    moved = torch.where(shift, 1.5, 0.0).double() * torch.randn(32, 1, 1).double()
+    optimizer = torch.optim.Adam(part.discriminator.parameters(), 1e-2)
+    for _ in range(150):
+        source, target = (layout + 0.3 * torch.randn(4, 32, 16, 20).double() for _ in range(2))
+        outputs = {"source": Output(None, None, part.look(source, 0))}
+        outputs["target"] = Output(None, None, part.look(target + moved, 0))
+        optimizer.zero_grad()
+        RegionAdversarial()(outputs).backward()
+        optimizer.step()
+    found = part.eval().look(layout + 0.3 * torch.randn(1, 32, 16, 20).double() + moved, 0)["transferability"]
+    assert area_under_curve(1 - found.detach().flatten(), shift.flatten()) > 0.8
