@@ -36,7 +36,7 @@ from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
 from engine.prepare import Preparation
-from engine.report import draw_step, final_report, log_pseudo_labels, validate
+from engine.report import draw_regions, draw_step, final_report, log_pseudo_labels, validate
 from engine.statistics import resize_labels
 from models.segmentor import View
 
@@ -212,6 +212,8 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_step(log, total, views, labels, trust, outputs, vectors, source_set)
+            if model.region:
+                draw_regions(log, total, model, batch["target"]["image"][:1])
         for labeler in labelers if check and monitor else []:
             if hasattr(labeler, "label") and not hasattr(labeler, "prepare"):  # those were measured when they were made
                 guide = teacher.network if teacher else model

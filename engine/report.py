@@ -101,6 +101,36 @@ def draw_prototypes(log, step, vectors, dataset):
         log.picture(f"prototypes/{name}_components", picture, step)
 
 
+@torch.no_grad()
+def draw_regions(log, step, network, image):
+    """TensorBoard: TMT's regions on one image (1, 3, H, W): their borders, transferability, uncertainty, priority, and
+    the attention that the tokens get in the last guided block without and with it."""
+    from models.blocks import received
+    from models.region import labels_of
+
+    region, mode = network.region, network.training
+    blocks = getattr(network.backbone, f"block{region.stage}", None) or network.backbone.blocks
+    attention, inputs = blocks[region.last].attn, []
+    hook = attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
+    aux = network.eval().segment(image, step=step).aux
+    hook.remove()
+    network.train(mode)
+    size, (x, guide) = image.shape[-2:], inputs[0]
+    q, k, _ = attention.project(x)
+    shown = {name: aux[name] for name in ("transferability", "uncertainty", "priority")}
+    for name, given in (("attention before", None), ("attention after", guide)):
+        keys = aux["keys"]
+        values = received(q.float(), k.float(), given)[:, -keys[0] * keys[1] :].view(1, *keys)
+        shown[name] = values / values.amax()
+    shown = {name: resize_logits(values[:, None].float(), size)[0, 0] for name, values in shown.items()}
+    regions = labels_of(aux["assignment"], region.cell, aux["priority"].shape[-2:])
+    regions = torch.nn.functional.interpolate(regions[None].double(), size)[0, 0]
+    border = torch.zeros(size, dtype=torch.bool, device=image.device)
+    border[:-1] |= regions.diff(dim=0) != 0
+    border[:, :-1] |= regions.diff(dim=1) != 0
+    log.picture("regions", side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown), step)
+
+
 def log_label_shares(log, step, labels, dataset):
     """TensorBoard: per cent of the pixels of a view's labels (B, H, W) that each class has."""
     counts = torch.bincount(labels.flatten(), minlength=256)[: len(dataset.CLASSES)]

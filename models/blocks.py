@@ -41,3 +41,12 @@ def guided(guide, v):
     """A Guide, a bias alone or None, and values (B, heads, M, D) -> the bias for the logits and the values."""
     bias, factor = guide if isinstance(guide, Guide) else (guide, None)
     return None if bias is None else bias.to(v.dtype), v if factor is None else v * factor.to(v.dtype)
+
+
+def received(q, k, guide=None):
+    """Queries (B, heads, N, D), keys (B, heads, M, D) -> the attention that each key gets (B, M), mean over heads and
+    queries. Only for pictures: it makes the whole matrix."""
+    bias, values = guided(guide, torch.ones_like(k[..., :1]))
+    logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    weights = (logits if bias is None else logits + bias).softmax(3)  # (B, heads, N, M)
+    return (weights * values.transpose(2, 3)).mean((1, 2))

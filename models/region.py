@@ -235,7 +235,7 @@ class Region(nn.Module):
             if stage != self.stage or not self.first <= block <= self.last:
                 return None
             if block == self.first:
-                found.update(self.look(x, step))
+                found.update(self.look(x, step), keys=keys)
             guided = self.variant == "bias" or (self.variant == "tvt" and block == self.last)
             return self.guide(found, keys) if guided and self.strength else None
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.build import build_segmentor
+from engine.config import load
 from engine.errors import UserError
+from engine.report import draw_regions
 from losses.tmt import Auxiliary, RegionAdversarial
 from models.region import (
     Region,
@@ -23,6 +26,7 @@ from models.region import (
     uncertainty,
 )
 from models.segmentor import Output
+from tests.runs import TINY_UDA
 
 D, K = 6, 4
 OPTIONS = {
@@ -320,6 +324,29 @@ def test_a_wrong_option_is_a_clear_error():
         region(variant="mask")
     with pytest.raises(UserError, match="blocks=4 must be 1 to 3"):
         region(blocks=4)
+
+
+@pytest.mark.parametrize("variant", ["bias", "tvt", "none"])
+@pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
+def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
+    spec = {"mit.MiT": {"size": "b0"}, "vit.ViT": {"size": "t"}}[backbone]
+    stage = {"mit.MiT": 3, "vit.ViT": 1}[backbone]
+    changes = [
+        f"model.backbone={ {'name': backbone, 'weights': 'none', 'drop_path': 0.0, **spec} }",
+        "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}", "model.classifier={name: linear.Linear}",
+        f"model.region={ {'stage': stage, 'cell': 2, 'variant': variant} }",
+    ]  # fmt: skip
+    network = build_segmentor(load(TINY_UDA, changes).model, 4, pretrained=False).eval()
+    image = torch.rand(1, 3, 64, 96)
+    guided = network.segment(image)
+    assert guided.aux["priority"].shape == guided.aux["transferability"].shape == (1, 4, 6)
+    drawn = {}
+    log = type("Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})})()
+    draw_regions(log, 1, network, image)
+    assert drawn["regions"].shape[1] > 6 * 96 and drawn["regions"].std() > 10
+    network.region = None
+    plain = network.segment(image)
+    assert torch.allclose(plain.logits, guided.logits) == (variant == "none")
 
 
 # --- a planted shift -------------------------------------------------------------------------------------------------

@@ -78,10 +78,14 @@ class Attention(nn.Module):
     def split(self, x):
         return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, h w, C / heads)
 
+    def project(self, x):
+        """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values (B, heads, M, C / heads)."""
+        small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
+        return map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
+
     def forward(self, x, bias=None):
         """(B, h, w, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, M)."""
-        small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
-        q, k, v = map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
+        q, k, v = self.project(x)
         bias, v = guided(bias, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, N, C / heads)
         return self.proj(y.transpose(1, 2).reshape(x.shape))

@@ -59,9 +59,13 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
+    def project(self, x):
+        """(B, N, C) -> queries, keys and values (B, heads, N, C / heads)."""
+        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x, bias=None):
         """(B, N, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, N)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads) each
+        q, k, v = self.project(x)
         bias, v = guided(bias, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(y.transpose(1, 2).flatten(2))
