@@ -18,11 +18,23 @@ The grid file:
                 after: linear}
 
 `{seed}` stands for the seed of a run; a row with `after` waits until that row has finished with the same seed.
+
+Instead of rows, `pairs` makes one for every ordered pair of data sets and every method, after one model per first set:
+
+    pairs:
+      sets: {a: {train: {name: ...}, test: {name: ...}}, b: ...}
+      first: {config: ..., set: [...]}                        # trained on `first`: data.train and data.test are set
+      methods: {vanilla fine-tuning: {config: ..., set: ['stages=[{..., init: runs/NAME/{first}/seed{seed}/...pt}]']}}
+
+A method is trained on the second set, with the first one as `data.target`; its table has a row per pair, a column per
+method and the mean over pairs.
+
 Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes
 on from its last checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run),
 `folder` can be set on the command line. A failed run is reported with the end of its output, and the others go on.
 """
 
+import itertools
 import json
 import os
 import re
@@ -35,13 +47,13 @@ from pathlib import Path
 from engine.config import ConfigError, read_yaml
 from engine.errors import run
 
-KEYS = ("name", "script", "seeds", "metric", "common", "rows", "runs", "threads", "folder", "out")
+KEYS = ("name", "script", "seeds", "metric", "common", "rows", "pairs", "runs", "threads", "folder", "out")
 
 
 def load_grid(path, overrides):
     """Grid file and `key=value` overrides -> dict with every key of KEYS."""
     defaults = {"script": "train_supervised.py", "seeds": [0], "metric": "mIoU", "common": [], "runs": 1, "threads": 0}
-    defaults |= {"folder": "runs", "out": "benchmarks/results"}
+    defaults |= {"folder": "runs", "out": "benchmarks/results", "pairs": None, "rows": {}}
     if not Path(path).is_file():
         raise ConfigError(f"there is no grid file {path}")
     grid = defaults | read_yaml(Path(path).read_text(), path)
@@ -52,7 +64,36 @@ def load_grid(path, overrides):
         raise ConfigError(
             f"{path}: {'unknown' if key in grid else 'missing'} key '{key}'; a grid has {', '.join(KEYS)}"
         )
-    return grid
+    return grid | {"rows": grid["rows"] | paired(**grid["pairs"])} if grid["pairs"] else grid
+
+
+def paired(sets, first, methods):
+    """The rows of `pairs`."""
+
+    def row(spec, settings, **more):
+        texts = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        return {**spec, "set": [*spec.get("set", []), *texts], **more}
+
+    rows = {a: row(first, {"data.train": sets[a]["train"], "data.test": {a: sets[a]["test"]}}) for a in sets}
+    for a, b in itertools.permutations(sets, 2):
+        data = {"data.train": sets[b]["train"], "data.target": sets[a]["train"], "data.test": {b: sets[b]["test"]}}
+        for method, spec in methods.items():
+            spec = spec | {"set": [text.replace("{first}", a) for text in spec.get("set", [])]}
+            rows[f"{a} to {b}, {method}"] = row(spec, data, after=a)
+    return rows
+
+
+def pairs_table(grid, table):
+    """One line per pair, one column per method, and the mean over the pairs that every method has."""
+    methods, metric = list(grid["pairs"]["methods"]), grid["metric"]
+    lines, complete = [f"| pair | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"], []
+    for a, b in itertools.permutations(grid["pairs"]["sets"], 2):
+        runs_of = [table.get(f"{a} to {b}, {method}", {}).get(b, {}).values() for method in methods]
+        values = [statistics.mean(s[metric] for s in summaries) if summaries else None for summaries in runs_of]
+        lines.append(f"| {a} to {b} | {' | '.join('not yet run' if v is None else f'{v:.2f}' for v in values)} |")
+        complete += [values] if None not in values else []
+    means = [f"{statistics.mean(column):.2f}" for column in zip(*complete)] or ["-"] * len(methods)
+    return [*lines, f"| mean of {len(complete)} pairs | {' | '.join(means)} |"]
 
 
 def jobs(grid):
@@ -145,6 +186,8 @@ def markdown(grid, table, runs):
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
         seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
         lines.append(f"| {row} | {seeds} | {' | '.join(cells)} |")
+
+    lines = pairs_table(grid, table) if grid["pairs"] else lines
 
     def distinct(key):
         return ", ".join(sorted({str(r[key]) for r in runs})) or "-"

@@ -243,7 +243,7 @@ def _check(value, schema, key, where):
     """Compare a layer with the defaults: known keys, the same types. Components are checked by `build`."""
     if schema is None or (isinstance(schema, dict) and not schema):
         return  # null in the defaults: any value; {}: names chosen by the user
-    if key in SEVERAL and isinstance(value, list) and value:
+    if key.endswith(SEVERAL) and isinstance(value, list) and value:  # also within a stage
         for number, item in enumerate(value):
             _check(item, schema, f"{key}.{number}", where)
         return

@@ -39,14 +39,15 @@ def quick(monkeypatch):
 def test_an_experiment_builds_what_it_names(path, tmp_path):
     different = {str({**cfg, "stage": 0, "optimizer": 0}): cfg for cfg in stages(load(path))}
     for cfg in different.values():
-        for spec in (cfg.data.train, cfg.data.val, cfg.data.target, cfg.data.monitor, *cfg.data.test.values()):
+        train = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
+        for spec in (*train, cfg.data.val, cfg.data.target, cfg.data.monitor, *cfg.data.test.values()):
             if spec["name"] not in ("none", "toy.Toy"):
                 with pytest.raises(DataError, match="there is no folder"):
                     build("datasets", {**spec, "root": "/nowhere"}, seed=0)
         for spec in (cfg.data.augment, cfg.data.target_augment):
             if spec["name"] != "none":
                 build("datasets", spec)
-        classes = SCENES if cfg.data.train["name"].split(".")[1] in ("CamVid", "Toy") else STREETS
+        classes = SCENES if train[0]["name"].split(".")[1] in ("CamVid", "Toy") else STREETS
         context, joint = {"num_classes": len(classes), "classes": classes, "seed": 0}, cfg.model.projector.channels
         specs = dict(cfg.prototypes)
         if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped

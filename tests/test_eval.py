@@ -306,3 +306,26 @@ def test_scripts_without_arguments_print_how_to_use_them():
     for script in ("train_supervised.py", "eval.py", "predict.py"):
         result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(TINY).parent.parent)
         assert result.returncode == 1 and f"python {script}" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(tmp_path):
+    from benchmarks.reproduce import jobs, load_grid, markdown
+
+    (tmp_path / "grid.yaml").write_text(
+        "name: g\npairs:\n  sets:\n"
+        + "".join(
+            f"    {s}: {{train: {{name: toy.Toy, domain: {s}}}, test: {{name: toy.Toy}}}}\n" for s in ("a", "b", "c")
+        )
+        + "  first: {config: first.yaml}\n"
+        "  methods: {plain: {config: p.yaml, set: ['init=runs/g/{first}/seed{seed}/x.pt']}, TMT: {config: t.yaml}}\n"
+    )
+    grid = load_grid(tmp_path / "grid.yaml", ["seeds=[4]"]) | {"file": "grid.yaml"}
+    todo = {row: command for row, _, _, command in jobs(grid)}
+    assert len(todo) == 3 + 6 * 2 and grid["rows"]["c to a, TMT"]["after"] == "c"
+    command = todo["b to c, plain"]
+    assert "init=runs/g/b/seed4/x.pt" in command and 'data.train={"name": "toy.Toy", "domain": "c"}' in command
+    assert 'data.target={"name": "toy.Toy", "domain": "b"}' in command
+    table = {"a to b, plain": {"b": {4: {"mIoU": 10.0}}}, "a to b, TMT": {"b": {4: {"mIoU": 12.5}}}}
+    text = markdown(grid, table | {"a": {"a": {4: {"mIoU": 1.0}}}}, [])
+    assert "| a to b | 10.00 | 12.50 |" in text and "| mean of 1 pairs | 10.00 | 12.50 |" in text
+    assert text.count("| not yet run | not yet run |") == 5
