@@ -273,8 +273,8 @@ def test_every_data_set_says_which_classes_are_scored():
 
 def test_every_data_set_takes_another_label_space(tmp_path):
     options = {"folder.Folder": {"classes": CLASSES}, "acdc.ACDC": {"condition": "fog"}}
-    for name, path in LAYOUTS.items():
-        save(tmp_path / name / path, picture())
+    for name in LAYOUTS:
+        laid_out(tmp_path / name, name)
         spec = {"name": name, "labels": False, **options.get(name, {})}
         own = build("datasets", spec, root=str(tmp_path / name), seed=0).CLASSES
         space = {"last": [own[-1]], "none": [], "others": list(own[:-1])}
@@ -536,15 +536,28 @@ def test_a_stylised_copy_of_another_size_is_named(tmp_path):
 
 LAYOUTS = {
     "acdc.ACDC": "rgb_anon/fog/train/GP1/1_rgb_anon.png",
+    "ade20k.ADE20K": "images/train/1.jpg",
     "bdd100k.BDD100K": "images/10k/train/1.jpg",
     "camvid.CamVid": "images/train/1.png",
     "cityscapes.Cityscapes": "leftImg8bit/train/ulm/1_leftImg8bit.png",
+    "cocostuff.CocoStuff10k": "images/train/1.jpg",
+    "cocostuff.CocoStuff164k": "images/train/1.jpg",
+    "dark_zurich.DarkZurich": "rgb_anon/train/night/GOPR1/1_rgb_anon.png",
     "folder.Folder": "images/train/1.jpg",
     "gta5.GTA5": "images/1.png",
     "labelmefacade.LabelMeFacade": "images/train/1.jpg",
     "mapillary.Mapillary": "training/images/1.jpg",
     "synthia.Synthia": "RGB/1.png",
+    "voc.VOC": "JPEGImages/1.jpg",
 }
+
+
+def laid_out(root, name):
+    """One picture in the layout of a data set, and the list that VOC needs."""
+    save(root / LAYOUTS[name], picture())
+    if name == "voc.VOC":
+        (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+        (root / "ImageSets" / "Segmentation" / "train.txt").write_text("1")
 
 
 def test_every_data_set_of_files_reads_stylised_copies(tmp_path):
@@ -553,7 +566,7 @@ def test_every_data_set_of_files_reads_stylised_copies(tmp_path):
     options = {"folder.Folder": {"classes": CLASSES}, "acdc.ACDC": {"condition": "fog"}}
     for name, path in LAYOUTS.items():
         root = tmp_path / name
-        save(root / path, picture())
+        laid_out(root, name)
         copies = styled(root / "new", [Path(path).with_suffix(".png")])
         spec = {"name": name, "labels": False, "stylised": copies, **options.get(name, {})}
         assert shows(build("datasets", spec, root=str(root), seed=0), 0, SPARE), name

@@ -1,4 +1,5 @@
-"""Cityscapes, GTA5, SYNTHIA, ACDC, BDD100K and Mapillary Vistas on tiny files in their official formats."""
+"""Cityscapes, GTA5, SYNTHIA, ACDC, BDD100K, Mapillary Vistas, Dark Zurich, ADE20K, COCO-Stuff and Pascal VOC on tiny
+files in their official formats."""
 
 import struct
 import zlib
@@ -8,21 +9,28 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from datasets import acdc, bdd100k, camvid, cityscapes, gta5, mapillary, synthia
+from datasets import acdc, bdd100k, camvid, check, cityscapes, cocostuff, dark_zurich, gta5, mapillary, synthia
 from datasets.acdc import ACDC
+from datasets.ade20k import ADE20K
 from datasets.base import DataError
 from datasets.bdd100k import BDD100K
 from datasets.cityscapes import Cityscapes
+from datasets.cocostuff import CocoStuff10k, CocoStuff164k
+from datasets.dark_zurich import DarkZurich
 from datasets.gta5 import GTA5
 from datasets.mapillary import Mapillary
 from datasets.statistics import class_counts
 from datasets.synthia import Synthia
+from datasets.voc import VOC
 from engine.build import build
 from engine.config import load
 from engine.metrics import ConfusionMatrix
 
 ROOT = Path(__file__).parent.parent
+MAPS = ROOT.parent / "shared" / "data" / "maps"
 
 # The official tables, copied out once more: train id, class, id on disk, colour.
 OFFICIAL = """
@@ -91,12 +99,12 @@ def city_frame(root, frame, ids=RAW, kind="labelIds", split="train"):
 
 
 def test_cityscapes_tables_are_the_official_ones():
-    for module in (cityscapes, gta5, synthia, acdc, bdd100k, mapillary):
+    for module in (cityscapes, gta5, synthia, acdc, bdd100k, mapillary, dark_zurich):
         assert list(module.CLASSES) == NAMES and list(module.PALETTE) == COLORS
-    for data in (Cityscapes, GTA5, Synthia, ACDC, BDD100K, Mapillary):
+    for data in (Cityscapes, GTA5, Synthia, ACDC, BDD100K, Mapillary, DarkZurich):
         assert list(data.CLASSES) == NAMES and list(data.PALETTE) == COLORS
     assert len(TRAIN_ID) == 34
-    assert Cityscapes.ID_MAP == ACDC.ID_MAP == TRAIN_ID | {255: 255}
+    assert Cityscapes.ID_MAP == ACDC.ID_MAP == DarkZurich.ID_MAP == TRAIN_ID | {255: 255}
     assert GTA5.ID_MAP == TRAIN_ID | {34: 255, 255: 255}
     assert dict(enumerate(SYNTHIA)) == Synthia.ID_MAP
     assert {int(train_id): int(raw) for train_id, _, raw, *_ in LINES} == cityscapes.TRAIN_IDS
@@ -611,6 +619,258 @@ def test_mapillary_labels_of_another_shape_are_errors_at_any_size(tmp_path):
         Mapillary(long_side=-1, **options)
 
 
+# --- Dark Zurich -----------------------------------------------------------------------------------------------------
+
+
+def zurich_frame(root, split, time, frame="GOPR0356_frame_000321", ids=CONVERTED, kind=None):
+    sequence = frame.split("_")[0] + ("_ref" if split.endswith("_ref") else "")
+    picture(root / "rgb_anon" / split / time / sequence / f"{frame}_rgb_anon.png", len(ids))
+    if kind:
+        grey(root / "gt" / split / time / sequence / f"{frame}_gt_{kind}.png", ids)
+    return root
+
+
+def test_dark_zurich_trains_without_labels_at_one_time_of_day_or_at_all(tmp_path):
+    for time in dark_zurich.TIMES:
+        zurich_frame(tmp_path, "train", time)
+        found = DarkZurich(root=tmp_path, time=time, labels=False)
+        assert [image.relative_to(tmp_path).parts[2] for image, _ in found.samples] == [time]
+        assert {*row(found)} == {255}
+    assert stems(DarkZurich(root=tmp_path, time="all", labels=False)) == ["GOPR0356_frame_000321_rgb_anon"] * 3
+    assert DarkZurich(root=tmp_path, labels=False).samples[0][0].parts[-3] == "night"
+    for split in ("train", "val_ref"):
+        with pytest.raises(DataError, match=f"DarkZurich {split} has no labels; set labels: false"):
+            DarkZurich(root=tmp_path, split=split)
+
+
+def test_dark_zurich_val_has_train_ids_or_ids_and_references_have_none(tmp_path):
+    zurich_frame(tmp_path, "val", "night", kind="labelTrainIds")
+    zurich_frame(tmp_path, "val", "night", ids=[7] * 20, kind="labelIds")
+    zurich_frame(tmp_path, "val", "night", "GOPR0356_frame_000324", [*RAW, 255], "labelIds")
+    zurich_frame(tmp_path, "val_ref", "day")
+    for time in ("night", "all"):
+        data = DarkZurich(root=tmp_path, split="val", time=time)
+        assert row(data, 0) == CONVERTED and row(data, 1) == [*(TRAIN_ID[raw] for raw in RAW), 255]
+    assert len(DarkZurich(root=tmp_path, split="val_ref", time="day", labels=False)) == 1
+    with pytest.raises(DataError, match=r"val_ref has no images by night: the folders in .*val_ref are day$"):
+        DarkZurich(root=tmp_path, split="val_ref", labels=False)
+
+
+def test_dark_zurich_unknown_splits_times_ids_and_missing_labels_are_named(tmp_path):
+    zurich_frame(tmp_path, "val", "night", ids=[0, 19], kind="labelTrainIds")
+    with pytest.raises(DataError, match=r"labelTrainIds.png holds the ids \[19\].*converted to class ids"):
+        DarkZurich(root=tmp_path, split="val")[0]
+    with pytest.raises(DataError, match=r"DarkZurich has no split 'test': the folders in .*rgb_anon are val$"):
+        DarkZurich(root=tmp_path, split="test", labels=False)
+    with pytest.raises(DataError, match="DarkZurich has no time 'dusk'; there are day, twilight, night, all"):
+        DarkZurich(root=tmp_path, time="dusk", labels=False)
+    zurich_frame(tmp_path, "val", "night", "GOPR0356_frame_000400")
+    with pytest.raises(DataError, match=r"1 of 2 labels .*gt/val/night/GOPR0356/.*_000400_gt_labelTrainIds.png"):
+        DarkZurich(root=tmp_path, split="val")
+
+
+# --- ADE20K ----------------------------------------------------------------------------------------------------------
+
+
+def scene(root, name="ADE_train_00000001", ids=range(151), split="training", labels=True):
+    picture(root / "images" / split / f"{name}.jpg", len(ids))
+    if labels:
+        grey(root / "annotations" / split / f"{name}.png", [*ids])
+    return root
+
+
+def test_ade20k_ids_are_shifted_and_other_is_ignored(tmp_path):
+    scene(scene(tmp_path), "ADE_val_00000001", [0, 150, 7], "validation")
+    assert row(ADE20K(root=tmp_path, split="training")) == [255, *range(150)]
+    assert row(ADE20K(root=tmp_path, split="validation")) == [255, 149, 6]
+    assert {i: i - 1 for i in range(1, 151)} | {0: 255} == ADE20K.ID_MAP
+
+
+def test_ade20k_names_and_colours_are_those_of_the_field():
+    first = "wall building sky floor tree ceiling road bed windowpane grass cabinet sidewalk person earth door table"
+    assert len(ADE20K.CLASSES) == len({*ADE20K.CLASSES}) == 150 and " ".join(ADE20K.CLASSES[:16]) == first
+    known = {
+        "wall": "787878", "building": "b47878", "sky": "06e6e6", "tree": "04c803", "road": "8c8c8c", "person": "96053d",
+        "car": "0066c8", "sea": "0907e6", "lamp": "e0ff08", "railing": "ff3d06", "skyscraper": "8c8c8c",
+        "fireplace": "fa0a0f", "stairs": "ffe000", "river": "0bc8c8", "toilet": "00ff85", "bus": "ff00f5",
+        "airplane": "00ff52", "bottle": "00ff0a", "van": "a3ff00", "microwave": "ff00eb", "bicycle": "fff500",
+        "traffic light": "2900ff", "clock": "66ff00", "flag": "5c00ff",
+    }  # fmt: skip
+    found = {name: bytes(ADE20K.PALETTE[ADE20K.CLASSES.index(name)]).hex() for name in known}
+    assert found == known
+    assert len(ADE20K.PALETTE) == 150 and len({*ADE20K.PALETTE}) == 149  # road and skyscraper share theirs
+
+
+@pytest.mark.skipif(not MAPS.is_dir(), reason="the list of names is not here")
+def test_ade20k_names_are_those_of_the_list():
+    listed = (MAPS.parent / "clip" / "ade20k_classes.txt").read_text().splitlines()
+    assert list(ADE20K.CLASSES) == [name.strip() for name in listed]
+
+
+def test_ade20k_converted_labels_missing_ones_and_unknown_ids_and_splits_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"ADE_train_00000001.png holds the ids \[151, 200\].*ADE20K \(150 classes\)"):
+        ADE20K(root=scene(tmp_path, ids=[1, 151, 200]), split="training")[0]
+    with pytest.raises(DataError, match=r"ADE_train_00000001.png holds the id 255: it was converted"):
+        ADE20K(root=scene(tmp_path, ids=[0, 149, 255]), split="training")[0]
+    with pytest.raises(DataError, match=r"ADE20K has no split 'val': the folders in .*images are training$"):
+        ADE20K(root=tmp_path, split="val")
+    scene(tmp_path, "ADE_train_00000002", labels=False)
+    with pytest.raises(DataError, match=r"1 of 2 labels .*annotations/training/ADE_train_00000002.png"):
+        ADE20K(root=tmp_path, split="training")
+
+
+# --- COCO-Stuff ------------------------------------------------------------------------------------------------------
+
+NEVER = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91]  # of COCO's ids 1 to 182
+COCO_IDS = [i for i in range(182) if i + 1 not in NEVER]  # in the maps
+
+
+def photo(root, name, split, ids, folder="annotations", suffix="", images="images/"):
+    picture(root / f"{images}{split}" / f"{name}.jpg", len(ids))
+    if folder:
+        grey(root / folder / split / f"{name}{suffix}.png", [*ids])
+    return root
+
+
+def test_cocostuff_names_are_those_of_coco_and_then_the_stuff_by_the_alphabet():
+    coco = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by id, 0 is the background
+    assert [i for i in range(1, 91) if coco[i] == "N/A"] == NEVER[:-1]
+    things, stuff = cocostuff.CLASSES[:80], cocostuff.CLASSES[80:]
+    assert list(things) == [name for name in coco[1:] if name != "N/A"]
+    assert len(stuff) == 91 and list(stuff) == sorted(stuff) and len({*things, *stuff}) == 171
+    ids = dict(zip(cocostuff.IDS, cocostuff.CLASSES, strict=True))
+    assert {i: ids[i] for i in range(1, 91) if i in ids} == {i: coco[i] for i in range(1, 91) if coco[i] != "N/A"}
+    known = {92: "banner", 95: "bridge", 106: "clouds", 124: "grass", 149: "road", 157: "sky-other", 169: "tree"}
+    assert {i: ids[i] for i in (92, 95, 106, 124, 149, 157, 169, 182)} == known | {182: "wood"}
+    assert len({*cocostuff.PALETTE}) == 171
+
+
+def test_cocostuff10k_converted_ids_are_shifted(tmp_path):
+    photo(tmp_path, "COCO_train2014_1", "train2014", range(172), suffix="_labelTrainIds")
+    photo(tmp_path, "COCO_train2014_2", "test2014", [0, 171, 255], suffix="_labelTrainIds")
+    assert row(CocoStuff10k(root=tmp_path, split="train2014")) == [255, *range(171)]
+    assert row(CocoStuff10k(root=tmp_path, split="test2014")) == [255, 170, 255]
+
+
+def test_cocostuff10k_labels_of_matlab_missing_ones_and_unknown_ids_and_splits_are_named(tmp_path):
+    photo(tmp_path, "a", "train2014", [0, 1], folder=None)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "a.mat").touch()
+    with pytest.raises(DataError, match=r"annotations/a.mat is MATLAB's; convert .*train2014/\*_labelTrainIds.png"):
+        CocoStuff10k(root=tmp_path, split="train2014")
+    assert len(CocoStuff10k(root=tmp_path, split="train2014", labels=False)) == 1
+    photo(tmp_path, "b", "train2014", [172, 182], suffix="_labelTrainIds")
+    with pytest.raises(DataError, match=r"1 of 2 labels .*annotations/train2014/a_labelTrainIds.png"):
+        CocoStuff10k(root=tmp_path, split="train2014")
+    photo(tmp_path, "a", "train2014", [0, 1], suffix="_labelTrainIds")
+    with pytest.raises(DataError, match=r"b_labelTrainIds.png holds the ids \[172, 182\].*CocoStuff10k"):
+        CocoStuff10k(root=tmp_path, split="train2014")[1]
+    with pytest.raises(DataError, match=r"CocoStuff10k has no split 'train': .* are train2014$"):
+        CocoStuff10k(root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folder, images", [("stuffthingmaps", "images/"), ("annotations", "images/"), ("stuffthingmaps", "")]
+)
+def test_cocostuff164k_ids_have_gaps_and_become_171_classes(tmp_path, folder, images):
+    photo(tmp_path, "000000000139", "val2017", [*COCO_IDS, 255], folder, images=images)
+    data = CocoStuff164k(root=tmp_path, split="val2017")
+    assert row(data) == [*range(171), 255] and len(data.CLASSES) == 171
+    assert {coco: row(data)[i] for i, coco in enumerate(COCO_IDS)} | {255: 255} == CocoStuff164k.ID_MAP
+    for missing in (11, 90):
+        grey(tmp_path / folder / "val2017" / "000000000139.png", [missing] * 172)
+        with pytest.raises(DataError, match=rf"000000000139.png holds the ids \[{missing}\].*CocoStuff164k \(171"):
+            data[0]
+
+
+def test_cocostuff164k_converted_labels_are_read_only_where_official_ones_are_missing(tmp_path):
+    photo(tmp_path, "a", "train2017", [*range(171), 255], suffix="_labelTrainIds")
+    photo(tmp_path, "b", "train2017", [0, 170], suffix="_labelTrainIds")
+    photo(tmp_path, "b", "train2017", [12, 181], "stuffthingmaps")
+    data = CocoStuff164k(root=tmp_path, split="train2017")
+    assert row(data, 0) == [*range(171), 255] and row(data, 1) == [11, 170]
+    photo(tmp_path, "c", "train2017", [0], folder=None)
+    with pytest.raises(DataError, match=r"1 of 3 labels do not exist, such as .*stuffthingmaps/train2017/c.png"):
+        CocoStuff164k(root=tmp_path, split="train2017")
+    with pytest.raises(DataError, match=r"CocoStuff164k has no split 'val2017': .* are train2017$"):
+        CocoStuff164k(root=tmp_path, split="val2017")
+
+
+# --- Pascal VOC ------------------------------------------------------------------------------------------------------
+
+
+def bit_rule(i):
+    """Colour i of VOC's development kit: the bits of i go to red, green and blue in turn, from the highest down."""
+    bits = [i >> b & 1 for b in range(24)]
+    return tuple(sum(bits[3 * k + channel] << (7 - k) for k in range(8)) for channel in range(3))
+
+
+def voc_image(home, name, ids=(*range(21), 255), folder="SegmentationClass"):
+    picture(home / "JPEGImages" / f"{name}.jpg", len(ids))
+    if folder:
+        palette_png(home / folder / f"{name}.png", [*ids])
+
+
+def voc_list(home, split, *lines):
+    (home / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+    (home / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_voc_names_and_colours_are_the_official_ones():
+    assert ["__background__", *VOC.CLASSES[1:]] == FCN_ResNet50_Weights.DEFAULT.meta["categories"]
+    assert VOC.CLASSES[0] == "background" and list(VOC.PALETTE) == [bit_rule(i) for i in range(21)]
+    assert bit_rule(15) == (192, 128, 128) and bit_rule(255) == (224, 224, 192)  # a person, the border
+
+
+@pytest.mark.parametrize("home", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc_lists_are_splits_and_indices_are_classes(tmp_path, home):
+    for name in ("2007_000032", "2007_000033", "2008_000001"):
+        voc_image(tmp_path / home, name)
+    voc_list(tmp_path / home, "train", "2007_000032")
+    voc_list(tmp_path / home, "val", "2007_000033", "", "2008_000001 ")
+    voc_list(tmp_path / home, "trainval", "2007_000032", "2007_000033", "2008_000001")
+    found = {split: stems(VOC(root=tmp_path, split=split)) for split in ("train", "val", "trainval")}
+    assert found["train"] == ["2007_000032"] and found["val"] == ["2007_000033", "2008_000001"]
+    assert found["trainval"] == found["train"] + found["val"]
+    assert row(VOC(root=tmp_path)) == [*range(21), 255]
+
+
+@pytest.mark.parametrize("lists", [["train_aug"], ["trainaug"], ["train", "aug"], ["train_aug", "train", "aug"]])
+def test_voc_augmented_labels_in_the_arrangements_in_use(tmp_path, lists):
+    voc_image(tmp_path, "a", [1, 255])
+    voc_image(tmp_path, "b", [2, 2], folder="SegmentationClassAug")
+    for name in lists:
+        lines = {"train": ["a"], "aug": ["b", "a"]}.get(name, ["a", "/JPEGImages/b.jpg /SegmentationClassAug/b.png"])
+        voc_list(tmp_path, name, *lines)
+    data = VOC(root=tmp_path, split="train_aug")
+    assert stems(data) == ["a", "b"] and row(data, 0) == [1, 255] and row(data, 1) == [2, 2]
+    grey(
+        tmp_path / "SegmentationClassAug" / "a.png", [1, 1]
+    )  # SBD's label is preferred, but not for the official lists
+    assert row(VOC(root=tmp_path, split="train_aug")) == [1, 1]
+    voc_list(tmp_path, "train", "a")
+    assert row(VOC(root=tmp_path)) == [1, 255]
+
+
+def test_voc_unknown_splits_ids_and_missing_images_and_labels_are_named(tmp_path):
+    voc_image(tmp_path, "a", [20, 21])
+    voc_list(tmp_path, "train", "a")
+    with pytest.raises(DataError, match=r"SegmentationClass/a.png holds the ids \[21\], which VOC \(21 classes\)"):
+        VOC(root=tmp_path)[0]
+    for split in ("val", "train_aug"):
+        with pytest.raises(DataError, match=rf"VOC has no split '{split}': the lists in .*Segmentation are train$"):
+            VOC(root=tmp_path, split=split)
+    voc_list(tmp_path, "train", "a", "b")
+    with pytest.raises(DataError, match=r"1 of 2 images do not exist, such as .*JPEGImages/b.jpg"):
+        VOC(root=tmp_path)
+    voc_image(tmp_path, "b", folder=None)
+    with pytest.raises(DataError, match=r"1 of 2 labels do not exist, such as .*SegmentationClass/b.png"):
+        VOC(root=tmp_path)
+    picture(tmp_path / "SegmentationClass" / "b.png", 22)  # drawn in colours by someone
+    with pytest.raises(DataError, match=r"SegmentationClass/b.png is a colour picture"):
+        VOC(root=tmp_path)[1]
+
+
 # --- what all of them share ------------------------------------------------------------------------------------------
 
 WRITERS = {
@@ -645,6 +905,30 @@ def test_all_of_them_can_ignore_classes(tmp_path, data):
     assert row(data(root=tmp_path, ignore=["road"])) == [255 if i == 0 else i for i in plain] != plain
 
 
+OTHERS = {
+    ADE20K: ("training", scene),
+    CocoStuff10k: ("train2014", lambda root: photo(root, "a", "train2014", range(172), suffix="_labelTrainIds")),
+    CocoStuff164k: ("val2017", lambda root: photo(root, "a", "val2017", COCO_IDS, "stuffthingmaps")),
+    VOC: ("train", lambda root: [voc_image(root, "a"), voc_list(root, "train", "a")]),
+    DarkZurich: ("val", lambda root: zurich_frame(root, "val", "night", kind="labelTrainIds")),
+}
+
+
+@pytest.mark.parametrize("data", OTHERS)
+def test_others_ignore_classes_and_never_look_at_labels_without_them(tmp_path, data):
+    split, write = OTHERS[data]
+    write(tmp_path)
+    plain = row(data(root=tmp_path, split=split))
+    assert row(data(root=tmp_path, split=split, ignore=[data.CLASSES[1]])) == [255 if i == 1 else i for i in plain]
+    assert 1 in plain and {*plain} >= {*range(len(data.CLASSES))}
+    for path in tmp_path.rglob("*.png"):
+        if "rgb_anon" not in path.parts:
+            path.unlink()
+    with pytest.raises(DataError, match="1 of 1 labels do not exist"):
+        data(root=tmp_path, split=split)
+    assert {*row(data(root=tmp_path, split=split, labels=False))} == {255}
+
+
 # --- the classes of another label space ------------------------------------------------------------------------------
 
 AS_CAMVID = {
@@ -661,7 +945,6 @@ AS_CAMVID = {
     "Bicyclist": ["rider", "bicycle"],
 }
 IN_CAMVID = [3, 4, 1, 7, 7, 2, 6, 6, 5, 255, 0, 9, 10, 8, 8, 8, 255, 255, 10]  # of the train ids
-MAPS = ROOT.parent / "shared" / "data" / "maps"
 
 
 @pytest.mark.parametrize("kind, ids", [("labelIds", RAW), ("labelTrainIds", CONVERTED)])
@@ -738,3 +1021,50 @@ def test_configurations_can_be_joined(tmp_path):
     assert configured(tmp_path, "cityscapes", "gta5").data.train == {
         "name": "gta5.GTA5", "split": "all", "root": "data/gta5",
     }  # fmt: skip
+
+
+PHOTOGRAPHS = {
+    "ade20k": lambda root: [scene(root), scene(root, "ADE_val_00000001", split="validation")],
+    "cocostuff10k": lambda root: [
+        photo(root, "a", split, range(172), suffix="_labelTrainIds") for split in ("train2014", "test2014")
+    ],
+    "voc": lambda root: [[voc_image(root, split), voc_list(root, split, split)] for split in ("train_aug", "val")],
+}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_read_augmented_counted_and_drawn_as_configured(tmp_path, name, capsys, monkeypatch):
+    PHOTOGRAPHS[name](tmp_path / "data")
+    monkeypatch.setattr(check, "tqdm", lambda items, **_: items)
+    options = [f"data.root={tmp_path / 'data'}", f"folder={tmp_path / 'run'}", "data.workers=0"]
+    check.main([str(ROOT / "configs" / "base" / f"{name}.yaml"), *options])
+    printed, classes = capsys.readouterr().out, {"ade20k": 150, "cocostuff10k": 171, "voc": 21}[name]
+    assert printed.count("problems: 0") == 3 and f" {classes - 1:3} " in printed and "never occur" not in printed
+    drawn = {path.name for path in (tmp_path / "run" / "check").iterdir()}
+    assert drawn == {"train.png", "val.png", f"test.{name}.png", "augmented.png"}
+    cfg = configured(tmp_path, name)
+    sample = build("datasets", cfg.data.train, root=str(tmp_path / "data"), augment=build("datasets", cfg.data.augment))
+    assert sample[0]["image"].shape == (3, 512, 512) and cfg.eval.short_side == 512
+
+
+def test_counts_are_kept_apart_by_data_set_split_ids_and_label_space(tmp_path):
+    """One folder that two readers can read, in two splits, with two meanings of its ids."""
+    photo(tmp_path / "a", "x", "val2017", [1, 1, 12, 255])
+    photo(tmp_path / "a", "y", "train2017", [1, 2, 12, 255])
+    space = {"one": ["bicycle"], "others": [n for n in cocostuff.CLASSES if n != "bicycle"]}
+    options = [
+        (CocoStuff164k, {"split": "val2017"}, [0, 2]),
+        (CocoStuff164k, {"split": "train2017"}, [0, 1, 1]),
+        (CocoStuff164k, {"split": "val2017", "ignore": ["bicycle"]}, []),
+        (CocoStuff164k, {"split": "val2017", "label_space": space}, [2, 1]),
+        (BDD100K, {"split": "val"}, []),
+    ]
+    grey(tmp_path / "a" / "labels" / "val" / "x_train_id.png", [18, 255])
+    picture(tmp_path / "a" / "images" / "val" / "x.jpg", 2)
+    keys = set()
+    for reader, keywords, starts in options * 2:
+        data = reader(root=tmp_path / "a", **keywords)
+        counts = class_counts(data, tmp_path / "cache")
+        keys.add(data.label_key())
+        assert counts.shape == (1, len(data.CLASSES)) and (counts[0, : len(starts)] == 4 * np.array(starts)).all()
+    assert len(keys) == len(options) == len([*(tmp_path / "cache").iterdir()])

@@ -1,10 +1,13 @@
 """Augmentation: image, label and maps keep telling the same story, sizes are exact, padding is marked."""
 
+import colorsys
+
+import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
 
-from datasets.transforms import FILL, Augment
+from datasets.transforms import FILL, Augment, distort
 
 COLORS = torch.tensor([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
 
@@ -134,3 +137,188 @@ def test_colour_and_blur_leave_the_label_alone():
 def test_bad_options_are_named(options):
     with pytest.raises(ValueError, match=r"crop and scale .* not \["):
         Augment(**options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"cat_max_ratio": 0.0}, "cat_max_ratio is a share up to 1"),
+        ({"cat_max_ratio": 1.5}, "cat_max_ratio is a share up to 1"),
+        ({"short_side": -1}, "short_side at least 0"),
+        ({"photometric": True, "color": [0.3, 0.3, 0.3, 0.05]}, "photometric and color both change colours"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        Augment(crop=[64, 64], **options)
+
+
+# --- what is off draws nothing ---------------------------------------------------------------------------------------
+
+
+def rand(count):
+    return [float(torch.rand(())) for _ in range(count)]
+
+
+def drew(count, seed):
+    """Whether so many numbers have been drawn since the seed."""
+    now = torch.get_rng_state()
+    torch.manual_seed(seed)
+    rand(count)
+    return torch.equal(now, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("options", [{}, {"cat_max_ratio": 1.0, "photometric": False, "short_side": 0}])
+@pytest.mark.parametrize("seed", range(5))
+def test_without_the_options_scale_two_starts_flip_and_blur_are_drawn_in_this_order(seed, options):
+    image, label = noise(40, 60)
+    torch.manual_seed(seed)
+    part, ids = Augment(crop=[16, 24], scale=[1.0, 1.0], flip=0.5, **options)(image, label)
+    assert drew(5, seed)
+    torch.manual_seed(seed)
+    _, rows, columns, flip, _ = rand(5)
+    top, left = round(24 * rows), round(36 * columns)
+    window, expected = image[:, top : top + 16, left : left + 24], label[top : top + 16, left : left + 24]
+    assert torch.equal(part, window.flip(-1) if flip < 0.5 else window)
+    assert torch.equal(ids, expected.flip(-1) if flip < 0.5 else expected)
+
+
+# --- crops in which no class has too large a share -------------------------------------------------------------------
+
+
+def stripe(width=200, border=160):
+    """Class 0 on the left, class 1 right of the border; each column of the image has its own colour."""
+    label = (torch.arange(width) >= border).to(torch.uint8).repeat(40, 1)
+    image = torch.stack([torch.arange(width).to(torch.uint8).repeat(40, 1)] * 3)
+    return tv_tensors.Image(image), tv_tensors.Mask(label)
+
+
+def share(label):
+    counts = torch.bincount(label.flatten(), minlength=256)[:255]
+    return float(counts.max() / counts.sum().clamp_min(1))
+
+
+def test_crops_are_drawn_again_until_the_share_is_small_enough():
+    image, label = stripe()
+    found = {}
+    for ratio in (1.0, 0.6):
+        augment, shares = Augment(crop=[40, 40], scale=[1, 1], flip=0.0, cat_max_ratio=ratio), []
+        for seed in range(300):
+            torch.manual_seed(seed)
+            part, ids = augment(image, label)
+            assert torch.equal(ids, (part[0] >= 160).to(torch.uint8))  # the label belongs to the image still
+            shares.append(share(ids))
+        found[ratio] = sum(value <= 0.6 for value in shares) / 300
+    chance = 9 / 161  # 9 of the 161 places have a share of at most 0.6
+    assert abs(found[1.0] - chance) < 0.04 and abs(found[0.6] - (1 - (1 - chance) ** 11)) < 0.09
+
+
+@pytest.mark.parametrize("ratio, draws", [(1.0, 5), (0.75, 5 + 2 * 10)])
+def test_a_crop_is_drawn_again_ten_times_at_most(ratio, draws):
+    image, label = noise(40, 60)
+    torch.manual_seed(3)
+    Augment(crop=[16, 24], cat_max_ratio=ratio)(image, torch.zeros_like(label))
+    assert drew(draws, 3)
+
+
+def test_a_good_crop_and_an_image_without_labels_are_cropped_as_without_the_option():
+    image, label = noise(40, 60)
+    for ids in (label, torch.full_like(label, 255)):
+        torch.manual_seed(3)
+        plain = Augment(crop=[16, 24])(image, ids, label)
+        torch.manual_seed(3)
+        drawn = Augment(crop=[16, 24], cat_max_ratio=0.75)(image, ids, label)
+        assert drew(5, 3) and all(torch.equal(*pair) for pair in zip(plain, drawn, strict=True))
+    torch.manual_seed(3)
+    Augment(crop=[16, 24], cat_max_ratio=0.75)(image)
+    assert drew(5, 3)
+
+
+def test_ignored_pixels_have_no_share_and_crops_without_labelled_ones_are_drawn_again():
+    image, _ = stripe()
+    label = torch.full((40, 200), 255, dtype=torch.uint8)
+    label[:, 100:103], label[:, 103:106] = 0, 1  # 3 % of the image, half and half
+    empty = {}
+    for ratio in (1.0, 0.75):
+        augment = Augment(crop=[40, 40], scale=[1, 1], flip=0.0, cat_max_ratio=ratio)
+        crops = []
+        for seed in range(100):
+            torch.manual_seed(seed)
+            crops.append(augment(image, tv_tensors.Mask(label))[1])
+        empty[ratio] = sum(bool((crop == 255).all()) for crop in crops)
+    assert empty[1.0] > 60 and empty[0.75] < 20
+
+
+def test_windows_that_are_longer_than_the_image_count_what_the_image_has():
+    image, label = blocks(30, 200)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        _, ids = Augment(crop=[64, 64], scale=[1, 1], cat_max_ratio=0.7)(image, label)
+        assert ids.shape == (64, 64) and (ids == 255).any() and share(ids) <= 0.7
+
+
+# --- scale relative to the short side --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40)])
+def test_the_short_side_decides_what_scale_one_is(size):
+    results = []
+    for options in ({"scale": [2.0, 2.0]}, {"scale": [1.0, 1.0], "short_side": 80}):
+        torch.manual_seed(0)
+        results.append(Augment(crop=[50, 70], **options)(*noise(*size)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    image, label = noise(*size)
+    whole, ids = Augment(crop=list(size), scale=[1, 1], short_side=40, flip=0.0)(image, label)
+    assert torch.equal(whole, image) and torch.equal(ids, label)
+
+
+# --- photometric distortion ------------------------------------------------------------------------------------------
+
+
+def distorted(pixel, seed):
+    """The definition for one pixel of three bytes, in Python's own HSV, from the same draws."""
+    torch.manual_seed(seed)
+    bright, contrast, saturation, hue, late = [number < 0.5 for number in torch.rand(5).tolist()]
+    shift, factor, color, turn = (low + (high - low) * u for u, (low, high) in zip(
+        rand(4), ((-32 / 255, 32 / 255), (0.5, 1.5), (0.5, 1.5), (-36 / 360, 36 / 360)), strict=True
+    ))  # fmt: skip
+    x = [value / 255 for value in pixel]
+    x = [min(max(value + shift * bright, 0), 1) for value in x]
+    x = [min(value * factor, 1) for value in x] if contrast and not late else x
+    h, s, v = colorsys.rgb_to_hsv(*x)
+    x = colorsys.hsv_to_rgb((h + turn * hue) % 1, min(s * color, 1) if saturation else s, v)
+    x = [min(value * factor, 1) for value in x] if contrast and late else x
+    return [255 * value for value in x], (bright, contrast, saturation, hue, late)
+
+
+def test_photometric_distortion_is_that_of_its_definition():
+    generator, seen = torch.Generator().manual_seed(0), set()
+    image = torch.randint(0, 256, (3, 4, 6), generator=generator, dtype=torch.uint8)
+    for seed in range(120):
+        torch.manual_seed(seed)
+        result = distort(tv_tensors.Image(image))
+        assert type(result) is tv_tensors.Image and result.dtype == torch.uint8 and result.shape == image.shape
+        for y, x in ((0, 0), (1, 3), (3, 5)):
+            expected, applied = distorted(image[:, y, x].tolist(), seed)
+            assert np.abs(result[:, y, x].numpy() - np.array(expected)).max() < 0.51 + 0.1
+            seen.add(applied)
+    assert len(seen) > 25  # of the 32 combinations
+
+
+def test_each_photometric_change_is_made_half_of_the_time():
+    applied = np.array([distorted([90, 120, 200], seed)[1] for seed in range(600)])
+    assert np.abs(applied.mean(0) - 0.5).max() < 0.07
+
+
+def test_photometric_distortion_leaves_label_and_window_alone_and_depends_on_the_seed_alone():
+    image, label = noise(40, 60)
+    results, changed = [], 0
+    for seed in range(12):
+        for noise_seed, photometric in ((0, False), (1, True), (2, True)):
+            np.random.seed(noise_seed)
+            torch.manual_seed(seed)
+            results.append(Augment(crop=[16, 24], photometric=photometric)(image, label))
+        (plain, ids), (first, one), (second, two) = results[-3:]
+        assert torch.equal(ids, one) and torch.equal(ids, two) and torch.equal(first, second)
+        changed += not torch.equal(plain, first)
+    assert changed > 8
