@@ -1,7 +1,9 @@
 """TMT's regions: how well parts of an image transfer between domains, and attention that looks at those that do not.
 
     model: {backbone: {name: mit.MiT, size: b0}, region: {variant: bias, stage: 3, cell: 4}}
-    losses: [..., {name: tmt.RegionAdversarial, weight: 0.1}, {name: tmt.Auxiliary, weight: 0.4}]
+    model: {classifier: {name: queries.Queries}, region: {variant: mask, stage: -1, cell: 8}}       # any backbone
+    losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
+             {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]                         # not with mask
 
 "TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et al., arXiv
 2504.05774). No code is public, and of its text only the abstract and digests of others were at hand: **the grouping
@@ -16,13 +18,17 @@ A pixel belongs to the 3 x 3 cells around its own, so an assignment is nine numb
 
 A discriminator D tells the domain of f(r) behind a gradient reversal; transferability is its doubt, in bits, as in TVT
 (Yang et al., WACV 2023): tau = H2(D(f(r))), T(p) = sum_r a(p, r) tau(r). TMA, transferable masked attention, then gives
-weight to keys that transfer badly and whose class is in doubt; U is the entropy of an auxiliary head over log K:
+weight to keys that transfer badly and whose class is in doubt; U is the entropy of the head "region" over log K:
 
     pi = (1 - T) U          logits + strength log(1/2 + pi / 2)
 
 which is the same as multiplying attention by (1/2 + pi/2)^strength and normalising it again: an equal pi changes
 nothing. The sign is TMT's: LOW transferability gains. TVT's gains with HIGH transferability: `variant: tvt` multiplies
 the attention by T without normalising, in the last block.
+
+Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features of the decoder, and
+`variant: mask` lets every query of models/classifiers/queries.py see the share `opened` of the pixels where pi is
+highest, besides those of its own mask; U is then the entropy of the masks of the layer before.
 """
 
 import math
@@ -87,7 +93,7 @@ def group(maps, cell, kappa, rounds):
     as it is: nine times the cost for what changes little [R].
     """
     cells = to_cells(maps, cell)
-    own = torch.zeros(9, dtype=maps.dtype, device=maps.device).index_fill_(0, torch.tensor(4, device=maps.device), 1)
+    own = (torch.arange(9, device=maps.device) == 4).to(maps.dtype)  # the middle of the 3 x 3
     assignment = own[:, None].expand(*cells.shape[:3], 9, cell * cell)
     with torch.no_grad():
         unit = F.normalize(cells, dim=3, eps=EPSILON)
@@ -143,17 +149,20 @@ def uncertainty(logits):
 
 
 class Region(nn.Module):
-    """ACTE and TMA on one stage of a transformer.
+    """ACTE and TMA on one stage of a transformer, or on the features of the decoder.
 
     Args:
-        channels: D of the tokens of that stage.
+        channels: D of the tokens of that stage, or of the features.
         num_classes: K.
         depth: how many blocks the stage has.
-        variant: "bias" (TMA), "tvt" (its ancestor), or "none": regions and their adversarial loss, attention as it is.
-        stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them is grouped.
+        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none": regions and their
+            adversarial loss, attention as it is.
+        stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them is grouped. -1: the
+            features of the decoder, for mask and none.
         regions: "adaptive", or "patches" for the cells themselves (no round).
         cell, kappa, rounds: c, kappa, L.
         strength: lambda; 0 leaves attention as it is.
+        opened: share of the pixels that `mask` opens; 0 leaves the masks as they are.
         detach: the segmentation loss does not train the discriminator.
         ramp: steps over which the reversal grows; 0: 1 at all times.
         dropout: of the discriminator.
@@ -161,15 +170,18 @@ class Region(nn.Module):
     """
 
     def __init__(
-        self, *, channels, num_classes, depth, variant, stage, blocks, regions, cell, kappa, rounds, strength, detach,
-        ramp, reverse, dropout,
+        self, *, channels, num_classes, depth, variant, stage, blocks, regions, cell, kappa, rounds, strength, opened,
+        detach, ramp, reverse, dropout,
     ):  # fmt: skip
         super().__init__()
-        if variant not in ("none", "bias", "tvt") or regions not in ("adaptive", "patches"):
+        variants = ("none", "bias", "tvt") if stage > 0 else ("none", "mask")
+        if variant not in variants or regions not in ("adaptive", "patches"):
             raise UserError(
-                f"model.region: variant must be none, bias or tvt and regions adaptive or patches, not {variant}, "
-                f"{regions}"
+                f"model.region: on stage {stage} variant must be {', '.join(variants)}, and regions adaptive or "
+                f"patches, not {variant}, {regions}"
             )
+        if not 0 <= opened <= 1:
+            raise UserError(f"model.region.opened={opened} must be a share, 0 to 1")
         if not 1 <= blocks <= depth or cell < 1 or rounds < 0:
             raise UserError(
                 f"model.region: blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
@@ -178,12 +190,12 @@ class Region(nn.Module):
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0
-        self.strength, self.detach, self.ramp, self.reverse = strength, detach, ramp, reverse
+        self.strength, self.opened, self.detach, self.ramp, self.reverse = strength, opened, detach, ramp, reverse
         width = max(channels // 4, 1)
         layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
         layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
         self.discriminator = nn.Sequential(*layers)
-        self.head = nn.Conv2d(channels, num_classes, 1)
+        self.head = nn.Conv2d(channels, num_classes, 1) if stage > 0 else None
 
     def domain_logits(self, means, factor):
         """f (B, D, R, C) -> logits of "source" (B, R, C), behind the reversal."""
@@ -200,23 +212,25 @@ class Region(nn.Module):
         return doubt(rows[..., 0])
 
     def look(self, maps, step):
-        """What enters the first guided block, (B, D, h, w) -> {name: tensor} for losses, pictures and attention."""
+        """What is grouped, (B, D, h, w) -> {name: tensor} for losses, pictures and attention."""
         with torch.autocast(maps.device.type, enabled=False):
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
             assignment, means = group(maps, self.cell, self.kappa, self.rounds)
             tau = self.transferability(means)
             dense = spread(assignment, tau, self.cell, maps.shape[-2:])
             dense = dense.detach() if self.detach else dense
-            logits = self.head(maps)
-            doubts = uncertainty(logits.detach())
-            return {
-                "domain": self.domain_logits(means, reversal(step, self.ramp)),
-                "auxiliary": logits,
-                "assignment": assignment,
-                "transferability": dense,
-                "uncertainty": doubts,
-                "priority": (1 - dense) * doubts,
-            }
+            domain = self.domain_logits(means, reversal(step, self.ramp))
+            found = {"domain": domain, "assignment": assignment, "transferability": dense}
+            if self.head:
+                found["region"] = self.head(maps)
+                self.prioritise(found, found["region"])
+            return found
+
+    @staticmethod
+    def prioritise(found, logits):
+        """Add uncertainty, of logits (B, K, h, w), and priority to the maps of `look`."""
+        found["uncertainty"] = uncertainty(logits.detach().to(found["transferability"].dtype))
+        found["priority"] = (1 - found["transferability"]) * found["uncertainty"]
 
     def guide(self, found, keys):
         """Maps of `look` and the grid of the keys -> Guide."""
@@ -240,3 +254,13 @@ class Region(nn.Module):
             return self.guide(found, keys) if guided and self.strength else None
 
         return before
+
+    def opening(self, found):
+        """The function that a query decoder asks which pixels all queries may see: logits (B, K, h, w) -> (B, h, w)."""
+
+        def opens(logits):
+            self.prioritise(found, logits)
+            level = found["priority"].flatten(1).quantile(1 - self.opened, dim=1)
+            return found["priority"] >= level[:, None, None]
+
+        return opens if self.variant == "mask" and self.opened else None

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.build import build_segmentor
+from engine.build import build_segmentor, call
 from engine.config import load
 from engine.errors import UserError
 from engine.report import draw_regions
-from losses.tmt import Auxiliary, RegionAdversarial
+from losses.cross_entropy import CrossEntropy
+from losses.tmt import RegionAdversarial
 from models.region import (
     Region,
     Reversal,
@@ -31,7 +32,8 @@ from tests.runs import TINY_UDA
 D, K = 6, 4
 OPTIONS = {
     "channels": D, "num_classes": K, "depth": 3, "variant": "bias", "stage": 2, "blocks": 1, "regions": "adaptive",
-    "cell": 4, "kappa": 10.0, "rounds": 3, "strength": 1.0, "detach": True, "ramp": 0, "reverse": True, "dropout": 0.5,
+    "cell": 4, "kappa": 10.0, "rounds": 3, "strength": 1.0, "opened": 0.1, "detach": True, "ramp": 0,
+    "reverse": True, "dropout": 0.5,
 }  # fmt: skip
 
 
@@ -238,13 +240,17 @@ def test_the_segmentation_loss_trains_the_discriminator_only_if_it_may(detach):
     assert (moved == 0) == detach
 
 
-def test_the_auxiliary_head_learns_as_cross_entropy_does():
+def test_the_head_of_the_regions_learns_as_cross_entropy_does():
     logits, labels = torch.randn(2, K, 4, 5), torch.randint(0, K, (2, 8, 10))
     labels[0, :3] = 255
-    outputs = {"source": Output(None, None, {"auxiliary": logits})}
-    found = Auxiliary()(outputs, {"source": labels}, {"source": (labels != 255).sum()}, {})
+    outputs = {"source": Output(None, None, {"region": logits})}
+    found = CrossEntropy(head="region")(outputs, {"source": labels}, {"source": (labels != 255).sum()}, {})
     big = F.interpolate(logits, (8, 10), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, F.cross_entropy(big, labels, ignore_index=255))
+    for loss in (CrossEntropy(head="region"), RegionAdversarial(target="source")):
+        with pytest.raises(UserError, match=r"model\.region\.stage"):
+            bare = {"source": Output(logits, logits, {})}
+            call(loss, outputs=bare, labels={"source": labels}, valid={"source": labels.sum()}, weights={})
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -320,7 +326,7 @@ def test_only_the_last_blocks_are_guided():
 
 
 def test_a_wrong_option_is_a_clear_error():
-    with pytest.raises(UserError, match="variant must be none, bias or tvt"):
+    with pytest.raises(UserError, match="variant must be none, bias, tvt, and"):
         region(variant="mask")
     with pytest.raises(UserError, match="blocks=4 must be 1 to 3"):
         region(blocks=4)

@@ -1,0 +1,117 @@
+"""Does TMT's transferability find a shift that lies in one part of the picture only?
+
+    python -m benchmarks.planted_shift [--steps 200] [--seeds 0 1 2] [--shift night] [--out FOLDER]
+
+Source: drawn scenes (datasets/toy.py, domain real). Target: other such scenes, in each of which one box, half as high
+and wide as the picture and somewhere in it, has the look of another domain. MiT-B0 from random weights learns to
+segment the source while the region discriminator learns to tell the domains, as a probe (its gradient stops) or behind
+the reversal. Then the area under the curve of 1 - T against the box, over 32 unseen target pictures. 0.5 is chance; the
+control is the same pictures without the box, scored against it.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.toy import draw
+from engine.build import build_segmentor
+from engine.config import load
+from losses.cross_entropy import CrossEntropy
+from losses.tmt import RegionAdversarial
+from models.segmentor import View
+
+SIZE, K = (192, 256), 11
+
+
+def scene(seed, index, shift=None):
+    """One picture (3, H, W) in [0, 1], its labels (H, W), and the box (H, W) bool that has the look of `shift`."""
+    image, label = draw(seed, index, "real", SIZE)
+    box = np.zeros(SIZE, bool)
+    top, left = np.random.default_rng((seed, index, 99)).integers(0, (SIZE[0] // 2 + 1, SIZE[1] // 2 + 1))
+    box[top : top + SIZE[0] // 2, left : left + SIZE[1] // 2] = True
+    if shift:
+        image = np.where(box[..., None], draw(seed, index, shift, SIZE)[0], image)
+    return torch.from_numpy(image).permute(2, 0, 1) / 255, torch.from_numpy(label).long(), torch.from_numpy(box)
+
+
+def batch(seed, numbers, shift=None):
+    return [torch.stack(column) for column in zip(*(scene(seed, n, shift) for n in numbers))]
+
+
+def area_under_curve(scores, positive):
+    """Probability that a pixel of the box has a higher score than one outside (ties count by order)."""
+    hits = positive.flatten()[scores.flatten().argsort(descending=True)].double()
+    return float((hits.cumsum(0) * (1 - hits)).sum() / (hits.sum() * (1 - hits).sum()))
+
+
+def train(seed, reverse, options):
+    """A network in eval mode whose discriminator has seen `steps` batches of 4 + 4."""
+    torch.manual_seed(seed)
+    cfg = load("configs/toy/uda_tmt.yaml", [f"model.region={{ramp: 0, reverse: {str(reverse).lower()}}}"])
+    model = build_segmentor(cfg.model, K).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    scored, adversarial = CrossEntropy(), RegionAdversarial()
+    for step in range(options.steps):
+        (image, label, _), (other, _, _) = (batch(seed + k, range(4 * step, 4 * step + 4), shift)
+                                            for k, shift in ((1000, None), (2000, options.shift)))  # fmt: skip
+        outputs = model({"source": View(image, "source"), "target": View(other, "target")}, step)
+        labels, valid = {"source": label}, {"source": (label != 255).sum()}
+        (scored(outputs, labels, valid, {}) + adversarial(outputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(model, seed, shift):
+    """Area under the curve over 32 unseen pictures, and those pictures with 1 - T and box for the eye."""
+    images, _, boxes = batch(seed + 3000, range(32), shift)
+    found = torch.cat([1 - model.segment(image[None]).aux["transferability"] for image in images])
+    inside = F.interpolate(boxes[:, None].float(), found.shape[1:], mode="area")[:, 0] > 0.5
+    return area_under_curve(found, inside), (images, found, boxes)
+
+
+def picture(images, found, boxes, count=4):
+    """Rows: picture with the border of its box, 1 - T."""
+    high = F.interpolate(found[:, None], SIZE)[:, 0]
+    high = (high - high.amin()) / (high.amax() - high.amin())
+    columns = []
+    for image, values, box in list(zip(images, high, boxes))[:count]:
+        shown = np.ascontiguousarray((image.permute(1, 2, 0) * 255).byte().numpy()[..., ::-1])
+        outline, _ = cv2.findContours(box.byte().numpy(), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(shown, outline, -1, (255, 255, 255), 1)
+        columns.append(np.vstack([shown, cv2.applyColorMap((values * 255).byte().numpy(), cv2.COLORMAP_VIRIDIS)]))
+    return np.hstack(columns)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planted_shift")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shift", default="night")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/planted_shift"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("| discriminator | area under the curve, by seed | without the box | median |\n|---|---|---|---|")
+    for name, reverse in (("probe", False), ("adversarial", True)):
+        areas, controls = [], []
+        for seed in options.seeds:
+            model = train(seed, reverse, options)
+            area, shown = measure(model, seed, options.shift)
+            areas.append(area)
+            controls.append(measure(model, seed, None)[0])
+            cv2.imwrite(str(options.out / f"{name}_{seed}.png"), picture(*shown))
+        areas_text, controls_text = (", ".join(f"{value:.3f}" for value in values) for values in (areas, controls))
+        print(f"| {name} | {areas_text} | {controls_text} | {statistics.median(areas):.3f} |", flush=True)
+    print(f"pictures: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What TMT's regions and attention add to a training step of a transformer, as ratios to the plain network.
+
+    python -m benchmarks.regions [--threads 1] [--rounds 5] [--side 512] [--device cpu] [--precision fp32]
+
+MiT-B0 (SegFormer decoder) and ViT-S on one source and one target crop: forward, cross-entropy of the source, backward,
+AdamW. Each row adds one thing: the network alone; ACTE with its adversarial loss and the auxiliary head (`variant:
+none`); TMA (`variant: bias`); the same on equal patches. Every round runs all rows, in turned order every other time;
+times are medians over rounds, ratios medians of ratios within a round. At the end it says which kernels of attention
+the step with TMA has called; on a GPU also the peak of memory of every row.
+"""
+
+import argparse
+import contextlib
+
+import torch
+
+from benchmarks.kernels import compare, patches
+from engine.build import build_segmentor
+from engine.config import load
+from engine.statistics import IGNORE
+from losses.cross_entropy import CrossEntropy
+from losses.tmt import RegionAdversarial
+from models.segmentor import View
+
+K = 19
+HOSTS = {
+    "MiT-B0": ["model.backbone={name: mit.MiT, size: b0, weights: none}", "model.region={cell: 4}"],
+    "ViT-S": ["model.backbone={name: vit.ViT, size: s, weights: none}", "model.region={cell: 4}"],
+}
+ROWS = {
+    "network alone": ["model.region.stage=0"],
+    "and ACTE": ["model.region.variant=none"],
+    "and TMA": ["model.region.variant=bias"],
+    "TMA on equal patches": ["model.region.regions=patches"],
+}
+
+
+def build_step(host, row, options):
+    """A function that trains one step, the network's peak of memory being its own."""
+    stage = ["model.region.stage=1"] if host.startswith("ViT") else ["model.region.stage=3"]
+    texts = [*HOSTS[host], "model.decoder={name: segformer_mlp.SegFormerMLP, width: 256}", *stage, *ROWS[row]]
+    cfg = load("configs/toy/uda_tmt.yaml", texts)
+    device, side = options.device, options.side
+    model = build_segmentor(cfg.model, K).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    views = {name: View(torch.rand(1, 3, side, side, device=device), name) for name in ("source", "target")}
+    labels = {"source": patches(1, side, side, K).clamp_max(IGNORE).to(device)}
+    valid = {"source": (labels["source"] != IGNORE).sum()}
+    scored, auxiliary, adversarial = CrossEntropy(), CrossEntropy(head="region"), RegionAdversarial()
+    kind = {"fp32": contextlib.nullcontext, "bf16": lambda: torch.autocast(device, torch.bfloat16)}[options.precision]
+
+    def step():
+        with kind():
+            outputs = model(views, 1000)
+        loss = scored(outputs, labels, valid, {})
+        if model.region:
+            loss = loss + 0.4 * auxiliary(outputs, labels, valid, {}) + 0.1 * adversarial(outputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def kernels_of(step):
+    """Names of the attention kernels that a step calls."""
+    with torch.profiler.profile() as profile:
+        step()
+    names = {event.key for event in profile.key_averages()}
+    return sorted(name for name in names if "attention" in name and "scaled_dot" not in name.removeprefix("aten::_"))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.regions")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print("| network | step | ms | ratio | peak MiB |\n|---|---|---|---|---|", flush=True)
+    for host in HOSTS:
+        steps, peaks = {row: build_step(host, row, options) for row in ROWS}, dict.fromkeys(ROWS, "-")
+        if options.device == "cuda":
+            for row, step in steps.items():
+                step()
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                peaks[row] = torch.cuda.max_memory_allocated() >> 20
+        for row, (ms, ratio) in compare(steps, options.rounds).items():
+            print(f"| {host} | {row} | {ms:.0f} | {ratio:.3f} | {peaks[row]} |", flush=True)
+        print(f"attention kernels with TMA: {', '.join(kernels_of(steps['and TMA']))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
