@@ -29,7 +29,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine import config, distributed, precision
-from engine.build import build, build_adaptation, build_members, restore
+from engine.build import build, build_adaptation, build_members, present, restore
 from engine.config import ConfigError
 from engine.errors import run
 from engine.log import facts, to_console
@@ -107,7 +107,7 @@ def evaluate_checkpoint(path, overrides, exports):
     """One checkpoint on the test sets of its configuration -> ({set: ConfusionMatrix}, configuration)."""
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
-    specs = {name: spec for name, spec in cfg.data.test.items() if spec.get("name") != "none"} or {"val": cfg.data.val}
+    specs = present(cfg.data.test) or {"val": cfg.data.val}
     datasets = {name: build("datasets", spec, root=cfg.data.root) for name, spec in specs.items()}
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:

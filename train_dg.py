@@ -102,7 +102,7 @@ def main(arguments):
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
-    student = distributed.parallel(model, device)
+    student = distributed.parallel(model, device, cfg.model.compile)
     vectors = {"classifier": model.classifier, **members}
 
     # --- resume, or fit what is fitted once ---
@@ -210,9 +210,7 @@ def main(arguments):
         check = val_set and not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
         if save or check or done % cfg.log.every == 0:
             values = averages.take(step)
-            values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
-            values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
-            log.scalars(values | log.speed(step, cfg.train.batch_size, device), done)
+            log.training(done, values, rates, norm, scaler, cfg.train.batch_size, device)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_step(log, done, views_of, given["labels"], given["weights"], outputs, vectors, train_set)

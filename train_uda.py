@@ -91,7 +91,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
-    student = distributed.parallel(model, device)
+    student = distributed.parallel(model, device, cfg.model.compile)
     stateful = {"model": model, "prototypes": members, "labelers": labelers, "optimizer": optimizer, "scaler": scaler}
     stateful |= {"teacher": teacher} if teacher else {}
     vectors = {"classifier": model.classifier, **members}
@@ -206,9 +206,7 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         check = not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
         if save or check or done % cfg.log.every == 0:
             values = averages.take(total)
-            values |= {f"train/lr_{name}": value for name, value in rates.items()} | {"train/grad_norm": float(norm)}
-            values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
-            log.scalars(values | log.speed(total - 1, cfg.train.batch_size, device), total)
+            log.training(total, values, rates, norm, scaler, cfg.train.batch_size, device)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
         if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
             draw_step(log, total, views, labels, trust, outputs, vectors, source_set)

@@ -89,6 +89,11 @@ def _keywords(constructor, name, spec, context):
     return keywords
 
 
+def present(specs):
+    """{name: component} without those that `name: none` takes out."""
+    return {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
+
+
 def build_set(specs, **context):
     """One data set, or several as one (datasets/several.py) where a list is given."""
     if not isinstance(specs, list):
@@ -109,8 +114,7 @@ def build_data(cfg):
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
     others = {"val": build("datasets", cfg.data.val, **context)} if cfg.data.val["name"] != "none" else {}
-    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in cfg.data.test.items()
-               if spec.get("name") != "none"}  # fmt: skip
+    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in present(cfg.data.test).items()}
     if cfg.data.monitor["name"] != "none":
         others["monitor"] = build("datasets", cfg.data.monitor, **context)
     target = None
@@ -135,7 +139,7 @@ def build_data(cfg):
 def build_segmentor(model, num_classes, pretrained=True):
     """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
     from models.region import Region
-    from models.segmentor import Projector, Segmentor
+    from models.segmentor import Auxiliary, Projector, Segmentor
     from models.text_attention import TextAttention
 
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
@@ -149,19 +153,35 @@ def build_segmentor(model, num_classes, pretrained=True):
     attention = TextAttention(channels, layers) if layers else None
     region = None
     if stage := model.region.stage:
-        if not hasattr(backbone, "depths") or not 1 <= stage <= len(backbone.depths):
+        if stage != -1 and (not hasattr(backbone, "depths") or not 1 <= stage <= len(backbone.depths)):
             raise ConfigError(
                 f"model.region.stage={stage} needs a transformer with such a stage (mit.MiT: 1 to 4, vit.ViT: 1), not "
-                f"{model.backbone['name']}"
+                f"{model.backbone['name']}; -1 takes the features of any decoder"
             )
-        sizes = {"channels": backbone.channels[stage - 1], "depth": backbone.depths[stage - 1]}
+        if model.region.variant == "mask" and not getattr(classifier, "attends", False):
+            raise ConfigError(
+                "model.region.variant=mask opens the masks of model.classifier: {name: queries.Queries}, not of "
+                f"{model.classifier['name']}"
+            )
+        sizes = {"channels": decoder.channels, "depth": model.region.blocks}
+        if stage > 0:
+            sizes = {"channels": backbone.channels[stage - 1], "depth": backbone.depths[stage - 1]}
         region = Region(num_classes=num_classes, **sizes, **model.region)
-    network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, projector, attention, region)
+    auxiliary = None
+    if stage := model.auxiliary.stage:
+        if not 1 <= stage <= len(backbone.channels):
+            raise ConfigError(
+                f"model.auxiliary.stage={stage} must be a map of {model.backbone['name']}, 1 to "
+                f"{len(backbone.channels)}, or 0 for no auxiliary head"
+            )
+        auxiliary = Auxiliary(backbone.channels[stage - 1], num_classes, **model.auxiliary)
+    parts = {"projector": projector, "text_attention": attention, "region": region, "auxiliary": auxiliary}
+    network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, **parts)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
 
 # Parts for training alone, which a stage may add to the network of the one before or leave out.
-TRAINING = ("region.*", "projector.*", "text_attention.*")
+TRAINING = ("region.*", "projector.*", "text_attention.*", "auxiliary.*")
 
 
 def unwanted(network):
@@ -251,8 +271,8 @@ def build_generalisation(cfg, **context):
         ConfigError: a tower without dense features, or in another space than the projector.
     """
     packages = {"tower": "models.backbones", "reweight": "losses", "style": "datasets", "strong": "datasets"}
-    parts = {key: None if cfg.dg[key]["name"] == "none" else build(package, cfg.dg[key], **context)
-             for key, package in packages.items()}  # fmt: skip
+    parts = dict.fromkeys(packages)
+    parts |= {key: build(packages[key], spec, **context) for key, spec in present(cfg.dg).items()}
     if tower := parts["tower"]:
         if not hasattr(tower, "dense"):
             raise ConfigError(f"dg.tower: {cfg.dg.tower['name']} has no dense features; clip.ViT and clip.ResNet have")
@@ -274,7 +294,7 @@ def build_members(specs, joint=0, **context):
     Returns:
         {name: member} as a module, {name: view that updates it}; `name: none` takes a member out.
     """
-    specs = {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
+    specs = present(specs)
     views, members = {name: spec.get("view", "source") for name, spec in specs.items()}, nn.ModuleDict()
     for name, spec in specs.items():
         space = spec.get("space", "features")

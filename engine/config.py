@@ -191,7 +191,7 @@ def difference(old, new, prefix=""):
 FREE = (
     "folder", "resume", "device", "threads", "timeout", "eval", "log", "checkpoint",
     "data.root", "data.workers", "data.test", "data.monitor", "data.cache", "data.seen", "model.backbone.weights",
-    "dg.tower.weights",
+    "model.backbone.checkpointing", "dg.tower.weights",
 )  # fmt: skip
 
 

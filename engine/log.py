@@ -129,6 +129,13 @@ class Log:
             self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
             self.scalars_file.flush()
 
+    def training(self, step, values, rates, norm, scaler, batch_size, device):
+        """After `step` steps: the averages of `Averages.take`, learning rates, gradient norm, the scale of mixed
+        precision, and the speed."""
+        values = values | {f"train/lr_{name}": rate for name, rate in rates.items()} | {"train/grad_norm": float(norm)}
+        values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
+        self.scalars(values | self.speed(step - 1, batch_size, device), step)
+
     def picture(self, tag, picture, step):
         """A picture (H, W, 3) uint8."""
         if self.writer:

@@ -104,26 +104,29 @@ def draw_prototypes(log, step, vectors, dataset):
 @torch.no_grad()
 def draw_regions(log, step, network, image):
     """TensorBoard: TMT's regions on one image (1, 3, H, W): their borders, transferability, uncertainty, priority, and
-    the attention that the tokens get in the last guided block without and with it."""
+    on a transformer the attention that the tokens get in the last guided block without and with it."""
     from models.blocks import received
     from models.region import labels_of
 
-    region, mode = network.region, network.training
-    blocks = getattr(network.backbone, f"block{region.stage}", None) or network.backbone.blocks
-    attention, inputs = blocks[region.last].attn, []
-    hook = attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
+    region, mode, inputs = network.region, network.training, []
+    if region.stage > 0:
+        blocks = getattr(network.backbone, f"block{region.stage}", None) or network.backbone.blocks
+        attention = blocks[region.last].attn
+        hook = attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
     aux = network.eval().segment(image, step=step).aux
-    hook.remove()
     network.train(mode)
-    size, (x, guide) = image.shape[-2:], inputs[0]
-    q, k, _ = attention.project(x)
-    shown = {name: aux[name] for name in ("transferability", "uncertainty", "priority")}
-    for name, given in (("attention before", None), ("attention after", guide)):
-        keys = aux["keys"]
-        values = received(q.float(), k.float(), given)[:, -keys[0] * keys[1] :].view(1, *keys)
-        shown[name] = values / values.amax()
+    shown = {name: aux[name] for name in ("transferability", "uncertainty", "priority") if name in aux}
+    if inputs:
+        hook.remove()
+        x, guide = inputs[0]
+        q, k, _ = attention.project(x)
+        for name, given in (("attention before", None), ("attention after", guide)):
+            keys = aux["keys"]
+            values = received(q.float(), k.float(), given)[:, -keys[0] * keys[1] :].view(1, *keys)
+            shown[name] = values / values.amax()
+    size = image.shape[-2:]
     shown = {name: resize_logits(values[:, None].float(), size)[0, 0] for name, values in shown.items()}
-    regions = labels_of(aux["assignment"], region.cell, aux["priority"].shape[-2:])
+    regions = labels_of(aux["assignment"], region.cell, aux["transferability"].shape[-2:])
     regions = torch.nn.functional.interpolate(regions[None].double(), size)[0, 0]
     border = torch.zeros(size, dtype=torch.bool, device=image.device)
     border[:-1] |= regions.diff(dim=0) != 0

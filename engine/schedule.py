@@ -18,10 +18,17 @@ def factor(step, iters, schedule):
     return max((1 - progress) ** schedule.power, schedule.min_ratio)
 
 
+# Positions, tokens, queries and ConvNeXt's factors, by parts of their names.
+UNDECAYED = (
+    "pos_embed", "positional_embedding", "relative_position_bias_table", "_token", "layer_scale", "classifier.queries",
+    "classifier.names",
+)  # fmt: skip
+
+
 def parameter_groups(model, options):
     """Split the trainable parameters into backbone / head x with / without weight decay.
 
-    Norms, biases (all tensors of at most one dimension) positions and tokens get no decay.
+    Norms, biases (all tensors of at most one dimension) and what UNDECAYED names get no decay.
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
     groups = {}
@@ -29,7 +36,7 @@ def parameter_groups(model, options):
         if not parameter.requires_grad:
             continue
         part = "backbone" if name.startswith("backbone.") else "head"
-        decay = parameter.ndim > 1 and not any(word in name for word in ("pos_embed", "positional_embedding", "_token"))
+        decay = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
         groups.setdefault((part, decay), []).append(parameter)
     return [
         {

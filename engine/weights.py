@@ -6,6 +6,8 @@ is how a network ends up half random.
 
 import fnmatch
 import logging
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,13 +16,15 @@ from engine.errors import UserError
 
 logger = logging.getLogger("engine")
 
+HEADS = ("decode_head.", "auxiliary_head.", "head.")  # beside `backbone.` in files of MMSegmentation and MMPretrain
+
 
 class WeightsError(UserError):
     """Weights that cannot be read, or that do not fit the network; the message lists the keys."""
 
 
 def read(path):
-    """Read a file of tensors safely -> its content. Never runs code from the file.
+    """Read a file of tensors safely -> its content: PyTorch's or safetensors. Never runs code from the file.
 
     Raises:
         WeightsError: no such file, an incomplete file, or one that holds more than tensors and plain values.
@@ -28,6 +32,13 @@ def read(path):
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        raise WeightsError(
+            f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If you trust "
+            "it, convert it once: torch.save(torch.jit.load(PATH, map_location='cpu').state_dict(), NEW_PATH)"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -48,11 +59,42 @@ def read(path):
     )
 
 
+def read_safetensors(path):
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors ({error})") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is incomplete or not a safetensors file ({error})") from None
+
+
 def unwrap(state):
     """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.` before the keys."""
     for wrapper in ("state_dict", "model"):
         state = state[wrapper] if wrapper in state and isinstance(state[wrapper], dict) else state
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def backbone_of(state, source):
+    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others are left alone."""
+    if not any(key.startswith("backbone.") for key in state):
+        return state
+    kept = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith(HEADS)}
+    logger.info(f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are left out")
+    return kept
+
+
+def rename(state, table):
+    """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one after the other."""
+    renamed = {}
+    for key, value in state.items():
+        for old, new in table.items():
+            key = re.sub(old, new, key)
+        renamed[key] = value
+    return renamed
 
 
 def load_into(module, state, *, source, allow_missing=(), drop=()):
@@ -93,7 +135,8 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state):
     """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path.
 
-    `adapt` changes the state dict, without `state_dict` and `module.` around it, to the names of the module.
+    `adapt` changes the state dict to the names of the module. It comes without `state_dict` and `module.` around it,
+    and of a whole network of MMSegmentation, only the backbone.
     """
     if weights == "none":
         return
@@ -104,7 +147,7 @@ def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=la
             raise WeightsError(f"could not download {url} ({error}); give a local copy by weights=PATH") from None
     else:
         state = read(weights)
-    state = adapt(unwrap(state), module)
+    state = adapt(backbone_of(unwrap(state), weights), module)
     load_into(module, state, source=str(weights), allow_missing=allow_missing, drop=drop)
 
 

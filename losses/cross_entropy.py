@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
+from engine.errors import UserError
 from engine.statistics import IGNORE, resize_logits
 
 
@@ -22,18 +23,36 @@ class CrossEntropy(nn.Module):
 
     Args:
         view: the view whose logits are scored.
+        head: "logits", or another map of class scores in the output's `aux`: "auxiliary" of model.auxiliary, "region"
+            of model.region.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
         by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
             micro-batch by its own.
     """
 
-    def __init__(self, *, view: str = "source", ohem: float = 0.0, ohem_min: int = 10000, by_weights: bool = False):
+    # fmt: off
+    def __init__(
+        self, *, view: str = "source", head: str = "logits", ohem: float = 0.0, ohem_min: int = 10000,
+        by_weights: bool = False,
+    ):
+        # fmt: on
         super().__init__()
-        self.view, self.ohem, self.ohem_min, self.by_weights = view, ohem, ohem_min, by_weights
+        self.view, self.head, self.ohem, self.ohem_min, self.by_weights = view, head, ohem, ohem_min, by_weights
+
+    def scores(self, output):
+        """Logits (B, K, h, w) of the head."""
+        if self.head == "logits":
+            return output.logits
+        if self.head not in output.aux:
+            raise UserError(
+                f"cross_entropy.CrossEntropy: the network has no head '{self.head}'; 'auxiliary' is that of "
+                "model.auxiliary.stage, 'region' that of model.region.stage"
+            )
+        return output.aux[self.head]
 
     def forward(self, outputs, labels, valid, weights):
-        logits, labels = outputs[self.view].logits, labels[self.view]
+        logits, labels = self.scores(outputs[self.view]), labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             logits = resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored

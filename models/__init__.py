@@ -7,6 +7,7 @@
         .channels  D
     Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)
         .means() -> (K, D)      the class vectors that the logits compare features with
+        .attends = True         where forward(features, opens, aux) looks at the features itself (queries)
 
 Prototypes (`models/prototypes`) are interchangeable; state in buffers of at least float32, so a checkpoint holds it:
 

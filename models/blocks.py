@@ -1,9 +1,12 @@
 """Small pieces that several networks share."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -28,6 +31,56 @@ def conv_bn_relu(in_channels, out_channels, kernel=3, dilation=1):
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+def pad_to(x, multiple):
+    """Maps (B, C, h, w) with zeros at the bottom and on the right, so that both sides are multiples."""
+    bottom, right = (-side % multiple for side in x.shape[-2:])
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+def dilate(stage, dilation):
+    """Keep a stage at the size of its input: its stride becomes a dilation.
+
+    As in DeepLab, the first block keeps the dilation of the stage before, because its input was not yet thinned out.
+    """
+    for i, block in enumerate(stage):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size != (1, 1):
+                    rate = dilation // 2 if i == 0 else dilation
+                    module.dilation, module.padding = (rate, rate), (rate * (module.kernel_size[0] // 2),) * 2
+
+
+@contextlib.contextmanager
+def still(module):
+    """Within it, batch norms in training mode normalise by their batch and keep their running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+def run(block, checkpointing, *inputs):
+    """block(*inputs). With checkpointing, in training, only the inputs are kept: the backward pass computes the block
+    again, with the same random numbers, and without moving running statistics a second time."""
+    if not (checkpointing and block.training and torch.is_grad_enabled()):
+        return block(*inputs)
+    contexts = {"context_fn": lambda: (contextlib.nullcontext(), still(block))}
+    return checkpoint(block, *inputs, use_reentrant=False, **contexts)
+
+
+def anchored(maps, norms):
+    """Maps of which the coarsest, which every decoder reads, also depends on all parameters of the norms, times zero: a
+    decoder may leave out other maps, and DistributedDataParallel waits for every gradient."""
+    zero = 0 * sum(parameter.sum() for norm in norms for parameter in norm.parameters())
+    return [*maps[:-1], maps[-1] + zero.to(maps[-1].dtype)]
 
 
 class Guide(NamedTuple):

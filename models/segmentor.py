@@ -13,6 +13,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from models.blocks import conv_bn_relu, still
 
 
 class View(NamedTuple):
@@ -31,7 +32,8 @@ class View(NamedTuple):
 class Output(NamedTuple):
     """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors:
     "embedding" (B, D', h, w), unit features in the joint space of text and images, and "prototypes" (B, K, D'), the
-    text rows as the image changes them, both in training alone; what models/region.py finds."""
+    text rows as the image changes them, "auxiliary" (B, K, h', w'), logits of the auxiliary head, and "query0" ...,
+    those of the layers of a query decoder, all in training alone; what models/region.py finds."""
 
     logits: torch.Tensor
     features: torch.Tensor
@@ -60,9 +62,30 @@ class Projector(nn.Module):
             return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1, eps=1e-6)
 
 
+class Auxiliary(nn.Module):
+    """FCN head on one map of the backbone, for training alone: (B, C, h, w) -> logits (B, K, h, w).
+
+    Args:
+        in_channels, num_classes: C, K.
+        stage: number of the map, from 1.
+        width, convs: channels and number of the 3x3 convolutions before the 1x1 classifier.
+        dropout: of whole feature channels, before the classifier.
+    """
+
+    def __init__(self, in_channels, num_classes, stage, width, convs, dropout):
+        super().__init__()
+        self.stage = stage
+        channels = [in_channels, *[width] * convs]
+        self.convs = nn.Sequential(*(conv_bn_relu(channels[i], width) for i in range(convs)))
+        self.dropout, self.classifier = nn.Dropout2d(dropout), nn.Conv2d(channels[-1], num_classes, 1)
+
+    def forward(self, features):
+        return self.classifier(self.dropout(self.convs(features)))
+
+
 class Segmentor(nn.Module):
-    """Backbone, decoder and classifier; regions that guide the backbone's attention; for training alone a projector and
-    an attention of text.
+    """Backbone, decoder and classifier; regions that guide attention; for training alone a projector, an
+    attention of text and an auxiliary head.
 
     Args:
         frozen_bn: names of parts ("backbone", "decoder", "projector") whose batch norm keeps its running statistics and
@@ -73,12 +96,15 @@ class Segmentor(nn.Module):
 
     # fmt: off
     def __init__(
-        self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None, region=None
+        self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None,
+        region=None, auxiliary=None,
     ):
         # fmt: on
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
-        self.projector, self.text_attention, self.region = projector, text_attention, region
+        self.classifier_attends = getattr(classifier, "attends", False)
+        self.projector, self.text_attention = projector, text_attention
+        self.region, self.auxiliary = region, auxiliary
         unknown = set(frozen_bn) - {"backbone", "decoder", "projector"}
         if unknown:
             unknown = ", ".join(sorted(unknown))
@@ -100,13 +126,22 @@ class Segmentor(nn.Module):
     def segment(self, image, domain="target", embed=False, step=0):
         """One view: image (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them.
 
-        `embed` runs the projector too, if there is one; `step` is for parts that ramp.
+        `embed` runs the projector too, if there is one; `step` is for parts that ramp. The auxiliary head runs in
+        training mode.
         """
         aux = {}
-        guide = self.region.watch(step, aux) if self.region else None
-        features = self.decoder(self.backbone(image, domain, guide))
+        guide = self.region.watch(step, aux) if self.region and self.region.stage > 0 else None
+        maps = self.backbone(image, domain, guide)
+        features = self.decoder(maps)
         aux |= {"embedding": self.projector(features)} if embed and self.projector else {}
-        return Output(self.classifier(features), features, aux)
+        if self.auxiliary and self.training:
+            aux["auxiliary"] = self.auxiliary(maps[self.auxiliary.stage - 1])
+        opens = None
+        if self.region and self.region.stage < 0:
+            aux |= self.region.look(features, step)
+            opens = self.region.opening(aux)
+        attends = {"opens": opens, "aux": aux if self.training else None} if self.classifier_attends else {}
+        return Output(self.classifier(features, **attends), features, aux)
 
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
@@ -118,20 +153,9 @@ class Segmentor(nn.Module):
             raise UserError("stem: per_domain on several processes needs views of both domains in every step")
         outputs = {}
         for name, view in views.items():
-            with self.statistics(moving=not self.bn_views or name in self.bn_views):
+            with contextlib.nullcontext() if not self.bn_views or name in self.bn_views else still(self):
                 output = outputs[name] = self.segment(view.image, view.domain, True, step)
             if self.text_attention and view.text is not None:
                 dense = output.aux["embedding"].detach() if view.dense is None else view.dense
                 output.aux["prototypes"] = self.text_attention(view.text, dense)
         return outputs
-
-    @contextlib.contextmanager
-    def statistics(self, moving):
-        """Within it batch norm moves its running statistics or not."""
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not moving]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum

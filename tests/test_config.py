@@ -17,10 +17,12 @@ data.rare_classes.min_pixels data.rare_classes.temperature data.root data.seen d
 data.target_augment.name data.test data.train.name data.val.name data.workers
 deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
 eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
-eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
+eval.subsets eval.weights folder log.every log.images_every losses model.auxiliary.convs model.auxiliary.dropout
+model.auxiliary.stage model.auxiliary.width model.backbone.name model.channels_last
+model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.projector.channels model.projector.width
 model.region.blocks model.region.cell model.region.detach model.region.dropout model.region.kappa
-model.region.ramp model.region.regions
+model.region.opened model.region.ramp model.region.regions
 model.region.reverse model.region.rounds model.region.stage model.region.strength model.region.variant
 model.sync_bn model.text_attention.layers optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes

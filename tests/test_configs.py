@@ -22,10 +22,6 @@ from engine.schedule import make_optimizer
 from tests.runs import ROOT
 
 EXPERIMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("base", "configs"))
-STREETS, SCENES = (
-    importlib.import_module("datasets.cityscapes").CLASSES,
-    importlib.import_module("datasets.camvid").CLASSES,
-)
 SCRIPTS = {"uda": "train_uda.py", "dg": "train_dg.py"}
 
 
@@ -33,6 +29,12 @@ SCRIPTS = {"uda": "train_uda.py", "dg": "train_dg.py"}
 def quick(monkeypatch):
     """Random numbers on the meta device need no time, but two calls have no form for it."""
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
+
+
+def classes_of(spec):
+    """Class names of the data set that a component names."""
+    module, name = spec["name"].split(".")
+    return getattr(importlib.import_module(f"datasets.{module}"), name).CLASSES
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
@@ -47,7 +49,7 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
         for spec in (cfg.data.augment, cfg.data.target_augment):
             if spec["name"] != "none":
                 build("datasets", spec)
-        classes = SCENES if train[0]["name"].split(".")[1] in ("CamVid", "Toy") else STREETS
+        classes = classes_of(train[0])
         context, joint = {"num_classes": len(classes), "classes": classes, "seed": 0}, cfg.model.projector.channels
         specs = dict(cfg.prototypes)
         if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped

@@ -98,6 +98,41 @@ def write_labelmefacade(root):
     return {"root": str(root)}
 
 
+def write_ade20k(root):
+    for i in range(2):
+        label = root / f"annotations/training/{i}.png"
+        write_pair(root / f"images/training/{i}.jpg", label, classes=151)
+        Image.fromarray(np.array(Image.open(label)).clip(max=150)).save(label)  # 255 does not occur
+    return {"root": str(root), "split": "training"}
+
+
+def write_cocostuff10k(root):
+    for i in range(2):
+        label = root / f"annotations/train2014/{i}_labelTrainIds.png"
+        write_pair(root / f"images/train2014/{i}.jpg", label, classes=172)
+    return {"root": str(root), "split": "train2014"}
+
+
+def write_cocostuff164k(root):
+    for i in range(2):
+        write_pair(root / f"images/val2017/{i}.jpg", root / f"stuffthingmaps/val2017/{i}.png", classes=11)
+    return {"root": str(root), "split": "val2017"}
+
+
+def write_voc(root):
+    for i in range(2):
+        write_pair(root / f"JPEGImages/{i}.jpg", root / f"SegmentationClass/{i}.png", classes=21)
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_text("0\n1\n")
+    return {"root": str(root)}
+
+
+def write_dark_zurich(root):
+    image, label = "val/night/GOPR0356/1_rgb_anon.png", "val/night/GOPR0356/1_gt_labelTrainIds.png"
+    write_pair(root / "rgb_anon" / image, root / "gt" / label, classes=19)
+    return {"root": str(root), "split": "val"}
+
+
 def write_pair(image, label, classes, size=(48, 70)):
     """A random picture and random ids with some ignored rows."""
     rng = np.random.default_rng(0)
@@ -122,11 +157,16 @@ torch.save({"vectors": torch.randn(5, 20), "classes": list("abcde")}, TINY / "te
 SMALL = {
     "resnet.ResNet": {"depth": 18},
     "mit.MiT": {"size": "b0"},
+    "mobilenet.MobileNet": {"width": 0.25},
+    "convnext.ConvNeXt": {"width": 8, "depths": [1, 1, 2, 1]},
+    "swin.Swin": {"width": 32, "depths": [2, 1, 1, 1]},
     "deeplabv3plus.DeepLabV3Plus": {"width": 20, "low_width": 8},
     "deeplabv2.DeepLabV2": {"width": 5},
     "daformer.DAFormer": {"width": 20},
     "fcn.FCN": {"width": 20},
     "segformer_mlp.SegFormerMLP": {"width": 20},
+    "upernet.UPerNet": {"width": 20},
+    "queries.Queries": {"layers": 2, "heads": 2},
     "camvid.CamVid": write_camvid,
     "folder.Folder": write_folder,
     "cityscapes.Cityscapes": write_cityscapes,
@@ -137,6 +177,11 @@ SMALL = {
     "bdd100k.BDD100K": write_bdd100k,
     "mapillary.Mapillary": write_mapillary,
     "labelmefacade.LabelMeFacade": write_labelmefacade,
+    "ade20k.ADE20K": write_ade20k,
+    "cocostuff.CocoStuff10k": write_cocostuff10k,
+    "cocostuff.CocoStuff164k": write_cocostuff164k,
+    "voc.VOC": write_voc,
+    "dark_zurich.DarkZurich": write_dark_zurich,
     "clip.ResNet": {"model": "tiny-RN"},
     "clip.ViT": {"model": "tiny-ViT"},
     "timm.Timm": {"model": "test_resnet"},

@@ -41,7 +41,7 @@ METHODS = {  # overrides of the smallest adaptation
         "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
         "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
         "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
-        "{name: tmt.Auxiliary}, {name: tmt.RegionAdversarial}]}]",
+        "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial}]}]",
     ),
 }
 KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")

@@ -14,7 +14,6 @@ that ends in -quickgelu. A tag or a file of OpenAI that needs another name is an
 
 import difflib
 import logging
-import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
-from engine.weights import WeightsError, load_into, read
+from engine.weights import WeightsError, load_into, read, unwrap
 from models.blocks import Normalize
 
 logger = logging.getLogger("engine")
@@ -38,21 +37,6 @@ def library():
     except ImportError as error:
         raise UserError(f"CLIP needs the package open_clip: pip install open_clip_torch ({error})") from None
     return open_clip
-
-
-def read_tensors(path):
-    """A state dict or safetensors file -> {key: tensor}, without `state_dict` and `module.` around it. Runs no code."""
-    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-        raise WeightsError(
-            f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If you trust "
-            "it, convert it once: torch.save(torch.jit.load(PATH, map_location='cpu').state_dict(), NEW_PATH)"
-        )
-    if Path(path).suffix == ".safetensors" and Path(path).is_file():
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = read(path)
-    return {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
 
 
 def build_trunk(model, wanted):
@@ -85,7 +69,7 @@ def load(tower, weights, model, activation=None, drop=()):
     elif not Path(path).is_file():
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model))
         raise WeightsError(f"there is no file {path}, and the weights that open_clip has of {model} are: {tags}")
-    state = read_tensors(path)
+    state = unwrap(read(path))
     trained = "QuickGELU" if tag.get("quick_gelu") or OPENAI & state.keys() else "GELU" if tag else None
     if activation and not trained:
         logger.info(f"{weights} does not say if it was trained with GELU or QuickGELU; {model} has {activation}")

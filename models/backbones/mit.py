@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from engine.weights import WeightsError, load_into, read
-from models.blocks import Normalize, guided
+from engine.weights import WeightsError, load_pretrained, rename
+from models.blocks import Normalize, guided, run
 
 Size = Literal["b0", "b1", "b2", "b3", "b4", "b5"]
 DEPTHS = dict(b0=(2, 2, 2, 2), b1=(2, 2, 2, 2), b2=(3, 4, 6, 3), b3=(3, 4, 18, 3), b4=(3, 8, 27, 3), b5=(3, 6, 40, 3))
@@ -34,11 +34,27 @@ HUGGING_FACE = {  # names inside a stage in the files of the Hugging Face hub: N
 }
 
 
-def nvidia_names(state):
-    """A state dict with NVIDIA's or Hugging Face's names -> with NVIDIA's, without the prefixes of whole networks."""
+MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm: names as in the files of the hub
+    r"^layers\.(\d)\.0\.projection\.": r"patch_embeddings.\1.proj.",
+    r"^layers\.(\d)\.0\.norm\.": r"patch_embeddings.\1.norm.",
+    r"^layers\.(\d)\.1\.": r"block.\1.",
+    r"^layers\.(\d)\.2\.": r"norm.\1.",
+    r"\.attn\.attn\.out_proj\.": ".attn.proj.",
+    r"\.ffn\.layers\.0\.": ".mlp.fc1.",
+    r"\.ffn\.layers\.1\.": ".mlp.dwconv.dwconv.",
+    r"\.ffn\.layers\.4\.": ".mlp.fc2.",
+}
+
+
+def nvidia_names(state, module):
+    """A state dict with the names of NVIDIA, Hugging Face or MMSegmentation -> with NVIDIA's."""
+    state = rename(state, {r"^((segformer|encoder)\.)+": "", **MMSEGMENTATION})
+    for key in [key for key in state if ".attn.attn.in_proj_" in key]:  # rows of queries, keys and values
+        value, key = state.pop(key), key.replace(".attn.attn.in_proj_", ".attn.{}.")
+        state[key.format("q")], state[key.format("kv")] = value.split([len(value) // 3, len(value) - len(value) // 3])
     renamed = {}
     for key, value in sorted(state.items()):
-        key = re.sub(r"^((module|backbone|segformer|encoder)\.)+", "", key)
+        value = value[..., 0, 0] if ".mlp.fc" in key and value.ndim == 4 else value  # 1x1 convolutions
         key = re.sub(r"^(?:layer_)?(patch_embed|block|norm)(?:dings)?\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", key)
         for old, new in HUGGING_FACE.items():
             key = key.replace(old, new)
@@ -135,14 +151,18 @@ class MiT(nn.Module):
     Args:
         size: b0 (3.3 million parameters) to b5 (81.4 million).
         drop_path: probability that an image skips a residual of the last block; linear over the depth, from 0.
-        weights: path of a state dict with the names of NVIDIA or Hugging Face, of the encoder or of a whole network
-            (whose head is dropped), or "none". "imagenet" is an error that says where to get such a file.
+        checkpointing: less memory in training, more time: the backward pass computes every block again.
+        weights: path of a state dict with the names of NVIDIA, Hugging Face or MMSegmentation, of the encoder or of a
+            whole network (whose head is dropped), or "none". "imagenet" is an error that says where to get a file.
 
     `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias may have.
     """
 
-    def __init__(self, *, size: Size = "b0", drop_path: float = 0.1, weights: str = "imagenet"):
+    def __init__(
+        self, *, size: Size = "b0", drop_path: float = 0.1, checkpointing: bool = False, weights: str = "imagenet"
+    ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.channels = [32, 64, 160, 256] if size == "b0" else [64, 128, 320, 512]
         self.strides, self.depths, self.heads, self.reductions = [4, 8, 16, 32], DEPTHS[size], HEADS, REDUCTIONS
         self.normalize = Normalize()
@@ -158,10 +178,7 @@ class MiT(nn.Module):
                 "ImageNet weights of MiT have no stable public address: give model.backbone.weights=PATH, a file of "
                 "NVIDIA's SegFormer (mit_b0.pth) or Hugging Face (nvidia/mit-b0), non-commercial licence; or none"
             )
-        if weights != "none":
-            file = read(weights)
-            state = nvidia_names(file.get("state_dict", file.get("model", file)))
-            load_into(self, state, source=weights, drop=["head.*", "classifier.*", "decode_head.*"])
+        load_pretrained(self, weights, None, drop=["head.*", "classifier.*", "decode_head.*"], adapt=nvidia_names)
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
@@ -178,7 +195,7 @@ class MiT(nn.Module):
             x = getattr(self, f"patch_embed{s}")(x)
             keys = tuple(n // self.reductions[s - 1] for n in x.shape[1:3])
             for i, block in enumerate(getattr(self, f"block{s}")):
-                x = block(x, bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None)
+                x = run(block, self.checkpointing, x, bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None)
             x = getattr(self, f"norm{s}")(x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps

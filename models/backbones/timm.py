@@ -7,8 +7,8 @@ model.backbone: {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options
 from torch import nn
 
 from engine.errors import UserError
-from engine.weights import load_into
-from models.backbones.clip import read_tensors, whole_patches
+from engine.weights import load_into, read
+from models.backbones.clip import whole_patches
 from models.blocks import Normalize
 
 
@@ -51,7 +51,7 @@ class Timm(nn.Module):
             whole = create(model, num_classes=0, **options)
             heads = whole.pretrained_cfg.get("classifier") or ()
             heads = [f"{head}.*" for head in ([heads] if isinstance(heads, str) else heads)]
-            load_into(whole, read_tensors(weights), source=weights, drop=heads)
+            load_into(whole, read(weights), source=weights, drop=heads)
             settings["pretrained_cfg_overlay"] = {"state_dict": whole.state_dict()}
         self.net = create(model, **settings, **{"dynamic_img_size": True, **options})
         for module in self.net.modules():  # timm keeps a second copy of given weights there

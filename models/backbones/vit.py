@@ -9,7 +9,6 @@ Tensors have the names of DINOv2's release, which DeiT and MAE share; torchvisio
 networks in clip.ViT and timm.Timm; this one takes an attention bias.
 """
 
-import re
 from collections import OrderedDict
 from typing import Literal
 
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from engine.weights import WeightsError, load_pretrained
+from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.clip import whole_patches
-from models.blocks import Guide, Normalize, guided
+from models.blocks import Guide, Normalize, guided, run
 
 SIZES = dict(t=(192, 12, 3), s=(384, 12, 6), b=(768, 12, 12), l=(1024, 24, 16))  # channels, blocks, heads
 URLS = {  # torchvision's IMAGENET1K_V1
@@ -43,12 +42,7 @@ TORCHVISION = {  # its names, in this order -> ours
 
 def our_names(state, module):
     """A state dict with torchvision's names or ours -> with ours."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in TORCHVISION.items():
-            key = re.sub(old, new, key)
-        renamed[key] = value
-    return renamed
+    return rename(state, TORCHVISION)
 
 
 class Attention(nn.Module):
@@ -111,6 +105,7 @@ class ViT(nn.Module):
         taps: blocks whose outputs are the maps, ascending from 0; []: after a third, a half, two thirds and all of the
             blocks, which is 3, 5, 7, 11 of twelve.
         norm: whether all maps go through the final norm, as where DINOv2 is evaluated on dense tasks.
+        checkpointing: less memory in training, more time: the backward pass computes every block again.
         weights: "imagenet" (torchvision's, of b and l with patches of 16), "none", or a path of a state dict with the
             names of DINOv2 or torchvision, whose head is dropped. It must be of images normalised by ImageNet's mean.
 
@@ -125,9 +120,10 @@ class ViT(nn.Module):
     def __init__(
         self, *, size: Literal["t", "s", "b", "l"] = "b", patch: Literal[14, 16] = 16, positions: int = 224,
         registers: int = 0, layer_scale: bool = False, drop_path: float = 0.1, taps: list = (), norm: bool = True,
-        weights: str = "imagenet",
+        checkpointing: bool = False, weights: str = "imagenet",
     ):  # fmt: skip
         super().__init__()
+        self.checkpointing = checkpointing
         if weights == "imagenet" and (size, patch) not in URLS:
             raise WeightsError(
                 f"torchvision has ImageNet weights of ViT-B/16 and ViT-L/16, not of ViT-{size.upper()}/{patch}: give "
@@ -195,7 +191,7 @@ class ViT(nn.Module):
         prefix = [token.expand(len(x), -1, -1) for token in prefix]
         x = torch.cat([*prefix, x.flatten(2).mT + others], 1)  # (B, 1 + registers + h w, C)
         for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
-            x = block(x, self._bias(bias(1, i, self._map(x, grid), grid)) if bias else None)
+            x = run(block, self.checkpointing, x, self._bias(bias(1, i, self._map(x, grid), grid)) if bias else None)
             if i in self.taps:
                 maps.append(self._map(self.norm(x) if self.normed else x, grid))
         return maps

@@ -7,11 +7,11 @@ pull a class back wherever one process has not seen it.)
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
 from engine.statistics import class_sums
+from models.prototypes._cosine import cosine
 
 
 class Centroids(nn.Module):
@@ -33,11 +33,7 @@ class Centroids(nn.Module):
 
     def score(self, features):
         """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            vectors = F.normalize(self.vectors, dim=1, eps=1e-6).to(features.dtype)
-            # Normalising the scores instead of the features saves a copy of the features.
-            return F.conv2d(features, vectors[:, :, None, None]) / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        return cosine(features, self.vectors)
 
     def _means_of(self, batches):
         """All-reduced class means (K, D) of some batches, and which classes occur."""

@@ -28,7 +28,8 @@ import yaml
 from torch import nn
 
 from engine.errors import UserError, run
-from engine.weights import load_into, read
+from engine.weights import load_into, read, unwrap
+from models.prototypes._cosine import cosine
 
 TEMPLATES = {
     "single": ["a photo of a {}."],
@@ -152,10 +153,7 @@ class Text(nn.Module):
 
     def score(self, features):
         """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            vectors = self.vectors.to(features.dtype)
-            return F.conv2d(features, vectors[:, :, None, None]) / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        return cosine(features, self.vectors)
 
     def update(self, batches):
         """Frozen: nothing changes."""
@@ -175,7 +173,7 @@ def text_vectors(model, tokenizer, prompts):
 
 def load_clip(model, pretrained):
     """open_clip's CLIP in eval mode, its tokenizer, and which activation it has."""
-    from models.backbones.clip import OPENAI, library, read_tensors
+    from models.backbones.clip import OPENAI, library
 
     open_clip = library()
     config = open_clip.get_model_config(model)
@@ -185,7 +183,7 @@ def load_clip(model, pretrained):
         quick = tag.get("quick_gelu", False)
         network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
     elif Path(pretrained).is_file():
-        state = read_tensors(pretrained)
+        state = unwrap(read(pretrained))
         quick = config.get("quick_gelu", False) or bool(OPENAI & state.keys())
         network = open_clip.create_model(model, force_quick_gelu=quick, pretrained_text=False)
         load_into(network, {k: v for k, v in state.items() if k not in OPENAI}, source=pretrained)

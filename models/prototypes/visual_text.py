@@ -22,6 +22,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.statistics import class_sums
+from models.prototypes._cosine import cosine
 
 
 def blended(text, visual, seen, blend, center):
@@ -72,9 +73,7 @@ class VisualText(nn.Module):
 
     def score(self, features):
         """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            return F.conv2d(F.normalize(features, dim=1, eps=1e-6), self.vectors[:, :, None, None].to(features.dtype))
+        return cosine(features, self.vectors)
 
     def _reliable_means(self, batches, text):
         """All-reduced v (K, D) of some batches, and which classes occur."""
@@ -82,7 +81,7 @@ class VisualText(nn.Module):
         for features, labels, weights in batches:
             with torch.autocast(features.device.type, enabled=False):
                 unit = F.normalize(features.to(total.dtype), dim=1, eps=1e-6)
-                agreement = F.conv2d(unit, text[:, :, None, None] / self.temperature).softmax(1)
+                agreement = (cosine(unit, text) / self.temperature).softmax(1)
                 trust = agreement.gather(1, labels[:, None].clamp(0, len(self.seen) - 1))[:, 0]
                 sums, counts = class_sums(unit, labels, len(self.seen), trust if weights is None else trust * weights)
             total += torch.cat([sums, counts[:, None]], 1)

@@ -1,0 +1,716 @@
+"""MobileNet, ConvNeXt, Swin, UPerNet, the deep stem of ResNet and the auxiliary head, against torchvision, published
+sizes and foreign files; and checkpointing of every backbone. Shapes and contracts of all parts: test_parts.py."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import convnext, get_model, get_model_weights, mobilenet_v2, swin_transformer
+
+from engine.build import TRAINING, build, build_segmentor, unwanted
+from engine.config import ConfigError, load
+from engine.errors import UserError
+from engine.weights import WeightsError, backbone_of, load_into
+from losses.cross_entropy import CrossEntropy
+from models.backbones.convnext import ConvNeXt
+from models.backbones.mit import MiT
+from models.backbones.mobilenet import MobileNet
+from models.backbones.resnet import ResNet
+from models.backbones.swin import Swin
+from models.backbones.vit import ViT
+from models.blocks import Guide
+from models.classifiers.linear import Linear
+from models.decoders.fcn import FCN
+from models.decoders.upernet import PooledNorm, UPerNet
+from models.segmentor import Auxiliary, Segmentor, View
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-dequantised.pth"
+SMALL = {"width": 32, "depths": [2, 1, 2, 1]}  # of ConvNeXt and Swin
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def randomized(module):
+    """Also norms, biases and running statistics differ, so that a swap or a wrong shape shows."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter[0].numel() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(0.2 * torch.rand_like(buffer))
+    return module.eval()
+
+
+def saved(state, folder):
+    torch.save(state, folder / "weights.pth")
+    return str(folder / "weights.pth")
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- published sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Random numbers on the meta device need no time, but this call has no form for it."""
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
+
+
+PUBLISHED = [  # millions of parameters with 150 classes and an auxiliary head of 256 channels on the third map
+    (lambda: Swin(size="t", weights="none"), UPerNet, 60),
+    (lambda: Swin(size="s", weights="none"), UPerNet, 81),
+    (lambda: Swin(size="b", weights="none"), UPerNet, 121),
+    (lambda: ConvNeXt(size="t", weights="none"), UPerNet, 60),
+    (lambda: ConvNeXt(size="s", weights="none"), UPerNet, 82),
+    (lambda: ConvNeXt(size="b", weights="none"), UPerNet, 122),
+    (lambda: ResNet(depth=101, deep_stem=True, weights="none"), FCN, 68.6),
+]
+
+
+@pytest.mark.parametrize("backbone, decoder, millions", PUBLISHED)
+def test_networks_of_ade20k_have_their_published_size(backbone, decoder, millions, quick):
+    with torch.device("meta"):
+        backbone = backbone()
+        decoder = decoder(in_channels=backbone.channels)
+        classifier = Linear(in_channels=decoder.channels, num_classes=150)
+        auxiliary = Auxiliary(backbone.channels[2], 150, stage=3, width=256, convs=1, dropout=0.1)
+    assert decoder.channels == 512
+    total = count(backbone, decoder, classifier, auxiliary) / 1e6
+    assert round(total, 1 if isinstance(millions, float) else None) == millions
+
+
+def test_base_networks_have_their_published_size(quick):
+    sizes = {"upernet_swin_b": 121.3, "upernet_convnext_b": 122.1, "deeplabv3plus_mobilenet_v2": 5.8}
+    for name, millions in sizes.items():
+        model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
+        with torch.device("meta"):
+            network = build_segmentor(model, 19 if "mobilenet" in name else 150, pretrained=False)
+        assert round(count(network) / 1e6, 1) == millions
+
+
+TORCHVISION = [  # its name, ours, what of it is not here
+    ("mobilenet_v2", lambda: MobileNet(weights="none"), ("features.18.", "classifier.")),
+    ("mobilenet_v3_large", lambda: MobileNet(version="v3_large", weights="none"), ("classifier.",)),
+    ("mobilenet_v3_small", lambda: MobileNet(version="v3_small", weights="none"), ("classifier.",)),
+    *((f"convnext_{name}", lambda s=name[0]: ConvNeXt(size=s, weights="none"), ("classifier.",))
+      for name in ("tiny", "small", "base")),
+    *((f"swin_{s}", lambda s=s: Swin(size=s, weights="none"), ("norm.", "head.")) for s in "tsb"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, ours, unused", TORCHVISION, ids=[name for name, *_ in TORCHVISION])
+def test_tensors_are_those_of_torchvision_of_the_published_number(name, ours, unused, quick):
+    with torch.device("meta"):
+        theirs, ours = get_model(name, weights=None), ours()
+    expected = {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith(unused) and "index" not in k}
+    found = {k: v.shape for k, v in ours.state_dict().items() if not k.startswith(("norm0", "norm1", "norm2", "norm3"))}
+    assert found == expected
+    assert count(theirs) == get_model_weights(name).IMAGENET1K_V1.meta["num_params"]
+
+
+# --- equal to torchvision's forward pass -----------------------------------------------------------------------------
+
+
+def small_torchvision(kind):
+    """Torchvision's network of SMALL and the layers after which its stages end."""
+    if kind == "swin":
+        options = {"num_heads": [1, 2, 4, 8], "window_size": [7, 7], "num_classes": 3}
+        return swin_transformer.SwinTransformer([4, 4], SMALL["width"], SMALL["depths"], **options), (1, 3, 5, 7)
+    if kind == "convnext":
+        widths = [32, 64, 128, 256]
+        settings = [convnext.CNBlockConfig(c, d, n) for c, d, n in zip(widths, [*widths[1:], None], SMALL["depths"])]
+        return convnext.ConvNeXt(settings, num_classes=3), (1, 3, 5, 7)
+    taps = {"mobilenet_v2": (3, 6, 13, 17), "mobilenet_v3_large": (3, 6, 12, 16), "mobilenet_v3_small": (1, 3, 8, 12)}
+    return get_model(kind, weights=None, num_classes=3), taps[kind]
+
+
+def our_small(kind, weights, **options):
+    if kind.startswith("mobilenet"):
+        return MobileNet(version=kind.removeprefix("mobilenet_"), weights=weights, **options)
+    return {"swin": Swin, "convnext": ConvNeXt}[kind](weights=weights, **SMALL, **options)
+
+
+KINDS = ["mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "convnext", "swin"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def reference(request, tmp_path_factory):
+    """Kind, torchvision's network of random weights, its taps, ours with the same weights from a file."""
+    torch.manual_seed(0)
+    network, taps = small_torchvision(request.param)
+    randomized(network)
+    path = saved(
+        {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path_factory.mktemp("w")
+    )
+    return request.param, network, taps, our_small(request.param, path).eval()
+
+
+def intermediate(network, taps, x):
+    maps = []
+    for i, layer in enumerate(network.features):
+        x = layer(x)
+        maps += [x] if i in taps else []
+    return maps
+
+
+def before_norms(backbone, image):
+    """Maps as they are before norm0 to norm3, (B, C, h, w)."""
+    norms = [getattr(backbone, f"norm{i}") for i in range(4) if hasattr(backbone, f"norm{i}")]
+    entered = []
+    hooks = [norm.register_forward_pre_hook(lambda m, a: entered.append(a[0])) for norm in norms]
+    maps = backbone(image)
+    for hook in hooks:
+        hook.remove()
+    return entered or maps
+
+
+@torch.no_grad()
+def test_maps_are_torchvisions_own_features(reference):
+    kind, network, taps, backbone = reference
+    image = torch.rand(2, 3, 64, 96)
+    expected = intermediate(network, taps, backbone.normalize(image))
+    found = before_norms(backbone, image)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    shapes = [(2, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32))]
+    assert [x.shape for x in backbone(image)] == shapes
+    if kind in ("swin", "convnext"):  # the norm of each map, on its channels
+        maps, eps = backbone(image), 1e-5 if kind == "swin" else 1e-6
+        for i, (x, y) in enumerate(zip(maps, expected)):
+            y = y if kind == "swin" else y.permute(0, 2, 3, 1)
+            norm = getattr(backbone, f"norm{i}")
+            y = F.layer_norm(y, y.shape[-1:], norm.weight, norm.bias, eps).permute(0, 3, 1, 2)
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_odd_sizes_round_up_and_fill_with_zeros(reference):
+    kind, network, taps, backbone = reference
+    for size in [(33, 47), (61, 66), (5, 9)]:
+        image = torch.rand(1, 3, *size)
+        maps = backbone(image)
+        assert [x.shape[-2:] for x in maps] == [tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)]
+        assert all(x.isfinite().all() for x in maps)
+        if kind == "swin":  # torchvision itself fills up windows and pairs, but not patches
+            x = F.pad(backbone.normalize(image), (0, -size[1] % 4, 0, -size[0] % 4))
+            expected = intermediate(network, taps, x)
+            for x, y in zip(before_norms(backbone, image), expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        if kind == "convnext":
+            x = network.features[0](F.pad(backbone.normalize(image), (0, -size[1] % 4, 0, -size[0] % 4)))
+            x = network.features[2][0](network.features[1](x))
+            x = network.features[2][1](F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
+            torch.testing.assert_close(before_norms(backbone, image)[1], network.features[3](x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_real_mobilenet_v2_weights_give_torchvisions_features(caplog):
+    if not REAL.is_file():
+        pytest.skip(f"the weights {REAL.name} are not beside the checkout")
+    network = mobilenet_v2(weights=None).eval()
+    network.load_state_dict(torch.load(REAL, weights_only=True))
+    with caplog.at_level("INFO", "engine"):
+        backbones = [MobileNet(weights=str(REAL), output_stride=stride).eval() for stride in (32, 8)]
+    assert "306 keys loaded, 0 keep" in caplog.text
+    image = torch.rand(1, 3, 64, 96)
+    expected = intermediate(network, (3, 6, 13, 17), backbones[0].normalize(image))
+    for x, y, z in zip(backbones[0](image), expected, backbones[1](image), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        step = z.shape[-1] // x.shape[-1]
+        torch.testing.assert_close(z[..., ::step, ::step], y, rtol=1e-3, atol=1e-3)
+
+
+# --- output stride ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("version", ["v2", "v3_large", "v3_small"])
+@torch.no_grad()
+def test_output_stride_gives_the_stride_and_keeps_the_weights(version, stride):
+    """Every n-th cell of a dilated map is the cell of the strided one; squeeze-and-excitation averages other cells."""
+    strided = randomized(MobileNet(version=version, width=0.5, weights="none")).double()
+    dilated = MobileNet(version=version, width=0.5, output_stride=stride, weights="none").double().eval()
+    dilated.load_state_dict(strided.state_dict())
+    image = torch.rand(1, 3, 97, 70).double()
+    expected, maps = strided(image), dilated(image)
+    assert dilated.strides == [min(s, stride) for s in (4, 8, 16, 32)] and strided.strides == [4, 8, 16, 32]
+    for x, y, s, own in zip(maps, expected, strided.strides, dilated.strides, strict=True):
+        assert x.shape[-2:] == (-(-97 // own), -(-70 // own))
+        if version == "v2" or s <= stride:
+            torch.testing.assert_close(x[..., :: s // own, :: s // own], y, rtol=1e-9, atol=1e-9)
+
+
+def test_a_narrow_mobilenet_has_no_weights_of_imagenet():
+    with pytest.raises(WeightsError, match=r"width 1\.0, not 0\.5"):
+        build("models.backbones", {"name": "mobilenet.MobileNet", "width": 0.5})
+    assert [round(c) for c in MobileNet(width=0.5, weights="none").channels] == [16, 16, 48, 160]
+
+
+# --- drop path -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls, default", [(ConvNeXt, 0.4), (Swin, 0.3)])
+def test_drop_path_grows_over_the_depth_from_its_published_default(cls, default, quick):
+    with torch.device("meta"):
+        for options, last in (({}, default), ({"drop_path": 0.1}, 0.1)):
+            network = cls(weights="none", **options)
+            rates = [module.stochastic_depth.p for module in network.modules() if hasattr(module, "stochastic_depth")]
+            blocks = len(rates)
+            assert blocks == (18 if cls is ConvNeXt else 12)
+            assert rates == pytest.approx([last * i / (blocks - 1) for i in range(blocks)])
+        assert ConvNeXt(size="s", weights="none").features[7][-1].stochastic_depth.p == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("cls", [ConvNeXt, Swin])
+@pytest.mark.parametrize("wrong", [{"depths": [2, 2]}, {"depths": [2, 2, 0, 2]}, {"width": -32}])
+def test_wrong_widths_and_depths_are_an_error(cls, wrong):
+    with pytest.raises(ConfigError, match="four numbers of blocks and width"):
+        build("models.backbones", {"name": f"{cls.__name__.lower()}.{cls.__name__}", "weights": "none", **wrong})
+
+
+# --- files of others -------------------------------------------------------------------------------------------------
+
+
+def translate(state, table):
+    """By plain replacement, in this order: independent of the tables of regular expressions that are tested."""
+    renamed = {}
+    for key, value in state.items():
+        for old, new in table.items():
+            key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
+
+
+def convnext_release(state):
+    table = {"features.0.": "downsample_layers.0."}
+    for s in range(4):
+        table |= {f"features.{2 * s + 1}.": f"stages.{s}.", f"features.{2 * s}.": f"downsample_layers.{s}."}
+    table |= {".block.0.": ".dwconv.", ".block.2.": ".norm.", ".block.3.": ".pwconv1.", ".block.5.": ".pwconv2."}
+    state = translate(state, table | {"layer_scale": "gamma"})
+    state = {key: value.flatten() if key.endswith("gamma") else value for key, value in state.items()}
+    extra = {"norm.weight": torch.ones(3), "head.weight": torch.ones(3)}
+    return {"model": state | extra}
+
+
+def convnext_mmsegmentation(state):
+    state = translate(convnext_release(state)["model"], {"dwconv": "depthwise_conv", "pwconv": "pointwise_conv"})
+    norms = {f"norm{i}.weight": torch.full((32 * 2**i,), 2.0 + i) for i in range(4)}
+    norms |= {f"norm{i}.bias": torch.full((32 * 2**i,), 3.0 + i) for i in range(4)}
+    return mmsegmentation({k: v for k, v in state.items() if not k.startswith(("norm.", "head."))} | norms)
+
+
+def convnext_mmpretrain(state):
+    """Pointwise layers as 1x1 convolutions."""
+    state = convnext_mmsegmentation(state)["state_dict"]
+    return {k: v[..., None, None] if "pointwise_conv" in k and v.ndim == 2 else v for k, v in state.items()}
+
+
+def swin_release(state):
+    table = {"features.0.0.": "patch_embed.proj.", "features.0.2.": "patch_embed.norm."}
+    for s in range(4):
+        table |= {f"features.{2 * s + 1}.": f"layers.{s}.blocks.", f"features.{2 * s + 2}.": f"layers.{s}.downsample."}
+    state = translate(state, table | {".mlp.0.": ".mlp.fc1.", ".mlp.3.": ".mlp.fc2."})
+    extra = {"norm.weight": torch.ones(3), "head.bias": torch.ones(3), "layers.0.blocks.1.attn_mask": torch.ones(3)}
+    extra["layers.0.blocks.1.attn.relative_position_index"] = torch.ones(49, 49)
+    return {"model": state | extra}
+
+
+def swin_mmsegmentation(state):
+    table = {"layers.": "stages.", "patch_embed.proj.": "patch_embed.projection.", ".attn.": ".attn.w_msa."}
+    table |= {".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1."}
+    state = swin_release({k: v for k, v in state.items()})["model"]
+    state = translate(
+        {k: v for k, v in state.items() if not k.startswith(("norm.", "head.")) and "mask" not in k}, table
+    )
+    for key, value in state.items():
+        if ".downsample." in key:
+            state[key] = torch.empty_like(value)
+            channels = value.shape[-1] // 4
+            for c in range(channels):
+                for row in range(2):
+                    for column in range(2):
+                        ours = (row + 2 * column) * channels + c  # all channels of (0, 0), (1, 0), (0, 1), (1, 1)
+                        state[key][..., 4 * c + 2 * row + column] = value[..., ours]
+    return mmsegmentation(state)
+
+
+def mmsegmentation(state):
+    """A whole network, wrapped."""
+    heads = ("decode_head.conv_seg.weight", "auxiliary_head.convs.0.conv.weight", "decode_head.psp_modules.0.1.bn.bias")
+    return {
+        "meta": {"iter": 3},
+        "state_dict": {f"backbone.{k}": v for k, v in state.items()} | dict.fromkeys(heads, torch.ones(1)),
+    }
+
+
+FOREIGN = [
+    (ConvNeXt, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}, 8),
+    (ConvNeXt, convnext_release, 8),
+    (ConvNeXt, convnext_mmsegmentation, 0),
+    (ConvNeXt, convnext_mmpretrain, 0),
+    (Swin, lambda state: state | {"norm.weight": torch.ones(3), "head.weight": torch.ones(3)}, 8),
+    (Swin, swin_release, 8),
+    (Swin, swin_mmsegmentation, 8),
+]
+
+
+@pytest.mark.parametrize("cls, write, initial", FOREIGN)
+def test_files_of_others_load_with_nothing_missing(cls, write, initial, tmp_path, caplog):
+    ours = randomized(cls(weights="none", **SMALL))
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("norm")}
+    path = saved(write(state), tmp_path)
+    with caplog.at_level("INFO", "engine"):
+        other = cls(weights=path, **SMALL)
+    assert f"{len(ours.state_dict()) - initial} keys loaded, {initial} keep" in caplog.text
+    assert ("3 keys of its heads are left out" in caplog.text) == write.__name__.startswith(("convnext_mm", "swin_mm"))
+    found = other.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    if not initial:
+        assert (other.norm2.weight == 4.0).all() and (other.norm3.bias == 6.0).all()
+    broken = write(
+        {k: v for k, v in state.items() if k != "features.3.0.norm1.bias" and "features.3.0.block.0.b" not in k}
+    )
+    with pytest.raises(WeightsError, match=r"1 missing \(features\.3\.0\.(norm1|block\.0)\.bias"):
+        cls(weights=saved(broken, tmp_path), **SMALL)
+
+
+def test_merged_patches_of_mmsegmentation_are_unfolded_ones(tmp_path):
+    """Its layer is nn.Unfold, norm and reduction: written out from its tensors, it gives our map."""
+    ours = randomized(Swin(weights="none", **SMALL))
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("norm")}
+    file = swin_mmsegmentation(state)
+    other = Swin(weights=saved(file, tmp_path), **SMALL).eval()
+    tensors = {k.removeprefix("backbone.stages.0.downsample."): v for k, v in file["state_dict"].items()}
+    x = torch.randn(2, 32, 6, 10)
+    y = F.unfold(x, 2, stride=2).mT  # (B, 15, 4 C)
+    y = F.layer_norm(y, (128,), tensors["norm.weight"], tensors["norm.bias"]) @ tensors["reduction.weight"].T
+    found = other.features[2](x.permute(0, 2, 3, 1))
+    torch.testing.assert_close(found, y.unflatten(1, (3, 5)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [ConvNeXt, Swin])
+def test_maps_are_those_of_hugging_face(cls, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if cls is Swin:
+        config = transformers.SwinConfig(embed_dim=32, depths=SMALL["depths"], num_heads=[1, 2, 4, 8])
+        reference = randomized(transformers.SwinForImageClassification(config))
+    else:
+        config = transformers.ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=SMALL["depths"])
+        reference = randomized(transformers.ConvNextForImageClassification(config))
+    reference.save_pretrained(tmp_path)  # the names of a file are not those in memory
+    backbone = cls(weights=str(tmp_path / "model.safetensors"), **SMALL).eval()
+    image = torch.rand(2, 3, 224, 224)
+    states = reference(backbone.normalize(image), output_hidden_states=True)
+    found = before_norms(backbone, image)
+    if cls is Swin:  # hidden states come after the merging: those of stages 1 to 3 are inputs of the next stage
+        expected = states.reshaped_hidden_states
+        merged = [backbone.features[2 * i + 2](found[i]).permute(0, 3, 1, 2) for i in range(3)]
+        pairs = zip([*merged, found[3].permute(0, 3, 1, 2)], expected[1:], strict=True)
+    else:
+        pairs = zip(found, states.hidden_states[1:], strict=True)
+    for x, y in pairs:
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def mit_mmsegmentation(state):
+    table = {".attn.proj.": ".attn.attn.out_proj.", ".mlp.fc1.": ".ffn.layers.0.", ".mlp.fc2.": ".ffn.layers.4."}
+    table[".mlp.dwconv.dwconv."] = ".ffn.layers.1."
+    for s in range(1, 5):
+        table |= {f"patch_embed{s}.proj.": f"layers.{s - 1}.0.projection.", f"patch_embed{s}.": f"layers.{s - 1}.0."}
+        table |= {f"block{s}.": f"layers.{s - 1}.1.", f"norm{s}.": f"layers.{s - 1}.2."}
+    blocks = {
+        key.replace("norm1.", "normA.").replace("norm2.", "normB."): v for key, v in state.items() if "block" in key
+    }
+    state = translate({k: v for k, v in state.items() if "block" not in k} | blocks, table)
+    file = {}
+    for key, value in state.items():
+        key = key.replace("normA.", "norm1.").replace("normB.", "norm2.")
+        if ".attn.q." in key:
+            rows = torch.cat([value, state[key.replace(".q.", ".kv.")]])
+            file[key.replace(".attn.q.", ".attn.attn.in_proj_")] = rows
+        elif ".attn.kv." not in key:
+            is_conv = key.endswith(("ffn.layers.0.weight", "ffn.layers.4.weight"))
+            file[key] = value[..., None, None] if is_conv else value
+    return file
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
+    ours = randomized(MiT(size="b0", weights="none"))
+    state = ours.state_dict()
+    file = mit_mmsegmentation(state)
+    assert {"layers.0.1.1.attn.attn.in_proj_weight", "layers.3.1.0.ffn.layers.4.bias", "layers.2.2.weight"} <= {*file}
+    with caplog.at_level("INFO", "engine"):
+        other = MiT(size="b0", weights=saved(mmsegmentation(file) if whole else file, tmp_path)).state_dict()
+    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
+    assert all(torch.equal(other[key], value) for key, value in state.items())
+
+
+def test_heads_are_left_out_only_beside_a_backbone():
+    plain = {"conv1.weight": 1, "head.weight": 2}
+    assert backbone_of(plain, "a file") is plain
+    whole = {"backbone.conv1.weight": 1, "decode_head.x": 2, "auxiliary_head.x": 3, "head.fc.x": 4, "neck.x": 5}
+    assert backbone_of(whole, "a file") == {"conv1.weight": 1, "neck.x": 5}
+
+
+# --- ResNet with a deep stem -----------------------------------------------------------------------------------------
+
+
+def test_deep_stem_has_the_names_of_mmsegmentation_and_reads_its_files(tmp_path, caplog):
+    backbone = randomized(ResNet(depth=18, deep_stem=True, weights="none"))
+    state = backbone.state_dict()
+    convs = {key: tuple(value.shape) for key, value in state.items() if key.startswith("stem.") and value.ndim == 4}
+    assert convs == {"stem.0.weight": (32, 3, 3, 3), "stem.3.weight": (32, 32, 3, 3), "stem.6.weight": (64, 32, 3, 3)}
+    assert {"stem.1.running_var", "stem.4.bias", "stem.7.weight"} <= {*state} and "conv1.weight" not in state
+    path = saved(mmsegmentation(state), tmp_path)
+    with caplog.at_level("INFO", "engine"):
+        other = ResNet(depth=18, deep_stem=True, weights=path, stem="per_domain", ibn="a", output_stride=16).eval()
+    assert "3 keys of its heads are left out" in caplog.text and ", 0 keep" in caplog.text.replace("values", "")
+    for name in ("stem.3.weight", "stem.7.running_mean"):
+        assert torch.equal(other.get_parameter(name) if "weight" in name else other.get_buffer(name), state[name])
+    assert torch.equal(other.source.stem[6].weight, other.stem[6].weight)
+    assert other.source.stem[6].weight is not other.stem[6].weight
+    image = torch.rand(1, 3, 49, 64)
+    maps = other(image, "source")
+    assert equal(maps, other(image, "target")) and [x.shape[-1] for x in maps] == [16, 8, 4, 4]
+    with torch.no_grad():
+        other.source.stem[0].weight.add_(1.0)
+    assert not torch.equal(other(image, "source")[0], maps[0]) and torch.equal(other(image, "target")[0], maps[0])
+
+
+def test_deep_stem_says_that_torchvisions_weights_do_not_fit(tmp_path):
+    plain = get_model("resnet18", weights=None).state_dict()
+    with pytest.raises(WeightsError, match="torchvision has no ImageNet weights of a ResNet with deep_stem"):
+        build("models.backbones", {"name": "resnet.ResNet", "deep_stem": True})
+    with pytest.raises(WeightsError, match=r"stem is one 7x7 convolution.*deep_stem=false"):
+        ResNet(depth=18, deep_stem=True, weights=saved(plain, tmp_path))
+    deep = ResNet(depth=18, deep_stem=True, weights="none").state_dict()
+    with pytest.raises(WeightsError, match=r"stem is a deep stem.*deep_stem=true"):
+        ResNet(depth=18, weights=saved(deep, tmp_path))
+
+
+# --- checkpointing ---------------------------------------------------------------------------------------------------
+
+
+def guides(heads):
+    """Biases of attention that depend on what enters a block, so that gradients flow through them too."""
+
+    def bias(stage, block, x, keys):
+        small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[:, None, 0]  # (B, 1, M)
+        return Guide(bias=small[:, :, None], values=1 + small[..., None].tanh()) if block == 1 else small[:, :, None]
+
+    return bias
+
+
+CHECKPOINTED = {
+    "resnet": lambda **o: ResNet(
+        depth=18, deep_stem=True, ibn="a", stem="per_domain", output_stride=8, weights="none", **o
+    ),
+    "mobilenet_v2": lambda **o: MobileNet(width=0.25, weights="none", **o),
+    "mobilenet_v3": lambda **o: MobileNet(version="v3_small", width=0.5, output_stride=16, weights="none", **o),
+    "convnext": lambda **o: ConvNeXt(weights="none", drop_path=0.5, **SMALL, **o),
+    "swin": lambda **o: Swin(weights="none", drop_path=0.5, **SMALL, **o),
+    "mit": lambda **o: MiT(size="b0", drop_path=0.5, weights="none", **o),
+    "vit": lambda **o: ViT(size="t", drop_path=0.5, weights="none", **o),
+}
+
+
+class Kept:
+    """Bytes of the tensors that a forward pass keeps for the backward pass outside of checkpoints."""
+
+    def __enter__(self):
+        self.bytes = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def pack(self, x):
+        self.bytes += x.numel() * x.element_size()
+        return x
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def step(make, checkpointing, frozen, autocast):
+    """Two views, one backward pass -> maps, gradients, state, the next random number, bytes kept."""
+    torch.manual_seed(3)
+    backbone = make(checkpointing=checkpointing).train()
+    if not autocast:
+        backbone.double()
+    for parameter in backbone.parameters():
+        if parameter.ndim == 3 and parameter.shape[1:] == (1, 1):
+            nn.init.ones_(parameter)  # layer scale: 1e-6 would hide the blocks
+    for norm in backbone.modules():
+        if frozen and isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    guide = guides(backbone.heads) if hasattr(backbone, "heads") else None
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(2, 2, 3, 48, 64, generator=generator, dtype=torch.float32 if autocast else torch.float64)
+    with Kept() as kept, torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+        maps = [*backbone(images[0], "source", guide), *backbone(images[1], "target", guide)]
+        loss = sum((x.float() if autocast else x).square().mean() for x in maps)
+    loss.backward()
+    gradients = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+    return maps, gradients, backbone.state_dict(), torch.rand(3), kept.bytes
+
+
+@pytest.mark.parametrize("name, frozen", [*((name, False) for name in CHECKPOINTED), ("mobilenet_v2", True)])
+def test_checkpointing_changes_memory_alone(name, frozen):
+    plain, less = (step(CHECKPOINTED[name], on, frozen, autocast=False) for on in (False, True))
+    assert equal(plain[0], less[0])
+    assert {*plain[1]} == {*less[1]} and any(g.abs().sum() > 0 for g in less[1].values())
+    for key, value in plain[1].items():
+        torch.testing.assert_close(less[1][key], value, rtol=1e-6, atol=1e-9)
+    moved = [key for key in plain[2] if "running" in key or "tracked" in key]
+    assert bool(moved) == (name in ("resnet", "mobilenet_v2", "mobilenet_v3"))
+    assert all(torch.equal(less[2][key], value) for key, value in plain[2].items())
+    assert torch.equal(plain[3], less[3])
+    assert less[4] < 0.6 * plain[4], (less[4], plain[4])
+
+
+def test_checkpointing_keeps_autocast():
+    plain, less = (step(CHECKPOINTED["resnet"], on, False, autocast=True) for on in (False, True))
+    assert equal(plain[0], less[0]) and all(torch.equal(less[1][key], value) for key, value in plain[1].items())
+
+
+def test_blocks_are_computed_twice_in_training_alone():
+    calls = []
+    backbone = CHECKPOINTED["mobilenet_v2"](checkpointing=True)
+    backbone.features[4].register_forward_hook(lambda *_: calls.append(1))
+    image = torch.rand(2, 3, 32, 32)
+    backbone.train()(image)[-1].sum().backward()
+    assert len(calls) in (1, 2)  # the second time it may stop as soon as the backward pass has what it needs
+    trained = len(calls)
+    backbone.eval()(image)[-1].sum().backward()
+    assert len(calls) == trained + 1
+    with torch.no_grad():
+        backbone.train()(image)
+    assert len(calls) == trained + 2
+
+
+def test_views_that_move_no_statistics_move_none_when_blocks_are_computed_again():
+    views = {"source": View(torch.rand(2, 3, 32, 32)), "target": View(torch.rand(2, 3, 32, 32))}
+    states = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        backbone = MobileNet(width=0.25, weights="none", checkpointing=checkpointing)
+        decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
+        network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=["target"]).train()
+        sum(output.logits.square().mean() for output in network(views).values()).backward()
+        states.append(network.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 and norm.num_batches_tracked == 1 for norm in norms)
+
+
+# --- UPerNet and the auxiliary head ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_upernet_is_the_plain_forward_pass():
+    decoder = randomized(UPerNet(in_channels=[4, 6, 8, 10], width=12)).double()
+    maps = [torch.randn(2, c, h, w).double() for c, h, w in ((4, 25, 17), (6, 13, 9), (8, 7, 5), (10, 4, 3))]
+    state = decoder.state_dict()
+
+    def layer(name, x, numbers=(0, 1)):
+        conv, norm = (f"{name}.{number}." for number in numbers)
+        weight = state[conv + "weight"]
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        statistics = [state[norm + key] for key in ("running_mean", "running_var", "weight", "bias")]
+        mean, var, scale, shift = (value.view(-1, 1, 1) for value in statistics)
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+
+    def bigger(x, like):
+        return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+    pooled = [bigger(layer(f"pools.{i}", F.adaptive_avg_pool2d(maps[3], n), (1, 2)), maps[3])
+              for i, n in enumerate((1, 2, 3, 6))]  # fmt: skip
+    laterals = [layer(f"laterals.{i}", maps[i]) for i in range(3)] + [layer("join", torch.cat([maps[3], *pooled], 1))]
+    for i in (2, 1, 0):
+        laterals[i] = laterals[i] + bigger(laterals[i + 1], laterals[i])
+    outs = [layer(f"smooth.{i}", laterals[i]) for i in range(3)] + [laterals[3]]
+    expected = layer("fuse", torch.cat([bigger(x, maps[0]) for x in outs], 1))
+    torch.testing.assert_close(decoder(maps), expected, rtol=1e-9, atol=1e-9)
+    assert decoder(maps).shape == (2, 12, 25, 17)
+
+
+def test_a_single_mean_is_normalised_by_running_statistics():
+    norm, plain = randomized(PooledNorm(5)).train(), nn.BatchNorm2d(5).train()
+    plain.load_state_dict(norm.state_dict())
+    one, two = torch.randn(1, 5, 1, 1), torch.randn(2, 5, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        nn.BatchNorm2d(5)(one)
+    torch.testing.assert_close(norm(one), plain.eval()(one))
+    assert equal(norm.state_dict().values(), plain.state_dict().values())
+    assert torch.equal(norm(two), plain.train()(two))
+    assert equal(norm.state_dict().values(), plain.state_dict().values())
+
+
+def with_auxiliary(**options):
+    model = load(
+        ROOT / "tests" / "tiny.yaml", [f"model.auxiliary.{key}={value}" for key, value in options.items()]
+    ).model
+    torch.manual_seed(0)
+    return build_segmentor(model, 5)
+
+
+def test_the_auxiliary_head_learns_in_training_and_costs_nothing_in_eval():
+    network, plain = with_auxiliary(stage=2, width=12, convs=2), with_auxiliary()
+    assert plain.auxiliary is None
+    head = network.auxiliary
+    assert [tuple(conv[0].weight.shape) for conv in head.convs] == [(12, 128, 3, 3), (12, 12, 3, 3)]
+    assert head.classifier.weight.shape == (5, 12, 1, 1) and head.dropout.p == 0.1
+    views = {"source": View(torch.rand(2, 3, 48, 64), "source")}
+    outputs = network.train()(views)
+    assert outputs["source"].aux["auxiliary"].shape == (2, 5, 6, 8)
+    assert "auxiliary" not in plain.train()(views)["source"].aux
+    labels = {"source": torch.randint(0, 5, (2, 48, 64))}
+    valid = {"source": torch.tensor(2 * 48 * 64)}
+    CrossEntropy(head="auxiliary")(outputs, labels, valid, {}).backward()
+    learned = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
+    assert learned == {"backbone", "auxiliary"} and all(p.grad is not None for p in head.parameters())
+    assert network.backbone.layer3[0].conv1.weight.grad is None  # the map of stage 2
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    assert not network.eval()(views)["source"].aux and not network.segment(views["source"].image).aux and not calls
+    with pytest.raises(UserError, match=r"no head 'auxiliary'; 'auxiliary' is that of model\.auxiliary\.stage"):
+        CrossEntropy(head="auxiliary")(plain(views), labels, valid, {})
+
+
+def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
+    network, plain = with_auxiliary(stage=3, convs=0), with_auxiliary()
+    assert network.auxiliary.classifier.in_channels == 256 and not len(network.auxiliary.convs)
+    load_into(network, plain.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(network))
+    load_into(plain, network.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(plain))
+    for stage in (4, -1):
+        with pytest.raises(
+            ConfigError, match=rf"model\.auxiliary\.stage={stage} must be a map of resnet\.ResNet, 1 to 3"
+        ):
+            with_auxiliary(stage=stage)
+
+
+def test_frozen_batch_norm_of_a_mobilenet_keeps_everything():
+    backbone = MobileNet(width=0.25, weights="none", checkpointing=True)
+    decoder = UPerNet(in_channels=backbone.channels, width=8)
+    network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), frozen_bn=["backbone"]).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    network({"source": View(torch.rand(2, 3, 64, 64))})["source"].logits.square().mean().backward()
+    moved = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("decoder.") for key in moved)
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(norm.weight.grad is None and norm.bias.grad is None for norm in norms)
+    assert backbone.features[0][0].weight.grad.abs().sum() > 0
