@@ -7,7 +7,8 @@
         .channels  D
     Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)
         .means() -> (K, D)      the class vectors that the logits compare features with
-        .attends = True         where forward(features, opens, aux) looks at the features itself (queries)
+        forward may ask by name for `aux`, a dict for further tensors in training and else None, and for `opens` of
+        models/region.py
 
 Prototypes (`models/prototypes`) are interchangeable; state in buffers of at least float32, so a checkpoint holds it:
 

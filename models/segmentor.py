@@ -5,6 +5,7 @@ in the Segmentor, and views (source, target, strongly augmented target ...) are 
 """
 
 import contextlib
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ class Segmentor(nn.Module):
         # fmt: on
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
-        self.classifier_attends = getattr(classifier, "attends", False)
+        self.classifier_asks = {"opens", "aux"} & {*inspect.signature(classifier.forward).parameters}
         self.projector, self.text_attention = projector, text_attention
         self.region, self.auxiliary = region, auxiliary
         unknown = set(frozen_bn) - {"backbone", "decoder", "projector"}
@@ -140,8 +141,9 @@ class Segmentor(nn.Module):
         if self.region and self.region.stage < 0:
             aux |= self.region.look(features, step)
             opens = self.region.opening(aux)
-        attends = {"opens": opens, "aux": aux if self.training else None} if self.classifier_attends else {}
-        return Output(self.classifier(features, **attends), features, aux)
+        given = {"opens": opens, "aux": aux if self.training else None}
+        logits = self.classifier(features, **{name: given[name] for name in self.classifier_asks})
+        return Output(logits, features, aux)
 
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""

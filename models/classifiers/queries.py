@@ -72,8 +72,6 @@ class Queries(nn.Module):
         ValueError: a number of feature channels that the heads do not divide.
     """
 
-    attends = True  # `forward` takes opens and aux
-
     def __init__(self, *, in_channels, num_classes, layers: int = 3, heads: int = 8):
         super().__init__()
         if in_channels % heads:
