@@ -30,6 +30,7 @@ from engine.build import (
     build_members,
     build_segmentor,
     call,
+    learners,
 )  # fmt: skip
 from engine.ema import Teacher
 from engine.errors import run
@@ -197,10 +198,9 @@ def main(arguments):
         if taken:
             if teacher:
                 teacher.update(model)
-            for name, member in members.items():
-                if views[name] != "none":
-                    shown = evidence(seen, views[name], spaces[name], teacher, tower, autocast)
-                    call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
+            for name, view, member in learners(members, model.classifier, views):
+                shown = evidence(seen, view, spaces.get(name, "features"), teacher, tower, autocast)
+                call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
 
         # --- log, validate, save ---
         done = step + 1

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datasets.base import IGNORE, to_device
 from engine import checkpoint, config, distributed, precision, schedule
-from engine.build import batches, build_data, build_losses, build_members, build_segmentor, call
+from engine.build import batches, build_data, build_losses, build_members, build_segmentor, call, learners
 from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
@@ -46,7 +46,8 @@ def main(arguments):
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
     context["classes"] = tuple(train_set.CLASSES)
-    members = build_members(cfg.prototypes, **context)[0].to(device)
+    members, views_of = build_members(cfg.prototypes, **context)
+    members = members.to(device)
     terms, weights = build_losses(cfg.losses, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
@@ -125,7 +126,7 @@ def main(arguments):
         if taken:
             if teacher:
                 teacher.update(model)
-            for member in members.values():
+            for _, _, member in learners(members, model.classifier, views_of):
                 call(member.update, batches=seen, prototypes=vectors, step=step, iters=cfg.train.iters)
 
         # --- log, validate, save ---

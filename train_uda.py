@@ -29,6 +29,7 @@ from engine.build import (
     build_segmentor,
     call,
     initial_network,
+    learners,
     restore,
 )  # fmt: skip
 from engine.ema import Teacher
@@ -190,10 +191,9 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
         if taken:
             if cfg.stage.teacher == "ema":
                 teacher.update(model)
-            for name, member in members.items():
-                if view_of[name] != "none":
-                    shown = member_batches(seen, view_of[name])
-                    call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
+            for _, view, member in learners(members, model.classifier, view_of):
+                shown = member_batches(seen, view)
+                call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
             for labeler in labelers:
                 if hasattr(labeler, "update"):
                     labeler.update()

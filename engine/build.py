@@ -309,6 +309,12 @@ def build_members(specs, joint=0, **context):
     return members, views
 
 
+def learners(members, classifier, views):
+    """What follows the features after a step, (name, view, part): the members, and a classifier with an `update`."""
+    parts = [(name, views[name], member) for name, member in members.items() if views[name] != "none"]
+    return parts + ([("classifier", "source", classifier)] if hasattr(classifier, "update") else [])
+
+
 def asks_for(function, name):
     """Whether a function, or the forward of a module, has an argument of this name."""
     return name in inspect.signature(getattr(function, "forward", function)).parameters

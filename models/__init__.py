@@ -7,6 +7,7 @@
         .channels  D
     Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)
         .means() -> (K, D)      the class vectors that the logits compare features with
+        .update(batches)        where it follows the features as a prototype does, below
         forward may ask by name for `aux`, a dict for further tensors in training and else None, and for `opens` of
         models/region.py
 
