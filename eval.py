@@ -20,6 +20,11 @@ writes instead the labels that the checkpoint's labeler gives to the same data s
 beside them: the labeler, the checkpoint and its hash, the classes, and, where a set has labels, the share and accuracy
 of each class. Any checkpoint takes a labeler without fitted state, such as
 `uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'`.
+
+    python eval.py CHECKPOINT diagnostics=true pairs='[[Car, Truck]]'
+
+writes besides how far the class vectors are from orthogonal and equal, F1 by how frequent classes are in training, and
+the summed IoU of similar classes (engine/diagnostics.py). It counts the labels of data.train once.
 """
 
 import hashlib
@@ -28,15 +33,18 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from datasets.statistics import class_counts
 from engine import config, distributed, precision
-from engine.build import build, build_adaptation, build_members, present, restore
+from engine.build import build, build_adaptation, build_members, build_set, present, restore
 from engine.config import ConfigError
+from engine.diagnostics import checked_pairs, diagnose
 from engine.errors import run
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
 from engine.report import domain_table, label_scalars, pseudo_label_quality, report
 
 logger = logging.getLogger("engine")
+OWN = ("export=", "diagnostics=", "pairs=")  # arguments that are no keys of the configuration
 
 
 def load_network(path, overrides=()):
@@ -84,16 +92,21 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
 def main(arguments):
     paths = [Path(a) for a in arguments if "=" not in a or Path(a).is_file()]
     rest = [a for a in arguments if Path(a) not in paths]
-    overrides = [a for a in rest if not a.startswith("export=")]
-    exports = {a.removeprefix("export=") for a in rest if a.startswith("export=")}
-    if exports - {"pseudo_labels"}:
-        raise ConfigError(f"export must be pseudo_labels, not {', '.join(sorted(exports))}")
+    overrides = [a for a in rest if not a.startswith(OWN)]
+    own = {key: value for key, _, value in (a.partition("=") for a in rest if a.startswith(OWN))}
+    for key, only in (("export", "pseudo_labels"), ("diagnostics", "true")):
+        if own.get(key, only) != only:
+            raise ConfigError(f"{key} must be {only}, not {own[key]}")
+    if "pairs" in own:
+        if "diagnostics" not in own:
+            raise ConfigError("pairs belongs to diagnostics=true")
+        own["pairs"] = config.read_yaml(own["pairs"], "pairs")
     if not paths:
         raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
     to_console()
     rows, seen = {}, []
     for path in paths:
-        matrices, cfg = evaluate_checkpoint(path, overrides, exports)
+        matrices, cfg = evaluate_checkpoint(path, overrides, **own)
         rows[str(path)] = {name: matrix.as_dict()["summary"]["mIoU"] for name, matrix in matrices.items()}
         seen = list(dict.fromkeys([*seen, *cfg.data.seen]))
     if len(rows) > 1 or max(map(len, rows.values())) > 1:
@@ -103,7 +116,7 @@ def main(arguments):
             (paths[0].parent / f"eval_{paths[0].stem}" / "domains.txt").write_text(table + "\n")
 
 
-def evaluate_checkpoint(path, overrides, exports):
+def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     """One checkpoint on the test sets of its configuration -> ({set: ConfusionMatrix}, configuration)."""
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
@@ -116,12 +129,19 @@ def evaluate_checkpoint(path, overrides, exports):
                 f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
     folder = path.parent / f"eval_{path.stem}"
-    if exports:
+    if export:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
         return {}, cfg
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
     autocast = precision.autocast(device, cfg.precision)
-    return report(network, datasets, cfg.eval, device, autocast, folder, about), cfg
+    if diagnostics:
+        pairs = checked_pairs(pairs, saved["classes"])
+        train_set = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
+        counts = class_counts(train_set, cfg.data.cache, cfg.data.workers).sum(0)
+    matrices = report(network, datasets, cfg.eval, device, autocast, folder, about)
+    if diagnostics:
+        diagnose(network.classifier, matrices, counts, folder, saved["step"], pairs)
+    return matrices, cfg
 
 
 if __name__ == "__main__":

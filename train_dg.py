@@ -80,7 +80,7 @@ def main(arguments):
     saved = checkpoint.find(folder, cfg.resume)
     if saved:
         config.check_resume(saved["config"], cfg)
-    model = build_segmentor(cfg.model, num_classes, pretrained=not saved)
+    model = build_segmentor(cfg.model, num_classes, not saved, train_set.CLASSES)
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
     context["classes"] = tuple(train_set.CLASSES)

@@ -67,12 +67,12 @@ def train_stage(run_config, cfg, number, offset, data, saved, previous, log, dev
     """
     # --- build ---
     source_set, val_set, _, target_set, monitor = data
-    num_classes, world, folder = len(source_set.CLASSES), distributed.world_size(), Path(cfg.folder)
+    classes, world, folder = source_set.CLASSES, distributed.world_size(), Path(cfg.folder)
     distributed.seed_everything(cfg.seed + 1009 * number)
-    model = build_segmentor(cfg.model, num_classes, False) if saved else initial_network(cfg, num_classes, previous)
+    model = build_segmentor(cfg.model, len(classes), False) if saved else initial_network(cfg, classes, previous)
     model = distributed.place(model, device, cfg.model.sync_bn)
-    context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
-    context["classes"] = tuple(source_set.CLASSES)
+    context = {"num_classes": len(classes), "in_channels": model.decoder.channels, "seed": cfg.seed}
+    context["classes"] = tuple(classes)
     members, view_of = build_members(cfg.prototypes, **context)
     terms, factors = build_losses(cfg.losses, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)

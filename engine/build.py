@@ -136,8 +136,9 @@ def build_data(cfg):
     return train, val, {name.removeprefix("test."): dataset for name, dataset in others.items()}, target, monitor
 
 
-def build_segmentor(model, num_classes, pretrained=True):
-    """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows."""
+def build_segmentor(model, num_classes, pretrained=True, classes=()):
+    """The network of a configuration's `model` section; `pretrained=False` where a checkpoint follows, which then needs
+    no file of weights or class vectors. `classes`: their names, by which such vectors are read."""
     from models.region import Region
     from models.segmentor import Auxiliary, Projector, Segmentor
     from models.text_attention import TextAttention
@@ -145,7 +146,9 @@ def build_segmentor(model, num_classes, pretrained=True):
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec)
     decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
-    classifier = build("models.classifiers", model.classifier, in_channels=decoder.channels, num_classes=num_classes)
+    spec = model.classifier if pretrained or "init" not in model.classifier else {**model.classifier, "init": "random"}
+    context = {"in_channels": decoder.channels, "num_classes": num_classes, "classes": tuple(classes)}
+    classifier = build("models.classifiers", spec, **context)
     channels, width, layers = model.projector.channels, model.projector.width, model.text_attention.layers
     projector = Projector(decoder.channels, channels, width or channels) if channels else None
     if layers and not channels:
@@ -189,12 +192,12 @@ def unwanted(network):
     return [pattern for pattern in TRAINING if getattr(network, pattern.split(".")[0]) is None]
 
 
-def initial_network(cfg, num_classes, previous):
+def initial_network(cfg, classes, previous):
     """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
     init = cfg.stage.init
     if init == "previous" and previous is None:
         raise ConfigError(f"stage {cfg.stage.name}: init: previous, but there is no stage before it")
-    network = build_segmentor(cfg.model, num_classes, pretrained=init == "imagenet")
+    network = build_segmentor(cfg.model, len(classes), init == "imagenet", classes)
     if init != "imagenet":
         state = previous.state_dict() if init == "previous" else checkpoint.load(init)["model"]
         # A stem per domain starts from the shared one.

@@ -6,7 +6,10 @@
     Decoder(in_channels, strides, ...).forward(maps) -> features (B, D, h, w)
         .channels  D
     Classifier(in_channels, num_classes, ...).forward(features) -> logits (B, K, h, w)
-        .means() -> (K, D)      the class vectors that the logits compare features with
+        .means() -> (K, D)      the class vectors that the logits compare features with; where they are of an embedding
+                                of the classifier's own, .space = "embedding" says so
+        .assign(scores (B, K, M, h, w), labels) -> (B, h, w)       of several components per class, whose scores it
+                                leaves in `aux` as "cosines" or "densities": which of the K M a pixel belongs to
         .update(batches)        where it follows the features as a prototype does, below
         forward may ask by name for `aux`, a dict for further tensors in training and else None, and for `opens` of
         models/region.py

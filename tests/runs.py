@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch
 import train_dg
 import train_supervised
 import train_uda
-from engine import checkpoint
+from engine import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent
 TINY, TINY_UDA, TINY_DG = (str(ROOT / "tests" / f"{name}.yaml") for name in ("tiny", "tiny_uda", "tiny_dg"))
@@ -81,3 +83,29 @@ def assert_same_state(a, b, tolerance=None, keys=("model", "teacher", "prototype
                 assert torch.equal(value, other), f"{key}{name}"
             else:
                 torch.testing.assert_close(value, other, rtol=0, atol=tolerance, msg=f"{key}{name}")
+
+
+def as_two_processes(monkeypatch, function):
+    """Results of function(rank) in two threads that take themselves for processes."""
+    me, values, meet = threading.local(), {}, threading.Barrier(2, timeout=60)
+
+    def gather(value):
+        values[me.rank] = value
+        meet.wait()
+        everything = [values[0], values[1]]
+        meet.wait()
+        return everything
+
+    def process(rank):
+        me.rank = rank
+        try:
+            return function(rank)
+        except BaseException:
+            meet.abort()
+            raise
+
+    fakes = {"rank": lambda: me.rank, "world_size": lambda: 2, "barrier": meet.wait, "gather": gather}
+    for name, fake in (fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}).items():
+        monkeypatch.setattr(distributed, name, fake)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2)))

@@ -7,8 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,6 +41,7 @@ from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
 from models.prototypes.pair import Pair
 from models.segmentor import Output, Segmentor
+from tests.runs import as_two_processes
 
 IGNORE = 255
 K, D = 5, 8
@@ -559,32 +558,6 @@ def parts_of_consistency(rank=None):
     part = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
     outputs = {"strong": Output(student[part], None, {})}
     return Consistency()(outputs, Output(teacher[part], None, {}), {"strong": kept[part]}, 5000)
-
-
-def as_two_processes(monkeypatch, function):
-    """Results of function(rank) in two threads that take themselves for processes."""
-    me, values, meet = threading.local(), {}, threading.Barrier(2, timeout=60)
-
-    def gather(value):
-        values[me.rank] = value
-        meet.wait()
-        everything = [values[0], values[1]]
-        meet.wait()
-        return everything
-
-    def process(rank):
-        me.rank = rank
-        try:
-            return function(rank)
-        except BaseException:
-            meet.abort()
-            raise
-
-    fakes = {"rank": lambda: me.rank, "world_size": lambda: 2, "barrier": meet.wait, "gather": gather}
-    for name, fake in (fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}).items():
-        monkeypatch.setattr(distributed, name, fake)
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(process, range(2)))
 
 
 @pytest.fixture

@@ -167,6 +167,8 @@ SMALL = {
     "segformer_mlp.SegFormerMLP": {"width": 20},
     "upernet.UPerNet": {"width": 20},
     "queries.Queries": {"layers": 2, "heads": 2},
+    "protoseg.ProtoSeg": {"per_class": 2},
+    "gmmseg.GMMSeg": {"components": 2, "width": 20},  # as many channels as features: means() lie in its own space
     "camvid.CamVid": write_camvid,
     "folder.Folder": write_folder,
     "cityscapes.Cityscapes": write_cityscapes,
@@ -202,6 +204,7 @@ HELPERS = {
     "datasets.toy_scene": "geometry of datasets.toy",
     "datasets.transforms": "augmentation",
     "losses.self_training": "a labeler, tested in test_uda.py",
+    "models.prototypes.masked": "command line tool, tested in test_cbp.py",
 }
 
 
@@ -570,6 +573,7 @@ def evaluate(name, classes, dtype=torch.float32):
         ids[:, :4] = 255
         aux = {"embedding": F.normalize(features, dim=1), "prototypes": logits[:, :, :4, :5].flatten(2)}
         aux |= {"domain": logits[:, 0, :2, :3], "auxiliary": logits[:, :, ::2, ::2]}
+        aux |= dict.fromkeys(("cosines", "densities"), logits[:, :, None] * logits.new_tensor([1, -1])[:, None, None])
         outputs[view], labels[view] = Output(logits, features, aux), ids
         samples[view] = torch.tensor([4, 9]) + number
         leaves += [logits, features]
@@ -578,6 +582,8 @@ def evaluate(name, classes, dtype=torch.float32):
     drawn = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(dtype) for leaf in leaves[:2]]
     teacher = Output(*drawn, {})
     members = {"classifier": make("models.classifiers", "linear.Linear", in_channels=D, num_classes=K).to(dtype)}
+    peer = make("models.classifiers", "protoseg.ProtoSeg", in_channels=D, num_classes=K)
+    members["classifier"].assign = peer.assign  # what losses ask of a classifier with several components per class
     members |= {name: make("models.prototypes", "basis.OrthogonalBasis", in_channels=D, num_classes=K).to(dtype)
                 for name in ("text", "visual")}  # fmt: skip
     loss = make("losses", name, num_classes=K, in_channels=D, seed=0)
@@ -702,6 +708,7 @@ EXTRA = {  # beside its own folder and the leaves
     "models": ("models.blocks",),
     "models.classifiers": ("models.prototypes",),
     "models.prototypes.text": ("models.backbones.clip",),  # the command that makes its file
+    "models.prototypes.masked": ("engine.build", "engine.config", "engine.prepare"),
     "losses.self_training": ("engine.inference",),
     "datasets.check": ("engine.build", "engine.config", "engine.pictures"),
 }

@@ -5,11 +5,38 @@ keeps similar classes from getting correlated weights, the equal length keeps fr
 There is no bias, which would bring the prior back, and features are not normalised in the pixel loss.
 
     model.classifier: {name: cbp.CBP, length: 2}
+
+The paper's ablations are options:
+
+    {name: cbp.CBP, update: gradient}                  # or ema; or penalty, with the loss {name: occl.Orthogonality}
+    {name: cbp.CBP, equal: false}                      # or ortho: false
+    {name: cbp.CBP, ortho: false, init: FILE}          # text: models/prototypes/text.py; masked: .../masked.py
+
+Two things are ideas of this project: several prototypes per class, and frames for fewer feature channels than
+prototypes (models/prototypes/basis.py):
+
+    {name: cbp.CBP, per_class: 4, assign: sinkhorn}    # with the loss {name: protoseg.Contrast}
+    {name: cbp.CBP, fallback: polar}
+
+Cross-entropy on pooled logits is content when one prototype of a class takes all of its pixels. In the contrast of
+ProtoSeg (losses/protoseg.py) the others of the class are negatives, and with a balanced assignment each gets its share.
 """
 
+import logging
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from models.prototypes.basis import OrthogonalBasis
+from engine import distributed
+from engine.statistics import class_sums
+from models.prototypes import basis
+from models.prototypes._cosine import cosine
+from models.prototypes._sinkhorn import balanced
+from models.prototypes.text import choose, read_rows
+
+logger = logging.getLogger("engine")
 
 
 class CBP(nn.Module):
@@ -17,17 +44,128 @@ class CBP(nn.Module):
 
     Args:
         length: T, the norm of every prototype: 2 in the paper's default, 0.3 to 3 per data set and network.
+        update: frozen; gradient: the optimiser trains the vectors, and nothing makes them equal again; ema: w_l <-
+            m w_l + (1 - m) s_l with the mean feature s_l of the class in the step, for classes that occur, and nothing
+            makes them orthogonal or equal again; penalty: the optimiser trains u in w = T u / |u|.
+        momentum: m of ema [R].
+        equal: all of length T; otherwise as long as they are drawn, or as Gram-Schmidt leaves them, whatever T is.
+        ortho: mutually orthogonal; otherwise in the directions that are drawn.
+        init: random, or a file with a row of any number of channels per class.
+        rows, map: names of the rows of a plain array in `init`, and {class: [names of rows]} for classes that have no
+            row of their own name, as in models/prototypes/text.py.
+        fallback: when D < K M cannot hold K M orthogonal vectors. none is an error; project, polar and etf are frames
+            of unit vectors times T, see basis.frame.
+        per_class: M prototypes per class, all K M of them orthogonal.
+        pool: the logit of a class of its M: the largest, or their log-sum-exp.
+        assign: which of the M a labelled pixel belongs to, in ema and in protoseg.Contrast: the nearest (argmax), or so
+            that each takes an equal share of the pixels of its class in a micro-batch (sinkhorn).
+    State: prototypes.vectors (K M, D), those of a class one after the other.
     Raises:
-        ValueError: fewer feature channels than classes.
+        ValueError: fewer feature channels than prototypes and no fallback; a file that does not fit; options that
+            contradict each other.
     """
 
-    def __init__(self, *, in_channels, num_classes, length: float = 2.0):
+    # fmt: off
+    def __init__(
+        self, *, in_channels, num_classes, classes=(), length: float = 2.0,
+        update: Literal["frozen", "gradient", "ema", "penalty"] = "frozen", momentum: float = 0.999,
+        equal: bool = True, ortho: bool = True, init: str = "random", rows: str | list | None = None,
+        map: dict | None = None, fallback: Literal["none", "project", "polar", "etf"] = "none", per_class: int = 1,
+        pool: Literal["max", "logsumexp"] = "max", assign: Literal["argmax", "sinkhorn"] = "argmax",
+    ):
+        # fmt: on
         super().__init__()
-        self.prototypes = OrthogonalBasis(num_classes=num_classes, in_channels=in_channels, length=length)
+        count = num_classes * per_class
+        if per_class < 1 or (per_class > 1 and init != "random"):
+            raise ValueError(f"per_class is {per_class}: it must be at least 1, and 1 with a file of rows as init")
+        if ortho and count > in_channels and fallback == "none":
+            what = f"{num_classes} classes" + f" with {per_class} prototypes each" * (per_class > 1)
+            raise ValueError(
+                f"{what} need at least {count} feature channels for orthogonal prototypes, and the decoder has "
+                f"{in_channels}: raise model.decoder.width, or set model.classifier.fallback=polar"
+            )
+        if not equal and (update == "penalty" or (ortho and count > in_channels)):
+            raise ValueError("update: penalty and a fallback make all prototypes equally long: they need equal: true")
+        self.per_class, self.length, self.momentum, self.pool = per_class, length, momentum, pool
+        self.unit, self.by_sinkhorn = update == "penalty", assign == "sinkhorn"
+        if init == "random":
+            drawn = basis.kaiming_rows(count, in_channels)
+        else:
+            drawn = read(init, rows, map or {}, classes, in_channels)
+        if not ortho:
+            vectors = F.normalize(drawn, dim=1) * length if equal else drawn
+        elif count <= in_channels:
+            vectors = basis.gram_schmidt(drawn, equal) * (length if equal else 1.0)
+        else:
+            vectors = basis.frame(drawn, fallback) * length
+            if not vectors.is_meta:
+                about = f"{count} prototypes in {in_channels} channels ({fallback})"
+                logger.info(f"cbp.CBP: {about}: the largest |cosine| of two is {float(basis.coherence(vectors)):.3f}")
+        if not vectors.is_meta and not vectors.norm(dim=1).min() > 1e-6 * length:
+            raise ValueError(f"{init} has a row that is zero or not finite")
+        self.prototypes = basis._Rows(vectors, learned=update in ("gradient", "penalty"))
+        if update == "ema":  # a frozen classifier has no `update`, which the scripts would gather features for
+            self.update = self._follow
+
+    def components(self):
+        """The prototypes of each class (K, M, D)."""
+        vectors = self.prototypes.means()
+        vectors = F.normalize(vectors, dim=1) * self.length if self.unit else vectors
+        return vectors.unflatten(0, (-1, self.per_class))
 
     def means(self):
-        """The frozen prototypes (K, D)."""
-        return self.prototypes.means()
+        """The prototypes (K, D); of several per class the direction of their mean, with length T."""
+        vectors = self.components()
+        return vectors[:, 0] if self.per_class == 1 else F.normalize(vectors.mean(1), dim=1) * self.length
 
-    def forward(self, features):
-        return self.prototypes.score(features)
+    def forward(self, features, aux=None):
+        """`aux`: gets "cosines" (B, K, M, h, w) of several prototypes per class."""
+        scores = basis.inner_products(features, self.components().flatten(0, 1))
+        if self.per_class == 1:
+            return scores
+        if aux is not None:
+            aux["cosines"] = self.cosines(features)
+        scores = scores.unflatten(1, (-1, self.per_class))
+        return scores.amax(2) if self.pool == "max" else scores.logsumexp(2)
+
+    def cosines(self, features):
+        """Features (B, D, h, w) -> (B, K, M, h, w) in at least float32."""
+        return cosine(features, self.components().flatten(0, 1)).unflatten(1, (-1, self.per_class))
+
+    @torch.no_grad()
+    def assign(self, scores, labels):
+        """Cosines (B, K, M, h, w) and labels (B, h, w) -> numbers of prototypes (B, h, w), label M + 0 ... M - 1; -1
+        where there is no label."""
+        count = scores.shape[1]
+        known = (labels >= 0) & (labels < count)
+        own = torch.where(known, labels, 0)[:, None, None].expand(-1, -1, self.per_class, -1, -1)
+        scores = scores.gather(1, own)[:, 0]  # (B, M, h, w)
+        if self.by_sinkhorn:
+            pixels = scores.movedim(1, -1).flatten(0, -2)  # (B h w, M)
+            index = balanced(pixels, labels.flatten(), count, sharpness=0.05, rounds=3).view_as(labels)
+        else:
+            index = scores.argmax(1)
+        return torch.where(known, labels * self.per_class + index, -1)
+
+    @torch.no_grad()
+    def _follow(self, batches):
+        """update: ema, after an optimiser step."""
+        vectors = self.prototypes.vectors
+        total = vectors.new_zeros(len(vectors), vectors.shape[1] + 1)
+        for features, labels, weights in batches:
+            numbers = labels if self.per_class == 1 else self.assign(self.cosines(features), labels)
+            sums, counts = class_sums(features, numbers, len(vectors), weights)
+            total += torch.cat([sums, counts[:, None]], 1).to(total.dtype)
+        total = distributed.all_reduce(total)
+        counts = total[:, -1:]
+        means = total[:, :-1] / torch.where(counts > 0, counts, 1)
+        vectors.copy_(torch.where(counts > 0, torch.lerp(means, vectors, self.momentum), vectors))
+
+
+def read(file, rows, mapped, classes, dim):
+    """The rows of a file for these classes, in `dim` channels: (K, D) float64."""
+    if not classes:
+        raise ValueError(f"init: {file} is read by the names of the classes, and there are none")
+    vectors, names = read_rows(file, rows)
+    taken = choose(names, classes, mapped, file)
+    return basis.resized_rows(torch.stack([vectors[numbers].mean(0) for numbers in taken]), dim)

@@ -1,0 +1,170 @@
+"""What a classifier costs on one network: training step, inference, peak memory, as the paper of CBP compares them with
+GMMSeg.
+
+    python -m benchmarks.classifiers [--device cuda] [--classes 150] [--batch 8] [--size 256 320] [--rounds 5]
+
+ResNet-18 and DeepLabV3+, the losses of each method, AdamW, and the classifier's own update, with the paper's constants
+and full queues. Times are interleaved as in benchmarks/kernels.py; a time of training is that of five steps, with one M
+step, divided by five. Memory is the peak of a process of its own that makes two steps with one M step: its resident set
+on the CPU, with what PyTorch itself takes; what the allocator gave out on a GPU. State is what the classifier keeps in
+buffers, which a teacher keeps again.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels import compare, patches
+from engine.build import build, build_losses, call
+from engine.statistics import IGNORE, resize_labels
+from models.backbones.resnet import ResNet
+from models.classifiers._components import Ring
+from models.decoders.deeplabv3plus import DeepLabV3Plus
+from models.segmentor import Segmentor, View
+
+CROSS = {"name": "cross_entropy.CrossEntropy"}
+CONTRAST, DISTANCE = {"name": "protoseg.Contrast", "weight": 0.01}, {"name": "protoseg.Distance", "weight": 0.001}
+GAUSSIAN = {"name": "gmmseg.Contrast", "weight": 0.01}
+STEPS = 5  # from one M step to the next
+ROWS = {  # name: (classifier, losses beside cross-entropy)
+    "linear": ({"name": "linear.Linear"}, []),
+    "CBP + OCCL": ({"name": "cbp.CBP"}, [{"name": "occl.OCCL"}]),
+    "ProtoSeg": ({"name": "protoseg.ProtoSeg"}, [CONTRAST, DISTANCE]),
+    "DNC": ({"name": "protoseg.ProtoSeg", "memory": 100}, []),
+    "GMMSeg, moments": ({"name": "gmmseg.GMMSeg"}, [GAUSSIAN]),
+    "GMMSeg, queue": ({"name": "gmmseg.GMMSeg", "queue": 32000}, [GAUSSIAN]),
+}
+
+
+class Row:
+    """The network with one classifier, and what is done with it."""
+
+    def __init__(self, name, options):
+        classifier, losses = ROWS[name]
+        if "queue" in classifier:
+            classifier = classifier | {"queue": options.queue}
+        device, k = torch.device(options.device), options.classes
+        torch.manual_seed(0)
+        backbone = ResNet(depth=18, stages=3, output_stride=16, weights="none")
+        decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=options.width)
+        with device:  # a queue is not made twice
+            classifier = build("models.classifiers", classifier, in_channels=options.width, num_classes=k)
+        for ring in (m for m in classifier.modules() if isinstance(m, Ring)):  # written, or it would take no memory yet
+            ring.rows.fill_(ring.rows.shape[2] ** -0.5)
+            ring.count.fill_(ring.rows.shape[1])
+        self.model = Segmentor(backbone, decoder, classifier, frozen_bn=["backbone"])
+        self.model = self.model.to(device, memory_format=torch.channels_last).train()
+        self.terms, self.weights = build_losses([CROSS, *losses], num_classes=k, in_channels=options.width, seed=0)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.image = torch.rand(options.batch, 3, *options.size, device=device)
+        labels = patches(options.batch, *options.size, k).to(device)
+        self.labels = {"source": torch.where(labels < k, labels, IGNORE)}
+        self.valid = {"source": (self.labels["source"] != IGNORE).sum()}
+        self.samples = {"source": torch.arange(options.batch, device=device)}
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        self.device, self.count = device, 0
+
+    def step(self):
+        """A training step, as train_supervised.py makes it."""
+        with self.autocast:
+            outputs = self.model({"source": View(self.image)})
+        members = {"classifier": self.model.classifier}
+        loss = sum(
+            self.weights[name]
+            * call(
+                term, outputs=outputs, labels=self.labels, weights={}, valid=self.valid, samples=self.samples,
+                prototypes=members, step=self.count,
+            )
+            for name, term in self.terms.items()
+        )  # fmt: skip
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.model.classifier, "update"):
+            features = outputs["source"].features.detach()
+            batch = features, resize_labels(self.labels["source"], features.shape[-2:]), None
+            call(self.model.classifier.update, batches=[batch], step=self.count)
+        self.count += 1
+        self.wait()
+
+    def train(self):
+        for _ in range(STEPS):
+            self.step()
+
+    @torch.no_grad()
+    def infer(self):
+        """Logits of the batch at feature size."""
+        with self.autocast:
+            self.model.eval().segment(self.image)
+        self.model.train()
+        self.wait()
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def state(self):
+        """Megabytes of the classifier's buffers."""
+        return sum(b.numel() * b.element_size() for b in self.model.classifier.buffers()) / 2**20
+
+
+def memory(name, options):
+    """Peak and state of a row in megabytes; in a process of its own."""
+    row = Row(name, options)
+    row.count = STEPS - 2  # the second step makes the M step
+    row.step()
+    row.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if row.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return peak, row.state()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.classifiers")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--width", type=int, default=256, help="channels of the features, at least as many as classes")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, nargs=2, default=[256, 320])
+    parser.add_argument("--queue", type=int, default=32000, help="pixels per component: 6.1 GB with 150 classes")
+    parser.add_argument("--memory-of", choices=[*ROWS], help="one row's memory alone, as JSON")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(json.dumps(memory(options.memory_of, options)))
+        return
+    given = sys.argv[1:] if arguments is None else arguments
+    peaks = {}
+    for name in ROWS:
+        command = [sys.executable, "-m", "benchmarks.classifiers", *given, "--memory-of", name]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        if found.returncode:
+            sys.exit(found.stderr)
+        peaks[name] = json.loads(found.stdout)
+    rows = {name: Row(name, options) for name in ROWS}
+    steps = compare({name: row.train for name, row in rows.items()}, options.rounds)
+    inference = compare({name: row.infer for name, row in rows.items()}, options.rounds)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
+    height, width = options.size
+    print(f"{options.batch} crops of {height} x {width}, {options.classes} classes, {options.precision}, {where}\n")
+    print("| classifier | step, ms | ratio | inference, ms | ratio | peak, MB | more than linear | state, MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in ROWS:
+        (step, slower), (look, later), (peak, state) = steps[name], inference[name], peaks[name]
+        print(
+            f"| {name} | {step / STEPS:.1f} | {slower:.3g} | {look:.1f} | {later:.3g} | {peak:.0f} | "
+            f"{peak - peaks['linear'][0]:+.0f} | {state:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

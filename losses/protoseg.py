@@ -1,0 +1,71 @@
+"""ProtoSeg's losses: "Rethinking Semantic Segmentation: A Prototype View" (Zhou et al., CVPR 2022).
+
+    model.classifier: {name: protoseg.ProtoSeg}
+    losses:
+      - {name: cross_entropy.CrossEntropy}
+      - {name: protoseg.Contrast, weight: 0.01}         # PPC
+      - {name: protoseg.Distance, weight: 0.001}        # PPD
+
+With the prototype p_t that the balanced assignment gives to pixel z within its class, of all K M prototypes p_j:
+
+    PPC = -log softmax_j(<z, p_j> / tau)_t        PPD = (1 - <z, p_t>)^2
+
+Both are means over the labelled pixels, on labels at feature size: a cell stands for the pixels that it covers. The
+gradient reaches the embedding alone. Assignments are those of all images of a micro-batch, on all processes. Any other
+classifier will do that leaves `cosines` in `aux` and has `assign`: cbp.CBP with several prototypes per class.
+"""
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.statistics import resize_labels
+
+
+class Contrast(nn.Module):
+    """PPC, contrast of a pixel with all prototypes.
+
+    Args:
+        temperature: tau; 1 is that of the released code.
+        view: the view whose pixels are contrasted.
+    """
+
+    scores, classifier = "cosines", "protoseg.ProtoSeg"  # what it reads in `aux`, and who leaves it there
+
+    def __init__(self, *, temperature: float = 0.1, view: str = "source"):
+        super().__init__()
+        self.temperature, self.view = temperature, view
+
+    def forward(self, outputs, labels, valid, prototypes):
+        aux, labels = outputs[self.view].aux, labels[self.view]
+        if self.scores not in aux:
+            raise UserError(
+                f"{type(self).__module__.removeprefix('losses.')}.{type(self).__name__} needs the components of "
+                f"model.classifier: {{name: {self.classifier}}}"
+            )
+        scores = aux[self.scores]  # (B, K, M, h, w)
+        with torch.autocast(scores.device.type, enabled=False):
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            cells = resize_labels(labels, scores.shape[-2:])
+            targets = prototypes["classifier"].assign(scores.detach(), cells).flatten()
+            flat = scores.movedim(0, 2).flatten(2).flatten(0, 1)  # (K M, N), as the classifier made them
+            loss = self.cost(flat, flat.gather(0, targets.clamp_min(0)[None])[0]) * (targets >= 0)
+            return loss.sum() * (labels.numel() / cells.numel()) / valid[self.view].to(loss.dtype).clamp_min(1)
+
+    def cost(self, scores, own):
+        """Scores (K M, N), and those of the assigned components (N) -> loss (N)."""
+        return (scores / self.temperature).logsumexp(0) - own / self.temperature
+
+
+class Distance(Contrast):
+    """PPD, distance of a pixel from its prototype.
+
+    Args:
+        view: the view whose pixels are drawn to their prototypes.
+    """
+
+    def __init__(self, *, view: str = "source"):
+        super().__init__(view=view)
+
+    def cost(self, scores, own):
+        return (1 - own).square()

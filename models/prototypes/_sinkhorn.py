@@ -1,0 +1,47 @@
+"""Balanced assignment: the pixels of each class in equal shares to its M prototypes, by Sinkhorn-Knopp.
+
+Without balance the prototype that starts nearest takes the whole class, and the others never move. With scores S (a
+cosine, say) of pixels to the prototypes of their own class and the sharpness kappa, Q = exp(S / kappa) is scaled in
+turn, prototypes to a mass of n / M pixels and pixels to 1, for every class by itself (Cuturi, NeurIPS 2013; the
+constants of ProtoSeg, CVPR 2022: kappa 0.05, three rounds).
+
+All classes at once: the sums over the pixels of a class are one scatter per round, (K, M), which all processes add, so
+their number changes nothing but rounding. In float64 and by logarithms: no scale of the scores is too large.
+"""
+
+import torch
+
+from engine import distributed
+
+LARGEST = 600.0  # of |S / kappa|: e to that power and its reciprocal are float64
+SMALLEST = 1e-300
+
+
+@torch.no_grad()
+def transport(scores, classes, num_classes, sharpness, rounds):
+    """Shares (N, M) float64 of each pixel in the prototypes of its class; they add up to 1. Arguments: `balanced`."""
+    classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
+    logs = (scores.double() / sharpness).clamp(-LARGEST, LARGEST)
+    of_prototypes, of_pixels = logs.new_zeros(num_classes + 1, logs.shape[1]), 0.0
+    for _ in range(rounds):
+        mass = torch.zeros_like(of_prototypes)
+        mass.index_add_(0, classes, (logs + of_prototypes[classes] + of_pixels).exp())
+        of_prototypes = of_prototypes - distributed.all_reduce(mass).clamp_min(SMALLEST).log()
+        of_pixels = -(logs + of_prototypes[classes]).logsumexp(1, keepdim=True)
+    return (logs + of_prototypes[classes]).softmax(1)
+
+
+def balanced(scores, classes, num_classes, sharpness, rounds):
+    """The prototype that each pixel has the largest share in; a collective.
+
+    Args:
+        scores: (N, M), of each pixel with the prototypes of its own class.
+        classes: (N); a value outside 0..K-1 (255) is in no class: such pixels take part in nothing, and the number they
+            get means nothing.
+        num_classes: K.
+        sharpness: kappa, by which the scores are divided: a smaller one follows them more closely.
+        rounds: of scaling; 0 takes the largest score.
+    Returns:
+        (N) int64 in 0..M-1.
+    """
+    return transport(scores, classes, num_classes, sharpness, rounds).argmax(1)
