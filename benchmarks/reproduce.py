@@ -10,6 +10,7 @@ The grid file:
     script: train_supervised.py
     seeds: [0, 1, 2]
     metric: mIoU                           # of the summary in results.json
+    scalars: [train/loss]                  # further columns: first and last value in scalars.jsonl, mean over seeds
     common: [data.root=data/camvid, train.iters=800]
     rows:
       linear: {config: configs/camvid/resnet18_linear.yaml}
@@ -47,13 +48,13 @@ from pathlib import Path
 from engine.config import ConfigError, read_yaml
 from engine.errors import run
 
-KEYS = ("name", "script", "seeds", "metric", "common", "rows", "pairs", "runs", "threads", "folder", "out")
+KEYS = ("name", "script", "seeds", "metric", "scalars", "common", "rows", "pairs", "runs", "threads", "folder", "out")
 
 
 def load_grid(path, overrides):
     """Grid file and `key=value` overrides -> dict with every key of KEYS."""
     defaults = {"script": "train_supervised.py", "seeds": [0], "metric": "mIoU", "common": [], "runs": 1, "threads": 0}
-    defaults |= {"folder": "runs", "out": "benchmarks/results", "pairs": None, "rows": {}}
+    defaults |= {"scalars": [], "folder": "runs", "out": "benchmarks/results", "pairs": None, "rows": {}}
     if not Path(path).is_file():
         raise ConfigError(f"there is no grid file {path}")
     grid = defaults | read_yaml(Path(path).read_text(), path)
@@ -138,6 +139,14 @@ def execute(todo, at_a_time, threads, after):
     return codes
 
 
+def ends_of(path, name):
+    """First and last value of a scalar in a run's scalars.jsonl."""
+    values = [line[name] for line in map(json.loads, path.read_text().splitlines()) if name in line]
+    if not values:
+        raise ConfigError(f"{path} has no scalar '{name}'")
+    return values[0], values[-1]
+
+
 def collect(grid):
     """Finished runs -> {row: {test set: {seed: summary}}} and the facts of every run."""
     table, runs = {}, []
@@ -146,7 +155,8 @@ def collect(grid):
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:])})
+        ends = {name: ends_of(folder / "scalars.jsonl", name) for name in grid["scalars"]}
+        runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends})
         summaries = dict(result["results"])
         if "unseen_mIoU" in result:  # of train_dg.py: the mean over the domains that were not seen
             summaries["unseen"] = {"mIoU": result["unseen_mIoU"]}
@@ -176,7 +186,8 @@ def markdown(grid, table, runs):
     """One line per row, one column per test set: mean and standard deviation over seeds."""
     sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
     metric = grid["metric"]
-    lines = [f"| row | seeds | {' | '.join(f'{name} {metric}' for name in sets)} |", f"|---|---|{'---|' * len(sets)}"]
+    heads = [*(f"{name} {metric}" for name in sets), *grid["scalars"]]
+    lines = [f"| row | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for row in grid["rows"]:
         columns = table.get(row, {})
         cells = []
@@ -184,6 +195,9 @@ def markdown(grid, table, runs):
             values = [s[metric] for s in columns.get(name, {}).values() if s[metric] is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
+        for name in grid["scalars"]:
+            ends = [facts["scalars"][name] for facts in runs if facts["row"] == row]
+            cells.append(" to ".join(f"{statistics.mean(values):.3g}" for values in zip(*ends)) or "not yet run")
         seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
         lines.append(f"| {row} | {seeds} | {' | '.join(cells)} |")
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -142,10 +143,11 @@ class Log:
             self.writer.add_image(tag, picture, step, dataformats="HWC")
 
     def speed(self, step, batch_size, device):
-        """Throughput since the start of this process, and the peak of GPU memory."""
+        """Throughput since the start of this process, and its peak of memory: of the GPU, or of all on a CPU."""
         images = (step + 1 - self.first) * batch_size / (time.time() - self.began)
-        memory = {"train/max_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-        return {"train/images_per_sec": images, "train/samples": (step + 1) * batch_size, **memory}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # KiB on Linux
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 2**30
+        return {"train/images_per_sec": images, "train/samples": (step + 1) * batch_size, "train/max_mem_gb": memory}
 
     def close(self):
         if self.writer:

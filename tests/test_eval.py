@@ -212,7 +212,8 @@ def test_labels_are_measured_when_they_are_made(adapted):
 GRID = """
 name: small
 seeds: [0, 1]
-common: [train.iters=2, checkpoint.every=1]
+common: [train.iters=2, checkpoint.every=1, log.every=1]
+scalars: [train/loss]
 rows:
   plain: {{config: {tiny}, set: [losses.occl.weight=0]}}
   "CBP + OCCL": {{config: {tiny}}}
@@ -234,6 +235,11 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
     assert "| CBP + OCCL | 2 |" in table and "±" in table and "| once | 1 |" in table and "seeds 0, 1" in table
     values = [run["results"]["toy"]["mIoU"] for run in content["runs"] if run["row"] == "plain"]
     assert f"{sum(values) / 2:.2f}" in table
+    ends = [run["scalars"]["train/loss"] for run in content["runs"] if run["row"] == "plain"]
+    logged = [json.loads(line) for line in (tmp_path / "runs/small/plain/seed1/scalars.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in logged if "train/loss" in line]
+    assert len(losses) == 2 and ends[1] == [losses[0], losses[-1]]
+    assert " to ".join(f"{sum(both) / 2:.3g}" for both in zip(*ends)) in table
 
     def never(*_, **__):
         raise AssertionError("`table` must not start a run")
