@@ -1,8 +1,9 @@
 """Running the training scripts in tests: in this process, in processes of their own, and comparing what they leave."""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,8 @@ from engine import checkpoint, distributed
 ROOT = Path(__file__).parent.parent
 TINY, TINY_UDA, TINY_DG = (str(ROOT / "tests" / f"{name}.yaml") for name in ("tiny", "tiny_uda", "tiny_dg"))
 SCRIPTS = {TINY: train_supervised, TINY_UDA: train_uda, TINY_DG: train_dg}
-DOUBLE = """
-import sys, torch
-torch.set_default_dtype(torch.float64)
-import {script}
-{script}.main(sys.argv[1:])
-"""
+SERVER = multiprocessing.get_context("forkserver")  # has loaded PyTorch once, and no thread or run has touched it
+SERVER.set_forkserver_preload(["tests.runs"])
 
 
 def train(folder, *overrides, config=TINY):
@@ -37,22 +34,49 @@ def scalars(folder):
     return {line["step"]: line for line in lines if "train/loss" in line}
 
 
-def command(folder, *overrides, processes=1, double=False, config=TINY):
-    """The command line of a run in processes of its own; `double` runs it in float64."""
+def command(folder, *overrides, processes=1, config=TINY):
+    """The command line of a run."""
     python = [sys.executable]
     if processes > 1:
         python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = Path(SCRIPTS[config].__file__)
+    return [*python, SCRIPTS[config].__file__, config, f"folder={folder}", *overrides]
+
+
+def work(rank, processes, port, double, config, arguments, output):
+    """One process of `run`."""
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    torch.set_num_threads(1)
+    if processes > 1:
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ.update({name: str(value) for name, value in (addresses | ranks).items()})
     if double:
-        name, script = script.stem, Path(folder).parent / "double.py"
-        script.write_text(DOUBLE.format(script=name))
-    return [*python, str(script), config, f"folder={folder}", *overrides]
+        torch.set_default_dtype(torch.float64)
+    SCRIPTS[config].main(arguments)
 
 
-def run(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command(*arguments, **options), env=environment, capture_output=True, text=True, cwd=ROOT)
-    return result.returncode, result.stdout + result.stderr
+def run(folder, *overrides, processes=1, double=False, config=TINY):
+    """A run in fresh processes, what torchrun would start, without loading PyTorch in each -> (exit code, output).
+
+    `double`: in float64.
+    """
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the server
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    output = Path(folder).parent / f"{Path(folder).name}.output.txt"
+    output.unlink(missing_ok=True)
+    arguments = [config, f"folder={folder}", *overrides]
+    started = [
+        SERVER.Process(target=work, args=(rank, processes, port, double, config, arguments, str(output)))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    codes = [process.exitcode for process in started]
+    return next((code for code in codes if code != 0), 0), output.read_text()
 
 
 def last(folder):

@@ -503,6 +503,7 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
         backbone=spec | {"weights": "none"}, decoder={"name": "deeplabv3plus.DeepLabV3Plus", "width": 8},
         classifier={"name": "linear.Linear"}, frozen_bn=[], bn_views=[], channels_last=True,
         projector=Config(channels=0, width=0), text_attention=Config(layers=0), region=Config(stage=0),
+        auxiliary=Config(stage=0),
     )  # fmt: skip
     first, second = (build_segmentor(model, 3).eval() for _ in range(2))
     second.load_state_dict(first.state_dict())

@@ -260,9 +260,10 @@ def test_batch_that_does_not_divide_names_the_numbers(tmp_path):
 
 
 def test_a_mistake_ends_the_script_with_one_line_and_no_traceback(tmp_path):
-    code, output = run(tmp_path / "run", "optimizer.lrr=1")
-    assert code == 1 and "Traceback" not in output
-    assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in output
+    arguments = command(tmp_path / "run", "optimizer.lrr=1")
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in result.stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
