@@ -14,14 +14,17 @@ import functools
 import statistics
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from datasets.base import IGNORE
 from datasets.toy import draw
+from engine import pictures
 from engine.build import build_segmentor
 from engine.config import load
+from engine.report import side_by_side
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial
 from models.segmentor import View
@@ -65,7 +68,7 @@ def train(seed, reverse, options):
         image, label, _ = (column[some] for column in scenes(1000, 128))
         other = scenes(2000, 128, options.shift)[0][torch.randint(128, (8,))]
         outputs = model({"source": View(image, "source"), "target": View(other, "target")}, step)
-        labels, valid = {"source": label}, {"source": (label != 255).sum()}
+        labels, valid = {"source": label}, {"source": (label != IGNORE).sum()}
         (scored(outputs, labels, valid, {}) + adversarial(outputs)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -82,16 +85,11 @@ def measure(model, shift):
 
 
 def picture(images, found, boxes, count=4):
-    """Rows: picture with the border of its box, 1 - T."""
+    """Rows of picture, box and 1 - T, the latter from its least to its greatest value over all pictures."""
     high = F.interpolate(found[:, None], SIZE)[:, 0]
     high = (high - high.amin()) / (high.amax() - high.amin())
-    columns = []
-    for image, values, box in list(zip(images, high, boxes))[:count]:
-        shown = np.ascontiguousarray((image.permute(1, 2, 0) * 255).byte().numpy()[..., ::-1])
-        outline, _ = cv2.findContours(box.byte().numpy(), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(shown, outline, -1, (255, 255, 255), 1)
-        columns.append(np.vstack([shown, cv2.applyColorMap((values * 255).byte().numpy(), cv2.COLORMAP_VIRIDIS)]))
-    return np.hstack(columns)
+    columns = list(zip(images, boxes.float(), high))[:count]
+    return pictures.stack([side_by_side(image, (), box=box, found=values) for image, box, values in columns])
 
 
 def main():
@@ -112,7 +110,7 @@ def main():
             area, shown = measure(model, options.shift)
             areas.append(area)
             controls.append(measure(model, None)[0])
-            cv2.imwrite(str(options.out / f"{name}_{seed}.png"), picture(*shown))
+            Image.fromarray(picture(*shown)).save(options.out / f"{name}_{seed}.png")
         areas_text, controls_text = (", ".join(f"{value:.3f}" for value in values) for values in (areas, controls))
         print(f"| {name} | {areas_text} | {controls_text} | {statistics.median(areas):.3f} |", flush=True)
     print(f"pictures: {options.out}")

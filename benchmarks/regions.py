@@ -24,8 +24,8 @@ from models.segmentor import View
 
 K = 19
 HOSTS = {
-    "MiT-B0": ["model.backbone={name: mit.MiT, size: b0, weights: none}", "model.region={cell: 4}"],
-    "ViT-S": ["model.backbone={name: vit.ViT, size: s, weights: none}", "model.region={cell: 4}"],
+    "MiT-B0": ["model.backbone={name: mit.MiT, size: b0, weights: none}", "model.region={stage: 3, cell: 4}"],
+    "ViT-S": ["model.backbone={name: vit.ViT, size: s, weights: none}", "model.region={stage: 1, cell: 4}"],
 }
 ROWS = {
     "network alone": ["model.region.stage=0"],
@@ -36,13 +36,11 @@ ROWS = {
 
 
 def build_step(host, row, options):
-    """A function that trains one step, the network's peak of memory being its own."""
-    stage = ["model.region.stage=1"] if host.startswith("ViT") else ["model.region.stage=3"]
+    """A function that trains one step."""
     texts = [
         *HOSTS[host],
         "model.bn_views=[]",
         "model.decoder={name: segformer_mlp.SegFormerMLP, width: 256}",
-        *stage,
         *ROWS[row],
     ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)

@@ -161,7 +161,7 @@ def build_segmentor(model, num_classes, pretrained=True, classes=()):
                 f"model.region.stage={stage} needs a transformer with such a stage (mit.MiT: 1 to 4, vit.ViT: 1), not "
                 f"{model.backbone['name']}; -1 takes the features of any decoder"
             )
-        if model.region.variant == "mask" and "opens" not in inspect.signature(classifier.forward).parameters:
+        if model.region.variant == "mask" and not asks_for(classifier, "opens"):
             raise ConfigError(
                 "model.region.variant=mask opens the masks of model.classifier: {name: queries.Queries}, not of "
                 f"{model.classifier['name']}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.planted_shift import area_under_curve
 from engine.build import build_segmentor, call
 from engine.config import load
 from engine.errors import UserError
@@ -356,12 +357,6 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
 
 
 # --- a planted shift -------------------------------------------------------------------------------------------------
-
-
-def area_under_curve(scores, positive):
-    order = scores.argsort(descending=True)
-    hits = positive[order].double()
-    return float((hits.cumsum(0) * (1 - hits)).sum() / (hits.sum() * (1 - hits).sum()))
 
 
 def test_a_shift_in_one_part_of_the_picture_is_found_by_a_probe():

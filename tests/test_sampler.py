@@ -1,8 +1,6 @@
 """Which samples make up a step: the same for every number of processes, and after every restart."""
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from datasets.folder import Folder
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.statistics import class_counts
 from datasets.toy import Toy
-from engine import distributed
+from tests.runs import as_two_processes
 
 
 def micro_batches(length, make=StreamSampler, **options):
@@ -266,26 +264,15 @@ def test_labels_that_cannot_be_counted_are_named_and_leave_no_cache(tmp_path):
 
 def test_two_processes_share_the_labels_and_the_main_one_writes(tmp_path, monkeypatch):
     """Two threads that take themselves for processes; five labels, so that their shares differ."""
-    me, values, meet, result, read = threading.local(), {}, threading.Barrier(2, timeout=20), {}, ([], [])
-
-    def gather(value):
-        values[me.rank] = value
-        meet.wait()
-        everything = [values[0], values[1]]
-        meet.wait()
-        return everything
+    read = ([], [])
 
     def process(rank):
-        me.rank, dataset = rank, Files(root=tmp_path / "data")
+        dataset = Files(root=tmp_path / "data")
         original = dataset.load_label
         dataset.load_label = lambda index: read[rank].append(index) or original(index)
-        result[rank] = [class_counts(dataset, tmp_path / f"cache{rank}").tolist() for _ in range(2)]
+        return [class_counts(dataset, tmp_path / f"cache{rank}").tolist() for _ in range(2)]
 
     files(tmp_path / "data")
-    for name, fake in (("rank", lambda: me.rank), ("world_size", lambda: 2), ("gather", gather)):
-        monkeypatch.setattr(distributed, name, fake)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(process, range(2)))
-    assert result == {0: [TRUE, TRUE], 1: [TRUE, TRUE]}
+    assert as_two_processes(monkeypatch, process) == [[TRUE, TRUE], [TRUE, TRUE]]
     assert read == ([0, 2, 4], [1, 3])  # the second time nothing
     assert len(list((tmp_path / "cache0").iterdir())) == 1 and not (tmp_path / "cache1").exists()

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine import distributed
 from models.blocks import still
-from models.prototypes._sinkhorn import balanced
+from models.prototypes._sinkhorn import balanced, numbered
 
 EPS = 1e-6
 
@@ -146,20 +146,12 @@ class Components(nn.Module):
         """Own scores (N, M), classes (N) in 0..K -> the component of each pixel (N); a collective."""
         return balanced(self.scaled(scores, classes), classes, len(self.vectors), self.sharpness, self.rounds)
 
-    @torch.no_grad()
     def assign(self, scores, labels):
         """The component that each pixel belongs to, by balanced assignment within its class; a collective.
 
-        Args:
-            scores: (B, K, M, h, w).
-            labels: (B, h, w); values outside 0..K-1 belong to no class.
-        Returns:
-            (B, h, w) int64, M class + component, -1 for no class.
+        Scores (B, K, M, h, w), labels (B, h, w) -> (B, h, w) int64, M class + component, -1 for no class.
         """
-        k, m = scores.shape[1:3]
-        classes = torch.where((labels >= 0) & (labels < k), labels, k).flatten()
-        parts = self.share_out(self.own(scores.movedim(0, 2).flatten(2), classes), classes)
-        return torch.where(classes < k, m * classes + parts, -1).view(labels.shape)
+        return numbered(scores, labels, self.share_out)
 
     def observe(self, batches):
         """The pixels of a step: rows (N, E), classes (N), K where there is none or the weight is 0, own scores (N, M),

@@ -33,7 +33,7 @@ from engine import distributed
 from engine.statistics import class_sums
 from models.prototypes import basis
 from models.prototypes._cosine import cosine
-from models.prototypes._sinkhorn import balanced
+from models.prototypes._sinkhorn import balanced, numbered
 from models.prototypes.text import choose, read_rows
 
 logger = logging.getLogger("engine")
@@ -132,20 +132,15 @@ class CBP(nn.Module):
         """Features (B, D, h, w) -> (B, K, M, h, w) in at least float32."""
         return cosine(features, self.components().flatten(0, 1)).unflatten(1, (-1, self.per_class))
 
-    @torch.no_grad()
     def assign(self, scores, labels):
         """Cosines (B, K, M, h, w) and labels (B, h, w) -> numbers of prototypes (B, h, w), label M + 0 ... M - 1; -1
         where there is no label."""
         count = scores.shape[1]
-        known = (labels >= 0) & (labels < count)
-        own = torch.where(known, labels, 0)[:, None, None].expand(-1, -1, self.per_class, -1, -1)
-        scores = scores.gather(1, own)[:, 0]  # (B, M, h, w)
-        if self.by_sinkhorn:
-            pixels = scores.movedim(1, -1).flatten(0, -2)  # (B h w, M)
-            index = balanced(pixels, labels.flatten(), count, sharpness=0.05, rounds=3).view_as(labels)
-        else:
-            index = scores.argmax(1)
-        return torch.where(known, labels * self.per_class + index, -1)
+
+        def choose(rows, classes):
+            return balanced(rows, classes, count, sharpness=0.05, rounds=3) if self.by_sinkhorn else rows.argmax(1)
+
+        return numbered(scores, labels, choose)
 
     @torch.no_grad()
     def _follow(self, batches):

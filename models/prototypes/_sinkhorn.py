@@ -45,3 +45,23 @@ def balanced(scores, classes, num_classes, sharpness, rounds):
         (N) int64 in 0..M-1.
     """
     return transport(scores, classes, num_classes, sharpness, rounds).argmax(1)
+
+
+@torch.no_grad()
+def numbered(scores, labels, choose):
+    """Which of all K M prototypes each pixel belongs to.
+
+    Args:
+        scores: (B, K, M, h, w).
+        labels: (B, h, w); values outside 0..K-1 belong to no class.
+        choose: function from the scores (N, M) with the prototypes of a pixel's own class, and classes (N) in 0..K,
+            where K is none, to a number (N) in 0..M-1.
+    Returns:
+        (B, h, w) int64, M class + number, -1 for no class.
+    """
+    k, m = scores.shape[1:3]
+    known = (labels >= 0) & (labels < k)
+    own = torch.where(known, labels, k - 1)[:, None, None].expand(-1, -1, m, -1, -1)
+    rows = scores.gather(1, own)[:, 0].movedim(1, -1).flatten(0, -2)  # (N, M), N = B h w
+    numbers = choose(rows, torch.where(known, labels, k).flatten()).view(labels.shape)
+    return torch.where(known, m * labels + numbers, -1)

@@ -9,10 +9,7 @@ map is averaged in float32 over the cells that each class labels. The file is li
 Which map, and that nothing is normalised, is a reconstruction [R].
 """
 
-import os
 from pathlib import Path
-
-import torch
 
 from engine import config, distributed
 from engine.build import build, build_set
@@ -20,6 +17,7 @@ from engine.errors import UserError, run
 from engine.prepare import images
 from engine.statistics import resize_labels
 from models.prototypes.centroids import Centroids
+from models.prototypes.text import write_rows
 
 
 def main(arguments):
@@ -44,10 +42,7 @@ def main(arguments):
         raise UserError(f"no cell of the training set is labelled {', '.join(missing)}: these classes have no mean")
     if distributed.is_main():
         out = Path(targets[-1])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-        torch.save({"vectors": centroids.means().cpu(), "classes": names, "config": str(path)}, unfinished)
-        os.replace(unfinished, out)
+        write_rows(out, centroids.means().cpu(), names, config=str(path))
         print(f"{out}: {len(names)} rows of {centroids.means().shape[1]} channels, {len(dataset)} images")
 
 

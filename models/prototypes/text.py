@@ -65,6 +65,14 @@ def read_names(path):
     return [next((c.strip() for c in columns if not c.strip().isdigit()), columns[-1]) for columns in lines]
 
 
+def write_rows(path, vectors, classes, **about):
+    """A file that `read_rows` reads: vectors (K, D) and the names of their classes, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({"vectors": vectors, "classes": [*classes], **about}, unfinished)
+    os.replace(unfinished, path)
+
+
 def read_rows(file, rows):
     """A file of text vectors -> vectors (N, D) float64, their names."""
     path = Path(file)
@@ -225,10 +233,7 @@ def main(arguments):
     model, tokenizer, activation = load_clip(options["model"], options["pretrained"])
     vectors, out = text_vectors(model, tokenizer, prompts), Path(options["out"])
     about = {"model": options["model"], "pretrained": options["pretrained"], "activation": activation}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    torch.save({"vectors": vectors, "classes": [*classes], "prompts": prompts, **about}, unfinished)
-    os.replace(unfinished, out)
+    write_rows(out, vectors, classes, prompts=prompts, **about)
     print(f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with {activation}")
 
 
