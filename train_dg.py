@@ -38,7 +38,7 @@ from engine.log import Averages, Log, facts, to_console
 from engine.preempt import Preemption
 from engine.prepare import images
 from engine.report import draw_step, final_report, selected_on_target, validate
-from engine.statistics import pure_labels, resize_labels
+from engine.statistics import pure_labels, resize_labels, unit
 from models.segmentor import View
 
 logger = logging.getLogger("engine")
@@ -59,7 +59,7 @@ def evidence(seen, view, space, teacher, tower, autocast):
         if view == "teacher":
             with autocast:
                 output = teacher.network.segment(image, embed=True)
-        features = (output.aux["embedding"] if space == "joint" else output.features).detach()
+        features = unit(output.aux["embedding"].detach()) if space == "joint" else output.features.detach()
         labels = resize_labels(labels, features.shape[-2:])
         if view == "teacher":
             labels = torch.where(output.logits.argmax(1) == labels, labels, IGNORE)

@@ -1,4 +1,4 @@
-"""Class sums: the one kernel that prototypes, contrast and calibration share.
+"""Class sums, the one kernel that prototypes, contrast and calibration share; cosines of features and prototypes.
 
     sums, counts = class_sums(features, labels, num_classes)      means = sums / counts[:, None].clamp_min(1)
 
@@ -82,3 +82,22 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
             both = distributed.synced_sum(torch.cat([sums, counts[:, None]], 1))  # one collective
             sums, counts = both[:, :-1], both[:, -1].detach()
     return sums, counts
+
+
+def unit(features):
+    """(B, D, ...), L2-normalised over D in at least float32."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1, eps=1e-6)
+
+
+def cosine(features, vectors):
+    """Cosine similarity of features (B, D, h, w) with vectors (K, D), or (B, K, D) of each image -> (B, K, h, w), in at
+    least float32."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        vectors = F.normalize(vectors, dim=-1, eps=1e-6).to(features.dtype)
+        if vectors.dim() == 2:
+            scores = F.conv2d(features, vectors[:, :, None, None])
+        else:
+            scores = (vectors @ features.flatten(2)).unflatten(2, features.shape[2:])
+        # Normalising the scores instead of the features saves copies of the features, forward and backward.
+        return scores / features.norm(dim=1, keepdim=True).clamp_min(1e-6)

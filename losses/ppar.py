@@ -38,7 +38,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
+from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, resize_labels, unit
 
 BINS = 128  # of the difficulty, which lies in -1..3
 RAMP = 0.6  # share of the training after which no pixel is left out
@@ -55,7 +55,7 @@ def progress(done, start, end):
 
 
 def embedding(outputs, view):
-    """Unit features z (B, D, h, w) of the joint space."""
+    """Features (B, D, h, w) of the joint space, of any length."""
     if "embedding" not in outputs[view].aux:
         raise UserError("losses of PPAR need a projector: set model.projector.channels to the dimension of the text")
     return precise(outputs[view].aux["embedding"])
@@ -71,11 +71,6 @@ def class_vectors(prototypes, name, fallback=None):
     if fallback is not None and name != fallback:
         vectors = torch.where(member.seen[:, None], vectors, precise(prototypes[fallback].means().detach()))
     return F.normalize(vectors, dim=-1, eps=1e-6)
-
-
-def cosines(unit, vectors):
-    """Unit features (B, D, N) with class vectors (K, D), or (B, K, D) of each image -> (B, K, N)."""
-    return torch.matmul(vectors.to(unit.dtype), unit)
 
 
 def at_labels(scores, labels):
@@ -142,10 +137,9 @@ class Reweight(nn.Module):
         self.alpha, self.low, self.high, self.warmup = alpha, low, high, warmup
         self.temperature, self.scale = temperature, scale
 
-    def reliability(self, unit, labels, vectors, scale):
-        """softmax(scale features vectors^T)_y: features (B, D, h, w), labels (B, H, W) -> (B, H, W)."""
-        scores = cosines(unit.flatten(2), vectors).unflatten(2, unit.shape[-2:])
-        return at_labels((scores * scale).softmax(1), labels)
+    def reliability(self, features, labels, vectors, scale):
+        """softmax(scale cos(features, vectors))_y: features (B, D, h, w), labels (B, H, W) -> (B, H, W)."""
+        return at_labels((cosine(features, vectors) * scale).softmax(1), labels)
 
     def relative(self, trust, labels, num_classes):
         """r (B, H, W) -> r^alpha over its mean in the class; 0 where there is no label."""
@@ -161,8 +155,8 @@ class Reweight(nn.Module):
             vectors = self.vectors(outputs, prototypes)
             parts = []
             if self.source != "clip":
-                unit = embedding(outputs, self.view).detach()
-                parts.append(self.reliability(unit, labels, vectors, 1 / self.temperature))
+                own = embedding(outputs, self.view).detach()
+                parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
             if self.source != "student":
                 if tower is None:
                     raise UserError(f"ppar.Reweight with source: {self.source} needs CLIP's image tower: set dg.tower")
@@ -244,35 +238,35 @@ class Alignment(nn.Module):
 
     def forward(self, outputs, labels, weights, prototypes, samples, step, iters):
         done = step / iters
-        unit = embedding(outputs, self.view)
-        with torch.autocast(unit.device.type, enabled=False):
-            ids = resize_labels(labels[self.view], unit.shape[-2:]).flatten(1)  # (B, N)
-            trust = torch.ones_like(ids, dtype=unit.dtype)
+        features = embedding(outputs, self.view)
+        with torch.autocast(features.device.type, enabled=False):
+            ids = resize_labels(labels[self.view], features.shape[-2:])  # (B, h, w)
+            trust = torch.ones_like(ids, dtype=features.dtype)
             if self.view in weights:
-                trust = resize_labels(weights[self.view], unit.shape[-2:]).flatten(1).to(unit.dtype)
-            unit = unit.flatten(2)
-            lots = pixel_hash(self.seed, samples[self.view], ids.shape[1])
-            place = balanced(ids, lots, self.num_classes, min(self.samples, ids.shape[1]))  # (B, n)
-            ids, trust = ids.gather(1, place), trust.gather(1, place)
-            unit = unit.gather(2, place[:, None].expand(-1, unit.shape[1], -1))  # (B, D, n)
+                trust = resize_labels(weights[self.view], features.shape[-2:]).to(features.dtype)
+            flat = ids.flatten(1)
+            if self.samples < flat.shape[1]:
+                lots = pixel_hash(self.seed, samples[self.view], flat.shape[1])
+                place = balanced(flat, lots, self.num_classes, self.samples)
+                ids = torch.full_like(flat, IGNORE).scatter(1, place, flat.gather(1, place)).view_as(ids)
             targets = self.targets(outputs, prototypes, done)
-            loss = sum(self.align(unit, ids, trust, vectors, done) for vectors in targets) / len(targets)
+            loss = sum(self.align(features, ids, trust, vectors, done) for vectors in targets) / len(targets)
             return loss * (min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0)
 
-    def align(self, unit, ids, trust, vectors, done):
-        """Unit features (B, D, n), labels and weights (B, n), class vectors -> scalar."""
-        scores = cosines(unit, vectors)  # (B, K, n)
+    def align(self, features, ids, trust, vectors, done):
+        """Features (B, D, h, w), labels and weights (B, h, w), class vectors -> scalar."""
+        scores = cosine(features, vectors)
         trust = trust * self.easiest(scores.detach(), ids, self.kept(done))
         loss = F.cross_entropy(scores / self.temperature, ids, ignore_index=IGNORE, reduction="none") * trust
         pixels = loss.sum() / distributed.mean(trust.sum()).clamp_min(1e-6)
         if self.granularity == "pixel":
             return pixels
         share = self.omega(done)
-        return share * pixels + (1 - share) * self.align_means(unit, ids, trust, vectors)
+        return share * pixels + (1 - share) * self.align_means(unit(features), ids, trust, vectors)
 
-    def align_means(self, unit, ids, trust, vectors):
+    def align_means(self, features, ids, trust, vectors):
         """The same for the mean of each class in the batch of all processes."""
-        sums, counts = class_sums(unit[..., None], ids[..., None], self.num_classes, trust[..., None], sync=True)
+        sums, counts = class_sums(features, ids, self.num_classes, trust, sync=True)
         vectors = vectors.mean(0) if vectors.dim() == 3 else vectors
         scores = F.normalize(sums, dim=1, eps=1e-6) @ vectors.to(sums.dtype).T / self.temperature
         loss = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="none")
@@ -280,7 +274,7 @@ class Alignment(nn.Module):
         return (loss * present).sum() / present.sum().clamp_min(1)
 
     def easiest(self, scores, ids, share):
-        """Mask (B, n): the easiest `share` of the pixels of each class, to 1 / 128 of the range of the difficulty.
+        """Mask like `ids`: the easiest `share` of the pixels of each class, to 1 / 128 of the range of the difficulty.
 
         The order of the pixels comes from one histogram per class over all processes, so it does not depend on their
         number; at least one pixel of a class that is there is kept.
@@ -337,7 +331,7 @@ class FrozenFeatures(nn.Module):
         self.view = view
 
     def forward(self, outputs, tower):
-        unit = embedding(outputs, self.view)
-        with torch.autocast(unit.device.type, enabled=False):
-            mine, frozen = (F.normalize(x.mean((2, 3)), dim=1, eps=1e-6) for x in (unit, precise(tower)))
+        own = embedding(outputs, self.view)
+        with torch.autocast(own.device.type, enabled=False):
+            mine, frozen = (unit(unit(features).mean((2, 3))) for features in (own, tower))
             return (mine - frozen.to(mine)).square().sum(1).mean()

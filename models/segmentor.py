@@ -9,11 +9,11 @@ import inspect
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from engine.statistics import unit
 from models.blocks import conv_bn_relu, still
 
 
@@ -32,7 +32,7 @@ class View(NamedTuple):
 
 class Output(NamedTuple):
     """logits (B, K, h, w); features (B, D, h, w), which entered the classifier; aux: further named tensors:
-    "embedding" (B, D', h, w), unit features in the joint space of text and images, and "prototypes" (B, K, D'), the
+    "embedding" (B, D', h, w) in the joint space of text and images, of any length, and "prototypes" (B, K, D'), the
     text rows as the image changes them, "auxiliary" (B, K, h', w'), logits of the auxiliary head, and "query0" ...,
     those of the layers of a query decoder, all in training alone; what models/region.py finds."""
 
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 
 class Projector(nn.Module):
-    """Features (B, D, h, w) -> unit features (B, D', h, w) of a joint space; dropped at test.
+    """Features (B, D, h, w) -> (B, D', h, w) in a joint space, where only directions count; dropped at test.
 
     Args:
         in_channels, channels, width: D, D', and the channels between two 1x1 convolutions.
@@ -58,9 +58,7 @@ class Projector(nn.Module):
         )
 
     def forward(self, features):
-        embedding = self.layers(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1, eps=1e-6)
+        return self.layers(features)
 
 
 class Auxiliary(nn.Module):
@@ -158,6 +156,6 @@ class Segmentor(nn.Module):
             with contextlib.nullcontext() if not self.bn_views or name in self.bn_views else still(self):
                 output = outputs[name] = self.segment(view.image, view.domain, True, step)
             if self.text_attention and view.text is not None:
-                dense = output.aux["embedding"].detach() if view.dense is None else view.dense
+                dense = unit(output.aux["embedding"].detach()) if view.dense is None else view.dense
                 output.aux["prototypes"] = self.text_attention(view.text, dense)
         return outputs

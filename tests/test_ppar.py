@@ -12,7 +12,7 @@ from losses.cross_entropy import CrossEntropy
 from losses.ppar import Alignment, FrozenFeatures, Reweight, TextFidelity, at_labels, balanced, class_means
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
 from models.prototypes.visual_text import VisualText, blended
-from models.segmentor import Output, Projector
+from models.segmentor import Output
 from models.text_attention import TextAttention
 
 K, D, IGNORE = 4, 8, 255
@@ -340,10 +340,17 @@ def test_what_is_missing_is_named():
 # --- the network's side ----------------------------------------------------------------------------------------------
 
 
-def test_the_projector_gives_unit_vectors():
-    found = Projector(6, D, 12)(torch.randn(2, 6, 5, 4))
-    assert found.shape == (2, D, 5, 4)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, 5, 4))
+@pytest.mark.parametrize("granularity", ["pixel", "coarse_to_fine"])
+def test_of_an_embedding_only_the_directions_count(granularity):
+    embedding, labels, prototypes = unit(2, D, 3, 4), torch.randint(0, K, (2, 3, 4)), members()
+    longer = embedding * (0.1 + 10 * torch.rand(2, 1, 3, 4, dtype=torch.float64))
+    loss = Alignment(num_classes=K, granularity=granularity)
+    for measured in (
+        lambda x: weigh(x, labels, prototypes),
+        lambda x: align(loss, x, labels, prototypes, 50),
+        lambda x: FrozenFeatures()(outputs(x), embedding.roll(1, 3)),
+    ):
+        torch.testing.assert_close(measured(longer), measured(embedding))
 
 
 def test_attention_starts_from_the_text_and_is_held_there():

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.statistics import unit
 from engine.weights import WeightsError, load_into, read, unwrap
 from models.blocks import Normalize
 
@@ -79,11 +80,6 @@ def load(tower, weights, model, activation=None, drop=()):
     whole = any(key.startswith("visual.") for key in state)
     state = {key if whole else f"visual.{key}": value for key, value in state.items() if key not in OPENAI}
     load_into(tower, {k: v for k, v in state.items() if k.startswith("visual.")}, source=weights, drop=drop)
-
-
-def unit(features):
-    """(B, D, h, w), L2-normalised over D in at least float32."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1, eps=1e-6)
 
 
 def whole_patches(image, patch):

@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
-from engine.statistics import class_sums
+from engine.statistics import class_sums, cosine
 from models.prototypes import basis
-from models.prototypes._cosine import cosine
 from models.prototypes._sinkhorn import balanced, numbered
 from models.prototypes.text import choose, read_rows
 

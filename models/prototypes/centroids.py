@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from engine import distributed
-from engine.statistics import class_sums
-from models.prototypes._cosine import cosine
+from engine.statistics import class_sums, cosine
 
 
 class Centroids(nn.Module):

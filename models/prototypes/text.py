@@ -28,8 +28,8 @@ import yaml
 from torch import nn
 
 from engine.errors import UserError, run
+from engine.statistics import cosine
 from engine.weights import load_into, read, unwrap
-from models.prototypes._cosine import cosine
 
 TEMPLATES = {
     "single": ["a photo of a {}."],

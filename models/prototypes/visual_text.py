@@ -21,8 +21,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import class_sums
-from models.prototypes._cosine import cosine
+from engine.statistics import class_sums, cosine, unit
 
 
 def blended(text, visual, seen, blend, center):
@@ -80,10 +79,11 @@ class VisualText(nn.Module):
         total = self.average.new_zeros(len(self.seen), self.average.shape[1] + 1)
         for features, labels, weights in batches:
             with torch.autocast(features.device.type, enabled=False):
-                unit = F.normalize(features.to(total.dtype), dim=1, eps=1e-6)
-                agreement = (cosine(unit, text) / self.temperature).softmax(1)
+                features = unit(features)
+                agreement = (cosine(features, text) / self.temperature).softmax(1)
                 trust = agreement.gather(1, labels[:, None].clamp(0, len(self.seen) - 1))[:, 0]
-                sums, counts = class_sums(unit, labels, len(self.seen), trust if weights is None else trust * weights)
+                trust = trust if weights is None else trust * weights
+                sums, counts = class_sums(features, labels, len(self.seen), trust)
             total += torch.cat([sums, counts[:, None]], 1)
         total = distributed.all_reduce(total)
         counts = total[:, -1:]
