@@ -6,6 +6,7 @@ Everything here works unchanged on one process, so no other file asks whether it
     python train_supervised.py configs/...                           one process
 """
 
+import ctypes
 import datetime
 import os
 import random
@@ -44,12 +45,26 @@ def init(device="auto", timeout=30):
 def setup(cfg):
     """What every script does first: join the processes, set threads, determinism and seed -> device."""
     device = init(cfg.device, cfg.timeout)
+    if device.type == "cpu":
+        keep_memory()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not cfg.deterministic
     seed_everything(cfg.seed)
     return device
+
+
+def keep_memory():
+    """Let glibc keep what it has got from the system: by default it returns every large tensor when it is freed, and
+    getting it anew, page by page, takes about 15 % of a training step on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 def place(network, device, sync_bn=False):

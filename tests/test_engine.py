@@ -4,7 +4,10 @@ import copy
 import itertools
 import math
 import os
+import platform
+import resource
 import signal
+import sys
 
 import pytest
 import torch
@@ -449,3 +452,12 @@ def test_the_first_signal_sets_the_flag_and_the_second_leaves(handlers, number):
         os.kill(os.getpid(), number)
         preemption.requested()  # Python runs a handler between two instructions of the main thread
     assert leaving.value.code == 128 + number
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="needs glibc")
+def test_memory_that_is_freed_is_used_again_without_page_faults():
+    distributed.keep_memory()
+    torch.ones(2**24)  # 64 MiB, freed at once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # 16,384 pages of 4 KiB otherwise
