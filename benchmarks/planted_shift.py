@@ -1,6 +1,6 @@
 """Does TMT's transferability find a shift that lies in one part of the picture only?
 
-    python -m benchmarks.planted_shift [--steps 300] [--seeds 0 1 2] [--shift night] [--out FOLDER]
+    python -m benchmarks.planted_shift [--steps 300] [--scenes 1024] [--seeds 0 1 2] [--shift night] [--out FOLDER]
 
 Source: drawn scenes (datasets/toy.py, domain real) of 96x128. Target: other such scenes, in each of which one box, half
 as high and wide as the picture and somewhere in it, has the look of another domain. MiT-B0 from random weights learns
@@ -56,7 +56,7 @@ def area_under_curve(scores, positive):
 
 
 def train(seed, reverse, options):
-    """A network in eval mode whose discriminator has seen `steps` batches of 8 + 8, out of 128 + 128 pictures."""
+    """A network in eval mode whose discriminator has seen `steps` batches of 8 + 8, out of `scenes` pictures each."""
     torch.manual_seed(seed)
     texts = ["model.bn_views=[]", f"model.region={{stage: 2, ramp: 0, reverse: {str(reverse).lower()}}}"]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
@@ -64,9 +64,9 @@ def train(seed, reverse, options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     scored, adversarial = CrossEntropy(), RegionAdversarial()
     for step in range(options.steps):
-        some = torch.randint(128, (8,))
-        image, label, _ = (column[some] for column in scenes(1000, 128))
-        other = scenes(2000, 128, options.shift)[0][torch.randint(128, (8,))]
+        some, others = torch.randint(options.scenes, (2, 8))
+        image, label, _ = (column[some] for column in scenes(1000, options.scenes))
+        other = scenes(2000, options.scenes, options.shift)[0][others]
         outputs = model({"source": View(image, "source"), "target": View(other, "target")}, step)
         labels, valid = {"source": label}, {"source": (label != IGNORE).sum()}
         (scored(outputs, labels, valid, {}) + adversarial(outputs)).backward()
@@ -95,6 +95,7 @@ def picture(images, found, boxes, count=4):
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planted_shift")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--scenes", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shift", default="night")
     parser.add_argument("--threads", type=int, default=1)
