@@ -7,6 +7,8 @@ another number of processes the same step holds the same samples.
     data: {rare_classes: {temperature: 0.01, min_pixels: 3000}}
 """
 
+import signal
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -100,6 +102,13 @@ class RareClassSampler(StreamSampler):
         return int(rng.choice(images))
 
 
+def swallow_signals(worker):
+    """A loader process survives the first SIGTERM and SIGINT: schedulers and terminals send them to every process of a
+    run, which then finishes its step, saves, and ends its loaders."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: signal.signal(received, signal.SIG_DFL))
+
+
 def make_loader(dataset, sampler, workers=0, pin_memory=False):
     """DataLoader over the sampler's batches. Its own generator keeps it from drawing from the global one."""
     return DataLoader(
@@ -108,5 +117,6 @@ def make_loader(dataset, sampler, workers=0, pin_memory=False):
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=False,
+        worker_init_fn=swallow_signals,
         generator=torch.Generator(),
     )

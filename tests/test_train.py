@@ -74,6 +74,7 @@ def start_and_wait(folder, text, *overrides):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        start_new_session=True,
     )
     deadline = time.time() + 120
     while not (Path(folder) / text).exists() and time.time() < deadline and process.poll() is None:
@@ -84,10 +85,10 @@ def start_and_wait(folder, text, *overrides):
 
 def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000")
+    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000", "data.workers=1")
     while not scalars(folder):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the loader process too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "saved at step" in output, output
     stopped = last(folder)["step"]
