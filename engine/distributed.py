@@ -57,7 +57,7 @@ def setup(cfg):
 
 def keep_memory():
     """Let glibc keep what it has got from the system: by default it returns every large tensor when it is freed, and
-    getting it anew, page by page, takes about 15 % of a training step on a CPU."""
+    getting it anew, page by page, is a part of every training step on a CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library

@@ -84,16 +84,21 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
     return sums, counts
 
 
+def precise(tensor):
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def unit(features):
     """(B, D, ...), L2-normalised over D in at least float32."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1, eps=1e-6)
+    return F.normalize(precise(features), dim=1, eps=1e-6)
 
 
 def cosine(features, vectors):
     """Cosine similarity of features (B, D, h, w) with vectors (K, D), or (B, K, D) of each image -> (B, K, h, w), in at
     least float32."""
     with torch.autocast(features.device.type, enabled=False):
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = precise(features)
         vectors = F.normalize(vectors, dim=-1, eps=1e-6).to(features.dtype)
         if vectors.dim() == 2:
             scores = F.conv2d(features, vectors[:, :, None, None])

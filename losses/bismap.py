@@ -48,12 +48,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels, resize_logits
-
-
-def precise(tensor):
-    """At least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 
 
 def resized(logits, size):

@@ -38,15 +38,10 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, resize_labels, unit
+from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, precise, resize_labels, unit
 
 BINS = 128  # of the difficulty, which lies in -1..3
 RAMP = 0.6  # share of the training after which no pixel is left out
-
-
-def precise(tensor):
-    """At least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def progress(done, start, end):

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
+from engine.statistics import precise, unit
 from models.blocks import still
 from models.prototypes._sinkhorn import balanced, numbered
-
-EPS = 1e-6
 
 
 def of_all(tensor):
@@ -114,7 +113,7 @@ class Components(nn.Module):
         maps = self.project(features)
         with torch.autocast(features.device.type, enabled=False):
             rows = maps.movedim(1, -1).flatten(0, 2)
-            return F.normalize(self.norm(rows.to(torch.promote_types(rows.dtype, torch.float32))), dim=1, eps=EPS)
+            return unit(self.norm(precise(rows)))
 
     def compare(self, rows):
         """Rows (N, E) -> scores (K, M, N) of every component."""

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
-from models.classifiers._components import EPS, Components, Ring
+from engine.statistics import unit
+from models.classifiers._components import Components, Ring
 
 
 class Unit(nn.Module):
@@ -42,7 +43,7 @@ class Unit(nn.Module):
 
     def forward(self, maps):
         with torch.autocast(maps.device.type, enabled=False):
-            return F.normalize(maps.to(torch.promote_types(maps.dtype, torch.float32)), dim=1, eps=EPS)
+            return unit(maps)
 
 
 class ProtoSeg(Components):
