@@ -40,7 +40,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, class_sums, resize_labels, resize_logits
+from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 
 EPS = 1e-6  # vectors shorter than this have no direction
 LOW, HIGH, STEPS = -8, 120, 512  # range of the histograms of log-odds, bins per unit: a power of 2 has exact edges
@@ -56,7 +56,7 @@ def log_odds(logits, size):
         log-odds (B, H, W) of at least float32, classes (B, H, W).
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
+        logits = resize_logits(precise(logits), size)
         top, classes = logits.max(1)
         return top - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1), classes
 
@@ -137,7 +137,7 @@ def pair(outputs, views):
     if len(features[0]) != len(features[1]):
         sizes = " and ".join(f"{view} has {len(x)} images" for view, x in zip(views, features))
         raise ValueError(f"BCL needs pairs, but {sizes}: give both views the same batch size")
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
+    return [precise(x) for x in features]
 
 
 class LabelTransfer(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.statistics import IGNORE, resize_logits
+from engine.statistics import IGNORE, precise, resize_logits
 
 
 class CrossEntropy(nn.Module):
@@ -54,7 +54,7 @@ class CrossEntropy(nn.Module):
     def forward(self, outputs, labels, valid, weights):
         logits, labels = self.scores(outputs[self.view]), labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            logits = resize_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
+            logits = resize_logits(precise(logits), labels.shape[-2:])
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
             count = valid[self.view].to(loss.dtype)
             if self.ohem:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import nn
 
+from engine.statistics import precise
+
 
 class Entropy(nn.Module):
     """Mean entropy of all pixels, labelled or not, at feature size, in nats.
@@ -29,6 +31,6 @@ class Entropy(nn.Module):
     def forward(self, outputs):
         logits = outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+            log_p = precise(logits).log_softmax(1)
             entropy = -(log_p.exp() * log_p).sum(1).mean()
             return entropy / math.log(logits.shape[1]) if self.normalized else entropy

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
-from engine.statistics import resize_logits
+from engine.statistics import precise, resize_logits
 
 
 class Denoise(nn.Module):
@@ -102,4 +102,4 @@ class Regularity(nn.Module):
     def forward(self, outputs):
         logits = outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
-            return -F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1).mean()
+            return -F.log_softmax(precise(logits), 1).mean()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.statistics import resize_labels
+from engine.statistics import precise, resize_labels
 
 
 class Contrast(nn.Module):
@@ -45,7 +45,7 @@ class Contrast(nn.Module):
             )
         scores = aux[self.scores]  # (B, K, M, h, w)
         with torch.autocast(scores.device.type, enabled=False):
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            scores = precise(scores)
             cells = resize_labels(labels, scores.shape[-2:])
             targets = prototypes["classifier"].assign(scores.detach(), cells).flatten()
             flat = scores.movedim(0, 2).flatten(2).flatten(0, 1)  # (K M, N), as the classifier made them

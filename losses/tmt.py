@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.statistics import precise
 
 
 class RegionAdversarial(nn.Module):
@@ -37,5 +38,5 @@ class RegionAdversarial(nn.Module):
             )
         source, target = (outputs[view].aux["domain"] for view in (self.source, self.target))
         with torch.autocast(source.device.type, enabled=False):
-            source, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (source, target))
+            source, target = (precise(x) for x in (source, target))
             return (F.softplus(-source).mean() + F.softplus(target).mean()) / 2

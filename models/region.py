@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.statistics import precise
 from models.blocks import Guide
 
 EPSILON = 1e-6
@@ -214,7 +215,7 @@ class Region(nn.Module):
     def look(self, maps, step):
         """What is grouped, (B, D, h, w) -> {name: tensor} for losses, pictures and attention."""
         with torch.autocast(maps.device.type, enabled=False):
-            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            maps = precise(maps)
             assignment, means = group(maps, self.cell, self.kappa, self.rounds)
             tau = self.transferability(means)
             dense = spread(assignment, tau, self.cell, maps.shape[-2:])

@@ -161,7 +161,7 @@ class Components(nn.Module):
             known = known if weights is None else known & (weights > 0)
             classes = torch.where(known, labels, k).flatten()
             with torch.autocast(features.device.type, enabled=False), still(self):
-                rows = self.embed(features.to(torch.promote_types(features.dtype, torch.float32)))
+                rows = self.embed(precise(features))
                 scores = self.compare(rows)
                 seen.append((rows, classes, self.own(scores, classes), self.classify(scores).argmax(1) == classes))
         return tuple(torch.cat(parts) for parts in zip(*seen))

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from engine import distributed
+from engine.statistics import precise
 from models.prototypes._em import LEVELS, Pool, fit_mixture, log_joint, maximisation, moments
 
 ABSENT = -1e8  # log-likelihood of a class without a mixture
@@ -98,7 +99,7 @@ class Mixtures(nn.Module):
     def components(self, features):
         """log(pi_cm N_cm), (B, D, h, w) -> (B, K, M, h, w), for diagnosis: its softmax over M are responsibilities."""
         with torch.autocast(features.device.type, enabled=False):
-            maps = features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))
+            maps = precise(features.flatten(2))
             return torch.stack([self._log_joint(x)[0] for x in maps]).unflatten(3, features.shape[2:])
 
     def score(self, features):
@@ -137,7 +138,7 @@ class Mixtures(nn.Module):
             with torch.autocast(features.device.type, enabled=False):
                 for image in zip(features.flatten(2), labels.flatten(1), weights.flatten(1)):
                     for x, ids, factors in zip(*(part.split(self.chunk, -1) for part in image)):
-                        joint, x, square = self._log_joint(x.to(torch.promote_types(x.dtype, torch.float32)))
+                        joint, x, square = self._log_joint(precise(x))
                         members = (ids == torch.arange(k, device=ids.device)[:, None]) * factors.to(x)  # (K, N)
                         shares = joint.softmax(1) * members[:, None]
                         sums += moments(x, square, shares.flatten(0, 1)).unflatten(0, (k, m))
