@@ -5,8 +5,8 @@ import itertools
 import math
 import os
 import platform
-import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -454,10 +454,22 @@ def test_the_first_signal_sets_the_flag_and_the_second_leaves(handlers, number):
     assert leaving.value.code == 128 + number
 
 
+FREED_MEMORY = """
+import resource, torch
+from engine import distributed
+distributed.keep_memory()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(2**24)  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(50), faults(20))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="needs glibc")
 def test_memory_that_is_freed_is_used_again_without_page_faults():
-    distributed.keep_memory()
-    torch.ones(2**24)  # 64 MiB, freed at once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # 16,384 pages of 4 KiB otherwise
+    # In a process of its own: what other tests have left in the heap decides where a tensor fits.
+    done = subprocess.run([sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True, check=True)
+    # The first few may lie so that the next, with its alignment, does not fit where they were.
+    assert int(done.stdout.split()[1]) < 2 * 16384  # 20 x 16,384 pages of 4 KiB otherwise
