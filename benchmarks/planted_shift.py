@@ -1,6 +1,6 @@
 """Does TMT's transferability find a shift that lies in one part of the picture only?
 
-    python -m benchmarks.planted_shift [--steps 300] [--scenes 1024] [--seeds 0 1 2] [--shift night] [--out FOLDER]
+    python -m benchmarks.planted_shift [--steps 500] [--scenes 1024] [--seeds 0 1 2] [--shift night] [--out FOLDER]
 
 Source: drawn scenes (datasets/toy.py, domain real) of 96x128. Target: other such scenes, in each of which one box, half
 as high and wide as the picture and somewhere in it, has the look of another domain. MiT-B0 from random weights learns
@@ -58,10 +58,13 @@ def area_under_curve(scores, positive):
 def train(seed, reverse, options):
     """A network in eval mode whose discriminator has seen `steps` batches of 8 + 8, out of `scenes` pictures each."""
     torch.manual_seed(seed)
-    texts = ["model.bn_views=[]", f"model.region={{stage: 2, ramp: 0, reverse: {str(reverse).lower()}}}"]
+    texts = ["model.bn_views=[]", f"model.region={{stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}"]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
     model = build_segmentor(cfg.model, K).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    groups = [{"params": model.region.discriminator.parameters(), "lr": 1e-2}]  # ten times the rate, as a head
+    groups += [{"params": [p for name, p in model.named_parameters() if not name.startswith("region.discriminator")]}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)  # else the last steps decide
     scored, adversarial = CrossEntropy(), RegionAdversarial()
     for step in range(options.steps):
         some, others = torch.randint(options.scenes, (2, 8))
@@ -71,6 +74,7 @@ def train(seed, reverse, options):
         labels, valid = {"source": label}, {"source": (label != IGNORE).sum()}
         (scored(outputs, labels, valid, {}) + adversarial(outputs)).backward()
         optimizer.step()
+        decay.step()
         optimizer.zero_grad()
     return model.eval()
 
@@ -94,7 +98,7 @@ def picture(images, found, boxes, count=4):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planted_shift")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--scenes", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shift", default="night")
