@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from engine.statistics import precise
+
 # Linear RGB of sRGB's primaries -> CIE XYZ, each row divided by its sum: white is (1, 1, 1).
 XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -23,11 +25,6 @@ XYZ /= XYZ.sum(1, keepdims=True)
 LAB = np.array([[0, 1.16, 0], [1, -1, 0], [0, 1, -1]])
 DELTA = 6 / 29  # below the cube of it the cube root is replaced by its tangent
 FLAT = 1e-4  # standard deviation of a channel that is constant but for rounding; that of 8 bits is larger
-
-
-def exact(image):
-    """At least float32; half precision is too coarse for what follows."""
-    return image.to(torch.promote_types(image.dtype, torch.float32))
 
 
 def mix_channels(matrix, image):
@@ -71,7 +68,7 @@ class ColorStats:
 
     def __call__(self, source, target):
         with torch.autocast(source.device.type, enabled=False):
-            matched = lab_to_rgb(self.match(rgb_to_lab(exact(source)), rgb_to_lab(exact(target))))
+            matched = lab_to_rgb(self.match(rgb_to_lab(precise(source)), rgb_to_lab(precise(target))))
             return matched.clamp(0, 1).to(source.dtype)
 
     def match(self, source, target):
@@ -107,7 +104,7 @@ class FDA:
         if not self.beta:
             return source
         with torch.autocast(source.device.type, enabled=False):
-            return self.transfer(exact(source), exact(target)).clamp(0, 1).to(source.dtype)
+            return self.transfer(precise(source), precise(target)).clamp(0, 1).to(source.dtype)
 
     def transfer(self, source, target):
         """Images -> the source with the target's low amplitudes, before it is cut to [0, 1]."""

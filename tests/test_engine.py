@@ -472,4 +472,4 @@ def test_memory_that_is_freed_is_used_again_without_page_faults():
     # In a process of its own: what other tests have left in the heap decides where a tensor fits.
     done = subprocess.run([sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True, check=True)
     # The first few may lie so that the next, with its alignment, does not fit where they were.
-    assert int(done.stdout.split()[1]) < 2 * 16384  # 20 x 16,384 pages of 4 KiB otherwise
+    assert int(done.stdout.split()[1]) < 1000  # 20 x 16,384 pages of 4 KiB otherwise
