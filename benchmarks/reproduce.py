@@ -31,8 +31,10 @@ A method is trained on the second set, with the first one as `data.target`; its 
 method and the mean over pairs.
 
 Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes
-on from its last checkpoint. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time), `threads` (of each run),
-`folder` can be set on the command line. A failed run is reported with the end of its output, and the others go on.
+on from its last checkpoint. Where `python eval.py runs/<name>/*/seed*/step_*.pt diagnostics=true` has looked at the
+class vectors of the runs, the table shows what it found. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a
+time), `threads` (of each run), `folder` can be set on the command line. A failed run is reported with the end of its
+output, and the others go on.
 """
 
 import itertools
@@ -157,6 +159,9 @@ def collect(grid):
         result = json.loads(path.read_text())
         ends = {name: ends_of(folder / "scalars.jsonl", name) for name in grid["scalars"]}
         runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends})
+        path = folder / f"eval_step_{result['step']:07d}" / "diagnostics.json"
+        if path.exists():
+            runs[-1]["diagnostics"] = json.loads(path.read_text())
         summaries = dict(result["results"])
         if "unseen_mIoU" in result:  # of train_dg.py: the mean over the domains that were not seen
             summaries["unseen"] = {"mIoU": result["unseen_mIoU"]}
@@ -180,6 +185,29 @@ def per_class(grid, runs):
                 cells = [f"{statistics.mean(values):.1f}" if values else "-" for values in known]
                 lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
+
+
+def diagnosed(grid, runs):
+    """Diagnostics of the class vectors, mean over seeds: one line per row that eval.py has looked at."""
+    found = [(facts["row"], facts["diagnostics"]) for facts in runs if "diagnostics" in facts]
+    if not found:
+        return []
+    name, first = next(iter(found[0][1]["sets"].items()))
+    pairs, last = list(first["pairs"]), len(first["groups"]) - 1
+    heads = ["seeds", "CS", "CS of abs. cosines", "max abs. cosine", "r(norm, pixels)", "F1, rarest", "F1, commonest"]
+    lines = ["", f"Class vectors, and {name}, mean over seeds (`eval.py ... diagnostics=true`, engine/diagnostics.py):"]
+    lines += ["", f"| row | {' | '.join([*heads, *pairs])} |", f"|---|{'---|' * len([*heads, *pairs])}"]
+    for row in grid["rows"]:
+        values = []
+        for d in (d for owner, d in found if owner == row):
+            here = d["sets"][name]
+            ends = [here["groups"][i]["F1"] for i in (0, last)]
+            values.append([d["CS"], d["CS_abs"], d["max_cos"], d["norm_pixels"], *ends, *here["pairs"].values()])
+        columns = [[v for v in column if v is not None] for column in zip(*values)]
+        cells = [f"{round(statistics.mean(column), 2) + 0.0:.2f}" if column else "-" for column in columns]
+        lines += [f"| {row} | {len(values)} | {' | '.join(cells)} |"] if values else []
+    rarest, commonest = (", ".join(first["groups"][i]["classes"]) for i in (0, last))
+    return [*lines, "", f"Rarest in training: {rarest}; commonest: {commonest}. Pairs: sum of the IoU of both."]
 
 
 def markdown(grid, table, runs):
@@ -213,7 +241,7 @@ def markdown(grid, table, runs):
         f"torch {distinct('torch')}; {distinct('iters')} steps; seeds {distinct('seed')}; {minutes[0]:.1f} to "
         f"{minutes[-1]:.1f} minutes a run. Last checkpoint. ± is the standard deviation over seeds.",
     ]
-    return "\n".join([*lines, *per_class(grid, runs)]) + "\n"
+    return "\n".join([*lines, *per_class(grid, runs), *diagnosed(grid, runs)]) + "\n"
 
 
 def main(arguments):

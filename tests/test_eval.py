@@ -314,6 +314,29 @@ def test_scripts_without_arguments_print_how_to_use_them():
         assert result.returncode == 1 and f"python {script}" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_path):
+    grid = {"name": "g", "folder": tmp_path, "seeds": [0, 1], "common": [], "threads": 0, "script": "s.py"}
+    grid |= {"rows": {row: {"config": "c.yaml"} for row in ("linear", "CBP", "unseen")}, "scalars": []}
+    grid |= {"metric": "mIoU", "pairs": None, "file": "g.yaml"}
+    facts = {"step": 3, "iters": 3, "seconds": 60, "commit": "c", "device": "d", "torch": "t"}
+
+    def write(row, seed, cs, correlation):
+        folder = tmp_path / "g" / row / f"seed{seed}"
+        (folder / "eval_step_0000003").mkdir(parents=True)
+        content = facts | {"seed": seed, "results": {"toy": {"mIoU": 50.0}}}
+        (folder / "results.json").write_text(json.dumps(content))
+        groups = [{"classes": ["Pole"], "F1": 10.0 * (1 + seed)}, {"classes": ["Sky", "Road"], "F1": 90.0}]
+        found = {"CS": cs, "CS_abs": 2.0, "max_cos": 0.5, "norm_pixels": correlation}
+        found |= {"sets": {"toy": {"groups": groups, "pairs": {"Pole + Sky": None if seed else 101.5}}}}
+        (folder / "eval_step_0000003" / "diagnostics.json").write_text(json.dumps(found))
+
+    write("linear", 0, 4.0, 0.25), write("linear", 1, 6.0, 0.75), write("CBP", 0, -1e-6, None)
+    text = reproduce.markdown(grid, *reproduce.collect(grid))
+    assert "| linear | 2 | 5.00 | 2.00 | 0.50 | 0.50 | 15.00 | 90.00 | 101.50 |" in text
+    assert "| CBP | 1 | 0.00 | 2.00 | 0.50 | - | 10.00 | 90.00 | 101.50 |" in text
+    assert "| unseen | 0 |" in text and "Rarest in training: Pole; commonest: Sky, Road" in text
+
+
 def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(tmp_path):
     from benchmarks.reproduce import jobs, load_grid, markdown
 
