@@ -171,10 +171,15 @@ def collect(grid):
 
 
 def per_class(grid, runs):
-    """One table per test set: IoU of each class, mean over seeds."""
+    """One table per test set: IoU of each class, mean accuracy of the classes and accuracy of the pixels, mean over
+    seeds."""
     lines, sets = [], list(dict.fromkeys(name for facts in runs for name in facts.get("IoU", {})))
     for name in sets:
-        found = [(facts["row"], facts["IoU"][name]) for facts in runs if name in facts.get("IoU", {})]
+        found = [
+            (facts["row"], facts["IoU"][name] | {key: facts["results"][name][key] for key in ("mAcc", "aAcc")})
+            for facts in runs
+            if name in facts.get("IoU", {})
+        ]
         classes = list(found[0][1])
         lines += ["", f"IoU of each class on {name}, mean over seeds:", "", f"| row | {' | '.join(classes)} |"]
         lines.append(f"|---|{'---|' * len(classes)}")

@@ -240,6 +240,10 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
     losses = [line["train/loss"] for line in logged if "train/loss" in line]
     assert len(losses) == 2 and ends[1] == [losses[0], losses[-1]]
     assert " to ".join(f"{sum(both) / 2:.3g}" for both in zip(*ends)) in table
+    accuracies = [run["results"]["toy"]["mAcc"] for run in content["runs"] if run["row"] == "plain"]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    heads, cells = (next(row for row in reversed(rows) if row[0] == name) for name in ("| row", "| plain"))
+    assert dict(zip(heads, cells))["mAcc"] == f"{sum(accuracies) / 2:.1f}"
 
     def never(*_, **__):
         raise AssertionError("`table` must not start a run")
