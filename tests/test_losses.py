@@ -280,6 +280,13 @@ def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("std", [0.01, 0.177])
+def test_class_vectors_of_the_linear_classifier_start_as_long_as_they_are_told(std):
+    classifier = Linear(num_classes=300, in_channels=128, **({} if std == 0.01 else {"std": std}))
+    assert float(classifier.means().detach().norm(dim=1).mean()) == pytest.approx(std * 128**0.5, rel=0.02)
+    assert not classifier.conv.bias.any()
+
+
 def test_learned_class_vectors_get_a_gradient_from_the_category_loss_only():
     classifier = Linear(num_classes=4, in_channels=8)
     features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
