@@ -2,6 +2,7 @@
 GMMSeg.
 
     python -m benchmarks.classifiers [--device cuda] [--classes 150] [--batch 8] [--size 256 320] [--rounds 5]
+    python -m benchmarks.classifiers --rows CBP "CBP + OCCL"                what OCCL adds; ratios are to the first row
 
 ResNet-18 and DeepLabV3+, the losses of each method, AdamW, and the classifier's own update, with the paper's constants
 and full queues. Times are interleaved as in benchmarks/kernels.py; a time of training is that of five steps, with one M
@@ -33,6 +34,7 @@ GAUSSIAN = {"name": "gmmseg.Contrast", "weight": 0.01}
 STEPS = 5  # from one M step to the next
 ROWS = {  # name: (classifier, losses beside cross-entropy)
     "linear": ({"name": "linear.Linear"}, []),
+    "CBP": ({"name": "cbp.CBP"}, []),
     "CBP + OCCL": ({"name": "cbp.CBP"}, [{"name": "occl.OCCL"}]),
     "ProtoSeg": ({"name": "protoseg.ProtoSeg"}, [CONTRAST, DISTANCE]),
     "DNC": ({"name": "protoseg.ProtoSeg", "memory": 100}, []),
@@ -136,6 +138,7 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 320])
     parser.add_argument("--queue", type=int, default=32000, help="pixels per component: 6.1 GB with 150 classes")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], help="ratios are to the first one")
     parser.add_argument("--memory-of", choices=[*ROWS], help="one row's memory alone, as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -144,25 +147,26 @@ def main(arguments=None):
         return
     given = sys.argv[1:] if arguments is None else arguments
     peaks = {}
-    for name in ROWS:
+    for name in options.rows:
         command = [sys.executable, "-m", "benchmarks.classifiers", *given, "--memory-of", name]
         found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         if found.returncode:
             sys.exit(found.stderr)
         peaks[name] = json.loads(found.stdout)
-    rows = {name: Row(name, options) for name in ROWS}
+    rows = {name: Row(name, options) for name in options.rows}
     steps = compare({name: row.train for name, row in rows.items()}, options.rounds)
     inference = compare({name: row.infer for name, row in rows.items()}, options.rounds)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
     height, width = options.size
     print(f"{options.batch} crops of {height} x {width}, {options.classes} classes, {options.precision}, {where}\n")
-    print("| classifier | step, ms | ratio | inference, ms | ratio | peak, MB | more than linear | state, MB |")
+    heads = ["classifier", "step, ms", "ratio", "inference, ms", "ratio", "peak, MB", f"more than {options.rows[0]}"]
+    print(f"| {' | '.join(heads)} | state, MB |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in ROWS:
+    for name in options.rows:
         (step, slower), (look, later), (peak, state) = steps[name], inference[name], peaks[name]
         print(
             f"| {name} | {step / STEPS:.1f} | {slower:.3g} | {look:.1f} | {later:.3g} | {peak:.0f} | "
-            f"{peak - peaks['linear'][0]:+.0f} | {state:.1f} |"
+            f"{peak - peaks[options.rows[0]][0]:+.0f} | {state:.1f} |"
         )
 
 
