@@ -193,7 +193,8 @@ def per_class(grid, runs):
 
 
 def diagnosed(grid, runs):
-    """Diagnostics of the class vectors, mean over seeds: one line per row that eval.py has looked at."""
+    """Diagnostics of the class vectors and of the first test set, mean over seeds: a line per row that eval.py has
+    looked at."""
     found = [(facts["row"], facts["diagnostics"]) for facts in runs if "diagnostics" in facts]
     if not found:
         return []
