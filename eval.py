@@ -56,22 +56,40 @@ def load_network(path, overrides=()):
 
 def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     """Write `<folder>/<set>/<path of the image>.png` by the rule of the first labeler that has one."""
-    context = {"num_classes": len(saved["classes"]), "in_channels": network.decoder.channels, "seed": cfg.seed}
+    context = {
+        "num_classes": len(saved["classes"]),
+        "in_channels": network.decoder.channels,
+        "seed": cfg.seed,
+    }
     labelers, *_ = build_adaptation(cfg.uda, **context)
-    members, _ = build_members(cfg.prototypes, cfg.model.projector.channels, classes=tuple(saved["classes"]), **context)
+    members, _ = build_members(
+        cfg.prototypes, cfg.model.projector.channels, classes=tuple(saved["classes"]), **context
+    )
     members.load_state_dict(saved["prototypes"])
     if labelers.state_dict().keys() != saved.get("labelers", {}).keys():
         raise ConfigError(f"uda.labelers is not that of {path}, whose fitted state it needs")
     labelers.load_state_dict(saved.get("labelers", {}))
-    rules = [(labeler, spec) for labeler, spec in zip(labelers, cfg.uda.labelers) if hasattr(labeler, "label")]
+    rules = [
+        (labeler, spec)
+        for labeler, spec in zip(labelers, cfg.uda.labelers)
+        if hasattr(labeler, "label")
+    ]
     if not rules:
-        raise ConfigError("no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'")
+        raise ConfigError(
+            "no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'"
+        )
     labeler, spec = rules[0]
     labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
     if hasattr(labeler, "prepare") and [*labeler.buffers()]:
-        logger.warning("the labeler was fitted to the network that labelled before the stage, not to this one")
+        logger.warning(
+            "the labeler was fitted to the network that labelled before the stage, not to this one"
+        )
     autocast = precision.autocast(device, cfg.precision)
-    about = {"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": saved["step"]}
+    about = {
+        "checkpoint": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "step": saved["step"],
+    }
     about |= {"labeler": config.plain(spec), "weights": cfg.eval.weights}
 
     def make(index, image, label):
@@ -81,8 +99,13 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     for name, dataset in datasets.items():
         quality = {}
         if dataset.labels:
-            quality = label_scalars(*pseudo_label_quality(network, labeler, vectors, dataset, device, autocast))
-            logger.info(f"\n{name}: per cent\n" + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items()))
+            quality = label_scalars(
+                *pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
+            )
+            logger.info(
+                f"\n{name}: per cent\n"
+                + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items())
+            )
         stream = images(dataset, device, cfg.data.workers)
         write_maps(folder / name, dataset, stream, make, about | quality, palette=True)
         logger.info(f"{name}: labels of {len(dataset)} images in {folder / name}")
@@ -107,7 +130,9 @@ def main(arguments):
     rows, seen = {}, []
     for path in paths:
         matrices, cfg = evaluate_checkpoint(path, overrides, **own)
-        rows[str(path)] = {name: matrix.as_dict()["summary"]["mIoU"] for name, matrix in matrices.items()}
+        rows[str(path)] = {
+            name: matrix.as_dict()["summary"]["mIoU"] for name, matrix in matrices.items()
+        }
         seen = list(dict.fromkeys([*seen, *cfg.data.seen]))
     if len(rows) > 1 or max(map(len, rows.values())) > 1:
         table = domain_table(rows, seen)

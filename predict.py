@@ -51,7 +51,10 @@ def main(arguments):
     network, cfg, device, saved = load_network(arguments[0], arguments[3:])
     for path in tqdm(paths):
         image = read_image(path)
-        tensor = torch.from_numpy(image).permute(2, 0, 1)[None].to(device, torch.get_default_dtype()) / 255
+        tensor = (
+            torch.from_numpy(image).permute(2, 0, 1)[None].to(device, torch.get_default_dtype())
+            / 255
+        )
         with precision.autocast(device, cfg.precision):
             scores = inference.predict(network, tensor, cfg.eval)
         ids = scores.argmax(1)[0].byte().cpu().numpy()

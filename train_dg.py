@@ -31,7 +31,7 @@ from engine.build import (
     build_segmentor,
     call,
     learners,
-)  # fmt: skip
+)
 from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
@@ -59,7 +59,9 @@ def evidence(seen, view, space, teacher, tower, autocast):
         if view == "teacher":
             with autocast:
                 output = teacher.network.segment(image, embed=True)
-        features = unit(output.aux["embedding"].detach()) if space == "joint" else output.features.detach()
+        features = (
+            unit(output.aux["embedding"].detach()) if space == "joint" else output.features.detach()
+        )
         labels = resize_labels(labels, features.shape[-2:])
         if view == "teacher":
             labels = torch.where(output.logits.argmax(1) == labels, labels, IGNORE)
@@ -85,7 +87,10 @@ def main(arguments):
     context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
     context["classes"] = tuple(train_set.CLASSES)
     members, views = build_members(cfg.prototypes, joint, **context)
-    members, spaces = members.to(device), {name: cfg.prototypes[name].get("space", "features") for name in members}
+    members, spaces = (
+        members.to(device),
+        {name: cfg.prototypes[name].get("space", "features") for name in members},
+    )
     terms, factors = build_losses(cfg.losses, **context)
     tower, reweight, style, strong = build_generalisation(cfg, **context)
     tower = tower.to(device) if tower else None
@@ -98,7 +103,9 @@ def main(arguments):
                 f"dg.tower), not {view!r}"
             )
     if model.text_attention and "text" not in members:
-        raise config.ConfigError("model.text_attention needs the rows that look at the image: prototypes.text")
+        raise config.ConfigError(
+            "model.text_attention needs the rows that look at the image: prototypes.text"
+        )
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
@@ -123,11 +130,16 @@ def main(arguments):
                     for _, image, label in images(plain, device, cfg.data.workers, count):
                         yield {"image": image, "label": label}, None
 
-                logger.info(f"prototypes.{name}: from {min(member.offline, len(plain))} training images")
+                logger.info(
+                    f"prototypes.{name}: from {min(member.offline, len(plain))} training images"
+                )
                 call(
-                    member.fit, prototypes=vectors,
-                    batches=lambda shown=shown: evidence(shown(), "tower", "joint", None, tower, autocast),
-                )  # fmt: skip
+                    member.fit,
+                    prototypes=vectors,
+                    batches=lambda shown=shown: evidence(
+                        shown(), "tower", "joint", None, tower, autocast
+                    ),
+                )
     log = Log(folder, start)
     logger.info(
         f"{folder}: {len(train_set)} images, {num_classes} classes, {'resumed' if saved else 'started'} at step {start}"
@@ -137,14 +149,19 @@ def main(arguments):
     about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
     about |= {"selected_on_target": True} if chosen else {}
     logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
-    distributed.seed_everything(cfg.seed + distributed.rank())  # from here on dropout differs between processes
+    distributed.seed_everything(
+        cfg.seed + distributed.rank()
+    )  # from here on dropout differs between processes
     stream = batches(train_set, cfg, cfg.seed, start, device)
     if saved:
         checkpoint.set_rng_state(saved["rng"])
     preemption, averages, overflow = Preemption(), Averages(), precision.StepCounter()
     parameters = [p for p in model.parameters() if p.requires_grad]
     guided = bool(tower) and (
-        any(asks_for(part, "tower") for part in [*terms.values(), *([reweight.after] if reweight else [])])
+        any(
+            asks_for(part, "tower")
+            for part in [*terms.values(), *([reweight.after] if reweight else [])]
+        )
         or bool(model.text_attention)
     )
     clock, stop = time.time(), False
@@ -158,7 +175,9 @@ def main(arguments):
     # --- train ---
     model.train()
     steps = range(start, cfg.train.iters)
-    bar = tqdm(steps, "train", initial=start, total=cfg.train.iters, disable=not distributed.is_main())
+    bar = tqdm(
+        steps, "train", initial=start, total=cfg.train.iters, disable=not distributed.is_main()
+    )
     for step in bar:
         rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
         micro_batches = [to_device(next(stream), device) for _ in range(cfg.train.accumulate)]
@@ -167,8 +186,18 @@ def main(arguments):
 
         seen = []
         for i, batch in enumerate(micro_batches):
-            given = {"batch": batch, "prototypes": vectors, "valid": valid, "step": step, "iters": cfg.train.iters}
-            given |= {"labels": {"source": batch["label"]}, "samples": {"source": batch["sample"]}, "weights": {}}
+            given = {
+                "batch": batch,
+                "prototypes": vectors,
+                "valid": valid,
+                "step": step,
+                "iters": cfg.train.iters,
+            }
+            given |= {
+                "labels": {"source": batch["label"]},
+                "samples": {"source": batch["sample"]},
+                "weights": {},
+            }
             image = batch["image"]  # the image tower and the teacher see it without strong colours
             with torch.no_grad(), autocast:
                 if guided:
@@ -185,7 +214,10 @@ def main(arguments):
                     with torch.no_grad():
                         given["weights"] = call(reweight.after, **given)[1]
                 losses = {name: call(term, **given) for name, term in terms.items()}
-                loss = sum(factors[name] * value for name, value in losses.items()) / cfg.train.accumulate
+                loss = (
+                    sum(factors[name] * value for name, value in losses.items())
+                    / cfg.train.accumulate
+                )
                 scaler.scale(loss).backward()
             seen.append((batch, outputs["source"]))
             named = {f"train/loss_{name}": value for name, value in losses.items()}
@@ -200,7 +232,13 @@ def main(arguments):
                 teacher.update(model)
             for name, view, member in learners(members, model.classifier, views):
                 shown = evidence(seen, view, spaces.get(name, "features"), teacher, tower, autocast)
-                call(member.update, batches=shown, prototypes=vectors, step=step, iters=cfg.train.iters)
+                call(
+                    member.update,
+                    batches=shown,
+                    prototypes=vectors,
+                    step=step,
+                    iters=cfg.train.iters,
+                )
 
         # --- log, validate, save ---
         done = step + 1
@@ -212,8 +250,14 @@ def main(arguments):
             values = averages.take(step)
             log.training(done, values, rates, norm, scaler, cfg.train.batch_size, device)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
-        if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
-            draw_step(log, done, views_of, given["labels"], given["weights"], outputs, vectors, train_set)
+        if (
+            distributed.is_main()
+            and cfg.log.images_every
+            and (done % cfg.log.images_every == 0 or step == start)
+        ):
+            draw_step(
+                log, done, views_of, given["labels"], given["weights"], outputs, vectors, train_set
+            )
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
             if score > best:
@@ -222,11 +266,17 @@ def main(arguments):
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:
-            logger.info(f"signal received: saved at step {done}; the same command goes on from there")
+            logger.info(
+                f"signal received: saved at step {done}; the same command goes on from there"
+            )
             break
 
     if not stop:
-        about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock), "best_val": best}
+        about |= {
+            "step": cfg.train.iters,
+            "seconds": round(seconds + time.time() - clock),
+            "best_val": best,
+        }
         tests = test_sets or {"val": val_set}
         final_report(reported, tests, cfg.eval, device, autocast, folder, about, seen=cfg.data.seen)
     log.close()

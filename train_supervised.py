@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 from datasets.base import IGNORE, to_device
 from engine import checkpoint, config, distributed, precision, schedule
-from engine.build import batches, build_data, build_losses, build_members, build_segmentor, call, learners
+from engine.build import (
+    batches,
+    build_data,
+    build_losses,
+    build_members,
+    build_segmentor,
+    call,
+    learners,
+)
 from engine.ema import Teacher
 from engine.errors import run
 from engine.log import Averages, Log, facts, to_console
@@ -72,7 +80,9 @@ def main(arguments):
         config.save(cfg, folder / "config.yaml")
     about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
     logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
-    distributed.seed_everything(cfg.seed + distributed.rank())  # from here on dropout differs between processes
+    distributed.seed_everything(
+        cfg.seed + distributed.rank()
+    )  # from here on dropout differs between processes
     stream = batches(train_set, cfg, cfg.seed, start, device)
     if saved:
         checkpoint.set_rng_state(saved["rng"])
@@ -90,7 +100,13 @@ def main(arguments):
     # --- train ---
     model.train()
     steps = range(start, cfg.train.iters)
-    bar = tqdm(steps, initial=start, total=cfg.train.iters, disable=not distributed.is_main(), smoothing=0.05)
+    bar = tqdm(
+        steps,
+        initial=start,
+        total=cfg.train.iters,
+        disable=not distributed.is_main(),
+        smoothing=0.05,
+    )
     for step in bar:
         rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
         micro_batches = [to_device(next(stream), device) for _ in range(cfg.train.accumulate)]
@@ -108,12 +124,21 @@ def main(arguments):
                     outputs = student(views, step)
                 losses = {
                     name: call(
-                        term, outputs=outputs, labels=labels, weights={}, valid=valid, samples=samples,
-                        prototypes=vectors, step=step,
+                        term,
+                        outputs=outputs,
+                        labels=labels,
+                        weights={},
+                        valid=valid,
+                        samples=samples,
+                        prototypes=vectors,
+                        step=step,
                     )
                     for name, term in terms.items()
-                }  # fmt: skip
-                loss = sum(weights[name] * value for name, value in losses.items()) / cfg.train.accumulate
+                }
+                loss = (
+                    sum(weights[name] * value for name, value in losses.items())
+                    / cfg.train.accumulate
+                )
                 scaler.scale(loss).backward()
             features = outputs["source"].features.detach()
             seen.append((features, resize_labels(batch["label"], features.shape[-2:]), None))
@@ -127,7 +152,13 @@ def main(arguments):
             if teacher:
                 teacher.update(model)
             for _, _, member in learners(members, model.classifier, views_of):
-                call(member.update, batches=seen, prototypes=vectors, step=step, iters=cfg.train.iters)
+                call(
+                    member.update,
+                    batches=seen,
+                    prototypes=vectors,
+                    step=step,
+                    iters=cfg.train.iters,
+                )
 
         # --- log, validate, save ---
         done = step + 1
@@ -139,7 +170,11 @@ def main(arguments):
             values = averages.take(step)
             log.training(done, values, rates, norm, scaler, cfg.train.batch_size, device)
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
-        if distributed.is_main() and cfg.log.images_every and (done % cfg.log.images_every == 0 or step == start):
+        if (
+            distributed.is_main()
+            and cfg.log.images_every
+            and (done % cfg.log.images_every == 0 or step == start)
+        ):
             draw_step(log, done, views, labels, {}, outputs, vectors, train_set)
         if check:
             score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
@@ -149,12 +184,20 @@ def main(arguments):
         if save:
             checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
         if stop:
-            logger.info(f"signal received: saved at step {done}; the same command goes on from there")
+            logger.info(
+                f"signal received: saved at step {done}; the same command goes on from there"
+            )
             break
 
     if not stop:
-        about |= {"step": cfg.train.iters, "seconds": round(seconds + time.time() - clock), "best_val": best}
-        final_report(reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder, about)
+        about |= {
+            "step": cfg.train.iters,
+            "seconds": round(seconds + time.time() - clock),
+            "best_val": best,
+        }
+        final_report(
+            reported, test_sets or {"val": val_set}, cfg.eval, device, autocast, folder, about
+        )
     log.close()
 
 

@@ -29,7 +29,10 @@ from models.decoders.deeplabv3plus import DeepLabV3Plus
 from models.segmentor import Segmentor, View
 
 CROSS = {"name": "cross_entropy.CrossEntropy"}
-CONTRAST, DISTANCE = {"name": "protoseg.Contrast", "weight": 0.01}, {"name": "protoseg.Distance", "weight": 0.001}
+CONTRAST, DISTANCE = (
+    {"name": "protoseg.Contrast", "weight": 0.01},
+    {"name": "protoseg.Distance", "weight": 0.001},
+)
 GAUSSIAN = {"name": "gmmseg.Contrast", "weight": 0.01}
 STEPS = 5  # from one M step to the next
 ROWS = {  # name: (classifier, losses beside cross-entropy)
@@ -53,22 +56,34 @@ class Row:
         device, k = torch.device(options.device), options.classes
         torch.manual_seed(0)
         backbone = ResNet(depth=18, stages=3, output_stride=16, weights="none")
-        decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=options.width)
+        decoder = DeepLabV3Plus(
+            in_channels=backbone.channels, strides=backbone.strides, width=options.width
+        )
         with device:  # a queue is not made twice
-            classifier = build("models.classifiers", classifier, in_channels=options.width, num_classes=k)
-        for ring in (m for m in classifier.modules() if isinstance(m, Ring)):  # written, or it would take no memory yet
+            classifier = build(
+                "models.classifiers", classifier, in_channels=options.width, num_classes=k
+            )
+        for ring in (
+            m for m in classifier.modules() if isinstance(m, Ring)
+        ):  # written, or it would take no memory yet
             ring.rows.fill_(ring.rows.shape[2] ** -0.5)
             ring.count.fill_(ring.rows.shape[1])
         self.model = Segmentor(backbone, decoder, classifier, frozen_bn=["backbone"])
         self.model = self.model.to(device, memory_format=torch.channels_last).train()
-        self.terms, self.weights = build_losses([CROSS, *losses], num_classes=k, in_channels=options.width, seed=0)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.terms, self.weights = build_losses(
+            [CROSS, *losses], num_classes=k, in_channels=options.width, seed=0
+        )
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=1e-4
+        )
         self.image = torch.rand(options.batch, 3, *options.size, device=device)
         labels = patches(options.batch, *options.size, k).to(device)
         self.labels = {"source": torch.where(labels < k, labels, IGNORE)}
         self.valid = {"source": (self.labels["source"] != IGNORE).sum()}
         self.samples = {"source": torch.arange(options.batch, device=device)}
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=options.precision == "bf16"
+        )
         self.device, self.count = device, 0
 
     def step(self):
@@ -79,11 +94,17 @@ class Row:
         loss = sum(
             self.weights[name]
             * call(
-                term, outputs=outputs, labels=self.labels, weights={}, valid=self.valid, samples=self.samples,
-                prototypes=members, step=self.count,
+                term,
+                outputs=outputs,
+                labels=self.labels,
+                weights={},
+                valid=self.valid,
+                samples=self.samples,
+                prototypes=members,
+                step=self.count,
             )
             for name, term in self.terms.items()
-        )  # fmt: skip
+        )
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,11 +155,20 @@ def main(arguments=None):
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument("--width", type=int, default=256, help="channels of the features, at least as many as classes")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=256,
+        help="channels of the features, at least as many as classes",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 320])
-    parser.add_argument("--queue", type=int, default=32000, help="pixels per component: 6.1 GB with 150 classes")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], help="ratios are to the first one")
+    parser.add_argument(
+        "--queue", type=int, default=32000, help="pixels per component: 6.1 GB with 150 classes"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*ROWS], default=[*ROWS], help="ratios are to the first one"
+    )
     parser.add_argument("--memory-of", choices=[*ROWS], help="one row's memory alone, as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -149,17 +179,33 @@ def main(arguments=None):
     peaks = {}
     for name in options.rows:
         command = [sys.executable, "-m", "benchmarks.classifiers", *given, "--memory-of", name]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
         if found.returncode:
             sys.exit(found.stderr)
         peaks[name] = json.loads(found.stdout)
     rows = {name: Row(name, options) for name in options.rows}
     steps = compare({name: row.train for name, row in rows.items()}, options.rounds)
     inference = compare({name: row.infer for name, row in rows.items()}, options.rounds)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"CPU, {options.threads} thread(s)"
+    )
     height, width = options.size
-    print(f"{options.batch} crops of {height} x {width}, {options.classes} classes, {options.precision}, {where}\n")
-    heads = ["classifier", "step, ms", "ratio", "inference, ms", "ratio", "peak, MB", f"more than {options.rows[0]}"]
+    print(
+        f"{options.batch} crops of {height} x {width}, {options.classes} classes, {options.precision}, {where}\n"
+    )
+    heads = [
+        "classifier",
+        "step, ms",
+        "ratio",
+        "inference, ms",
+        "ratio",
+        "peak, MB",
+        f"more than {options.rows[0]}",
+    ]
     print(f"| {' | '.join(heads)} | state, MB |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.rows:

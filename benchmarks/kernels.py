@@ -23,7 +23,13 @@ from models.classifiers.linear import Linear
 from models.decoders.deeplabv3plus import DeepLabV3Plus
 from models.segmentor import Output, Segmentor, View
 
-SUMS = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (8, 128, 64, 80, 22), (2, 256, 64, 64, 150), (2, 256, 64, 64, 342)]
+SUMS = [
+    (2, 256, 64, 64, 19),
+    (8, 128, 64, 80, 11),
+    (8, 128, 64, 80, 22),
+    (2, 256, 64, 64, 150),
+    (2, 256, 64, 64, 342),
+]
 CONTRAST = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (2, 256, 64, 64, 150)]  # B, D, h, w, K
 
 
@@ -51,7 +57,10 @@ def compare(variants, rounds):
             times[name].append(1e3 * (clock() - start))
     times = {name: values[1:] for name, values in times.items()}  # the first round warms up
     first, middle = next(iter(times.values())), statistics.median
-    return {name: (middle(values), middle(b / a for a, b in zip(first, values))) for name, values in times.items()}
+    return {
+        name: (middle(values), middle(b / a for a, b in zip(first, values)))
+        for name, values in times.items()
+    }
 
 
 def patches(batch, height, width, num_classes):
@@ -70,14 +79,22 @@ def time_class_sums(shape, layout, rounds):
 
     def gradient(function, x):
         sums = function(x, labels, num_classes)
-        return sums, torch.autograd.grad(sums, x, direction.to(x.dtype))[0].contiguous(memory_format=layout)
+        return sums, torch.autograd.grad(sums, x, direction.to(x.dtype))[0].contiguous(
+            memory_format=layout
+        )
 
-    ways = {"class_sums": lambda *x: class_sums(*x)[0], "index_add_ on rows": index_add, "masked loop": masked_loop}
+    ways = {
+        "class_sums": lambda *x: class_sums(*x)[0],
+        "index_add_ on rows": index_add,
+        "masked loop": masked_loop,
+    }
     truth = gradient(masked_loop, features.double())
     for way in ways.values():
         for actual, expected in zip(gradient(way, features), truth):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
-    return compare({name: lambda way=way: gradient(way, features) for name, way in ways.items()}, rounds)
+    return compare(
+        {name: lambda way=way: gradient(way, features) for name, way in ways.items()}, rounds
+    )
 
 
 def time_occl(shape, layout, rounds):
@@ -94,7 +111,9 @@ def time_occl(shape, layout, rounds):
         torch.autograd.grad(value, features)
 
     parts = {"OCCL": whole}
-    parts["of it class_sums"] = lambda: torch.autograd.grad(class_sums(features, views, 2 * k)[0], features, direction)
+    parts["of it class_sums"] = lambda: torch.autograd.grad(
+        class_sums(features, views, 2 * k)[0], features, direction
+    )
     parts["of it halve"] = lambda: halve(labels, samples, k, 0)
     return compare(parts, rounds)
 
@@ -103,14 +122,21 @@ def time_step(_, precision, rounds, num_classes=11):
     """A training step on 8 crops of 256 x 320 with and without OCCL, and both losses on detached leaves."""
     backbone = ResNet(depth=18, stages=3, output_stride=16, weights="none")
     decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=128)
-    model = Segmentor(backbone, decoder, CBP(in_channels=128, num_classes=num_classes), frozen_bn=["backbone"])
+    model = Segmentor(
+        backbone, decoder, CBP(in_channels=128, num_classes=num_classes), frozen_bn=["backbone"]
+    )
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    image, labels = torch.rand(8, 3, 256, 320), {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)}
+    image, labels = (
+        torch.rand(8, 3, 256, 320),
+        {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)},
+    )
     samples, members = {"source": torch.arange(8)}, {"classifier": model.classifier}
     valid = {"source": (labels["source"] != IGNORE).sum()}
     pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes)
-    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    )
 
     def losses(outputs, occl, cross_entropy=True):
         loss = pixel(outputs, labels, valid, {}) if cross_entropy else 0
@@ -149,7 +175,10 @@ def main():
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
         for name, (ms, ratio) in function(case, variant, options.rounds).items():
-            print(f"| {case}, {str(variant).removeprefix('torch.')} | {name} | {ms:.2f} | {ratio:.3g} |", flush=True)
+            print(
+                f"| {case}, {str(variant).removeprefix('torch.')} | {name} | {ms:.2f} | {ratio:.3g} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

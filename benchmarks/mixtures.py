@@ -18,7 +18,14 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from engine.config import read_yaml
 from models.prototypes.mixtures import Mixtures
 
-DEFAULTS = {"classes": 19, "components": 8, "pool": 300_000, "dim": 256, "threads": 1, "chunks": [2048, 8192, 32768]}
+DEFAULTS = {
+    "classes": 19,
+    "components": 8,
+    "pool": 300_000,
+    "dim": 256,
+    "threads": 1,
+    "chunks": [2048, 8192, 32768],
+}
 SIDE = 100  # of the square maps that feed the pool
 
 
@@ -65,7 +72,8 @@ def fit(options):
     seconds = clock() - start - drawing
     pool = options["classes"] * options["pool"] * options["dim"] * 4 / 2**20
     print(
-        f"fit: {seconds:.1f} s, {megabytes()[1] - before - pool:.0f} MiB besides a pool of {pool:.0f} MiB", flush=True
+        f"fit: {seconds:.1f} s, {megabytes()[1] - before - pool:.0f} MiB besides a pool of {pool:.0f} MiB",
+        flush=True,
     )
     return mixtures
 
@@ -79,7 +87,10 @@ def score(mixtures, options):
             mixtures.score(features)
             seconds = clock() - start
             count = -(-h * w // mixtures.chunk)
-            print(f"score at {name}: {seconds:.2f} s in {count} chunks of {mixtures.chunk}", flush=True)
+            print(
+                f"score at {name}: {seconds:.2f} s in {count} chunks of {mixtures.chunk}",
+                flush=True,
+            )
 
 
 @torch.no_grad()
@@ -90,7 +101,9 @@ def compare(mixtures, options, vectors=512, rounds=5):
     normal = Independent(Normal(means, mixtures.component_variances.sqrt()), 1)
     reference = MixtureSameFamily(Categorical(weights), normal)
     rows = features[0, :, 0].T[:, None]  # (N, 1, D)
-    torch.testing.assert_close(mixtures.score(features)[0, :, 0].T, reference.log_prob(rows), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        mixtures.score(features)[0, :, 0].T, reference.log_prob(rows), rtol=1e-3, atol=1e-2
+    )
     ratios = []
     for _ in range(rounds):
         times = []
@@ -99,11 +112,16 @@ def compare(mixtures, options, vectors=512, rounds=5):
             function()
             times.append(clock() - start)
         ratios.append(times[0] / times[1])
-    print(f"torch.distributions takes {sorted(ratios)[rounds // 2]:.0f} times as long on {vectors} vectors", flush=True)
+    print(
+        f"torch.distributions takes {sorted(ratios)[rounds // 2]:.0f} times as long on {vectors} vectors",
+        flush=True,
+    )
 
 
 def main():
-    options = DEFAULTS | {key: read_yaml(value, key) for key, value in (a.split("=", 1) for a in sys.argv[1:])}
+    options = DEFAULTS | {
+        key: read_yaml(value, key) for key, value in (a.split("=", 1) for a in sys.argv[1:])
+    }
     if {*options} != {*DEFAULTS}:
         sys.exit(f"options are {', '.join(DEFAULTS)}")
     torch.set_num_threads(options["threads"])

@@ -36,11 +36,17 @@ def scene(seed, index, shift=None):
     """One picture (3, H, W) in [0, 1], its labels (H, W), and the box (H, W) bool that has the look of `shift`."""
     image, label = draw(seed, index, "real", SIZE)
     box = np.zeros(SIZE, bool)
-    top, left = np.random.default_rng((seed, index, 99)).integers(0, (SIZE[0] // 2 + 1, SIZE[1] // 2 + 1))
+    top, left = np.random.default_rng((seed, index, 99)).integers(
+        0, (SIZE[0] // 2 + 1, SIZE[1] // 2 + 1)
+    )
     box[top : top + SIZE[0] // 2, left : left + SIZE[1] // 2] = True
     if shift:
         image = np.where(box[..., None], draw(seed, index, shift, SIZE)[0], image)
-    return torch.from_numpy(image).permute(2, 0, 1) / 255, torch.from_numpy(label).long(), torch.from_numpy(box)
+    return (
+        torch.from_numpy(image).permute(2, 0, 1) / 255,
+        torch.from_numpy(label).long(),
+        torch.from_numpy(box),
+    )
 
 
 @functools.cache
@@ -58,13 +64,28 @@ def area_under_curve(scores, positive):
 def train(seed, reverse, options):
     """A network in eval mode whose discriminator has seen `steps` batches of 8 + 8, out of `scenes` pictures each."""
     torch.manual_seed(seed)
-    texts = ["model.bn_views=[]", f"model.region={{stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}"]
+    texts = [
+        "model.bn_views=[]",
+        f"model.region={{stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}",
+    ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
     model = build_segmentor(cfg.model, K).train()
-    groups = [{"params": model.region.discriminator.parameters(), "lr": 1e-2}]  # ten times the rate, as a head
-    groups += [{"params": [p for name, p in model.named_parameters() if not name.startswith("region.discriminator")]}]
+    groups = [
+        {"params": model.region.discriminator.parameters(), "lr": 1e-2}
+    ]  # ten times the rate, as a head
+    groups += [
+        {
+            "params": [
+                p
+                for name, p in model.named_parameters()
+                if not name.startswith("region.discriminator")
+            ]
+        }
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)  # else the last steps decide
+    decay = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0, options.steps
+    )  # else the last steps decide
     scored, adversarial = CrossEntropy(), RegionAdversarial()
     for step in range(options.steps):
         some, others = torch.randint(options.scenes, (2, 8))
@@ -93,7 +114,9 @@ def picture(images, found, boxes, count=4):
     high = F.interpolate(found[:, None], SIZE)[:, 0]
     high = (high - high.amin()) / (high.amax() - high.amin())
     columns = list(zip(images, boxes.float(), high))[:count]
-    return pictures.stack([side_by_side(image, (), box=box, found=values) for image, box, values in columns])
+    return pictures.stack(
+        [side_by_side(image, (), box=box, found=values) for image, box, values in columns]
+    )
 
 
 def main():
@@ -107,7 +130,9 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    print("| discriminator | area under the curve, by seed | without the box | median |\n|---|---|---|---|")
+    print(
+        "| discriminator | area under the curve, by seed | without the box | median |\n|---|---|---|---|"
+    )
     for name, reverse in (("probe", False), ("adversarial", True)):
         areas, controls = [], []
         for seed in options.seeds:
@@ -116,8 +141,13 @@ def main():
             areas.append(area)
             controls.append(measure(model, None)[0])
             Image.fromarray(picture(*shown)).save(options.out / f"{name}_{seed}.png")
-        areas_text, controls_text = (", ".join(f"{value:.3f}" for value in values) for values in (areas, controls))
-        print(f"| {name} | {areas_text} | {controls_text} | {statistics.median(areas):.3f} |", flush=True)
+        areas_text, controls_text = (
+            ", ".join(f"{value:.3f}" for value in values) for values in (areas, controls)
+        )
+        print(
+            f"| {name} | {areas_text} | {controls_text} | {statistics.median(areas):.3f} |",
+            flush=True,
+        )
     print(f"pictures: {options.out}")
 
 

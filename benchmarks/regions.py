@@ -24,8 +24,14 @@ from models.segmentor import View
 
 K = 19
 HOSTS = {
-    "MiT-B0": ["model.backbone={name: mit.MiT, size: b0, weights: none}", "model.region={stage: 3, cell: 4}"],
-    "ViT-S": ["model.backbone={name: vit.ViT, size: s, weights: none}", "model.region={stage: 1, cell: 4}"],
+    "MiT-B0": [
+        "model.backbone={name: mit.MiT, size: b0, weights: none}",
+        "model.region={stage: 3, cell: 4}",
+    ],
+    "ViT-S": [
+        "model.backbone={name: vit.ViT, size: s, weights: none}",
+        "model.region={stage: 1, cell: 4}",
+    ],
 }
 ROWS = {
     "network alone": ["model.region.stage=0"],
@@ -47,12 +53,17 @@ def build_step(host, row, options):
     device, side = options.device, options.side
     model = build_segmentor(cfg.model, K).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    views = {name: View(torch.rand(1, 3, side, side, device=device), name) for name in ("source", "target")}
+    views = {
+        name: View(torch.rand(1, 3, side, side, device=device), name)
+        for name in ("source", "target")
+    }
     labels = {name: patches(1, side, side, K).clamp_max(IGNORE).to(device) for name in views}
     valid = {name: (values != IGNORE).sum() for name, values in labels.items()}
     scored = [CrossEntropy(view=name) for name in views]
     auxiliary, adversarial = CrossEntropy(head="region"), RegionAdversarial()
-    kind = {"fp32": contextlib.nullcontext, "bf16": lambda: torch.autocast(device, torch.bfloat16)}[options.precision]
+    kind = {"fp32": contextlib.nullcontext, "bf16": lambda: torch.autocast(device, torch.bfloat16)}[
+        options.precision
+    ]
 
     def step():
         with kind():
@@ -74,7 +85,11 @@ def kernels_of(step):
     with torch.profiler.profile() as profile:
         step()
     return sorted(
-        {event.key for event in profile.key_averages() if "_attention_for_cpu" in event.key or "fmha" in event.key}
+        {
+            event.key
+            for event in profile.key_averages()
+            if "_attention_for_cpu" in event.key or "fmha" in event.key
+        }
     )
 
 
@@ -90,7 +105,10 @@ def main():
     torch.manual_seed(0)
     print("| network | step | ms | ratio | peak MiB |\n|---|---|---|---|---|", flush=True)
     for host in HOSTS:
-        steps, peaks = {row: build_step(host, row, options) for row in ROWS}, dict.fromkeys(ROWS, "-")
+        steps, peaks = (
+            {row: build_step(host, row, options) for row in ROWS},
+            dict.fromkeys(ROWS, "-"),
+        )
         if options.device == "cuda":
             for row, step in steps.items():
                 step()

@@ -50,13 +50,39 @@ from pathlib import Path
 from engine.config import ConfigError, read_yaml
 from engine.errors import run
 
-KEYS = ("name", "script", "seeds", "metric", "scalars", "common", "rows", "pairs", "runs", "threads", "folder", "out")
+KEYS = (
+    "name",
+    "script",
+    "seeds",
+    "metric",
+    "scalars",
+    "common",
+    "rows",
+    "pairs",
+    "runs",
+    "threads",
+    "folder",
+    "out",
+)
 
 
 def load_grid(path, overrides):
     """Grid file and `key=value` overrides -> dict with every key of KEYS."""
-    defaults = {"script": "train_supervised.py", "seeds": [0], "metric": "mIoU", "common": [], "runs": 1, "threads": 0}
-    defaults |= {"scalars": [], "folder": "runs", "out": "benchmarks/results", "pairs": None, "rows": {}}
+    defaults = {
+        "script": "train_supervised.py",
+        "seeds": [0],
+        "metric": "mIoU",
+        "common": [],
+        "runs": 1,
+        "threads": 0,
+    }
+    defaults |= {
+        "scalars": [],
+        "folder": "runs",
+        "out": "benchmarks/results",
+        "pairs": None,
+        "rows": {},
+    }
     if not Path(path).is_file():
         raise ConfigError(f"there is no grid file {path}")
     grid = defaults | read_yaml(Path(path).read_text(), path)
@@ -77,9 +103,16 @@ def paired(sets, first, methods):
         texts = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         return {**spec, "set": [*spec.get("set", []), *texts], **more}
 
-    rows = {a: row(first, {"data.train": sets[a]["train"], "data.test": {a: sets[a]["test"]}}) for a in sets}
+    rows = {
+        a: row(first, {"data.train": sets[a]["train"], "data.test": {a: sets[a]["test"]}})
+        for a in sets
+    }
     for a, b in itertools.permutations(sets, 2):
-        data = {"data.train": sets[b]["train"], "data.target": sets[a]["train"], "data.test": {b: sets[b]["test"]}}
+        data = {
+            "data.train": sets[b]["train"],
+            "data.target": sets[a]["train"],
+            "data.test": {b: sets[b]["test"]},
+        }
         for method, spec in methods.items():
             spec = spec | {"set": [text.replace("{first}", a) for text in spec.get("set", [])]}
             rows[f"{a} to {b}, {method}"] = row(spec, data, after=a)
@@ -92,8 +125,13 @@ def pairs_table(grid, table):
     lines, complete = [f"| pair | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"], []
     for a, b in itertools.permutations(grid["pairs"]["sets"], 2):
         runs_of = [table.get(f"{a} to {b}, {method}", {}).get(b, {}).values() for method in methods]
-        values = [statistics.mean(s[metric] for s in summaries) if summaries else None for summaries in runs_of]
-        lines.append(f"| {a} to {b} | {' | '.join('not yet run' if v is None else f'{v:.2f}' for v in values)} |")
+        values = [
+            statistics.mean(s[metric] for s in summaries) if summaries else None
+            for summaries in runs_of
+        ]
+        lines.append(
+            f"| {a} to {b} | {' | '.join('not yet run' if v is None else f'{v:.2f}' for v in values)} |"
+        )
         complete += [values] if None not in values else []
     means = [f"{statistics.mean(column):.2f}" for column in zip(*complete)] or ["-"] * len(methods)
     return [*lines, f"| mean of {len(complete)} pairs | {' | '.join(means)} |"]
@@ -104,12 +142,22 @@ def jobs(grid):
     result = []
     for row, spec in grid["rows"].items():
         for seed in spec.get("seeds", grid["seeds"]):
-            folder = Path(grid["folder"]) / grid["name"] / re.sub(r"[^\w.=-]+", "_", row) / f"seed{seed}"
-            settings = [text.replace("{seed}", str(seed)) for text in [*grid["common"], *spec.get("set", [])]]
+            folder = (
+                Path(grid["folder"]) / grid["name"] / re.sub(r"[^\w.=-]+", "_", row) / f"seed{seed}"
+            )
+            settings = [
+                text.replace("{seed}", str(seed))
+                for text in [*grid["common"], *spec.get("set", [])]
+            ]
             settings += [f"seed={seed}", f"folder={folder}", "resume=auto"]
             settings += [f"threads={grid['threads']}"] if grid["threads"] else []
             result.append(
-                (row, seed, folder, [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings])
+                (
+                    row,
+                    seed,
+                    folder,
+                    [sys.executable, spec.get("script", grid["script"]), spec["config"], *settings],
+                )
             )
     return sorted(result, key=lambda job: job[1])
 
@@ -129,8 +177,13 @@ def execute(todo, at_a_time, threads, after):
             waiting.remove(job)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "a") as output:
-                running[folder] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            print(f"{time.strftime('%H:%M')} started {row}, seed {seed} ({len(waiting)} wait)", flush=True)
+                running[folder] = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=environment
+                )
+            print(
+                f"{time.strftime('%H:%M')} started {row}, seed {seed} ({len(waiting)} wait)",
+                flush=True,
+            )
         for folder, process in list(running.items()):
             if process.poll() is not None:
                 codes[folder] = running.pop(folder).returncode
@@ -158,7 +211,9 @@ def collect(grid):
             continue
         result = json.loads(path.read_text())
         ends = {name: ends_of(folder / "scalars.jsonl", name) for name in grid["scalars"]}
-        runs.append({"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends})
+        runs.append(
+            {"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends}
+        )
         path = folder / f"eval_step_{result['step']:07d}" / "diagnostics.json"
         if path.exists():
             runs[-1]["diagnostics"] = json.loads(path.read_text())
@@ -176,12 +231,20 @@ def per_class(grid, runs):
     lines, sets = [], list(dict.fromkeys(name for facts in runs for name in facts.get("IoU", {})))
     for name in sets:
         found = [
-            (facts["row"], facts["IoU"][name] | {key: facts["results"][name][key] for key in ("mAcc", "aAcc")})
+            (
+                facts["row"],
+                facts["IoU"][name] | {key: facts["results"][name][key] for key in ("mAcc", "aAcc")},
+            )
             for facts in runs
             if name in facts.get("IoU", {})
         ]
         classes = list(found[0][1])
-        lines += ["", f"IoU of each class on {name}, mean over seeds:", "", f"| row | {' | '.join(classes)} |"]
+        lines += [
+            "",
+            f"IoU of each class on {name}, mean over seeds:",
+            "",
+            f"| row | {' | '.join(classes)} |",
+        ]
         lines.append(f"|---|{'---|' * len(classes)}")
         for row in grid["rows"]:
             ious = [values for owner, values in found if owner == row]
@@ -200,20 +263,51 @@ def diagnosed(grid, runs):
         return []
     name, first = next(iter(found[0][1]["sets"].items()))
     pairs, last = list(first["pairs"]), len(first["groups"]) - 1
-    heads = ["seeds", "CS", "CS of abs. cosines", "max abs. cosine", "r(norm, pixels)", "F1, rarest", "F1, commonest"]
-    lines = ["", f"Class vectors, and {name}, mean over seeds (`eval.py ... diagnostics=true`, engine/diagnostics.py):"]
-    lines += ["", f"| row | {' | '.join([*heads, *pairs])} |", f"|---|{'---|' * len([*heads, *pairs])}"]
+    heads = [
+        "seeds",
+        "CS",
+        "CS of abs. cosines",
+        "max abs. cosine",
+        "r(norm, pixels)",
+        "F1, rarest",
+        "F1, commonest",
+    ]
+    lines = [
+        "",
+        f"Class vectors, and {name}, mean over seeds (`eval.py ... diagnostics=true`, engine/diagnostics.py):",
+    ]
+    lines += [
+        "",
+        f"| row | {' | '.join([*heads, *pairs])} |",
+        f"|---|{'---|' * len([*heads, *pairs])}",
+    ]
     for row in grid["rows"]:
         values = []
         for d in (d for owner, d in found if owner == row):
             here = d["sets"][name]
             ends = [here["groups"][i]["F1"] for i in (0, last)]
-            values.append([d["CS"], d["CS_abs"], d["max_cos"], d["norm_pixels"], *ends, *here["pairs"].values()])
+            values.append(
+                [
+                    d["CS"],
+                    d["CS_abs"],
+                    d["max_cos"],
+                    d["norm_pixels"],
+                    *ends,
+                    *here["pairs"].values(),
+                ]
+            )
         columns = [[v for v in column if v is not None] for column in zip(*values)]
-        cells = [f"{round(statistics.mean(column), 2) + 0.0:.2f}" if column else "-" for column in columns]
+        cells = [
+            f"{round(statistics.mean(column), 2) + 0.0:.2f}" if column else "-"
+            for column in columns
+        ]
         lines += [f"| {row} | {len(values)} | {' | '.join(cells)} |"] if values else []
     rarest, commonest = (", ".join(first["groups"][i]["classes"]) for i in (0, last))
-    return [*lines, "", f"Rarest in training: {rarest}; commonest: {commonest}. Pairs: sum of the IoU of both."]
+    return [
+        *lines,
+        "",
+        f"Rarest in training: {rarest}; commonest: {commonest}. Pairs: sum of the IoU of both.",
+    ]
 
 
 def markdown(grid, table, runs):
@@ -231,7 +325,10 @@ def markdown(grid, table, runs):
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
         for name in grid["scalars"]:
             ends = [facts["scalars"][name] for facts in runs if facts["row"] == row]
-            cells.append(" to ".join(f"{statistics.mean(values):.3g}" for values in zip(*ends)) or "not yet run")
+            cells.append(
+                " to ".join(f"{statistics.mean(values):.3g}" for values in zip(*ends))
+                or "not yet run"
+            )
         seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
         lines.append(f"| {row} | {seeds} | {' | '.join(cells)} |")
 
@@ -252,7 +349,9 @@ def markdown(grid, table, runs):
 
 def main(arguments):
     only_table = "table" in arguments
-    grid = load_grid(arguments[0], [a for a in arguments[1:] if a != "table"]) | {"file": arguments[0]}
+    grid = load_grid(arguments[0], [a for a in arguments[1:] if a != "table"]) | {
+        "file": arguments[0]
+    }
     todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
     after = {row: spec["after"] for row, spec in grid["rows"].items() if "after" in spec}
     codes = {} if only_table else execute(todo, grid["runs"], grid["threads"], after)
@@ -264,7 +363,9 @@ def main(arguments):
     (out / f"{grid['name']}.json").write_text(json.dumps({"grid": grid, "runs": runs}, indent=1))
     print(f"\n{text}\nwritten to {out / grid['name']}.md and .json")
     if any(codes.values()):
-        sys.exit(f"{sum(map(bool, codes.values()))} of {len(codes)} runs failed; start again to go on with them")
+        sys.exit(
+            f"{sum(map(bool, codes.values()))} of {len(codes)} runs failed; start again to go on with them"
+        )
 
 
 if __name__ == "__main__":

@@ -25,18 +25,35 @@ class ACDC(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "train", condition: str = "all", labels: bool = True, ignore: list = (),
-        augment=None, seed=0, stylised: str | None = None, label_space: dict | None = None,
+        self,
+        *,
+        root,
+        split: str = "train",
+        condition: str = "all",
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
+        label_space: dict | None = None,
     ):
-        # fmt: on
         if condition not in (*CONDITIONS, "all"):
-            raise DataError(f"ACDC has no condition '{condition}'; there are {', '.join(CONDITIONS)}, all")
+            raise DataError(
+                f"ACDC has no condition '{condition}'; there are {', '.join(CONDITIONS)}, all"
+            )
         if labels and split.endswith("_ref"):
-            raise DataError(f"ACDC {split} holds reference images, which have no labels; set labels: false")
+            raise DataError(
+                f"ACDC {split} holds reference images, which have no labels; set labels: false"
+            )
         self.conditions = CONDITIONS if condition == "all" else (condition,)
-        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        options = {
+            "labels": labels,
+            "ignore": ignore,
+            "augment": augment,
+            "seed": seed,
+            "stylised": stylised,
+        }
         super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
@@ -45,15 +62,23 @@ class ACDC(SegmentationData):
     def pairs_of(self, condition):
         images = self.root / "rgb_anon" / condition
         if not (images / self.split).is_dir():
-            splits = ", ".join(sorted(path.name for path in images.glob("*") if path.is_dir())) or "none"
-            raise DataError(f"ACDC {condition} has no split '{self.split}': the folders in {images} are {splits}")
+            splits = (
+                ", ".join(sorted(path.name for path in images.glob("*") if path.is_dir())) or "none"
+            )
+            raise DataError(
+                f"ACDC {condition} has no split '{self.split}': the folders in {images} are {splits}"
+            )
         found = sorted((images / self.split).glob("*/*_rgb*_anon.png"))
-        return [(image, self.label_of(image, condition) if self.labels else None) for image in found]
+        return [
+            (image, self.label_of(image, condition) if self.labels else None) for image in found
+        ]
 
     def label_of(self, image, condition):
         folder = self.root / "gt" / condition / self.split / image.parent.name
         stem = image.name.removesuffix("_rgb_anon.png")
-        return existing(*(folder / f"{stem}_gt_{kind}.png" for kind in ("labelTrainIds", "labelIds")))
+        return existing(
+            *(folder / f"{stem}_gt_{kind}.png" for kind in ("labelTrainIds", "labelIds"))
+        )
 
     def is_mapped(self, path, ids):
         return has_train_ids(path)

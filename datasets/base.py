@@ -75,7 +75,9 @@ def read_colors(path, colors):
     unknown = np.unique(codes[keys[position] != codes]).tolist()
     if unknown:
         named = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:5])
-        raise DataError(f"{path} holds {len(unknown)} colours that are not in the colour table, such as {named}")
+        raise DataError(
+            f"{path} holds {len(unknown)} colours that are not in the colour table, such as {named}"
+        )
     return values[position].astype(np.uint8)
 
 
@@ -90,7 +92,9 @@ def lookup_table(id_map, classes):
 def check_label_space(title, space, own):
     """Raise DataError unless {class: [own classes]} names own classes, and none twice."""
     if wrong := [name for name, members in space.items() if not isinstance(members, (list, tuple))]:
-        raise DataError(f"{title}: label_space.{wrong[0]} must be a list of class names, not {space[wrong[0]]!r}")
+        raise DataError(
+            f"{title}: label_space.{wrong[0]} must be a list of class names, not {space[wrong[0]]!r}"
+        )
     named = [name for members in space.values() for name in members]
     if unknown := [name for name in named if name not in own]:
         raise DataError(f"{title}: label_space names {unknown}; there are {', '.join(own)}")
@@ -154,12 +158,18 @@ class SegmentationData(Dataset):
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "train", labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None, label_space: dict | None = None,
+        self,
+        *,
+        root,
+        split: str = "train",
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
+        label_space: dict | None = None,
     ):
-        # fmt: on
         if root is None:
             raise DataError(f"{type(self).__name__} needs its folder: set data.root=PATH")
         self.root, self.split, self.labels = Path(root), split, labels
@@ -170,31 +180,57 @@ class SegmentationData(Dataset):
         self.set_classes(ignore, label_space)
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
-        self.samples = [(image, label if labels else None) for image, label in found if image not in self.left_out]
+        self.samples = [
+            (image, label if labels else None)
+            for image, label in found
+            if image not in self.left_out
+        ]
         self._check()
-        self.stylised = {} if stylised is None else self._find_stylised(self.root / stylised)  # {image: its copy}
+        self.stylised = (
+            {} if stylised is None else self._find_stylised(self.root / stylised)
+        )  # {image: its copy}
 
     def set_classes(self, ignore=(), label_space=None):
         """Make CLASSES, PALETTE and SCORED those of the label space, and the tables from ids on disk to its ids."""
         title, own = type(self).__name__, list(self.CLASSES)
-        space = {str(name): members for name, members in (label_space or {name: [name] for name in own}).items()}
+        space = {
+            str(name): members
+            for name, members in (label_space or {name: [name] for name in own}).items()
+        }
         check_label_space(title, space, own)
-        scored = tuple(name for name, members in space.items() if {*members} & {*(self.SCORED or own)})
+        scored = tuple(
+            name for name, members in space.items() if {*members} & {*(self.SCORED or own)}
+        )
         if not scored:
-            raise DataError(f"{title}: label_space has no class that occurs in this data set: {space}")
-        self.own_classes, self.CLASSES, self.SCORED = own, tuple(space), scored if len(scored) < len(space) else ()
+            raise DataError(
+                f"{title}: label_space has no class that occurs in this data set: {space}"
+            )
+        self.own_classes, self.CLASSES, self.SCORED = (
+            own,
+            tuple(space),
+            scored if len(scored) < len(space) else (),
+        )
         self.PALETTE = tuple(self.PALETTE[own.index(m[0])] if m else GREY for m in space.values())
         if unknown := [name for name in ignore if name not in space]:
             raise DataError(f"{title}: ignore names {unknown}; there are {', '.join(space)}")
-        ids = {own.index(m): i for i, (name, ms) in enumerate(space.items()) if name not in ignore for m in ms}
+        ids = {
+            own.index(m): i
+            for i, (name, ms) in enumerate(space.items())
+            if name not in ignore
+            for m in ms
+        }
         direct = {i: i for i in [*range(len(own)), IGNORE]}
         # The second table is for labels that others converted to own class ids.
-        self.table, self.class_table = (lookup_table(id_map, ids) for id_map in (self.ID_MAP or direct, direct))
+        self.table, self.class_table = (
+            lookup_table(id_map, ids) for id_map in (self.ID_MAP or direct, direct)
+        )
 
     def split_folder(self, folder):
         """The folder of the split in a folder of splits."""
         if not (folder / self.split).is_dir():
-            there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+            there = (
+                ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+            )
             title = f"{type(self).__name__} has no split '{self.split}'"
             raise DataError(f"{title}: the folders in {folder} are {there}")
         return folder / self.split
@@ -203,11 +239,17 @@ class SegmentationData(Dataset):
         name = f"{type(self).__name__} {self.split}"
         if not self.samples:
             raise DataError(f"{name}: no images under {self.root}; see the layouts in README, Data")
-        for kind, paths in (("images", [i for i, _ in self.samples]), ("labels", [p for _, p in self.samples if p])):
+        for kind, paths in (
+            ("images", [i for i, _ in self.samples]),
+            ("labels", [p for _, p in self.samples if p]),
+        ):
             if missing := [str(path) for path in paths if not Path(path).is_file()]:
                 some = f"{name}: {len(missing)} of {len(paths)} {kind}"
                 raise DataError(f"{some} do not exist, such as {', '.join(missing[:5])}")
-        check_different(self._stems(), "the path '{}' but for the suffix, under which maps are stored; rename one")
+        check_different(
+            self._stems(),
+            "the path '{}' but for the suffix, under which maps are stored; rename one",
+        )
 
     def _stems(self):
         """{image: stem}; an image that a list names twice counts once."""
@@ -215,14 +257,24 @@ class SegmentationData(Dataset):
 
     def _find_stylised(self, folder):
         if not folder.is_dir():
-            raise DataError(f"{type(self).__name__}: there is no folder {folder} of stylised images")
+            raise DataError(
+                f"{type(self).__name__}: there is no folder {folder} of stylised images"
+            )
         files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
         found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
-        copies = {image: found.get(stem, found.get(Path(image).stem)) for image, stem in self._stems().items()}
+        copies = {
+            image: found.get(stem, found.get(Path(image).stem))
+            for image, stem in self._stems().items()
+        }
         if missing := [str(image) for image, path in copies.items() if path is None]:
             some = f"{type(self).__name__}: {len(missing)} of {len(copies)} images"
-            raise DataError(f"{some} have no stylised copy in {folder}, such as {', '.join(missing[:5])}")
-        check_different(copies, "the stylised copy {}; give the copies the paths that the images have below the root")
+            raise DataError(
+                f"{some} have no stylised copy in {folder}, such as {', '.join(missing[:5])}"
+            )
+        check_different(
+            copies,
+            "the stylised copy {}; give the copies the paths that the images have below the root",
+        )
         return copies
 
     def pairs(self):
@@ -243,7 +295,10 @@ class SegmentationData(Dataset):
 
         An image outside the root has its absolute path, without the first slash.
         """
-        root, path = os.path.join(os.path.abspath(self.root), ""), os.path.abspath(self.samples[index][0])
+        root, path = (
+            os.path.join(os.path.abspath(self.root), ""),
+            os.path.abspath(self.samples[index][0]),
+        )
         return os.path.splitext(path.removeprefix(root).lstrip(os.sep))[0].replace(os.sep, "/")
 
     def label_key(self):
@@ -312,7 +367,9 @@ class SegmentationData(Dataset):
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
             with drawing(int(state[0])):
                 image, *maps = self.augment(image, *maps)
-        image, label, *maps = (values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps))
+        image, label, *maps = (
+            values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps)
+        )
         extra = dict(zip(self.extra, maps, strict=True))
         return {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
 

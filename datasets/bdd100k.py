@@ -25,6 +25,11 @@ class BDD100K(SegmentationData):
         labels = self.root / "labels" / ("sem_seg/masks" if newer else "") / self.split
         suffixes = (".png", "_train_id.png") if newer else ("_train_id.png", ".png")
         return [
-            (image, existing(*(labels / f"{image.stem}{suffix}" for suffix in suffixes)) if self.labels else None)
+            (
+                image,
+                existing(*(labels / f"{image.stem}{suffix}" for suffix in suffixes))
+                if self.labels
+                else None,
+            )
             for image in sorted(images.glob("*.jpg"))
         ]

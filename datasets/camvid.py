@@ -17,12 +17,31 @@ from pathlib import Path
 from datasets.base import DataError, SegmentationData, read_colors
 
 CLASSES = (
-    "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
-)  # fmt: skip
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 PALETTE = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-)  # fmt: skip
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (60, 40, 222),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
+)
 COLORS = {
     (128, 128, 128): 0,  # Sky
     (128, 0, 0): 1,  # Building
@@ -79,7 +98,9 @@ class CamVid(SegmentationData):
         if (self.root / "701_StillsRaw_full").is_dir():
             images = sorted((self.root / "701_StillsRaw_full").glob("*.png"))
             labels = self.root / "LabeledApproved_full"
-            return [(p, labels / f"{p.stem}_L.png") for p in images if split_of(p.stem) == self.split]
+            return [
+                (p, labels / f"{p.stem}_L.png") for p in images if split_of(p.stem) == self.split
+            ]
         if (self.root / f"{self.split}annot").is_dir():
             images = sorted((self.root / self.split).glob("*.png"))
             return [(p, self.root / f"{self.split}annot" / p.name) for p in images]
@@ -93,8 +114,13 @@ class CamVid(SegmentationData):
             raise DataError(
                 f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test and the lists {lists}"
             )
-        suffixes = {p.relative_to(images).with_suffix("").as_posix(): p.suffix for p in images.glob("*/*")}
-        return [(images / f"{s}{suffixes.get(s, '.jpg')}", self.root / "labels" / f"{s}.png") for s in stems]
+        suffixes = {
+            p.relative_to(images).with_suffix("").as_posix(): p.suffix for p in images.glob("*/*")
+        }
+        return [
+            (images / f"{s}{suffixes.get(s, '.jpg')}", self.root / "labels" / f"{s}.png")
+            for s in stems
+        ]
 
     def read_label(self, path):
         if Path(path).parent.name == "LabeledApproved_full":

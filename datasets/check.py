@@ -80,26 +80,43 @@ def draw(dataset, path):
         except DataError:
             continue  # already among the problems
         image, label = sample["image"].permute(1, 2, 0).numpy(), sample["label"].numpy()
-        panels = [(Path(dataset.samples[index][0]).stem, image), ("overlay", overlay(image, label, palette))]
+        panels = [
+            (Path(dataset.samples[index][0]).stem, image),
+            ("overlay", overlay(image, label, palette)),
+        ]
         rows.append(strip([*panels, ("labels", colorize(label, palette))], height=HEIGHT))
     if rows:
         path.parent.mkdir(parents=True, exist_ok=True)
-        key = legend([*dataset.CLASSES, "ignore"], [*palette, (0, 0, 0)], max(row.shape[1] for row in rows))
+        key = legend(
+            [*dataset.CLASSES, "ignore"], [*palette, (0, 0, 0)], max(row.shape[1] for row in rows)
+        )
         Image.fromarray(stack([*rows, key])).save(path)
         print(f"  drawn: {path}")
 
 
 def main(arguments):
     cfg = load(arguments[0], arguments[1:])
-    specs = {"train": cfg.data.train, "val": cfg.data.val, "monitor": cfg.data.monitor, "target": cfg.data.target}
+    specs = {
+        "train": cfg.data.train,
+        "val": cfg.data.val,
+        "monitor": cfg.data.monitor,
+        "target": cfg.data.target,
+    }
     specs |= {f"test.{name}": spec for name, spec in cfg.data.test.items()}
     specs = {name: spec if isinstance(spec, list) else [spec] for name, spec in specs.items()}
-    specs["target"] = [{**spec, "labels": False} for spec in specs["target"]]  # as training reads it
+    specs["target"] = [
+        {**spec, "labels": False} for spec in specs["target"]
+    ]  # as training reads it
     specs = {name: several for name, several in specs.items() if several[0].get("name") != "none"}
     if not specs:
-        raise ConfigError(f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty")
+        raise ConfigError(
+            f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty"
+        )
     # all of them first: a mistake should not show up only after minutes of reading
-    sets = {name: build_set(several, root=cfg.data.root, seed=cfg.seed) for name, several in specs.items()}
+    sets = {
+        name: build_set(several, root=cfg.data.root, seed=cfg.seed)
+        for name, several in specs.items()
+    }
     augment = build("datasets", cfg.data.augment) if "train" in sets else None
     folder, bad = Path(cfg.folder) / "check", 0
     for name, dataset in sets.items():
@@ -112,7 +129,9 @@ def main(arguments):
         print("train, augmented:")
         draw(train, folder / "augmented.png")
     if bad:
-        raise DataError(f"{bad} of {sum(map(len, sets.values()))} samples cannot be used; see the problems above")
+        raise DataError(
+            f"{bad} of {sum(map(len, sets.values()))} samples cannot be used; see the problems above"
+        )
 
 
 if __name__ == "__main__":

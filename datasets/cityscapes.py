@@ -17,17 +17,54 @@ SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default all 
 from datasets.base import IGNORE, SegmentationData
 
 CLASSES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+)
 PALETTE = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
-    (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-)  # fmt: skip
-TRAIN_IDS = dict(enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)))
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
+)
+TRAIN_IDS = dict(
+    enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
+)
 # The other ids are void; 255 is -1, license plate, in 8 bits.
-ID_MAP = {raw: IGNORE for raw in (*range(34), 255)} | {raw: train_id for train_id, raw in TRAIN_IDS.items()}
+ID_MAP = {raw: IGNORE for raw in (*range(34), 255)} | {
+    raw: train_id for train_id, raw in TRAIN_IDS.items()
+}
 
 
 def existing(*paths):
@@ -51,7 +88,9 @@ class Cityscapes(SegmentationData):
     def label_of(self, image):
         folder = self.root / "gtFine" / self.split / image.parent.name
         stem = image.name.removesuffix("_leftImg8bit.png")
-        return existing(*(folder / f"{stem}_gtFine_{kind}.png" for kind in ("labelIds", "labelTrainIds")))
+        return existing(
+            *(folder / f"{stem}_gtFine_{kind}.png" for kind in ("labelIds", "labelTrainIds"))
+        )
 
     def is_mapped(self, path, ids):
         return has_train_ids(path)

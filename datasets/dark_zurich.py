@@ -33,35 +33,55 @@ class DarkZurich(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "train", time: Literal["day", "twilight", "night", "all"] = "night",
-        labels: bool = True, ignore: list = (), augment=None, seed=0, stylised: str | None = None,
+        self,
+        *,
+        root,
+        split: str = "train",
+        time: Literal["day", "twilight", "night", "all"] = "night",
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        # fmt: on
         if time not in (*TIMES, "all"):
             raise DataError(f"DarkZurich has no time '{time}'; there are {', '.join(TIMES)}, all")
         if labels and (split == "train" or split.endswith("_ref")):
-            raise DataError(f"DarkZurich {split} has no labels; set labels: false, or use it as data.target")
+            raise DataError(
+                f"DarkZurich {split} has no labels; set labels: false, or use it as data.target"
+            )
         self.times = TIMES if time == "all" else (time,)
-        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        options = {
+            "labels": labels,
+            "ignore": ignore,
+            "augment": augment,
+            "seed": seed,
+            "stylised": stylised,
+        }
         super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         folder = self.split_folder(self.root / "rgb_anon")
         times = [time for time in self.times if (folder / time).is_dir()]
         if not times:
-            there = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+            there = (
+                ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+            )
             wanted = " or ".join(self.times)
-            raise DataError(f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {there}")
+            raise DataError(
+                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {there}"
+            )
         images = [image for time in times for image in sorted((folder / time).glob("*/*_anon.png"))]
         return [(image, self.label_of(image) if self.labels else None) for image in images]
 
     def label_of(self, image):
         folder = self.root / "gt" / image.parent.relative_to(self.root / "rgb_anon")
         stem = image.name.removesuffix("_rgb_anon.png")
-        return existing(*(folder / f"{stem}_gt_{kind}.png" for kind in ("labelTrainIds", "labelIds")))
+        return existing(
+            *(folder / f"{stem}_gt_{kind}.png" for kind in ("labelTrainIds", "labelIds"))
+        )
 
     def is_mapped(self, path, ids):
         return has_train_ids(path)

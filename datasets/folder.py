@@ -27,7 +27,9 @@ from datasets.base import IGNORE, DataError, SegmentationData, read_colors
 def distinct_colors(count):
     """The first colours of a fixed sequence: each differs most, in CIELAB, from black, white and those before it."""
     grid = np.stack(np.meshgrid(*[np.arange(40, 241, 20)] * 3), -1).reshape(-1, 3)
-    every = np.concatenate([[[0] * 3, [255] * 3], grid])  # black is ignore, white the borders in overlays
+    every = np.concatenate(
+        [[[0] * 3, [255] * 3], grid]
+    )  # black is ignore, white the borders in overlays
     lab = cv2.cvtColor(every[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
     chosen, nearest = [0, 1], np.linalg.norm(lab - lab[0], axis=1)
     for _ in range(count):
@@ -38,24 +40,36 @@ def distinct_colors(count):
 
 def class_ids(id_map, classes):
     """The option `id_map` with names -> {id on disk: class id}; 255 stays ignore unless the map says something else."""
-    known = {"ignore": IGNORE, IGNORE: IGNORE} | {key: i for i, name in enumerate(classes) for key in (i, name)}
+    known = {"ignore": IGNORE, IGNORE: IGNORE} | {
+        key: i for i, name in enumerate(classes) for key in (i, name)
+    }
     for raw, target in id_map.items():
         if not isinstance(raw, int) or not 0 <= raw < 65536 or target not in known:
-            raise DataError(f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, ignore")
+            raise DataError(
+                f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, ignore"
+            )
     return {IGNORE: IGNORE} | {raw: known[target] for raw, target in id_map.items()}
 
 
 def find(folder, suffixes, others):
     """Files below a folder -> {name: file}; the longest suffix counts, so a.png and a_mask.png may lie side by side."""
     if not folder.is_dir():
-        raise DataError(f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir")
+        raise DataError(
+            f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir"
+        )
     found = {}
     for path in sorted(folder.rglob("*")):
-        longest = max((s for s in [*suffixes, *others] if path.name.lower().endswith(s.lower())), key=len, default=None)
+        longest = max(
+            (s for s in [*suffixes, *others] if path.name.lower().endswith(s.lower())),
+            key=len,
+            default=None,
+        )
         if longest in suffixes and not path.name.startswith(".") and path.is_file():
             name = path.relative_to(folder).as_posix()[: -len(longest)]
             if name in found:
-                raise DataError(f"Folder: {found[name]} and {path} share the name '{name}'; remove one of them")
+                raise DataError(
+                    f"Folder: {found[name]} and {path} share the name '{name}'; remove one of them"
+                )
             found[name] = path
     return found
 
@@ -78,41 +92,77 @@ class Folder(SegmentationData):
     Raises DataError: contradictory options, missing folders, images without labels, labels without images.
     """
 
-    # fmt: off
     def __init__(
-        self, *, root, classes: list, split: str = "train", image_dir: str = "images/{split}",
-        label_dir: str = "labels/{split}", image_suffix: str | list = ".jpg", label_suffix: str = ".png",
-        list: str | None = None, palette: list | None = None, id_map: dict | None = None,
-        color_labels: bool = False, labels: bool = True, augment=None, seed=0, stylised: str | None = None,
+        self,
+        *,
+        root,
+        classes: list,
+        split: str = "train",
+        image_dir: str = "images/{split}",
+        label_dir: str = "labels/{split}",
+        image_suffix: str | list = ".jpg",
+        label_suffix: str = ".png",
+        list: str | None = None,
+        palette: list | None = None,
+        id_map: dict | None = None,
+        color_labels: bool = False,
+        labels: bool = True,
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        # fmt: on
         names, colors = tuple(map(str, classes)), palette or distinct_colors(len(classes))
         if not 0 < len(set(names)) == len(names) < 254:
             raise DataError(f"Folder: classes must be 1 to 253 different names, not {classes}")
-        if len(colors) != len(names) or any(np.shape(c) != (3,) or not {*c} <= {*range(256)} for c in colors):
-            raise DataError(f"Folder: palette must hold {len(names)} colours [r, g, b] of 0..255, not {palette}")
+        if len(colors) != len(names) or any(
+            np.shape(c) != (3,) or not {*c} <= {*range(256)} for c in colors
+        ):
+            raise DataError(
+                f"Folder: palette must hold {len(names)} colours [r, g, b] of 0..255, not {palette}"
+            )
         if color_labels and (not palette or id_map or len(set(map(tuple, colors))) < len(names)):
-            raise DataError("Folder: color_labels needs a palette of different colours, and no id_map")
+            raise DataError(
+                "Folder: color_labels needs a palette of different colours, and no id_map"
+            )
         if split != "train" and not any("{split}" in (text or "") for text in (image_dir, list)):
-            raise DataError(f"Folder: split '{split}' has no effect; put {{split}} into image_dir or list")
+            raise DataError(
+                f"Folder: split '{split}' has no effect; put {{split}} into image_dir or list"
+            )
         self.CLASSES, self.PALETTE = names, tuple(map(tuple, colors))
         self.ID_MAP = class_ids(id_map, names) if id_map else None
-        self.colors = {(0, 0, 0): IGNORE} | {c: i for i, c in enumerate(self.PALETTE)} if color_labels else None
-        self.folders = [text and text.replace("{split}", split) for text in (image_dir, label_dir, list)]
-        self.suffixes = [image_suffix] if isinstance(image_suffix, str) else image_suffix, [label_suffix]
+        self.colors = (
+            {(0, 0, 0): IGNORE} | {c: i for i, c in enumerate(self.PALETTE)}
+            if color_labels
+            else None
+        )
+        self.folders = [
+            text and text.replace("{split}", split) for text in (image_dir, label_dir, list)
+        ]
+        self.suffixes = (
+            [image_suffix] if isinstance(image_suffix, str) else image_suffix,
+            [label_suffix],
+        )
         options = {"labels": labels, "augment": augment, "seed": seed, "stylised": stylised}
         super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         (image_dir, label_dir, listing), (of_images, of_labels) = self.folders, self.suffixes
         images = names = find(self.root / image_dir, of_images, of_labels)
-        labels = find(self.root / label_dir, of_labels, of_images) if self.labels else dict.fromkeys(images)
+        labels = (
+            find(self.root / label_dir, of_labels, of_images)
+            if self.labels
+            else dict.fromkeys(images)
+        )
         asked, what = labels, "labels"
         if listing:
             if not (self.root / listing).is_file():
                 raise DataError(f"Folder: there is no list {self.root / listing}")
-            names = asked = [line.strip() for line in (self.root / listing).read_text().splitlines() if line.strip()]
+            names = asked = [
+                line.strip()
+                for line in (self.root / listing).read_text().splitlines()
+                if line.strip()
+            ]
             what = f"names in {listing}"
         demand(asked, images, f"{what} have no image *{' or *'.join(of_images)} in {image_dir}")
         demand(names, labels, f"images have no label *{of_labels[0]} in {label_dir}")

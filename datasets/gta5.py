@@ -22,7 +22,9 @@ def stems_of(data, images):
     listing = data.root / "lists" / f"{data.split}.txt"
     if not listing.is_file():
         splits = ", ".join(["all", *sorted(path.stem for path in listing.parent.glob("*.txt"))])
-        raise DataError(f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: {splits}")
+        raise DataError(
+            f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: {splits}"
+        )
     return listing.read_text().split()
 
 
@@ -31,7 +33,9 @@ def listed_pairs(data, images, labels):
     pairs = []
     for stem in stems_of(data, images):
         official, converted = labels / f"{stem}.png", labels / f"{stem}_labelTrainIds.png"
-        pairs.append((images / f"{stem}.png", existing(official, converted) if data.labels else None))
+        pairs.append(
+            (images / f"{stem}.png", existing(official, converted) if data.labels else None)
+        )
     return pairs
 
 
@@ -41,13 +45,25 @@ class GTA5(SegmentationData):
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP | {34: IGNORE}
     KNOWN_BAD = dict.fromkeys(("15188", "17705"), "image and label have different sizes")
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "all", labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None, label_space: dict | None = None,
+        self,
+        *,
+        root,
+        split: str = "all",
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
+        label_space: dict | None = None,
     ):
-        # fmt: on
-        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        options = {
+            "labels": labels,
+            "ignore": ignore,
+            "augment": augment,
+            "seed": seed,
+            "stylised": stylised,
+        }
         super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):

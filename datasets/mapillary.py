@@ -51,13 +51,22 @@ STRICT = {
     "bicycle": (52,),
 }
 WIDE = STRICT | {
-    "road": (7, 8, 10, 13, 14, 23, 24),  # bike lane, crosswalk, parking, road, service lane, both kinds of lane marking
+    "road": (
+        7,
+        8,
+        10,
+        13,
+        14,
+        23,
+        24,
+    ),  # bike lane, crosswalk, parking, road, service lane, both kinds of lane marking
     "sidewalk": (2, 9, 11, 15),  # curb, curb cut, pedestrian area, sidewalk
     "pole": (44, 45, 47),  # street light, pole, utility pole
     "traffic sign": (46, 49, 50),  # frame, back, front
 }
 ID_MAPS = {
-    name: dict.fromkeys(range(66), IGNORE) | {raw: CLASSES.index(c) for c, ids in groups.items() for raw in ids}
+    name: dict.fromkeys(range(66), IGNORE)
+    | {raw: CLASSES.index(c) for c, ids in groups.items() for raw in ids}
     for name, groups in (("strict", STRICT), ("wide", WIDE))
 }
 
@@ -75,20 +84,36 @@ class Mapillary(SegmentationData):
 
     CLASSES, PALETTE = CLASSES, PALETTE
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "training", ids: Literal["strict", "wide"] = "strict", long_side: int = 0,
-        train_ids: str | None = None, labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None, label_space: dict | None = None,
+        self,
+        *,
+        root,
+        split: str = "training",
+        ids: Literal["strict", "wide"] = "strict",
+        long_side: int = 0,
+        train_ids: str | None = None,
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
+        label_space: dict | None = None,
     ):
-        # fmt: on
         if ids not in ID_MAPS or long_side < 0:
-            raise DataError(f"Mapillary: ids {ids!r}, long_side {long_side}: strict or wide, and 0 or more are needed")
+            raise DataError(
+                f"Mapillary: ids {ids!r}, long_side {long_side}: strict or wide, and 0 or more are needed"
+            )
         self.ID_MAP, self.long_side, self.train_ids = ID_MAPS[ids], long_side, train_ids
         super().__init__(
-            root=root, split=split, labels=labels, ignore=ignore, augment=augment, seed=seed, stylised=stylised,
+            root=root,
+            split=split,
+            labels=labels,
+            ignore=ignore,
+            augment=augment,
+            seed=seed,
+            stylised=stylised,
             label_space=label_space,
-        )  # fmt: skip
+        )
 
     def pairs(self):
         images = sorted((self.split_folder(self.root) / "images").glob("*.jpg"))
@@ -99,9 +124,13 @@ class Mapillary(SegmentationData):
         if self.train_ids is not None:
             return self.root / self.train_ids.replace("{split}", self.split)
         split = self.root / self.split
-        official = next((path for path in (split / "v1.2" / "labels", split / "labels") if path.is_dir()), None)
+        official = next(
+            (path for path in (split / "v1.2" / "labels", split / "labels") if path.is_dir()), None
+        )
         if official is None and (split / "v2.0").is_dir():
-            raise DataError(f"{split} has labels of v2.0 alone, whose ids differ; those of v1.2 are read: v1.2/labels")
+            raise DataError(
+                f"{split} has labels of v2.0 alone, whose ids differ; those of v1.2 are read: v1.2/labels"
+            )
         return official or split / "labels"
 
     def read_image(self, path):
@@ -109,7 +138,9 @@ class Mapillary(SegmentationData):
         size = self.reduced(image.shape[:2])
         if size == image.shape[:2]:
             return image
-        return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))  # Pillow antialiases
+        return np.array(
+            Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+        )  # Pillow antialiases
 
     def read_label(self, path):
         ids = super().read_label(path)
@@ -121,7 +152,9 @@ class Mapillary(SegmentationData):
         size = self.reduced(ids.shape)
         if size == ids.shape:
             return ids
-        rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(ids.shape, size))
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(ids.shape, size)
+        )
         return ids[rows[:, None], columns]
 
     def reduced(self, size):

@@ -42,7 +42,11 @@ class SourceTarget:
     """Views "source" and "target", the images as they come."""
 
     def __call__(self, batch, labels, weights):
-        return {name: (batch[name]["image"], name) for name in ("source", "target")}, labels, weights
+        return (
+            {name: (batch[name]["image"], name) for name in ("source", "target")},
+            labels,
+            weights,
+        )
 
 
 class ColorBlur:
@@ -55,12 +59,15 @@ class ColorBlur:
         sigma: smallest and largest width of the blur, pixels.
     """
 
-    # fmt: off
     def __init__(
-        self, *, seed=0, color: list = (0.5, 0.5, 0.5, 0.3), color_p: float = 0.8, blur_p: float = 0.5,
+        self,
+        *,
+        seed=0,
+        color: list = (0.5, 0.5, 0.5, 0.3),
+        color_p: float = 0.8,
+        blur_p: float = 0.5,
         sigma: list = (0.15, 1.15),
     ):
-        # fmt: on
         self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
         self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, tuple(sigma))
 
@@ -89,18 +96,23 @@ class ClassMix:
     Raises UserError, when called: nothing has labelled the target.
     """
 
-    # fmt: off
     def __init__(
-        self, *, seed=0, target: bool = False, color: list = (0.2, 0.2, 0.2, 0.2), color_p: float = 0.8,
+        self,
+        *,
+        seed=0,
+        target: bool = False,
+        color: list = (0.2, 0.2, 0.2, 0.2),
+        color_p: float = 0.8,
         blur_p: float = 0.5,
     ):
-        # fmt: on
         self.seed, self.target = seed, target
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
 
     def __call__(self, batch, labels, weights):
         if "target" not in labels:
-            raise UserError("mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers")
+            raise UserError(
+                "mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers"
+            )
         source, target = batch["source"], batch["target"]
         pasted = self.choose(source["label"], target["sample"])  # (B, H, W)
         mixed = torch.where(pasted[:, None], source["image"], target["image"])
@@ -130,7 +142,9 @@ def sharpness(image, factor):
     As `adjust_sharpness` of torchvision, which sends its kernel to the GPU at every call and waits for it.
     """
     inside = image[..., 1:-1, 1:-1]
-    smooth = (9 * avg_pool2d(image, 3, stride=1) + 4 * inside) / 13  # the middle of the 3 x 3 kernel counts five times
+    smooth = (
+        9 * avg_pool2d(image, 3, stride=1) + 4 * inside
+    ) / 13  # the middle of the 3 x 3 kernel counts five times
     changed = image.clone()
     changed[..., 1:-1, 1:-1] = torch.lerp(smooth, inside, factor)
     return changed
@@ -175,7 +189,9 @@ class Strong:
 
     def __call__(self, batch, labels, weights):
         source, target = batch["source"], batch["target"]
-        changed = [self.augment(image, number) for image, number in zip(target["image"], target["numbers"])]
+        changed = [
+            self.augment(image, number) for image, number in zip(target["image"], target["numbers"])
+        ]
         strong, kept = (torch.stack(part) for part in zip(*changed))
         views = {"source": (source["image"], "source"), "target": (target["image"], "target")}
         return views | {"strong": (strong, "target")}, labels, weights | {"strong": kept}
@@ -185,7 +201,10 @@ class Strong:
         kept, (height, width) = torch.ones_like(image[0]), image.shape[-2:]
         with changing(image, self.seed, sample):
             for _ in range(self.operations):
-                chosen, tenths = int(torch.randint(len(OPERATIONS), ())), int(torch.randint(1, 10, ()))
+                chosen, tenths = (
+                    int(torch.randint(len(OPERATIONS), ())),
+                    int(torch.randint(1, 10, ())),
+                )
                 if torch.rand(()) < self.p:
                     image = list(OPERATIONS.values())[chosen](image, tenths / 10)
             side = min(round(self.cutout * width), height)

@@ -29,21 +29,32 @@ class StreamSampler:
         UserError: B does not divide into processes x micro-batches.
     """
 
-    def __init__(self, length, *, batch_size, accumulate=1, start=0, stop, seed=0, rank=0, world_size=1):
+    def __init__(
+        self, length, *, batch_size, accumulate=1, start=0, stop, seed=0, rank=0, world_size=1
+    ):
         if batch_size % (accumulate * world_size):
             raise UserError(
                 f"train.batch_size {batch_size} does not divide into {world_size} processes x {accumulate} "
                 "micro-batches"
             )
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
-        self.start, self.stop, self.seed, self.rank, self.world_size = start, stop, seed, rank, world_size
+        self.start, self.stop, self.seed, self.rank, self.world_size = (
+            start,
+            stop,
+            seed,
+            rank,
+            world_size,
+        )
 
     def index(self, sample):
         """Data set index of a sample of the stream."""
         epoch, position = divmod(sample, self.length)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator).tolist()
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(self.length, generator=generator).tolist(),
+            )
         return self._order[position]
 
     def __len__(self):
@@ -75,22 +86,36 @@ class RareClassSampler(StreamSampler):
         UserError: no labelled pixel, a temperature that is not positive; as StreamSampler.
     """
 
-    # fmt: off
     def __init__(
-        self, counts, *, temperature: float = 0.01, min_pixels: int = 3000, batch_size, accumulate=1, start=0, stop,
-        seed=0, rank=0, world_size=1,
+        self,
+        counts,
+        *,
+        temperature: float = 0.01,
+        min_pixels: int = 3000,
+        batch_size,
+        accumulate=1,
+        start=0,
+        stop,
+        seed=0,
+        rank=0,
+        world_size=1,
     ):
-        # fmt: on
         options = {"accumulate": accumulate, "start": start, "stop": stop, "seed": seed}
-        super().__init__(len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        super().__init__(
+            len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options
+        )
         if temperature <= 0:
-            raise UserError(f"the temperature of rare class sampling must be positive, not {temperature}")
+            raise UserError(
+                f"the temperature of rare class sampling must be positive, not {temperature}"
+            )
         counts = np.asarray(counts)
         if not counts.any():
             raise UserError("rare class sampling: no pixel of the data set is labelled")
         self.classes = counts.sum(0).nonzero()[0]  # (C) ids of those that occur
         common = counts.sum(0)[self.classes] / counts.sum()
-        chance = np.exp((common.min() - common) / temperature)  # divided by that of the rarest: no overflow
+        chance = np.exp(
+            (common.min() - common) / temperature
+        )  # divided by that of the rarest: no overflow
         self.chance = chance / chance.sum()
         shows = np.where((counts > min_pixels).any(0), counts > min_pixels, counts > 0)  # (n, K)
         self.images = [shows[:, c].nonzero()[0] for c in self.classes]

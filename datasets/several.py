@@ -32,20 +32,42 @@ class Several(Dataset):
         self.parts, self.extra = list(parts), {}
         if not self.parts:
             raise DataError("several data sets: the list is empty")
-        first, self.split = self.parts[0], " + ".join(f"{type(part).__name__} {part.split}" for part in self.parts)
+        first, self.split = (
+            self.parts[0],
+            " + ".join(f"{type(part).__name__} {part.split}" for part in self.parts),
+        )
         for part in self.parts:
             if tuple(part.CLASSES) != tuple(first.CLASSES):
-                one, other = (f"{type(p).__name__} has {', '.join(p.CLASSES)}" for p in (first, part))
-                raise DataError(f"data sets that are used as one need the same classes: {one}; {other}")
+                one, other = (
+                    f"{type(p).__name__} has {', '.join(p.CLASSES)}" for p in (first, part)
+                )
+                raise DataError(
+                    f"data sets that are used as one need the same classes: {one}; {other}"
+                )
         if len({part.labels for part in self.parts}) > 1:
-            raise DataError(f"data sets that are used as one need labels in all of them or in none: {self.split}")
-        self.CLASSES, self.PALETTE, self.labels, self.seed = first.CLASSES, first.PALETTE, first.labels, first.seed
+            raise DataError(
+                f"data sets that are used as one need labels in all of them or in none: {self.split}"
+            )
+        self.CLASSES, self.PALETTE, self.labels, self.seed = (
+            first.CLASSES,
+            first.PALETTE,
+            first.labels,
+            first.seed,
+        )
         scored = {name for part in self.parts for name in part.SCORED or part.CLASSES}
-        self.SCORED = tuple(name for name in self.CLASSES if name in scored) if len(scored) < len(self.CLASSES) else ()
+        self.SCORED = (
+            tuple(name for name in self.CLASSES if name in scored)
+            if len(scored) < len(self.CLASSES)
+            else ()
+        )
         self.samples = [sample for part in self.parts for sample in part.samples]
         self.left_out = [image for part in self.parts for image in part.left_out]
-        self.stylised = {image: path for part in self.parts for image, path in part.stylised.items()}
-        self.KNOWN_BAD = {stem: reason for part in self.parts for stem, reason in part.KNOWN_BAD.items()}
+        self.stylised = {
+            image: path for part in self.parts for image, path in part.stylised.items()
+        }
+        self.KNOWN_BAD = {
+            stem: reason for part in self.parts for stem, reason in part.KNOWN_BAD.items()
+        }
         self.stops = list(accumulate(map(len, self.parts)))  # index of each part's end
 
     def place(self, index):
@@ -80,6 +102,8 @@ class Several(Dataset):
         """item: an index, or (index, sample) from the sampler."""
         index, sample = item if isinstance(item, tuple) else (item, item)
         number, within = self.place(index)
-        part = copy.copy(self.parts[number])  # `extra` may have got maps since, and threads may share the part
+        part = copy.copy(
+            self.parts[number]
+        )  # `extra` may have got maps since, and threads may share the part
         part.extra = {name: Path(folder) / str(number) for name, folder in self.extra.items()}
         return part[within, sample] | {"index": index}

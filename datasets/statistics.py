@@ -48,10 +48,15 @@ def class_counts(dataset, cache, workers=0):
         DataError: the data set has no labels, or one of them cannot be used.
     """
     if not dataset.labels:
-        raise DataError(f"the classes of {type(dataset).__name__} {dataset.split} cannot be counted: it has no labels")
+        raise DataError(
+            f"the classes of {type(dataset).__name__} {dataset.split} cannot be counted: it has no labels"
+        )
     path, stored = None, None
     if distributed.is_main():
-        path = Path(cache) / f"class_counts_{hashlib.sha1(dataset.label_key().encode()).hexdigest()}.npy"
+        path = (
+            Path(cache)
+            / f"class_counts_{hashlib.sha1(dataset.label_key().encode()).hexdigest()}.npy"
+        )
         stored = read_counts(path)
     if (stored := distributed.gather(stored)[0]) is not None:
         return stored
@@ -62,7 +67,14 @@ def class_counts(dataset, cache, workers=0):
     rank, world, main = distributed.rank(), distributed.world_size(), distributed.is_main()
     mine = range(rank, len(dataset), world)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        bar = tqdm(pool.map(count, mine), "count classes", len(mine), leave=False, disable=not main, mininterval=1.0)
+        bar = tqdm(
+            pool.map(count, mine),
+            "count classes",
+            len(mine),
+            leave=False,
+            disable=not main,
+            mininterval=1.0,
+        )
         share = np.array(list(bar), np.int64).reshape(len(mine), len(dataset.CLASSES))
     counts = np.empty((len(dataset), len(dataset.CLASSES)), np.int64)
     for start, part in enumerate(distributed.gather(share)):

@@ -18,7 +18,11 @@ from engine.statistics import precise
 
 # Linear RGB of sRGB's primaries -> CIE XYZ, each row divided by its sum: white is (1, 1, 1).
 XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
 )
 XYZ /= XYZ.sum(1, keepdims=True)
 # The cube roots of X, Y, Z -> (L + 16) / 100, a / 500, b / 200.
@@ -30,12 +34,16 @@ FLAT = 1e-4  # standard deviation of a channel that is constant but for rounding
 def mix_channels(matrix, image):
     """A matrix (3, 3) times the colours of images (B, 3, H, W); its numbers need not travel to a GPU."""
     channels = image.unbind(1)
-    return torch.stack([sum(f * channel for f, channel in zip(row, channels)) for row in matrix.tolist()], 1)
+    return torch.stack(
+        [sum(f * channel for f, channel in zip(row, channels)) for row in matrix.tolist()], 1
+    )
 
 
 def rgb_to_lab(image):
     """sRGB in [0, 1], (B, 3, H, W), -> CIE Lab under D65 as (L + 16) / 100, a / 500, b / 200."""
-    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055).clamp_min(0) ** 2.4, image / 12.92)
+    linear = torch.where(
+        image > 0.04045, ((image + 0.055) / 1.055).clamp_min(0) ** 2.4, image / 12.92
+    )
     xyz = mix_channels(XYZ, linear)
     roots = torch.where(xyz > DELTA**3, xyz.clamp_min(0) ** (1 / 3), xyz / (3 * DELTA**2) + 4 / 29)
     return mix_channels(LAB, roots)
@@ -46,7 +54,9 @@ def lab_to_rgb(lab):
     roots = mix_channels(np.linalg.inv(LAB), lab)
     xyz = torch.where(roots > DELTA, roots**3, 3 * DELTA**2 * (roots - 4 / 29))
     linear = mix_channels(np.linalg.inv(XYZ), xyz)
-    return torch.where(linear > 0.0031308, 1.055 * linear.clamp_min(0) ** (1 / 2.4) - 0.055, 12.92 * linear)
+    return torch.where(
+        linear > 0.0031308, 1.055 * linear.clamp_min(0) ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
 
 
 class ColorStats:
@@ -68,7 +78,9 @@ class ColorStats:
 
     def __call__(self, source, target):
         with torch.autocast(source.device.type, enabled=False):
-            matched = lab_to_rgb(self.match(rgb_to_lab(precise(source)), rgb_to_lab(precise(target))))
+            matched = lab_to_rgb(
+                self.match(rgb_to_lab(precise(source)), rgb_to_lab(precise(target)))
+            )
             return matched.clamp(0, 1).to(source.dtype)
 
     def match(self, source, target):
@@ -113,7 +125,11 @@ class FDA:
             target = interpolate(target, (height, width), mode="bilinear", antialias=True)
         reach = math.floor(self.beta * min(height, width))
         spectrum, other = torch.fft.rfft2(source), torch.fft.rfft2(target)  # (B, 3, H, W // 2 + 1)
-        rows = torch.fft.fftfreq(height, 1 / height, device=source.device).abs() < reach + 0.5  # cycles per image
+        rows = (
+            torch.fft.fftfreq(height, 1 / height, device=source.device).abs() < reach + 0.5
+        )  # cycles per image
         columns = torch.arange(width // 2 + 1, device=source.device) <= reach
         replaced = torch.polar(other.abs(), spectrum.angle())
-        return torch.fft.irfft2(torch.where(rows[:, None] & columns, replaced, spectrum), s=(height, width))
+        return torch.fft.irfft2(
+            torch.where(rows[:, None] & columns, replaced, spectrum), s=(height, width)
+        )

@@ -59,27 +59,43 @@ class Synthia(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    # fmt: off
     def __init__(
-        self, *, root, split: str = "all", labels: bool = True, ignore: list = (), augment=None, seed=0,
-        stylised: str | None = None, label_space: dict | None = None,
+        self,
+        *,
+        root,
+        split: str = "all",
+        labels: bool = True,
+        ignore: list = (),
+        augment=None,
+        seed=0,
+        stylised: str | None = None,
+        label_space: dict | None = None,
     ):
-        # fmt: on
-        options = {"labels": labels, "ignore": ignore, "augment": augment, "seed": seed, "stylised": stylised}
+        options = {
+            "labels": labels,
+            "ignore": ignore,
+            "augment": augment,
+            "seed": seed,
+            "stylised": stylised,
+        }
         super().__init__(root=root, split=split, label_space=label_space, **options)
 
     def pairs(self):
         return listed_pairs(self, self.root / "RGB", self.root / "GT" / "LABELS")
 
     def read_label(self, path):
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)  # Pillow cuts 16-bit RGB down to 8 bits
+        pixels = cv2.imread(
+            str(path), cv2.IMREAD_UNCHANGED
+        )  # Pillow cuts 16-bit RGB down to 8 bits
         if pixels is None:
             raise DataError(f"cannot read the label {path}: it is damaged or no picture")
         if pixels.dtype == np.uint16 and pixels.shape[2:] == (3,):
             return pixels[..., -1]  # (H, W): OpenCV's order is BGR
         ids = super().read_label(path)
         if ids.dtype != np.uint8:
-            raise DataError(f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and train ids")
+            raise DataError(
+                f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and train ids"
+            )
         return ids
 
     def is_mapped(self, path, ids):

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)  # the CamVid-11 ids
+SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(
+    11
+)  # the CamVid-11 ids
 
 NEAR, FAR = 0.8, 140.0  # metres: nothing is drawn closer than NEAR, the skyline stands at FAR
 STOCK = 48  # ready-made objects per kind
@@ -82,7 +84,9 @@ def flat(outline, y=0.0):
 
 def boxes(left, right, bottom, top):
     """Rectangles (n, 4, 2) from edges that broadcast."""
-    left, right, bottom, top = (edge.ravel() for edge in np.broadcast_arrays(left, right, bottom, top))
+    left, right, bottom, top = (
+        edge.ravel() for edge in np.broadcast_arrays(left, right, bottom, top)
+    )
     return np.stack([left, bottom, right, bottom, right, top, left, top], -1).reshape(-1, 4, 2)
 
 
@@ -114,14 +118,21 @@ def tree(rng, number):
 
 def building(rng, number, town=False):
     """Wall along the road and near end: a house with a pitched roof, or (`town`) a block with shops."""
-    floors, storey, deep, long = rng.integers(1, 3) + town * rng.integers(2, 6), 3.1, 11.0, rng.uniform(8, 18)
+    floors, storey, deep, long = (
+        rng.integers(1, 3) + town * rng.integers(2, 6),
+        3.1,
+        11.0,
+        rng.uniform(8, 18),
+    )
     top, tone, glazing = floors * storey + 0.6, rng.random(), rng.random()
     yield Shape(BUILDING, "facade", along(boxes(0, long, 0, top)), 1.0, tone, True)
     end = boxes(0, deep, 0, top)
     if not town:
         ridge = (deep / 2, top + rng.uniform(2, 3.5))
         end = [(0, 0), (deep, 0), (deep, top), ridge, (0, top)]
-        roof = np.array([[(-0.4, top - 0.2, 0), (*ridge, 0), (*ridge, long), (-0.4, top - 0.2, long)]])
+        roof = np.array(
+            [[(-0.4, top - 0.2, 0), (*ridge, 0), (*ridge, long), (-0.4, top - 0.2, long)]]
+        )
         yield Shape(BUILDING, "roof", roof, 0.9, tone, True)
     yield Shape(BUILDING, "facade", across(end), 0.88, tone, plane="across")
     shop, wide = town and rng.random() < 0.6, rng.uniform(1.0, 1.5)
@@ -130,7 +141,12 @@ def building(rng, number, town=False):
     panes = boxes(column, column + wide, row, row + 1.55)  # (windows, 4, 2)
     lit = rng.random(len(panes)) < 0.35
     trim = boxes(column - 0.12, column + wide + 0.12, row - 0.15, row + 1.65)
-    yield Shape(BUILDING, "frame", along(np.concatenate([trim, boxes(0, long, top - 0.35, top)])), extent=0.5)
+    yield Shape(
+        BUILDING,
+        "frame",
+        along(np.concatenate([trim, boxes(0, long, top - 0.35, top)])),
+        extent=0.5,
+    )
     for material, chosen in (("glass", panes[~lit]), ("glass_lit", panes[lit])):
         yield Shape(BUILDING, material, along(chosen), 1.0, glazing, extent=1.0)
     centre = deep * np.array([0.2, 0.5, 0.8])
@@ -140,12 +156,18 @@ def building(rng, number, town=False):
         bar = np.arange(0.7, long - 0.7, 1.7)
         yield Shape(BUILDING, "shop", along(boxes(0.7, long - 0.7, 0.5, 2.3)), 1.0, glazing)
         yield Shape(BUILDING, "frame", along(boxes(bar, bar + 0.14, 0.5, 2.3)), 0.8, extent=0.3)
-        yield Shape(BUILDING, "awning", along(boxes(0.5, long - 0.5, 2.2, 2.75), -0.3), 1.0, rng.random())
+        yield Shape(
+            BUILDING, "awning", along(boxes(0.5, long - 0.5, 2.2, 2.75), -0.3), 1.0, rng.random()
+        )
         letters = np.arange(long * 0.32, long * 0.65, 0.6)
-        yield Shape(SIGN, "plate", along(boxes(long * 0.28, long * 0.7, 2.9, 3.65)), 1.0, rng.random())
+        yield Shape(
+            SIGN, "plate", along(boxes(long * 0.28, long * 0.7, 2.9, 3.65)), 1.0, rng.random()
+        )
         yield Shape(SIGN, "symbol", along(boxes(letters, letters + 0.35, 3.1, 3.4)), extent=0.5)
     door = rng.uniform(0.5, long - 2)
-    yield Shape(BUILDING, "door", along(boxes(door, door + 1.1, 0, 2.2)), 1.0, rng.random(), extent=1.0)
+    yield Shape(
+        BUILDING, "door", along(boxes(door, door + 1.1, 0, 2.2)), 1.0, rng.random(), extent=1.0
+    )
 
 
 def block(rng, number):
@@ -163,18 +185,46 @@ def fence(rng, number):
 
 def car(rng, number, front=False):
     """Car or van, an extruded profile whose flank at +x is seen; the near end is its `front` or its back."""
-    half, tall, tone = (1.0, 1.45, rng.random()) if number % 8 == 0 else (0.88, rng.uniform(0.95, 1.1), rng.random())
+    half, tall, tone = (
+        (1.0, 1.45, rng.random())
+        if number % 8 == 0
+        else (0.88, rng.uniform(0.95, 1.1), rng.random())
+    )
     if front:
-        profile = [(0, 0.3), (0, 0.72), (1.0, 0.92), (1.75, 1.4), (3.5, 1.42), (4.1, 0.92), (4.2, 0.3)]
+        profile = [
+            (0, 0.3),
+            (0, 0.72),
+            (1.0, 0.92),
+            (1.75, 1.4),
+            (3.5, 1.42),
+            (4.1, 0.92),
+            (4.2, 0.3),
+        ]
     else:
-        profile = [(0, 0.3), (0, 0.92), (0.5, 1.4), (2.3, 1.44), (3.1, 0.95), (4.2, 0.75), (4.2, 0.3)]
+        profile = [
+            (0, 0.3),
+            (0, 0.92),
+            (0.5, 1.4),
+            (2.3, 1.44),
+            (3.1, 0.95),
+            (4.2, 0.75),
+            (4.2, 0.3),
+        ]
     profile = np.array(profile) * (rng.uniform(0.92, 1.1), tall)  # (7, 2)
-    inset = half - 0.5 * np.clip(profile[:, 1] / tall - 0.92, 0, 1)  # the cabin is narrower than the body
+    inset = half - 0.5 * np.clip(
+        profile[:, 1] / tall - 0.92, 0, 1
+    )  # the cabin is narrower than the body
     flank = np.column_stack([inset, profile[:, ::-1]])
     other = flank * (-1, 1, 1)
-    under = np.concatenate([along(boxes(0.3, 4.0, 0.1, 0.4), half), flat(boxes(-half, half, 0, 4.1), 0.05)])
+    under = np.concatenate(
+        [along(boxes(0.3, 4.0, 0.1, 0.4), half), flat(boxes(-half, half, 0, 4.1), 0.05)]
+    )
     yield Shape(CAR, "tyre", under, 0.7, casts=True)
-    yield Shape(CAR, "tyre", across(boxes(np.array([-half, half - 0.22]), np.array([0.22 - half, half]), 0, 0.5), 0.1))
+    yield Shape(
+        CAR,
+        "tyre",
+        across(boxes(np.array([-half, half - 0.22]), np.array([0.22 - half, half]), 0, 0.5), 0.1),
+    )
     yield Shape(CAR, "car", flank[None], 0.82, tone, True)
     cabin = flank[2:6] if front else flank[1:5]
     middle = cabin.mean(0)
@@ -187,7 +237,12 @@ def car(rng, number, front=False):
         face = np.stack([flank[first], flank[first + 1], other[first + 1], other[first]])
         yield Shape(CAR, "car", face[None], shade, tone)
         if first == 1 + front:
-            yield Shape(CAR, "windscreen", (face.mean(0) + (face - face.mean(0)) * (0.86, 0.8, 0.8))[None], extent=0.6)
+            yield Shape(
+                CAR,
+                "windscreen",
+                (face.mean(0) + (face - face.mean(0)) * (0.86, 0.8, 0.8))[None],
+                extent=0.6,
+            )
     lights, level = np.array([0.05 - half, half - 0.4]), (0.55 if front else 0.66) * tall
     lights = across(boxes(lights, lights + 0.35, level, level + 0.15))
     yield Shape(CAR, "lamp" if front else "red", lights, extent=0.3)
@@ -210,14 +265,31 @@ def person(rng, number, label=PEDESTRIAN, size=1.0, lean=0.0, lift=0.0):
     if not lean:
         arms.append([(-0.06, 0.8), (-0.12, 0.79), (-0.18, 0.5), (-0.12, 0.48)])
     for material, outline, shade, variant in (
-        ("trousers", [(-0.02, 0.5), (0.07, 0.5), (0.04 - stride, 0), (-0.05 - stride, 0)], 0.8, legs),
-        ("trousers", [(-0.08, 0.5), (0.05, 0.5), (0.06 + stride, 0), (-0.03 + stride, 0)], 1.0, legs),
+        (
+            "trousers",
+            [(-0.02, 0.5), (0.07, 0.5), (0.04 - stride, 0), (-0.05 - stride, 0)],
+            0.8,
+            legs,
+        ),
+        (
+            "trousers",
+            [(-0.08, 0.5), (0.05, 0.5), (0.06 + stride, 0), (-0.03 + stride, 0)],
+            1.0,
+            legs,
+        ),
         ("cloth", coat, 1.0, tone),
         ("cloth", arms, 0.85, tone),
         ("hair", CIRCLE * (0.068, 0.072) + head + (0, 0.012), 1.0, legs),
         ("skin", CIRCLE * (0.052, 0.055) + head + (0.008, -0.015), 1.0, rng.random()),
     ):
-        yield Shape(label, material, across(outline) * size + (0, lift, 0), shade, variant, material != "skin")
+        yield Shape(
+            label,
+            material,
+            across(outline) * size + (0, lift, 0),
+            shade,
+            variant,
+            material != "skin",
+        )
 
 
 def rider(rng, number):
@@ -229,8 +301,22 @@ def rider(rng, number):
         return
     hub = np.array([[[-0.53, 0.34]], [[0.53, 0.34]]])  # (2, 1, 2)
     rim, hole = CIRCLE * 0.35 + hub, CIRCLE * 0.23 + hub
-    yield Shape(BICYCLIST, "tyre", across(np.concatenate([rim, rim[:, :1], hole, hole[:, :1]], 1)), casts=True)
-    bars = [(-0.53, 0.3), (-0.53, 0.4), (-0.1, 0.85), (0.42, 0.85), (0.46, 1.08), (0.53, 0.36), (0.36, 0.78), (0, 0.3)]
+    yield Shape(
+        BICYCLIST,
+        "tyre",
+        across(np.concatenate([rim, rim[:, :1], hole, hole[:, :1]], 1)),
+        casts=True,
+    )
+    bars = [
+        (-0.53, 0.3),
+        (-0.53, 0.4),
+        (-0.1, 0.85),
+        (0.42, 0.85),
+        (0.46, 1.08),
+        (0.53, 0.36),
+        (0.36, 0.78),
+        (0, 0.3),
+    ]
     yield Shape(BICYCLIST, "plate", across(bars), 1.0, rng.random())
     yield from person(rng, number, BICYCLIST, 1.45, 0.17, 0.28)
 
@@ -259,7 +345,10 @@ def sign(rng, number):
         lines = boxes(-0.75, 0.5, np.array([-0.28, 0.1]), np.array([-0.12, 0.26]))
         yield Shape(SIGN, "symbol", across(lines), extent=0.3)
     else:
-        triangle, square = np.array([(-1, -0.8), (1, -0.8), (0, 0.95)]), boxes(-0.85, 0.85, -0.85, 0.85)[0]
+        triangle, square = (
+            np.array([(-1, -0.8), (1, -0.8), (0, 0.95)]),
+            boxes(-0.85, 0.85, -0.85, 0.85)[0],
+        )
         outline = (CIRCLE, triangle, square)[kind - 2] * 0.48
         yield Shape(SIGN, "plate", across(outline), 1.0, tone * 0.75)
         yield Shape(SIGN, "symbol", across(outline * 0.55), extent=0.4)
@@ -274,7 +363,9 @@ def stock(maker, number):
 def place(camera, maker, number, x, z, size=(1, 1, 1), y=0.0, order=0.0, light=1.0):
     """Put an object of the stock on the street, mirrored if size[0] < 0; `order`: paint it as if so much farther."""
     near, offset, shapes = max(z, NEAR), (x, y, z), []
-    smallest = near / (camera.focal * camera.size[0] * max(map(abs, size)))  # metres of the stock that fill a pixel
+    smallest = near / (
+        camera.focal * camera.size[0] * max(map(abs, size))
+    )  # metres of the stock that fill a pixel
     across_plane = along_plane = 1 / near, 0.0, 0.0
     if maker in (building, block, fence):
         along_plane = camera.wall(x, near, near + 10)
@@ -283,13 +374,19 @@ def place(camera, maker, number, x, z, size=(1, 1, 1), y=0.0, order=0.0, light=1
             polygons = polygons * size + offset
             if z > NEAR or polygons[..., 2].max() > NEAR:
                 plane = across_plane if plane == "across" else along_plane
-                shapes.append(Shape(label, material, polygons, shade * light, variant, casts, plane, z + order))
+                shapes.append(
+                    Shape(
+                        label, material, polygons, shade * light, variant, casts, plane, z + order
+                    )
+                )
     return shapes
 
 
 def scenery(rng, camera):
     """Sky with clouds; houses and woods where the road ends."""
-    shapes = [Shape(SKY, "sky", across(boxes(-900, 900, -50, 900), FAR), 1.0, rng.random(), depth=999)]
+    shapes = [
+        Shape(SKY, "sky", across(boxes(-900, 900, -50, 900), FAR), 1.0, rng.random(), depth=999)
+    ]
     middle = -camera.bend * FAR * FAR / 2
     for _ in range(rng.integers(0, 5)):
         centre, size = (middle + rng.uniform(-90, 90), rng.uniform(28, 75)), rng.uniform(5, 11)
@@ -303,7 +400,17 @@ def scenery(rng, camera):
             if rng.random() < 0.55
             else ((TREE, "leaf"), CIRCLE * (0.75 * wide, 0.5 * wide) + (x + wide / 2, 3))
         )
-        shapes.append(Shape(*kind, across(outline, FAR), 0.85, rng.random(), False, (1 / FAR, 0.0, 0.0), FAR + high))
+        shapes.append(
+            Shape(
+                *kind,
+                across(outline, FAR),
+                0.85,
+                rng.random(),
+                False,
+                (1 / FAR, 0.0, 0.0),
+                FAR + high,
+            )
+        )
     return shapes
 
 
@@ -320,7 +427,12 @@ def street(rng, camera, half, outer, green):
         return [(left, z) for z in far] + [(right, z) for z in far[::-1]]  # follows the bend
 
     for side, edge, grass in zip((-1, 1), outer, green):
-        lay(*((TREE, "grass") if grass else (PAVEMENT, "slab")), strip(0, side * 300), 1.0, rng.random())
+        lay(
+            *((TREE, "grass") if grass else (PAVEMENT, "slab")),
+            strip(0, side * 300),
+            1.0,
+            rng.random(),
+        )
         lay(PAVEMENT, "slab", strip(0, side * edge), 1.0, surface)
         joint = np.arange(3, 30, 1.5)
         lay(PAVEMENT, "slab", boxes(side * half, side * edge, joint, joint + 0.06), 0.86, surface)
@@ -335,7 +447,13 @@ def street(rng, camera, half, outer, green):
         z, bar = rng.uniform(7, 22), np.arange(0.4 - half, half - 0.6, 1.0)
         lay(ROAD, "paint", boxes(bar, bar + 0.5, z, z + 3))
     if rng.random() < 0.5:  # a manhole
-        lay(ROAD, "asphalt", CIRCLE * 0.4 + (rng.uniform(-0.6, 0.6) * half, rng.uniform(5, 12)), 0.7, surface)
+        lay(
+            ROAD,
+            "asphalt",
+            CIRCLE * 0.4 + (rng.uniform(-0.6, 0.6) * half, rng.uniform(5, 12)),
+            0.7,
+            surface,
+        )
     return shapes
 
 
@@ -349,7 +467,9 @@ def roadside(rng, camera, side, half, edge, kind, sunny):
         shapes.extend(place(camera, maker, int(number), side * x, z, size, **options))
 
     def mast(x, z, tall):
-        put(post, x, z, tall, max(1.0, 10 * z / (camera.focal * camera.size[0])), style)  # at least a pixel wide
+        put(
+            post, x, z, tall, max(1.0, 10 * z / (camera.focal * camera.size[0])), style
+        )  # at least a pixel wide
 
     while z < 110:
         number = int(rng.integers(STOCK))
@@ -361,13 +481,27 @@ def roadside(rng, camera, side, half, edge, kind, sunny):
             long = rng.uniform(8, 16)
             for ahead in np.maximum(z + long * rng.random(rng.integers(2, 5)), 5.0):
                 tall = rng.uniform(4.5, 9)
-                put(tree, edge + rng.uniform(1.5, 9), ahead, tall, tall * rng.uniform(0.75, 1.2), order=7.0)
+                put(
+                    tree,
+                    edge + rng.uniform(1.5, 9),
+                    ahead,
+                    tall,
+                    tall * rng.uniform(0.75, 1.2),
+                    order=7.0,
+                )
         z += long + (rng.uniform(2, 6) if rng.random() < 0.4 else 0)
     railing = kind == "town"  # blocks have no front gardens: at most a guard rail on the kerb
     if rng.random() < (0.25 if railing else 0.75):
         start, tall = rng.uniform(1, 8), rng.uniform(0.9, 1.5)
         for z in np.arange(start, start + rng.uniform(10, 24) if railing else 66, 6.0):
-            put(fence, half + 0.3 if railing else edge, z, min(tall, 1.0) if railing else tall, number=style, order=6.0)
+            put(
+                fence,
+                half + 0.3 if railing else edge,
+                z,
+                min(tall, 1.0) if railing else tall,
+                number=style,
+                order=6.0,
+            )
     if rng.random() < 0.5:
         for z in np.arange(rng.uniform(7, 15), 70, rng.uniform(9, 15)):
             tall = rng.uniform(4.5, 7)

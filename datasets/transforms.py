@@ -78,14 +78,22 @@ class Augment:
         blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     """
 
-    # fmt: off
     def __init__(
-        self, *, crop: list, scale: list = (0.5, 2.0), short_side: int = 0, cat_max_ratio: float = 1.0,
-        flip: float = 0.5, color: list = (), photometric: bool = False, blur: float = 0.0,
+        self,
+        *,
+        crop: list,
+        scale: list = (0.5, 2.0),
+        short_side: int = 0,
+        cat_max_ratio: float = 1.0,
+        flip: float = 0.5,
+        color: list = (),
+        photometric: bool = False,
+        blur: float = 0.0,
     ):
-        # fmt: on
         if len(crop) != 2 or len(scale) != 2 or len(color) not in (0, 4):
-            raise ValueError(f"crop and scale take two numbers and color four or none, not {crop}, {scale}, {color}")
+            raise ValueError(
+                f"crop and scale take two numbers and color four or none, not {crop}, {scale}, {color}"
+            )
         if min(crop) < 1 or min(scale) <= 0:
             raise ValueError(f"crop and scale must be positive, not {crop}, {scale}")
         if not 0 < cat_max_ratio <= 1 or short_side < 0:
@@ -93,9 +101,15 @@ class Augment:
                 f"cat_max_ratio is a share up to 1 (off), short_side at least 0, not {cat_max_ratio}, {short_side}"
             )
         if photometric and color:
-            raise ValueError(f"photometric and color both change colours: choose one, not {photometric} and {color}")
+            raise ValueError(
+                f"photometric and color both change colours: choose one, not {photometric} and {color}"
+            )
         self.crop, self.scale, self.flip, self.blur = list(crop), scale, flip, blur
-        self.short_side, self.cat_max_ratio, self.photometric = short_side, cat_max_ratio, photometric
+        self.short_side, self.cat_max_ratio, self.photometric = (
+            short_side,
+            cat_max_ratio,
+            photometric,
+        )
         self.color = v2.ColorJitter(*color) if color else None
         self.gaussian = v2.GaussianBlur(5, (0.15, 1.15))
 
@@ -133,11 +147,17 @@ class Augment:
         after = [max(0, a + w - s) for a, w, s in zip(start, window, size)]
         if any(before + after):
             padding = [before[1], before[0], after[1], after[0]]  # left, top, right, bottom
-            image, maps = F.pad(image, padding, fill=FILL), [F.pad(values, padding, fill=IGNORE) for values in maps]
+            image, maps = (
+                F.pad(image, padding, fill=FILL),
+                [F.pad(values, padding, fill=IGNORE) for values in maps],
+            )
         box = [a + b for a, b in zip(start, before)] + window  # top, left, height, width
         image, *maps = (F.crop(values, *box) for values in (image, *maps))
         if window != self.crop:
-            image, maps = F.resize(image, self.crop, antialias=True), [self.resize_map(values) for values in maps]
+            image, maps = (
+                F.resize(image, self.crop, antialias=True),
+                [self.resize_map(values) for values in maps],
+            )
         return image, *maps
 
     def place(self, size, window):
@@ -152,5 +172,7 @@ class Augment:
 
     def resize_map(self, values):
         """(H, W) -> the size of the crop. v2 resizes masks by `nearest`, which shifts them by up to half a pixel."""
-        exact = F.resize_image(values[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+        exact = F.resize_image(
+            values[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT
+        )
         return type(values)(exact[0])

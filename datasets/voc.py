@@ -24,15 +24,54 @@ from datasets.base import DataError, SegmentationData
 from datasets.cityscapes import existing
 
 CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 PALETTE = (
-    (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
-    (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128),
-    (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128),
-)  # fmt: skip
-LISTS = {"train_aug": (("train_aug",), ("trainaug",), ("train", "aug"))}  # the first whose files there are
+    (0, 0, 0),
+    (128, 0, 0),
+    (0, 128, 0),
+    (128, 128, 0),
+    (0, 0, 128),
+    (128, 0, 128),
+    (0, 128, 128),
+    (128, 128, 128),
+    (64, 0, 0),
+    (192, 0, 0),
+    (64, 128, 0),
+    (192, 128, 0),
+    (64, 0, 128),
+    (192, 0, 128),
+    (64, 128, 128),
+    (192, 128, 128),
+    (0, 64, 0),
+    (128, 64, 0),
+    (0, 192, 0),
+    (128, 192, 0),
+    (0, 64, 128),
+)
+LISTS = {
+    "train_aug": (("train_aug",), ("trainaug",), ("train", "aug"))
+}  # the first whose files there are
 
 
 class VOC(SegmentationData):
@@ -44,7 +83,10 @@ class VOC(SegmentationData):
         places = [self.root, self.root / "VOC2012", self.root / "VOCdevkit" / "VOC2012"]
         home = next((place for place in places if (place / "JPEGImages").is_dir()), self.root)
         return [
-            (home / "JPEGImages" / f"{name}.jpg", self.label_of(home, name) if self.labels else None)
+            (
+                home / "JPEGImages" / f"{name}.jpg",
+                self.label_of(home, name) if self.labels else None,
+            )
             for name in self.names(home / "ImageSets" / "Segmentation")
         ]
 
@@ -53,11 +95,15 @@ class VOC(SegmentationData):
         for choice in LISTS.get(self.split, ((self.split,),)):
             files = [folder / f"{name}.txt" for name in choice]
             if all(path.is_file() for path in files):
-                lines = [line for path in files for line in path.read_text().splitlines() if line.strip()]
+                lines = [
+                    line for path in files for line in path.read_text().splitlines() if line.strip()
+                ]
                 return list(dict.fromkeys(Path(line.split()[0]).stem for line in lines))
         there = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
         raise DataError(f"VOC has no split '{self.split}': the lists in {folder} are {there}")
 
     def label_of(self, home, name):
-        augmented, official = (home / f"SegmentationClass{kind}" / f"{name}.png" for kind in ("Aug", ""))
+        augmented, official = (
+            home / f"SegmentationClass{kind}" / f"{name}.png" for kind in ("Aug", "")
+        )
         return existing(augmented, official) if self.split in LISTS else official

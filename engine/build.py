@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from engine import checkpoint, distributed, weights
-from engine.config import ConfigError, article, is_a, listing, module_names, override, stages, suggest
+from engine.config import (
+    ConfigError,
+    article,
+    is_a,
+    listing,
+    module_names,
+    override,
+    stages,
+    suggest,
+)
 from engine.errors import UserError
 
 PACKAGES = (
@@ -54,9 +63,13 @@ def build(package, spec, **context):
     if module_name not in modules:
         raise ConfigError(f"{package} has no module '{module_name}'{suggest(module_name, modules)}")
     module = importlib.import_module(f"{package}.{module_name}")
-    classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
+    classes = [
+        n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__
+    ]
     if class_name not in classes:
-        raise ConfigError(f"{package}.{module_name} has no class '{class_name}'{suggest(class_name, classes)}")
+        raise ConfigError(
+            f"{package}.{module_name} has no class '{class_name}'{suggest(class_name, classes)}"
+        )
     constructor = getattr(module, class_name)
     keywords = _keywords(constructor, name, spec, context)
     try:
@@ -71,7 +84,9 @@ def _keywords(constructor, name, spec, context):
     """Check a spec against a constructor's signature and add the context that it asks for."""
     parameters = inspect.signature(constructor).parameters
     # A class without a constructor has the (*args, **kwargs) of nn.Module; neither is an option.
-    parameters = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    parameters = {
+        k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
     hints = typing.get_type_hints(constructor.__init__)
     given = {key: value for key, value in spec.items() if key != "name"}
     options = [key for key in parameters if key not in context]
@@ -113,8 +128,15 @@ def build_data(cfg):
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
-    others = {"val": build("datasets", cfg.data.val, **context)} if cfg.data.val["name"] != "none" else {}
-    others |= {f"test.{name}": build("datasets", spec, **context) for name, spec in present(cfg.data.test).items()}
+    others = (
+        {"val": build("datasets", cfg.data.val, **context)}
+        if cfg.data.val["name"] != "none"
+        else {}
+    )
+    others |= {
+        f"test.{name}": build("datasets", spec, **context)
+        for name, spec in present(cfg.data.test).items()
+    }
     if cfg.data.monitor["name"] != "none":
         others["monitor"] = build("datasets", cfg.data.monitor, **context)
     target = None
@@ -133,7 +155,13 @@ def build_data(cfg):
     val, monitor = others.pop("val", None), others.pop("monitor", None)
     if not others and val is None:
         raise ConfigError("nothing to evaluate on: set data.val or data.test")
-    return train, val, {name.removeprefix("test."): dataset for name, dataset in others.items()}, target, monitor
+    return (
+        train,
+        val,
+        {name.removeprefix("test."): dataset for name, dataset in others.items()},
+        target,
+        monitor,
+    )
 
 
 def build_segmentor(model, num_classes, pretrained=True, classes=()):
@@ -145,18 +173,36 @@ def build_segmentor(model, num_classes, pretrained=True, classes=()):
 
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec)
-    decoder = build("models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides)
-    spec = model.classifier if pretrained or "init" not in model.classifier else {**model.classifier, "init": "random"}
-    context = {"in_channels": decoder.channels, "num_classes": num_classes, "classes": tuple(classes)}
+    decoder = build(
+        "models.decoders", model.decoder, in_channels=backbone.channels, strides=backbone.strides
+    )
+    spec = (
+        model.classifier
+        if pretrained or "init" not in model.classifier
+        else {**model.classifier, "init": "random"}
+    )
+    context = {
+        "in_channels": decoder.channels,
+        "num_classes": num_classes,
+        "classes": tuple(classes),
+    }
     classifier = build("models.classifiers", spec, **context)
-    channels, width, layers = model.projector.channels, model.projector.width, model.text_attention.layers
+    channels, width, layers = (
+        model.projector.channels,
+        model.projector.width,
+        model.text_attention.layers,
+    )
     projector = Projector(decoder.channels, channels, width or channels) if channels else None
     if layers and not channels:
-        raise ConfigError("model.text_attention needs a joint space of text and images: set model.projector.channels")
+        raise ConfigError(
+            "model.text_attention needs a joint space of text and images: set model.projector.channels"
+        )
     attention = TextAttention(channels, layers) if layers else None
     region = None
     if stage := model.region.stage:
-        if stage != -1 and (not hasattr(backbone, "depths") or not 1 <= stage <= len(backbone.depths)):
+        if stage != -1 and (
+            not hasattr(backbone, "depths") or not 1 <= stage <= len(backbone.depths)
+        ):
             raise ConfigError(
                 f"model.region.stage={stage} needs a transformer with such a stage (mit.MiT: 1 to 4, vit.ViT: 1), not "
                 f"{model.backbone['name']}; -1 takes the features of any decoder"
@@ -178,7 +224,12 @@ def build_segmentor(model, num_classes, pretrained=True, classes=()):
                 f"{len(backbone.channels)}, or 0 for no auxiliary head"
             )
         auxiliary = Auxiliary(backbone.channels[stage - 1], num_classes, **model.auxiliary)
-    parts = {"projector": projector, "text_attention": attention, "region": region, "auxiliary": auxiliary}
+    parts = {
+        "projector": projector,
+        "text_attention": attention,
+        "region": region,
+        "auxiliary": auxiliary,
+    }
     network = Segmentor(backbone, decoder, classifier, model.frozen_bn, model.bn_views, **parts)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
@@ -196,14 +247,22 @@ def initial_network(cfg, classes, previous):
     """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
     init = cfg.stage.init
     if init == "previous" and previous is None:
-        raise ConfigError(f"stage {cfg.stage.name}: init: previous, but there is no stage before it")
+        raise ConfigError(
+            f"stage {cfg.stage.name}: init: previous, but there is no stage before it"
+        )
     network = build_segmentor(cfg.model, len(classes), init == "imagenet", classes)
     if init != "imagenet":
         state = previous.state_dict() if init == "previous" else checkpoint.load(init)["model"]
         # A stem per domain starts from the shared one.
         stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
-        state = state | {own: state[shared] for own, shared in stems.items() if own not in state and shared in state}
-        weights.load_into(network, state, source=init, allow_missing=TRAINING, drop=unwanted(network))
+        state = state | {
+            own: state[shared]
+            for own, shared in stems.items()
+            if own not in state and shared in state
+        }
+        weights.load_into(
+            network, state, source=init, allow_missing=TRAINING, drop=unwanted(network)
+        )
     return network
 
 
@@ -221,8 +280,14 @@ def restore(path, overrides=()):
     state = saved["model"]
     if cfg.eval.weights == "teacher":
         if "teacher" not in saved:
-            raise ConfigError(f"{path} has no teacher: it was trained without one; set eval.weights=student")
-        state = {k.removeprefix("network."): v for k, v in saved["teacher"].items() if k.startswith("network.")}
+            raise ConfigError(
+                f"{path} has no teacher: it was trained without one; set eval.weights=student"
+            )
+        state = {
+            k.removeprefix("network."): v
+            for k, v in saved["teacher"].items()
+            if k.startswith("network.")
+        }
     weights.load_into(network, state, source=str(path))
     return network.eval(), cfg, saved
 
@@ -233,9 +298,14 @@ def batches(dataset, cfg, seed, start, device):
     from datasets.statistics import class_counts
 
     options = {
-        "batch_size": cfg.train.batch_size, "accumulate": cfg.train.accumulate, "start": start, "stop": cfg.train.iters,
-        "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size(),
-    }  # fmt: skip
+        "batch_size": cfg.train.batch_size,
+        "accumulate": cfg.train.accumulate,
+        "start": start,
+        "stop": cfg.train.iters,
+        "seed": seed,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+    }
     if cfg.data.rare_classes.temperature and dataset.labels:
         counts = class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
         sampler = RareClassSampler(counts, **cfg.data.rare_classes, **options)
@@ -249,7 +319,11 @@ def build_losses(specs, **context):
     terms, weights = {}, {}
     for name, spec in zip(module_names(specs), specs):
         weight = spec.get("weight", 1.0) if isinstance(spec, dict) else 1.0
-        options = {key: value for key, value in spec.items() if key != "weight"} if isinstance(spec, dict) else spec
+        options = (
+            {key: value for key, value in spec.items() if key != "weight"}
+            if isinstance(spec, dict)
+            else spec
+        )
         term = build("losses", options, **context)
         if not is_a(weight, float):
             raise ConfigError(f"{spec['name']}: weight must be a float, not {weight!r}")
@@ -273,12 +347,19 @@ def build_generalisation(cfg, **context):
     Raises:
         ConfigError: a tower without dense features, or in another space than the projector.
     """
-    packages = {"tower": "models.backbones", "reweight": "losses", "style": "datasets", "strong": "datasets"}
+    packages = {
+        "tower": "models.backbones",
+        "reweight": "losses",
+        "style": "datasets",
+        "strong": "datasets",
+    }
     parts = dict.fromkeys(packages)
     parts |= {key: build(packages[key], spec, **context) for key, spec in present(cfg.dg).items()}
     if tower := parts["tower"]:
         if not hasattr(tower, "dense"):
-            raise ConfigError(f"dg.tower: {cfg.dg.tower['name']} has no dense features; clip.ViT and clip.ResNet have")
+            raise ConfigError(
+                f"dg.tower: {cfg.dg.tower['name']} has no dense features; clip.ViT and clip.ResNet have"
+            )
         if cfg.model.projector.channels != tower.joint:
             raise ConfigError(
                 f"the joint space of dg.tower has {tower.joint} channels, and model.projector.channels is "
@@ -298,7 +379,10 @@ def build_members(specs, joint=0, **context):
         {name: member} as a module, {name: view that updates it}; `name: none` takes a member out.
     """
     specs = present(specs)
-    views, members = {name: spec.get("view", "source") for name, spec in specs.items()}, nn.ModuleDict()
+    views, members = (
+        {name: spec.get("view", "source") for name, spec in specs.items()},
+        nn.ModuleDict(),
+    )
     for name, spec in specs.items():
         space = spec.get("space", "features")
         if space not in ("features", "joint") or (space == "joint" and not joint):
@@ -314,7 +398,9 @@ def build_members(specs, joint=0, **context):
 
 def learners(members, classifier, views):
     """What follows the features after a step, (name, view, part): the members, and a classifier with an `update`."""
-    parts = [(name, views[name], member) for name, member in members.items() if views[name] != "none"]
+    parts = [
+        (name, views[name], member) for name, member in members.items() if views[name] != "none"
+    ]
     return parts + ([("classifier", "source", classifier)] if hasattr(classifier, "update") else [])
 
 
@@ -325,4 +411,6 @@ def asks_for(function, name):
 
 def call(function, **available):
     """Call with those of the available arguments that the function asks for by name."""
-    return function(**{name: value for name, value in available.items() if asks_for(function, name)})
+    return function(
+        **{name: value for name, value in available.items() if asks_for(function, name)}
+    )

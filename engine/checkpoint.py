@@ -83,13 +83,19 @@ def save_step(folder, content, keep, final=False):
 def save_light(path, content):
     """Write all but what only a resumed run needs; main process only."""
     if distributed.is_main():
-        light = {key: value for key, value in content.items() if key not in ("optimizer", "scaler", "rng")}
+        light = {
+            key: value
+            for key, value in content.items()
+            if key not in ("optimizer", "scaler", "rng")
+        }
         save(path, light, required=False)
 
 
 def list_steps(folder):
     """Paths of `step_<n>.pt`, the newest first."""
-    paths = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)]
+    paths = [
+        path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)
+    ]
     return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
@@ -104,7 +110,9 @@ def find(folder, resume):
     """
     if resume == "none":
         if list_steps(folder):
-            raise UserError(f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto")
+            raise UserError(
+                f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto"
+            )
         return None
     if resume != "auto":
         return load(resume)

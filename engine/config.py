@@ -36,7 +36,9 @@ class Config(dict):
         try:
             return self[key]
         except KeyError:
-            raise AttributeError(f"the configuration has no key '{key}'{suggest(key, self)}") from None
+            raise AttributeError(
+                f"the configuration has no key '{key}'{suggest(key, self)}"
+            ) from None
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -55,7 +57,9 @@ class _Loader(yaml.SafeLoader):
                 continue  # not a key: the parent class says so
             if key in seen:
                 mark = key_node.start_mark
-                raise ConfigError(f"{mark.name}, line {mark.line + 1}: the key '{key}' appears twice")
+                raise ConfigError(
+                    f"{mark.name}, line {mark.line + 1}: the key '{key}' appears twice"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -95,7 +99,9 @@ def _expand(value, name):
     if isinstance(value, str):
         for variable in re.findall(r"\$\{(\w+)\}", value):
             if variable not in os.environ:
-                raise ConfigError(f"{name}: the environment variable {variable} in '{value}' is not set")
+                raise ConfigError(
+                    f"{name}: the environment variable {variable} in '{value}' is not set"
+                )
             value = value.replace(f"${{{variable}}}", os.environ[variable])
     return value
 
@@ -130,11 +136,20 @@ def override(config, overrides):
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{text}' is not of the form key.sub=value")
-        config = _override(config, key.split("."), read_yaml(value, f"the override {key}"), schema, key)
+        config = _override(
+            config, key.split("."), read_yaml(value, f"the override {key}"), schema, key
+        )
     return _wrap(config)
 
 
-STAGE = {"name": "main", "iters": 0, "init": "imagenet", "teacher": "ema", "repeat": 1, "lr_scale": 1.0}
+STAGE = {
+    "name": "main",
+    "iters": 0,
+    "init": "imagenet",
+    "teacher": "ema",
+    "repeat": 1,
+    "lr_scale": 1.0,
+}
 
 
 def stages(config):
@@ -149,8 +164,15 @@ def stages(config):
     for number, spec in enumerate(plain(config["stages"]) or [{}]):
         where = f"stages.{number}"
         if not isinstance(spec, dict):
-            raise ConfigError(f"{where} must be a mapping with keys such as {listing(STAGE)}, not {spec!r}")
-        _check({key: value for key, value in spec.items() if key in STAGE}, STAGE, where, "the configuration")
+            raise ConfigError(
+                f"{where} must be a mapping with keys such as {listing(STAGE)}, not {spec!r}"
+            )
+        _check(
+            {key: value for key, value in spec.items() if key in STAGE},
+            STAGE,
+            where,
+            "the configuration",
+        )
         changes = {key: value for key, value in spec.items() if key not in STAGE}
         _check(changes, schema, where, "the configuration")
         stage = STAGE | {key: value for key, value in spec.items() if key in STAGE}
@@ -165,7 +187,9 @@ def stages(config):
 
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
-    Path(path).write_text(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")
+    Path(path).write_text(
+        yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8"
+    )
 
 
 def plain(config):
@@ -189,10 +213,24 @@ def difference(old, new, prefix=""):
 
 # Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE = (
-    "folder", "resume", "device", "threads", "timeout", "eval", "log", "checkpoint",
-    "data.root", "data.workers", "data.test", "data.monitor", "data.cache", "data.seen", "model.backbone.weights",
-    "model.backbone.checkpointing", "dg.tower.weights",
-)  # fmt: skip
+    "folder",
+    "resume",
+    "device",
+    "threads",
+    "timeout",
+    "eval",
+    "log",
+    "checkpoint",
+    "data.root",
+    "data.workers",
+    "data.test",
+    "data.monitor",
+    "data.cache",
+    "data.seen",
+    "model.backbone.weights",
+    "model.backbone.checkpointing",
+    "dg.tower.weights",
+)
 
 
 def check_resume(old, new):
@@ -202,7 +240,11 @@ def check_resume(old, new):
         ConfigError: they differ in more than FREE, and the checkpoint was not named explicitly.
     """
     changes = difference(old, new)
-    changes = {k: v for k, v in changes.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
+    changes = {
+        k: v
+        for k, v in changes.items()
+        if not any(k == free or k.startswith(f"{free}.") for free in FREE)
+    }
     if changes and new["resume"] == "auto":
         changed = ", ".join(f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items())
         raise ConfigError(
@@ -214,7 +256,11 @@ def check_resume(old, new):
 def _experiment(path):
     """configs/camvid/resnet18.yaml -> camvid/resnet18: the name of the run folder."""
     parts = Path(path).resolve().with_suffix("").parts
-    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts[:-1] else parts[-1:]
+    below = (
+        parts[len(parts) - parts[::-1].index("configs") :]
+        if "configs" in parts[:-1]
+        else parts[-1:]
+    )
     return "/".join(below)
 
 
@@ -249,7 +295,9 @@ def _check(value, schema, key, where):
         return
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} must be a mapping with keys such as {listing(schema)}, not {value!r}")
+            raise ConfigError(
+                f"{where}: {key} must be a mapping with keys such as {listing(schema)}, not {value!r}"
+            )
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else str(name)
             if name in schema:
@@ -257,7 +305,9 @@ def _check(value, schema, key, where):
             elif not _is_component(schema):
                 raise ConfigError(f"{where}: unknown key '{dotted}'{suggest(name, schema, key)}")
     elif not is_a(value, type(schema)):
-        raise ConfigError(f"{where}: {key} must be {article(type(schema))} such as {schema!r}, not {value!r}")
+        raise ConfigError(
+            f"{where}: {key} must be {article(type(schema))} such as {schema!r}, not {value!r}"
+        )
 
 
 def _merge(old, new):
@@ -279,13 +329,17 @@ def _override(config, keys, value, schema, dotted):
         names = module_names(config)
         index = names.index(head) if head in names else int(head) if head.isdigit() else -1
         if not 0 <= index < len(config):
-            raise ConfigError(f"'{dotted}': the list has no entry '{head}'; it has {listing(names) or len(config)}")
+            raise ConfigError(
+                f"'{dotted}': the list has no entry '{head}'; it has {listing(names) or len(config)}"
+            )
         entry = _override(config[index], rest, value, None, dotted) if rest else value
         return [*config[:index], entry, *config[index + 1 :]]
     if not isinstance(config, dict):
         raise ConfigError(f"'{dotted}': {config!r} has no key '{head}'")
     if schema is not None and schema and head not in schema and not _is_component(schema):
-        raise ConfigError(f"unknown key '{dotted}'{suggest(head, schema, '.'.join(dotted.split('.')[: -len(keys)]))}")
+        raise ConfigError(
+            f"unknown key '{dotted}'{suggest(head, schema, '.'.join(dotted.split('.')[: -len(keys)]))}"
+        )
     below = schema.get(head) if isinstance(schema, dict) else None
     if rest:
         return {**config, head: _override(config.get(head, {}), rest, value, below, dotted)}
@@ -330,9 +384,13 @@ def listing(names):
 
 
 def article(kind):
-    return {int: "an int", float: "a float", str: "a string", bool: "true or false", list: "a list"}.get(
-        kind, str(kind)
-    )
+    return {
+        int: "an int",
+        float: "a float",
+        str: "a string",
+        bool: "true or false",
+        list: "a list",
+    }.get(kind, str(kind))
 
 
 def is_a(value, kind):
@@ -345,7 +403,9 @@ def is_a(value, kind):
     if origin in (list, tuple) or kind in (list, tuple):
         return isinstance(value, (list, tuple))
     if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(
+            value, bool
+        )
     if kind is None or kind is types.NoneType:
         return value is None
     return isinstance(value, kind) if kind in (str, bool, dict) else True

@@ -31,11 +31,20 @@ logger = logging.getLogger("engine")
 
 PAIRS = (
     # ADE20K: those of the paper
-    ("sofa", "chair"), ("stairs", "stairway"), ("bicycle", "minibike"), ("oven", "microwave"),
+    ("sofa", "chair"),
+    ("stairs", "stairway"),
+    ("bicycle", "minibike"),
+    ("oven", "microwave"),
     # streets: a choice of this project
-    ("person", "rider"), ("motorcycle", "bicycle"), ("truck", "bus"), ("road", "sidewalk"), ("wall", "fence"),
-    ("Pedestrian", "Bicyclist"), ("Road", "Pavement"), ("Pole", "SignSymbol"),
-)  # fmt: skip
+    ("person", "rider"),
+    ("motorcycle", "bicycle"),
+    ("truck", "bus"),
+    ("road", "sidewalk"),
+    ("wall", "fence"),
+    ("Pedestrian", "Bicyclist"),
+    ("Road", "Pavement"),
+    ("Pole", "SignSymbol"),
+)
 
 
 def separability(vectors):
@@ -67,7 +76,9 @@ def frequency_groups(f1, pixels):
     for members in np.array_split(np.argsort(pixels, kind="stable"), max(1, min(15, len(f1) // 2))):
         known = f1[members][np.isfinite(f1[members])]
         mean = 100 * float(known.mean()) if len(known) else None
-        groups.append({"classes": members.tolist(), "pixels": float(np.mean(pixels[members])), "F1": mean})
+        groups.append(
+            {"classes": members.tolist(), "pixels": float(np.mean(pixels[members])), "F1": mean}
+        )
     return groups
 
 
@@ -75,10 +86,16 @@ def checked_pairs(pairs, classes):
     """Pairs [[class, class]] of these classes as they are; None: those of PAIRS that there are."""
     if pairs is None:
         return [[*pair] for pair in PAIRS if {*pair} <= {*classes}]
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise UserError(f"pairs must be a list of pairs of classes, such as [[Car, Truck]], not {pairs!r}")
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in pairs
+    ):
+        raise UserError(
+            f"pairs must be a list of pairs of classes, such as [[Car, Truck]], not {pairs!r}"
+        )
     if unknown := [name for pair in pairs for name in pair if name not in classes]:
-        raise UserError(f"pairs names the class '{unknown[0]}'; the data set has {', '.join(classes)}")
+        raise UserError(
+            f"pairs names the class '{unknown[0]}'; the data set has {', '.join(classes)}"
+        )
     return pairs
 
 
@@ -101,9 +118,13 @@ def bars(values, captions, title):
     for i, (value, caption) in enumerate(zip(values, captions)):
         middle, length = line * (i + 1.5), width * (value or 0) / 100
         draw.text((left - pictures.GAP, middle), caption, pictures.INK, font, anchor="rm")
-        draw.rectangle((left, middle - line / 3, left + width, middle + line / 3), None, pictures.GREY)
+        draw.rectangle(
+            (left, middle - line / 3, left + width, middle + line / 3), None, pictures.GREY
+        )
         if length:
-            draw.rectangle((left, middle - line / 3, left + length, middle + line / 3), pictures.SEQUENTIAL[2])
+            draw.rectangle(
+                (left, middle - line / 3, left + length, middle + line / 3), pictures.SEQUENTIAL[2]
+            )
         text = "-" if value is None else f"{value:.1f}"
         draw.text((left + width + pictures.GAP, middle), text, pictures.INK, font, anchor="lm")
     return np.array(page)
@@ -122,25 +143,44 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     """
     vectors, names = classifier.means().detach(), next(iter(matrices.values())).classes
     content = separability(vectors) | {"norm_pixels": norm_pixels(vectors, counts), "sets": {}}
-    shown = {"cosines": pictures.heatmap(similarity(vectors), names, names, low=-1, diverging=True, title="cosines")}
+    shown = {
+        "cosines": pictures.heatmap(
+            similarity(vectors), names, names, low=-1, diverging=True, title="cosines"
+        )
+    }
     for name, matrix in matrices.items():
         groups = frequency_groups(matrix.per_class()["F1"].numpy(), counts)
         for group in groups:
             group["classes"] = [names[number] for number in group["classes"]]
         content["sets"][name] = {"groups": groups, "pairs": pair_sums(matrix, pairs)}
-        captions = [f"{', '.join(group['classes'][:3])}{' ...' * (len(group['classes']) > 3)}" for group in groups]
+        captions = [
+            f"{', '.join(group['classes'][:3])}{' ...' * (len(group['classes']) > 3)}"
+            for group in groups
+        ]
         title = f"{name}: mean F1 of groups of classes, rarest in training first"
         shown[f"{name}_F1"] = bars([group["F1"] for group in groups], captions, title)
-    lines = [", ".join(f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float))]
+    lines = [
+        ", ".join(
+            f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float)
+        )
+    ]
     for name, found in content["sets"].items():
-        scores = " ".join("-" if group["F1"] is None else f"{group['F1']:.1f}" for group in found["groups"])
-        sums = "".join(f"; {pair} {'-' if s is None else f'{s:.1f}'}" for pair, s in found["pairs"].items())
-        lines.append(f"{name}: F1 of groups of classes, rarest first: {scores}{sums and '; sums of IoU' + sums}")
+        scores = " ".join(
+            "-" if group["F1"] is None else f"{group['F1']:.1f}" for group in found["groups"]
+        )
+        sums = "".join(
+            f"; {pair} {'-' if s is None else f'{s:.1f}'}" for pair, s in found["pairs"].items()
+        )
+        lines.append(
+            f"{name}: F1 of groups of classes, rarest first: {scores}{sums and '; sums of IoU' + sums}"
+        )
     logger.info("\n".join(["", *lines]))
     if not distributed.is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "diagnostics.json").write_text(json.dumps(content | {"pixels": counts.tolist()}, indent=1))
+    (folder / "diagnostics.json").write_text(
+        json.dumps(content | {"pixels": counts.tolist()}, indent=1)
+    )
     for name, picture in shown.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
     if any(folder.parent.glob("events.out.tfevents.*")):

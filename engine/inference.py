@@ -13,7 +13,9 @@ from engine.statistics import resize_logits
 def _window_logits(network, image, options):
     """Logits at image size (1, K, H, W) by a sliding window; overlaps are averaged."""
     if not all(0 < stride <= crop for stride, crop in zip(options.stride, options.crop)):
-        raise UserError(f"eval.stride must be between 1 and eval.crop, not {options.stride} for {options.crop}")
+        raise UserError(
+            f"eval.stride must be between 1 and eval.crop, not {options.stride} for {options.crop}"
+        )
     height, width = image.shape[-2:]
     crop = [min(options.crop[0], height), min(options.crop[1], width)]
 
@@ -59,7 +61,9 @@ def predict(network, image, options, size=None):
     total = 0
     for scale, mirror in views:
         scaled = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        view = image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
+        view = (
+            image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
+        )
         view = view.flip(-1) if mirror else view
         logits = resize_logits(_logits(network, view, options), size)
         logits = logits.flip(-1) if mirror else logits
@@ -82,7 +86,9 @@ def evaluate(network, dataset, options, device, autocast, title=""):
     network.eval()
     matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device, dataset.SCORED)
     indices = range(distributed.rank(), len(dataset), distributed.world_size())
-    for index in tqdm(indices, desc=title, leave=False, disable=not distributed.is_main(), mininterval=1.0):
+    for index in tqdm(
+        indices, desc=title, leave=False, disable=not distributed.is_main(), mininterval=1.0
+    ):
         sample = dataset[index]
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         label = sample["label"].to(device)

@@ -45,10 +45,15 @@ def to_console():
 
 def facts(device):
     """What a number depends on besides its configuration."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "command": " ".join(sys.argv),
-        "commit": (_git("rev-parse", "--short", "HEAD") or "none") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "none")
+        + ("+" if _git("status", "--porcelain") else ""),
         "device": f"{distributed.world_size()} x {name} ({device.type}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
     }
@@ -57,7 +62,9 @@ def facts(device):
 def _git(*arguments):
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         root = Path(__file__).parent
-        return subprocess.check_output(["git", *arguments], cwd=root, text=True, stderr=subprocess.DEVNULL).strip()
+        return subprocess.check_output(
+            ["git", *arguments], cwd=root, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     return ""
 
 
@@ -111,7 +118,9 @@ class Log:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another run is writing to {self.folder}; choose another folder=...") from None
+            raise UserError(
+                f"another run is writing to {self.folder}; choose another folder=..."
+            ) from None
         self.handler = handler = logging.FileHandler(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -133,7 +142,11 @@ class Log:
     def training(self, step, values, rates, norm, scaler, batch_size, device):
         """After `step` steps: the averages of `Averages.take`, learning rates, gradient norm, the scale of mixed
         precision, and the speed."""
-        values = values | {f"train/lr_{name}": rate for name, rate in rates.items()} | {"train/grad_norm": float(norm)}
+        values = (
+            values
+            | {f"train/lr_{name}": rate for name, rate in rates.items()}
+            | {"train/grad_norm": float(norm)}
+        )
         values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
         self.scalars(values | self.speed(step - 1, batch_size, device), step)
 
@@ -146,8 +159,14 @@ class Log:
         """Throughput since the start of this process, and its peak of memory: of the GPU, or of all on a CPU."""
         images = (step + 1 - self.first) * batch_size / (time.time() - self.began)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # KiB on Linux
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 2**30
-        return {"train/images_per_sec": images, "train/samples": (step + 1) * batch_size, "train/max_mem_gb": memory}
+        memory = (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+        ) / 2**30
+        return {
+            "train/images_per_sec": images,
+            "train/samples": (step + 1) * batch_size,
+            "train/max_mem_gb": memory,
+        }
 
     def close(self):
         if self.writer:

@@ -28,18 +28,24 @@ class ConfusionMatrix:
             for name, members in (subsets or {}).items()
         }
         scored = [self._position(c, "SCORED") for c in scored or self.classes]
-        self.unscored = torch.ones(len(classes), dtype=torch.bool).index_fill(0, torch.tensor(scored), False)
+        self.unscored = torch.ones(len(classes), dtype=torch.bool).index_fill(
+            0, torch.tensor(scored), False
+        )
         self.matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
 
     def _position(self, name, where):
         if name not in self.classes:
-            raise UserError(f"{where} names the class '{name}'; the data set has {', '.join(self.classes)}")
+            raise UserError(
+                f"{where} names the class '{name}'; the data set has {', '.join(self.classes)}"
+            )
         return self.classes.index(name)
 
     def update(self, predictions, labels):
         """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are not counted."""
         k = len(self.classes)
-        rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # ignored pixels go to a row that is cut off
+        rows = torch.where(
+            (labels >= 0) & (labels < k), labels, k
+        ).long()  # ignored pixels go to a row that is cut off
         counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
         self.matrix += counts[: k * k].view(k, k)
 
@@ -79,19 +85,26 @@ class ConfusionMatrix:
         share = self.matrix.sum(1) / self.matrix.sum().clamp_min(1)
         lines = [f"{'class':<{width}}     IoU     Acc      F1   pixels"]
         for i, name in enumerate(self.classes):
-            cells = [f"{100 * float(v[i]):7.2f}" if v[i] == v[i] else "      -" for v in values.values()]
+            cells = [
+                f"{100 * float(v[i]):7.2f}" if v[i] == v[i] else "      -" for v in values.values()
+            ]
             lines.append(f"{name:<{width}} {' '.join(cells)} {100 * float(share[i]):7.2f}%")
         means = "   ".join(f"{name} {value:.2f}" for name, value in self.summary().items())
         counted = int(values["IoU"].isfinite().sum())
-        return "\n".join([*lines, f"{means}   (mean over {counted} of {len(self.classes)} classes)"])
+        return "\n".join(
+            [*lines, f"{means}   (mean over {counted} of {len(self.classes)} classes)"]
+        )
 
     def as_dict(self):
         """Plain values for JSON."""
         values = {
-            name: [round(100 * x, 4) if x == x else None for x in v.tolist()] for name, v in self.per_class().items()
+            name: [round(100 * x, 4) if x == x else None for x in v.tolist()]
+            for name, v in self.per_class().items()
         }
         return {
-            "summary": {name: round(x, 4) if x == x else None for name, x in self.summary().items()},
+            "summary": {
+                name: round(x, 4) if x == x else None for name, x in self.summary().items()
+            },
             "classes": self.classes,
             **values,
             "matrix": self.matrix.tolist(),

@@ -15,10 +15,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, WHITE, GREY, FRAME = (34, 34, 34), (255, 255, 255), (222, 222, 222), (150, 150, 150)
-SEQUENTIAL = ((36, 18, 72), (52, 66, 132), (34, 124, 142), (72, 180, 120), (172, 218, 84), (252, 240, 120))
+SEQUENTIAL = (
+    (36, 18, 72),
+    (52, 66, 132),
+    (34, 124, 142),
+    (72, 180, 120),
+    (172, 218, 84),
+    (252, 240, 120),
+)
 DIVERGING = ((24, 66, 140), (92, 152, 204), (248, 248, 248), (232, 124, 98), (150, 20, 42))
 GAP, FONT = 8, 14  # pixels: the space between things, the size of most text
-MAX_NAME = 200  # pixels: a longer name is shortened, so that one name cannot push a picture out of shape
+MAX_NAME = (
+    200  # pixels: a longer name is shortened, so that one name cannot push a picture out of shape
+)
 MAX_NUMBERED = 20  # classes: a heatmap with more of them has no room for numbers in its cells
 
 
@@ -45,14 +54,27 @@ def _check_pictures(*pictures):
     if not pictures:
         raise ValueError("expected at least one picture, got 0")
     for picture in pictures:
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
-            raise ValueError(f"expected a uint8 picture (H, W, 3), got {picture.dtype} {picture.shape}")
+        if (
+            picture.ndim != 3
+            or picture.shape[2] != 3
+            or picture.dtype != np.uint8
+            or picture.size == 0
+        ):
+            raise ValueError(
+                f"expected a uint8 picture (H, W, 3), got {picture.dtype} {picture.shape}"
+            )
 
 
 def _check_palette(palette):
     palette = np.asarray(palette)
-    if palette.ndim != 2 or palette.shape[1] != 3 or not np.array_equal(palette, palette.astype(np.uint8)):
-        raise ValueError(f"expected a palette (K, 3) of integers 0..255, got {palette.dtype} {palette.shape}")
+    if (
+        palette.ndim != 2
+        or palette.shape[1] != 3
+        or not np.array_equal(palette, palette.astype(np.uint8))
+    ):
+        raise ValueError(
+            f"expected a palette (K, 3) of integers 0..255, got {palette.dtype} {palette.shape}"
+        )
     return palette.astype(np.uint8)
 
 
@@ -82,7 +104,9 @@ def overlay(image, labels, palette, alpha=0.55):
     blended = np.rint(alpha * colorize(labels, palette) + (1 - alpha) * image)
     border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     border[1:] |= ids[1:] != ids[:-1]
-    blended[border] = (blended[border] + WHITE) / 2  # pure white would hide what is as thin as a pole
+    blended[border] = (
+        blended[border] + WHITE
+    ) / 2  # pure white would hide what is as thin as a pole
     return np.where((ids < len(palette))[..., None], blended, image).astype(np.uint8)
 
 
@@ -97,8 +121,16 @@ def strip(panels, height=None):
     for (caption, picture), width in zip(panels, widths):
         # enlarging by the nearest pixel invents no colours, which in a label map would be colours of other classes
         method = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_NEAREST
-        page.paste(Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar))
-        draw.text((left + width / 2, bar / 2), _shorten(caption, _font(FONT), width), INK, _font(FONT), anchor="mm")
+        page.paste(
+            Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar)
+        )
+        draw.text(
+            (left + width / 2, bar / 2),
+            _shorten(caption, _font(FONT), width),
+            INK,
+            _font(FONT),
+            anchor="mm",
+        )
         left += width + GAP
     return np.array(page)
 
@@ -107,7 +139,10 @@ def stack(rows):
     """Pictures of any size below each other, the narrow ones padded with white on the right."""
     _check_pictures(*rows)
     width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    padded = [
+        np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255)
+        for row in rows
+    ]
     return np.concatenate(padded)[:-GAP]
 
 
@@ -119,12 +154,20 @@ def legend(names, palette, width):
     longest = min(MAX_NAME, math.ceil(max(map(font.getlength, names))))
     step = min(width, box + longest + 3 * GAP)
     lines = math.ceil(len(names) / (width // step))
-    columns = math.ceil(len(names) / lines)  # as many names in the last line as in the others, or nearly
+    columns = math.ceil(
+        len(names) / lines
+    )  # as many names in the last line as in the others, or nearly
     page, draw = _page(lines * line, width)
     for i, name in enumerate(names):
         left, top = i % columns * step, i // columns * line + GAP // 2
         draw.rectangle((left, top, left + box, top + box), tuple(palette[i].tolist()), FRAME)
-        draw.text((left + box + GAP, top + box / 2), _shorten(name, font, step - box - 2 * GAP), INK, font, anchor="lm")
+        draw.text(
+            (left + box + GAP, top + box / 2),
+            _shorten(name, font, step - box - 2 * GAP),
+            INK,
+            font,
+            anchor="lm",
+        )
     return np.array(page)
 
 
@@ -146,11 +189,19 @@ def _name_list(names, cell, anchor):
     width = math.ceil(max(map(font.getlength, shown.values())))
     page, draw = _page(cell * len(names) + 2 * FONT, width)
     for i, name in shown.items():
-        draw.text((width if anchor == "rm" else 0, FONT + (i + 0.5) * cell), name, INK, font, anchor=anchor)
+        draw.text(
+            (width if anchor == "rm" else 0, FONT + (i + 0.5) * cell),
+            name,
+            INK,
+            font,
+            anchor=anchor,
+        )
     return np.array(page)
 
 
-def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, diverging=False, text="{:.2f}"):
+def heatmap(
+    matrix, row_names, column_names, *, title="", low=0.0, high=1.0, diverging=False, text="{:.2f}"
+):
     """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a colour bar.
 
     Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash. `diverging` is blue,
@@ -158,7 +209,9 @@ def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, div
     """
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape != (len(row_names), len(column_names)) or matrix.size == 0:
-        raise ValueError(f"{len(row_names)} row and {len(column_names)} column names do not fit {matrix.shape}")
+        raise ValueError(
+            f"{len(row_names)} row and {len(column_names)} column names do not fit {matrix.shape}"
+        )
     if not low < high:
         raise ValueError(f"low {low} is not below high {high}")
     anchors, small, font = DIVERGING if diverging else SEQUENTIAL, _font(FONT - 2), _font(FONT)
@@ -166,16 +219,22 @@ def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, div
     colors = _ramp(matrix, anchors, low, high)
     numbers, cell = {}, max(2, min(26, 1200 // max(rows, columns)))
     if max(rows, columns) <= MAX_NUMBERED:
-        numbers = {at: "-" if np.isnan(v) else (text or "").format(v) for at, v in np.ndenumerate(matrix)}
+        numbers = {
+            at: "-" if np.isnan(v) else (text or "").format(v) for at, v in np.ndenumerate(matrix)
+        }
         cell = max(cell, math.ceil(max(map(small.getlength, numbers.values()))) + GAP)
 
     left_names = _name_list(row_names, cell, "rm")
-    top_names = np.rot90(_name_list(column_names, cell, "lm"))  # counter-clockwise: each name starts at its column
+    top_names = np.rot90(
+        _name_list(column_names, cell, "lm")
+    )  # counter-clockwise: each name starts at its column
     ticks = [(text or "{:g}").format(value) for value in (high, (low + high) / 2, low)]
     left = GAP + left_names.shape[1] + GAP
     top = GAP + (FONT + 2 * GAP if title else 0) + top_names.shape[0] + GAP
     right, bar = left + columns * cell, max(rows * cell, 4 * FONT)
-    width = max(right + 5 * GAP + max(map(small.getlength, ticks)), GAP + font.getlength(title)) + GAP
+    width = (
+        max(right + 5 * GAP + max(map(small.getlength, ticks)), GAP + font.getlength(title)) + GAP
+    )
     page, draw = _page(top + bar + FONT + GAP, math.ceil(width))
     draw.text((GAP, GAP), title, INK, font, anchor="lt")
 
@@ -185,7 +244,13 @@ def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, div
     page.paste(Image.fromarray(cells), (left, top))
     for (row, column), number in numbers.items():
         ink = INK if colors[row, column] @ (0.299, 0.587, 0.114) > 128 else WHITE
-        draw.text((left + (column + 0.5) * cell, top + (row + 0.5) * cell), number, ink, small, anchor="mm")
+        draw.text(
+            (left + (column + 0.5) * cell, top + (row + 0.5) * cell),
+            number,
+            ink,
+            small,
+            anchor="mm",
+        )
 
     scale = _ramp(np.linspace(high, low, bar), anchors, low, high)[:, None]
     page.paste(Image.fromarray(scale.repeat(2 * GAP, axis=1)), (right + 2 * GAP, top))
@@ -193,7 +258,10 @@ def heatmap(matrix, row_names, column_names, *, title="", low=0.0, high=1.0, div
         draw.text((right + 4 * GAP + GAP // 2, top + y), tick, INK, small, anchor="lm")
 
     picture = np.array(page)
-    for names, y, x in ((left_names, top - FONT, GAP), (top_names, top - GAP - top_names.shape[0], left - FONT)):
+    for names, y, x in (
+        (left_names, top - FONT, GAP),
+        (top_names, top - GAP - top_names.shape[0], left - FONT),
+    ):
         # the spare pixels of both lists meet in the corner: the darker pixel keeps the text of both
         region = picture[y : y + names.shape[0], x : x + names.shape[1]]
         np.minimum(region, names, out=region)

@@ -14,7 +14,9 @@ def autocast(device, precision):
     """The context of the forward pass. Losses and prototypes leave it by themselves."""
     if precision not in DTYPES:
         raise UserError(f"precision must be one of {', '.join(DTYPES)}, not '{precision}'")
-    return torch.autocast(device.type, dtype=DTYPES[precision] or torch.bfloat16, enabled=precision != "fp32")
+    return torch.autocast(
+        device.type, dtype=DTYPES[precision] or torch.bfloat16, enabled=precision != "fp32"
+    )
 
 
 def make_scaler(device, precision):
@@ -33,7 +35,9 @@ def step(optimizer, scaler, parameters, clip):
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-    before = scaler.get_scale()  # waits for the GPU under fp16 alone, where scaler.step waits anyway
+    before = (
+        scaler.get_scale()
+    )  # waits for the GPU under fp16 alone, where scaler.step waits anyway
     scaler.step(optimizer)
     scaler.update()
     return norm, scaler.get_scale() >= before

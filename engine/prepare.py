@@ -33,10 +33,19 @@ def images(dataset, device, workers=0, count=None):
 
     `count`: at most as many images of the whole set, evenly spaced.
     """
-    chosen = np.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).round().astype(int).tolist()
+    chosen = (
+        np.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset)))
+        .round()
+        .astype(int)
+        .tolist()
+    )
     mine = chosen[distributed.rank() :: distributed.world_size()]
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for sample in tqdm(loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0):
+    loader = DataLoader(
+        Subset(dataset, mine), batch_size=None, num_workers=workers, generator=torch.Generator()
+    )
+    for sample in tqdm(
+        loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0
+    ):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         yield sample["index"], image, sample["label"][None].to(device).long()
 
@@ -54,8 +63,17 @@ class Preparation:
     """
 
     def __init__(self, network, source, target, prototypes, folder, device, autocast, workers=0):
-        self.network, self.prototypes, self.device, self.autocast = network.eval(), prototypes, device, autocast
-        self.folder, self.workers, self.training = Path(folder), workers, dict(zip(KINDS, (source, target)))
+        self.network, self.prototypes, self.device, self.autocast = (
+            network.eval(),
+            prototypes,
+            device,
+            autocast,
+        )
+        self.folder, self.workers, self.training = (
+            Path(folder),
+            workers,
+            dict(zip(KINDS, (source, target))),
+        )
         self.source, self.target = source.without_augmentation(), target.without_augmentation()
 
     def images(self, dataset):

@@ -40,7 +40,9 @@ def side_by_side(image, palette, **maps):
         values = values.detach().cpu()
         if values.is_floating_point():
             grey = (values.float().clamp(0, 1) * 255).byte().numpy()
-            panels.append((f"{caption}, mean {float(values.mean()):.2f}", grey[..., None].repeat(3, 2)))
+            panels.append(
+                (f"{caption}, mean {float(values.mean()):.2f}", grey[..., None].repeat(3, 2))
+            )
         else:
             panels.append((caption, pictures.overlay(rgb, values.numpy(), palette)))
     return pictures.strip(panels, height=max(SMALLEST, len(rgb)))
@@ -70,7 +72,9 @@ def draw_views(log, step, views, labels, weights, outputs, dataset, count=2):
         logits = outputs[name].logits.detach()[:count].float()
         maps["prediction"] = resize_logits(logits, view.image.shape[-2:]).argmax(1)
         rows = [
-            side_by_side(image, dataset.PALETTE, **{caption: values[i] for caption, values in maps.items()})
+            side_by_side(
+                image, dataset.PALETTE, **{caption: values[i] for caption, values in maps.items()}
+            )
             for i, image in enumerate(view.image[:count])
         ]
         rows.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, rows[0].shape[1]))
@@ -82,7 +86,9 @@ def draw_prototypes(log, step, vectors, dataset):
     the likelihood quantiles of what they were fitted to and the mean responsibility of each component."""
     names = dataset.CLASSES
     for name, member in vectors.items():
-        picture = pictures.heatmap(similarity(member.means()), names, names, low=-1.0, diverging=True, title=name)
+        picture = pictures.heatmap(
+            similarity(member.means()), names, names, low=-1.0, diverging=True, title=name
+        )
         log.picture(f"prototypes/{name}", picture, step)
         if not hasattr(member, "quantiles") or not member.seen.any():
             continue
@@ -90,14 +96,22 @@ def draw_prototypes(log, step, vectors, dataset):
         levels = (0.05, 0.25, 0.5, 0.75, 0.95)
         table = torch.stack([member.quantiles(level) for level in levels], 1).double().cpu()
         known = table[~unseen[:, 0]]
-        low, high, heads = float(known.min()), float(known.max()) + 1e-6, [f"{level:.0%}" for level in levels]
+        low, high, heads = (
+            float(known.min()),
+            float(known.max()) + 1e-6,
+            [f"{level:.0%}" for level in levels],
+        )
         table = table.masked_fill(unseen, torch.nan).numpy()
         title = "quantiles of the log-likelihood, nats"
-        picture = pictures.heatmap(table, names, heads, low=low, high=high, title=title, text="{:.0f}")
+        picture = pictures.heatmap(
+            table, names, heads, low=low, high=high, title=title, text="{:.0f}"
+        )
         log.picture(f"prototypes/{name}_likelihood", picture, step)
         shares = member.component_weights.double().cpu().masked_fill(unseen, torch.nan).numpy()
         heads = [str(number + 1) for number in range(shares.shape[1])]
-        picture = pictures.heatmap(shares, names, heads, title="mean responsibility of each component", text="{:.0%}")
+        picture = pictures.heatmap(
+            shares, names, heads, title="mean responsibility of each component", text="{:.0%}"
+        )
         log.picture(f"prototypes/{name}_components", picture, step)
 
 
@@ -112,10 +126,14 @@ def draw_regions(log, step, network, image):
     if region.stage > 0:
         blocks = getattr(network.backbone, f"block{region.stage}", None) or network.backbone.blocks
         attention = blocks[region.last].attn
-        hook = attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
+        hook = attention.register_forward_pre_hook(
+            lambda module, arguments: inputs.append(arguments)
+        )
     aux = network.eval().segment(image, step=step).aux
     network.train(mode)
-    shown = {name: aux[name] for name in ("transferability", "uncertainty", "priority") if name in aux}
+    shown = {
+        name: aux[name] for name in ("transferability", "uncertainty", "priority") if name in aux
+    }
     if inputs:
         hook.remove()
         x, guide = inputs[0]
@@ -125,25 +143,33 @@ def draw_regions(log, step, network, image):
             values = received(q.float(), k.float(), given)[:, -keys[0] * keys[1] :].view(1, *keys)
             shown[name] = values / values.amax()
     size = image.shape[-2:]
-    shown = {name: resize_logits(values[:, None].float(), size)[0, 0] for name, values in shown.items()}
+    shown = {
+        name: resize_logits(values[:, None].float(), size)[0, 0] for name, values in shown.items()
+    }
     regions = labels_of(aux["assignment"], region.cell, aux["transferability"].shape[-2:])
     regions = torch.nn.functional.interpolate(regions[None].double(), size)[0, 0]
     border = torch.zeros(size, dtype=torch.bool, device=image.device)
     border[:-1] |= regions.diff(dim=0) != 0
     border[:, :-1] |= regions.diff(dim=1) != 0
-    log.picture("regions", side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown), step)
+    log.picture(
+        "regions", side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown), step
+    )
 
 
 def log_label_shares(log, step, labels, dataset):
     """TensorBoard: per cent of the pixels of a view's labels (B, H, W) that each class has."""
     counts = torch.bincount(labels.flatten(), minlength=256)[: len(dataset.CLASSES)]
     shares = (100 * counts / labels.numel()).tolist()
-    log.scalars({f"pseudo/pixels_{name}": share for name, share in zip(dataset.CLASSES, shares)}, step)
+    log.scalars(
+        {f"pseudo/pixels_{name}": share for name, share in zip(dataset.CLASSES, shares)}, step
+    )
 
 
 def drawn(dataset, options):
     """Indices of the images that a report shows, evenly spaced."""
-    return np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int).tolist()
+    return (
+        np.linspace(0, len(dataset) - 1, min(options.pictures, len(dataset))).astype(int).tolist()
+    )
 
 
 def report(network, datasets, options, device, autocast, folder, about):
@@ -162,11 +188,19 @@ def report(network, datasets, options, device, autocast, folder, about):
     for name, dataset in datasets.items():
         matrix = matrices[name] = evaluate(network, dataset, options, device, autocast, title=name)
         protocol = describe(options)
-        logger.info(f"\n{name}: {len(dataset)} images, {protocol}, {options.weights}\n{matrix.table()}")
+        logger.info(
+            f"\n{name}: {len(dataset)} images, {protocol}, {options.weights}\n{matrix.table()}"
+        )
         if not distributed.is_main():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"dataset": name, "images": len(dataset), "protocol": protocol, "weights": options.weights, **about}
+        content = {
+            "dataset": name,
+            "images": len(dataset),
+            "protocol": protocol,
+            "weights": options.weights,
+            **about,
+        }
         (folder / f"{name}.json").write_text(json.dumps(content | matrix.as_dict(), indent=1))
         with open(folder / f"{name}.csv", "w", newline="") as file:
             columns = matrix.per_class()
@@ -190,7 +224,9 @@ def validate(network, dataset, options, device, autocast, log, step):
     ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
     per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
     log.scalars({f"val/{name}": value for name, value in score.items()} | per_class, step)
-    log.picture("val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), step)
+    log.picture(
+        "val/confusion", confusion_picture(matrix, "val: rows truth, columns prediction"), step
+    )
     logger.info(f"step {step}: val mIoU {score['mIoU']:.2f}")
     return score["mIoU"]
 
@@ -206,7 +242,9 @@ def domain_table(rows, seen=()):
         values = [scores.get(name) for name in domains]
         known = [scores[name] for name in unseen if scores.get(name) is not None]
         values.append(sum(known) / len(known) if known and len(known) == len(unseen) else None)
-        cells = (f"{value:>{cell}.2f}" if value is not None else f"{'-':>{cell}}" for value in values)
+        cells = (
+            f"{value:>{cell}.2f}" if value is not None else f"{'-':>{cell}}" for value in values
+        )
         lines.append(f"{run:<{width}} " + " ".join(cells))
     note = f"unseen: mean of {', '.join(unseen)}" + (";  * of the training domain" if seen else "")
     return "\n".join([*lines, note])
@@ -220,18 +258,28 @@ def selected_on_target(cfg, val_set, test_sets):
     length, size), and shares no image with an unseen test set.
     """
     if unknown := set(cfg.data.seen) - set(cfg.data.test):
-        raise UserError(f"data.seen names {', '.join(sorted(unknown))}; the test sets are {', '.join(cfg.data.test)}")
+        raise UserError(
+            f"data.seen names {', '.join(sorted(unknown))}; the test sets are {', '.join(cfg.data.test)}"
+        )
     if not val_set:
         return False
     part = ("split", "length", "size", "labels", "ignore", "root")
     trains = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
-    own, *known = [{k: v for k, v in spec.items() if k not in part} for spec in (cfg.data.val, *trains)]
+    own, *known = [
+        {k: v for k, v in spec.items() if k not in part} for spec in (cfg.data.val, *trains)
+    ]
     shown = {str(image) for image, _ in val_set.samples}
     unseen = [name for name in test_sets if name not in cfg.data.seen]
-    shared = [name for name in unseen if shown & {str(image) for image, _ in test_sets[name].samples}]
+    shared = [
+        name for name in unseen if shown & {str(image) for image, _ in test_sets[name].samples}
+    ]
     if own in known and not shared:
         return False
-    what = f"shares images with the test domain {shared[0]}" if shared else "is not of the training domain"
+    what = (
+        f"shares images with the test domain {shared[0]}"
+        if shared
+        else "is not of the training domain"
+    )
     logger.warning(
         f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain generalisation. Take a "
         "part of the source, or data.val={name: none}. This run is marked selected_on_target"
@@ -239,7 +287,9 @@ def selected_on_target(cfg, val_set, test_sets):
     return True
 
 
-def final_report(network, datasets, options, device, autocast, folder, about, before=None, seen=None):
+def final_report(
+    network, datasets, options, device, autocast, folder, about, before=None, seen=None
+):
     """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
 
     With `before`, the network that adaptation started from, both are compared class by class and in pictures. With
@@ -247,12 +297,19 @@ def final_report(network, datasets, options, device, autocast, folder, about, be
     """
     matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
     results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
-    results["IoU"] = {name: dict(zip(matrix.classes, matrix.as_dict()["IoU"])) for name, matrix in matrices.items()}
+    results["IoU"] = {
+        name: dict(zip(matrix.classes, matrix.as_dict()["IoU"]))
+        for name, matrix in matrices.items()
+    }
     if before is not None:
-        old = compare(before, network, matrices, datasets, options, device, autocast, folder / "eval")
+        old = compare(
+            before, network, matrices, datasets, options, device, autocast, folder / "eval"
+        )
         results["before"] = {name: matrix.as_dict()["summary"] for name, matrix in old.items()}
     scores = {name: summary["mIoU"] for name, summary in results["results"].items()}
-    unseen = [score for name, score in scores.items() if name not in (seen or ()) and score is not None]
+    unseen = [
+        score for name, score in scores.items() if name not in (seen or ()) and score is not None
+    ]
     if seen is not None and unseen:
         results |= {"seen": list(seen), "unseen_mIoU": sum(unseen) / len(unseen)}
     if distributed.is_main():
@@ -270,21 +327,30 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
     Returns:
         the same of `before`.
     """
-    old = {name: evaluate(before, data, options, device, autocast, title="before") for name, data in datasets.items()}
+    old = {
+        name: evaluate(before, data, options, device, autocast, title="before")
+        for name, data in datasets.items()
+    }
     for name, dataset in datasets.items():
         columns = []
         for matrix in (old[name], matrices[name]):
             columns.append([*(100 * matrix.per_class()["IoU"]).tolist(), matrix.summary()["mIoU"]])
         names = [*dataset.CLASSES, "mIoU"]
         width = max(map(len, names))
-        rows = [f"{title:<{width}} {a:>8.2f} {b:>8.2f} {b - a:>+8.2f}" for title, a, b in zip(names, *columns)]
+        rows = [
+            f"{title:<{width}} {a:>8.2f} {b:>8.2f} {b - a:>+8.2f}"
+            for title, a, b in zip(names, *columns)
+        ]
         head = f"{'IoU':<{width}} {'before':>8} {'after':>8} {'change':>8}"
         logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
         if distributed.is_main() and options.pictures:
             strips = []
             for index in drawn(dataset, options):
                 sample = dataset[index]
-                labels = [label(network, sample["image"], options, device, autocast) for network in (before, after)]
+                labels = [
+                    label(network, sample["image"], options, device, autocast)
+                    for network in (before, after)
+                ]
                 shown = dict(zip(("before", "after", "truth"), (*labels, sample["label"].long())))
                 strips.append(side_by_side(sample["image"] / 255, dataset.PALETTE, **shown))
             strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
@@ -350,13 +416,20 @@ def label_scalars(matrix, truth):
     for kind, column in zip(("share", "accuracy"), columns):
         named = zip(matrix.classes, column.tolist())
         values |= {f"pseudo/{kind}_{name}": 100 * value for name, value in named if value == value}
-    total = {"share": counts.sum() / truth.sum(), "accuracy": counts.diagonal().sum() / counts.sum()}
-    return values | {f"pseudo/{kind}": 100 * float(value) for kind, value in total.items() if value == value}
+    total = {
+        "share": counts.sum() / truth.sum(),
+        "accuracy": counts.diagonal().sum() / counts.sum(),
+    }
+    return values | {
+        f"pseudo/{kind}": 100 * float(value) for kind, value in total.items() if value == value
+    }
 
 
 def describe(options):
     """The test protocol in words, printed next to every number."""
-    words = ["whole image" if options.mode == "whole" else f"sliding {options.crop} / {options.stride}"]
+    words = [
+        "whole image" if options.mode == "whole" else f"sliding {options.crop} / {options.stride}"
+    ]
     words += [f"short side {options.short_side}"] if options.short_side else []
     words += [f"scales {list(options.scales)}"] if list(options.scales) != [1.0] else []
     words += ["flip"] if options.flip else []

@@ -20,9 +20,14 @@ def factor(step, iters, schedule):
 
 # Positions, tokens, queries and ConvNeXt's factors, by parts of their names.
 UNDECAYED = (
-    "pos_embed", "positional_embedding", "relative_position_bias_table", "_token", "layer_scale", "classifier.queries",
+    "pos_embed",
+    "positional_embedding",
+    "relative_position_bias_table",
+    "_token",
+    "layer_scale",
+    "classifier.queries",
     "classifier.names",
-)  # fmt: skip
+)
 
 
 def parameter_groups(model, options):

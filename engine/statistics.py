@@ -30,7 +30,9 @@ def pure_labels(labels, size, share=0.75):
     pixels carry it."""
     cells = resize_labels(labels, size)
     same = labels == F.interpolate(cells[:, None].to(torch.float32), labels.shape[-2:])[:, 0]
-    return torch.where(F.adaptive_avg_pool2d(same[:, None].to(torch.float32), size)[:, 0] >= share, cells, IGNORE)
+    return torch.where(
+        F.adaptive_avg_pool2d(same[:, None].to(torch.float32), size)[:, 0] >= share, cells, IGNORE
+    )
 
 
 def resize_logits(logits, size):

@@ -16,7 +16,11 @@ from engine.errors import UserError
 
 logger = logging.getLogger("engine")
 
-HEADS = ("decode_head.", "auxiliary_head.", "head.")  # beside `backbone.` in files of MMSegmentation and MMPretrain
+HEADS = (
+    "decode_head.",
+    "auxiliary_head.",
+    "head.",
+)  # beside `backbone.` in files of MMSegmentation and MMPretrain
 
 
 class WeightsError(UserError):
@@ -34,7 +38,9 @@ def read(path):
         raise WeightsError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    if zipfile.is_zipfile(path) and any(
+        n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()
+    ):
         raise WeightsError(
             f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If you trust "
             "it, convert it once: torch.save(torch.jit.load(PATH, map_location='cpu').state_dict(), NEW_PATH)"
@@ -43,8 +49,13 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         with open(path, "rb") as file:
-            known = file.read(2) in (b"PK", b"\x80\x02")  # zip or pickle, not a web page or a git-lfs pointer
-        if not known or ("weights_only" not in str(error).lower() and "weights only" not in str(error).lower()):
+            known = file.read(2) in (
+                b"PK",
+                b"\x80\x02",
+            )  # zip or pickle, not a web page or a git-lfs pointer
+        if not known or (
+            "weights_only" not in str(error).lower() and "weights only" not in str(error).lower()
+        ):
             raise WeightsError(
                 f"{path} is incomplete or not a PyTorch file ({type(error).__name__}: {error})"
             ) from None
@@ -64,7 +75,9 @@ def read_safetensors(path):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors ({error})") from None
+        raise WeightsError(
+            f"{path} needs the package safetensors: pip install safetensors ({error})"
+        ) from None
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -82,8 +95,14 @@ def backbone_of(state, source):
     """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others are left alone."""
     if not any(key.startswith("backbone.") for key in state):
         return state
-    kept = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith(HEADS)}
-    logger.info(f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are left out")
+    kept = {
+        key.removeprefix("backbone."): value
+        for key, value in state.items()
+        if not key.startswith(HEADS)
+    }
+    logger.info(
+        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are left out"
+    )
     return kept
 
 
@@ -112,7 +131,11 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     state = {key: value for key, value in unwrap(state).items() if not _matches(key, drop)}
     own = module.state_dict()
     # Batch counters matter only for cumulative averages, and old or converted weights lack them.
-    missing = [k for k in own if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))]
+    missing = [
+        k
+        for k in own
+        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
+    ]
     unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     differing = [k for k in state if k in own and k not in fitting]
@@ -128,11 +151,14 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     module.load_state_dict(fitting, strict=False)
     initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
     logger.info(
-        f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values" + _some(initial)
+        f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values"
+        + _some(initial)
     )
 
 
-def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state):
+def load_pretrained(
+    module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state
+):
     """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path.
 
     `adapt` changes the state dict to the names of the module. It comes without `state_dict` and `module.` around it,
@@ -144,7 +170,9 @@ def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=la
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise WeightsError(f"could not download {url} ({error}); give a local copy by weights=PATH") from None
+            raise WeightsError(
+                f"could not download {url} ({error}); give a local copy by weights=PATH"
+            ) from None
     else:
         state = read(weights)
     state = adapt(backbone_of(unwrap(state), weights), module)

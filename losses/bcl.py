@@ -43,7 +43,11 @@ from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 
 EPS = 1e-6  # vectors shorter than this have no direction
-LOW, HIGH, STEPS = -8, 120, 512  # range of the histograms of log-odds, bins per unit: a power of 2 has exact edges
+LOW, HIGH, STEPS = (
+    -8,
+    120,
+    512,
+)  # range of the histograms of log-odds, bins per unit: a power of 2 has exact edges
 
 
 def log_odds(logits, size):
@@ -77,7 +81,9 @@ class StaticLabels(nn.Module):
     def __init__(self, *, num_classes, share: float = 0.1):
         super().__init__()
         if not 0 < share <= 1:
-            raise ValueError(f"share={share} is no share of the pixels: it must be above 0 and at most 1")
+            raise ValueError(
+                f"share={share} is no share of the pixels: it must be above 0 and at most 1"
+            )
         self.share = share
         self.register_buffer("theta", torch.full((num_classes,), torch.inf))
 
@@ -105,7 +111,9 @@ class StaticLabels(nn.Module):
     def select(self, sure, classes):
         """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
         chosen = sure >= self.theta.to(sure.dtype)[classes]
-        ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)  # stable: a larger share only adds pixels
+        ranks = sure.flatten(1).argsort(
+            dim=1, descending=True, stable=True
+        )  # stable: a larger share only adds pixels
         best = ranks[:, : max(1, round(self.share * ranks.shape[1]))]
         chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
         return torch.where(chosen, classes, IGNORE)
@@ -124,7 +132,9 @@ def cosines(features, means, present):
     maps, means = features.flatten(2), F.normalize(means, dim=2, eps=EPS)
     # The order of the product decides the layout of its gradient: the features' own saves a fifth of the time.
     if features.is_contiguous(memory_format=torch.channels_last):
-        products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(1, 2)  # (B, K, N)
+        products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(
+            1, 2
+        )  # (B, K, N)
     else:
         products = torch.bmm(means, maps)
     products = products / maps.norm(dim=1, keepdim=True).clamp_min(EPS)
@@ -182,8 +192,18 @@ class LabelTransfer(nn.Module):
         super().__init__()
         if not (0 <= momentum < 1 and 0 <= ramp <= 1):
             raise ValueError(f"momentum={momentum} must be in [0, 1), and ramp={ramp} in [0, 1]")
-        self.dynamic, self.calibration, self.views, self.step = dynamic, calibration, (source_view, target_view), None
-        self.confidence, self.momentum, self.ramp, self.temperature = confidence, momentum, ramp, temperature
+        self.dynamic, self.calibration, self.views, self.step = (
+            dynamic,
+            calibration,
+            (source_view, target_view),
+            None,
+        )
+        self.confidence, self.momentum, self.ramp, self.temperature = (
+            confidence,
+            momentum,
+            ramp,
+            temperature,
+        )
         self.register_buffer("bias", torch.zeros(num_classes, in_channels))
         self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.long))
         # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in the last column.
@@ -203,12 +223,18 @@ class LabelTransfer(nn.Module):
             if self.calibration == "ema":
                 reached, found = self.unit_means(target, static)
                 both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
-                self.moves += torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
+                self.moves += (
+                    torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
+                )
             if self.dynamic == "off":
                 return {self.views[1]: static}, {}
             strength = min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0
             dynamic = self.nearest(target, means + strength * self.bias, known)
-        return {self.views[1]: torch.where(static == IGNORE, resize_labels(dynamic, static.shape[-2:]), static)}, {}
+        return {
+            self.views[1]: torch.where(
+                static == IGNORE, resize_labels(dynamic, static.shape[-2:]), static
+            )
+        }, {}
 
     def unit_means(self, features, labels):
         """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur (B, K)."""
@@ -218,8 +244,14 @@ class LabelTransfer(nn.Module):
 
     def nearest(self, features, means, known):
         """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B, K)."""
-        confidence, classes = (cosines(features, means.to(features.dtype), known) / self.temperature).softmax(1).max(1)
-        chosen = (confidence > self.confidence) & known.gather(1, classes.flatten(1)).view_as(classes)
+        confidence, classes = (
+            (cosines(features, means.to(features.dtype), known) / self.temperature)
+            .softmax(1)
+            .max(1)
+        )
+        chosen = (confidence > self.confidence) & known.gather(1, classes.flatten(1)).view_as(
+            classes
+        )
         return torch.where(chosen, classes, IGNORE)
 
     @torch.no_grad()
@@ -228,7 +260,9 @@ class LabelTransfer(nn.Module):
         total = distributed.all_reduce(self.moves)
         moved = total[:, -1] > 0
         mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-        self.bias.copy_(torch.where(moved[:, None], torch.lerp(mean, self.bias, self.momentum), self.bias))
+        self.bias.copy_(
+            torch.where(moved[:, None], torch.lerp(mean, self.bias, self.momentum), self.bias)
+        )
         self.updates += moved
         self.moves.zero_()
 
@@ -271,7 +305,11 @@ class Contrast(nn.Module):
         target_view: str = "target",
     ):
         super().__init__()
-        self.num_classes, self.temperature, self.detach_prototypes = num_classes, temperature, detach_prototypes
+        self.num_classes, self.temperature, self.detach_prototypes = (
+            num_classes,
+            temperature,
+            detach_prototypes,
+        )
         self.forward_weight, self.backward_weight = forward_weight, backward_weight
         self.members, self.views = (source, target), (source_view, target_view)
 
@@ -293,13 +331,17 @@ class Contrast(nn.Module):
             raise UserError(f"bcl.Contrast: there are no prototypes named '{name}', but {known}")
         member, labels = prototypes.get(name), resize_labels(labels, features.shape[-2:])
         if member is None:
-            means, counts = class_sums(features, labels, self.num_classes, per_image=True)  # a cosine divides by length
+            means, counts = class_sums(
+                features, labels, self.num_classes, per_image=True
+            )  # a cosine divides by length
             present = counts > 0
         elif hasattr(member, "pair_means"):
             means, present = member.pair_means(features, labels)
         else:
             means = member.means().to(features.dtype).expand(len(features), -1, -1)
-            seen = getattr(member, "seen", means.new_ones(self.num_classes, dtype=torch.bool))  # not of a classifier
+            seen = getattr(
+                member, "seen", means.new_ones(self.num_classes, dtype=torch.bool)
+            )  # not of a classifier
             present = seen.expand(len(features), -1)
         return means.detach() if self.detach_prototypes else means, present
 
@@ -310,5 +352,7 @@ class Contrast(nn.Module):
         over pixels is one over cells that counts their pixels, and nothing of the labels' size needs a gradient.
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
-        pixels = pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
+        pixels = (
+            pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
+        )
         return -((log_p * pixels).sum((1, 2, 3)) / pixels.sum((1, 2, 3)).clamp_min(1)).mean()

@@ -53,13 +53,25 @@ from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_la
 
 def resized(logits, size):
     """Logits (B, K, h, w) -> (B, K, H, W) of at least float32."""
-    return precise(logits) if logits.shape[-2:] == tuple(size) else resize_logits(precise(logits), size)
+    return (
+        precise(logits)
+        if logits.shape[-2:] == tuple(size)
+        else resize_logits(precise(logits), size)
+    )
 
 
 # --- source -> target: labels by likelihood --------------------------------------------------------------------------
 
-LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to be looked at
-SAMPLE = 20_000  # pixels of a class that quantiles are taken from, where a member has no `quantiles`
+LEVELS = (
+    0.01,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+)  # quantiles of the source that the labeler keeps, to be looked at
+SAMPLE = (
+    20_000  # pixels of a class that quantiles are taken from, where a member has no `quantiles`
+)
 NEVER = 2**32  # above every hash
 
 
@@ -86,18 +98,25 @@ class LikelihoodLabels(nn.Module):
     infinite for classes without a prototype.
     """
 
-    # fmt: off
     def __init__(
-        self, *, num_classes, seed=0, prototypes: str = "mixtures", threshold: dict = {"nats": 100.0},  # noqa: B006
+        self,
+        *,
+        num_classes,
+        seed=0,
+        prototypes: str = "mixtures",
+        threshold: dict = {"nats": 100.0},  # noqa: B006
         fit: bool = True,
     ):
-        # fmt: on
         super().__init__()
         value = threshold.get("nats", threshold.get("source_quantile"))
         if len(threshold) != 1 or not isinstance(value, (int, float)) or math.isnan(value):
-            raise ValueError(f"threshold must be one of {{nats: T}} and {{source_quantile: q}}, not {threshold}")
+            raise ValueError(
+                f"threshold must be one of {{nats: T}} and {{source_quantile: q}}, not {threshold}"
+            )
         if not 0 <= threshold.get("source_quantile", 0) <= 1:
-            raise ValueError(f"source_quantile={value} is no share of the pixels: it must lie in 0..1")
+            raise ValueError(
+                f"source_quantile={value} is no share of the pixels: it must lie in 0..1"
+            )
         self.seed, self.prototypes, self.rule, self.fit = seed, prototypes, dict(threshold), fit
         self.register_buffer("threshold", torch.full((num_classes,), torch.inf))
         self.register_buffer("source_quantiles", torch.full((num_classes, len(LEVELS)), torch.inf))
@@ -112,7 +131,9 @@ class LikelihoodLabels(nn.Module):
 
     def scores(self, output, prototypes):
         """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a prototype."""
-        if self.prototypes == "classifier":  # of the network that made the output: not always the one that is trained
+        if (
+            self.prototypes == "classifier"
+        ):  # of the network that made the output: not always the one that is trained
             return precise(output.logits), torch.ones_like(self.threshold, dtype=torch.bool)
         member = self.member(prototypes)
         return precise(member.score(output.features)), member.seen
@@ -137,17 +158,34 @@ class LikelihoodLabels(nn.Module):
             quantiles = torch.stack([member.quantiles(level) for level in levels], 1)
         else:
             quantiles = self.measure(correct(), prototypes, levels)
-        bound = torch.full_like(self.threshold, self.rule["nats"]) if "nats" in self.rule else quantiles[:, -1]
+        bound = (
+            torch.full_like(self.threshold, self.rule["nats"])
+            if "nats" in self.rule
+            else quantiles[:, -1]
+        )
         seen = torch.ones_like(self.threshold, dtype=torch.bool) if member is None else member.seen
-        for state, found in ((self.threshold, bound), (self.source_quantiles.T, quantiles[:, :-1].T)):
+        for state, found in (
+            (self.threshold, bound),
+            (self.source_quantiles.T, quantiles[:, :-1].T),
+        ):
             state.copy_(torch.where(seen, found.to(state), torch.inf))
 
         def make(index, image, label):
             return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
 
         reached = [float(t) if t.isfinite() else None for t in self.threshold.to("cpu")]
-        settings = {"labeler": "bismap.LikelihoodLabels", "prototypes": self.prototypes, "rule": self.rule}
-        preparation.store("pseudo_labels", preparation.target, make, settings | {"threshold": reached}, palette=True)
+        settings = {
+            "labeler": "bismap.LikelihoodLabels",
+            "prototypes": self.prototypes,
+            "rule": self.rule,
+        }
+        preparation.store(
+            "pseudo_labels",
+            preparation.target,
+            make,
+            settings | {"threshold": reached},
+            palette=True,
+        )
 
     def measure(self, correct, prototypes, levels):
         """Quantiles (K, levels) of the true class's score, infinite for classes without a correct pixel.
@@ -160,7 +198,9 @@ class LikelihoodLabels(nn.Module):
         values = self.threshold.new_full(lots.shape, torch.inf)
         for index, output, labels in correct:
             scores, ids = self.scores(output, prototypes)[0], labels.flatten()
-            true = scores.gather(1, labels[:, None].clamp_max(len(classes) - 1)).flatten().to(values)  # (N)
+            true = (
+                scores.gather(1, labels[:, None].clamp_max(len(classes) - 1)).flatten().to(values)
+            )  # (N)
             drawn = pixel_hash(self.seed, torch.tensor([index], device=ids.device), len(ids))
             drawn = torch.where((ids == classes) & true.isfinite(), drawn, NEVER)  # (K, N)
             lots, place = torch.cat([lots, drawn], 1).topk(SAMPLE, largest=False)
@@ -170,7 +210,9 @@ class LikelihoodLabels(nn.Module):
         lots, place = lots.topk(SAMPLE, largest=False)
         values = values.gather(1, place).masked_fill(lots == NEVER, torch.inf).sort(1).values
         counts = (lots != NEVER).sum(1, keepdim=True)
-        return values.gather(1, ((counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1).clamp_min(0))
+        return values.gather(
+            1, ((counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1).clamp_min(0)
+        )
 
     def choose(self, output, size, prototypes):
         """Output -> labels (B, H, W)."""
@@ -193,14 +235,48 @@ class LikelihoodLabels(nn.Module):
 # e of the 19 classes of Cityscapes in the released code, which does not say how they were measured.
 ENTROPY = {
     "gta5": (
-        0.1502, 0.2935, 0.1362, 0.4436, 0.4393, 0.2795, 0.3139, 0.3106, 0.1068, 0.3195, 0.0719, 0.2364, 0.4754, 0.0986,
-        0.3673, 0.4127, 0.4826, 0.5645, 0.6694,
+        0.1502,
+        0.2935,
+        0.1362,
+        0.4436,
+        0.4393,
+        0.2795,
+        0.3139,
+        0.3106,
+        0.1068,
+        0.3195,
+        0.0719,
+        0.2364,
+        0.4754,
+        0.0986,
+        0.3673,
+        0.4127,
+        0.4826,
+        0.5645,
+        0.6694,
     ),
     "synthia": (  # the zeros are classes that it does not have
-        0.1039, 0.1333, 0.0960, 0.4322, 0.4646, 0.2801, 0.3994, 0.3480, 0.1437, 0.0, 0.1032, 0.2556, 0.4076, 0.1399,
-        0.0, 0.3501, 0.0, 0.5117, 0.4416,
+        0.1039,
+        0.1333,
+        0.0960,
+        0.4322,
+        0.4646,
+        0.2801,
+        0.3994,
+        0.3480,
+        0.1437,
+        0.0,
+        0.1032,
+        0.2556,
+        0.4076,
+        0.1399,
+        0.0,
+        0.3501,
+        0.0,
+        0.5117,
+        0.4416,
     ),
-}  # fmt: skip
+}
 SEED = 5  # of k-means
 
 
@@ -253,19 +329,33 @@ class Transferability(nn.Module):
         ValueError: released constants for other than 19 classes; sizes that are none.
     """
 
-    # fmt: off
     def __init__(
-        self, *, num_classes, seed=0, encoder: dict = {"name": "none"}, size: list = (128, 256),  # noqa: B006
-        grid: list = (4, 4), clusters: int = 40, entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
+        self,
+        *,
+        num_classes,
+        seed=0,
+        encoder: dict = {"name": "none"},  # noqa: B006 (never changed)
+        size: list = (128, 256),
+        grid: list = (4, 4),
+        clusters: int = 40,
+        entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
     ):
-        # fmt: on
         super().__init__()
         if entropy in ENTROPY and num_classes != len(ENTROPY[entropy]):
-            raise ValueError(f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none")
+            raise ValueError(
+                f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none"
+            )
         for name, value in (("size", size), ("grid", grid), ("clusters", [clusters, 1])):
             if len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
-                raise ValueError(f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}")
-        self.num_classes, self.seed, self.clusters, self.entropy = num_classes, seed, clusters, entropy
+                raise ValueError(
+                    f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}"
+                )
+        self.num_classes, self.seed, self.clusters, self.entropy = (
+            num_classes,
+            seed,
+            clusters,
+            entropy,
+        )
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
 
     @torch.no_grad()
@@ -274,7 +364,10 @@ class Transferability(nn.Module):
         own = self.encoder.get("name") == "none"
         encoder = preparation.network.backbone if own else preparation.backbone(self.encoder)
         of_target = preparation.images(preparation.target)
-        regions = {index: np.asarray(self.regions(encoder, image).to("cpu")) for index, image, _ in of_target}
+        regions = {
+            index: np.asarray(self.regions(encoder, image).to("cpu"))
+            for index, image, _ in of_target
+        }
         centres = self.centres(regions).to(preparation.device)
 
         distances, sums = {}, torch.zeros(2, dtype=torch.float64, device=preparation.device)
@@ -289,30 +382,49 @@ class Transferability(nn.Module):
         mean = sums[0] / sums[1]
         released = ENTROPY.get(self.entropy, [0.0] * self.num_classes)
         measured = self.entropy == "measured"
-        offset = class_offsets(entropies[:, 0] / entropies[:, 1] if measured else entropies.new_tensor(released))
+        offset = class_offsets(
+            entropies[:, 0] / entropies[:, 1] if measured else entropies.new_tensor(released)
+        )
 
         def make(index, image, label):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "size": self.size, "grid": self.grid}
-        settings |= {"clusters": len(centres), "mean_distance": float(mean), "entropy": self.entropy}
+        settings = {
+            "rule": "bismap.Transferability",
+            "encoder": self.encoder,
+            "size": self.size,
+            "grid": self.grid,
+        }
+        settings |= {
+            "clusters": len(centres),
+            "mean_distance": float(mean),
+            "entropy": self.entropy,
+        }
         settings |= {"offsets": [float(e) for e in offset.to("cpu")]}
         preparation.store("transferability", preparation.source, make, settings)
 
     def regions(self, encoder, image):
         """Image (1, 3, H, W) -> features (regions, D) of at least float32."""
-        small = F.interpolate(image, self.size, mode="bilinear", align_corners=False, antialias=True)
+        small = F.interpolate(
+            image, self.size, mode="bilinear", align_corners=False, antialias=True
+        )
         return F.adaptive_avg_pool2d(precise(encoder(small)[-1]), self.grid)[0].flatten(1).T
 
     def centres(self, regions):
         """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the same on all."""
-        regions = {index: rows for part in distributed.gather(regions) for index, rows in part.items()}
+        regions = {
+            index: rows for part in distributed.gather(regions) for index, rows in part.items()
+        }
         centres = None
         if distributed.is_main():
             rows = np.concatenate([regions[index] for index in sorted(regions)]).astype(np.float32)
             cv2.setRNGSeed(SEED + self.seed)
-            stop = (cv2.TERM_CRITERIA_COUNT, 100, 0)  # or when nothing moves: a distance would depend on the scale
+            stop = (
+                cv2.TERM_CRITERIA_COUNT,
+                100,
+                0,
+            )  # or when nothing moves: a distance would depend on the scale
             clusters = min(self.clusters, len(rows))
             *_, centres = cv2.kmeans(rows, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)
         return torch.from_numpy(distributed.gather(centres)[0])
@@ -321,7 +433,9 @@ class Transferability(nn.Module):
         """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The unit cancels."""
         log_p = precise(logits).log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
-        sums, counts = class_sums(entropy, resize_labels(labels, logits.shape[-2:]), self.num_classes)
+        sums, counts = class_sums(
+            entropy, resize_labels(labels, logits.shape[-2:]), self.num_classes
+        )
         return torch.cat([sums, counts[:, None]], 1).double()
 
     def forward(self, batch):
@@ -347,7 +461,9 @@ class SymmetricCrossEntropy(nn.Module):
         ValueError: a floor outside 0..1.
     """
 
-    def __init__(self, *, view: str = "target", ce: float = 0.1, rce: float = 1.0, floor: float = 1e-4):
+    def __init__(
+        self, *, view: str = "target", ce: float = 0.1, rce: float = 1.0, floor: float = 1e-4
+    ):
         super().__init__()
         if not 0 < floor <= 1:
             raise ValueError(f"floor={floor} must be above 0 and at most 1")
@@ -357,7 +473,9 @@ class SymmetricCrossEntropy(nn.Module):
         logits, labels = outputs[self.view].logits, labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             logits = resized(logits, labels.shape[-2:])
-            ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
+            ce = F.cross_entropy(
+                logits, labels, ignore_index=IGNORE, reduction="none"
+            )  # (B, H, W), 0 where ignored
             rce = math.log(self.floor) * torch.expm1(-ce)  # 0 there too
             loss = self.ce * ce + self.rce * rce
             if self.view in weights:
@@ -392,13 +510,24 @@ class Consistency(nn.Module):
 
     def forward(self, outputs, teacher, weights, step):
         if self.view not in outputs or self.view not in weights:
-            raise UserError(f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}")
+            raise UserError(
+                f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}"
+            )
         logits, kept = outputs[self.view].logits, weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            student, guide = (resized(x, kept.shape[-2:]).log_softmax(1) for x in (logits, teacher.logits.detach()))
-            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)  # (B, H, W)
+            student, guide = (
+                resized(x, kept.shape[-2:]).log_softmax(1)
+                for x in (logits, teacher.logits.detach())
+            )
+            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(
+                1
+            )  # (B, H, W)
             kept = kept.to(divergence.dtype)
-            return self.factor(step) * (divergence * kept).sum() / distributed.mean(kept.sum()).clamp_min(1)
+            return (
+                self.factor(step)
+                * (divergence * kept).sum()
+                / distributed.mean(kept.sum()).clamp_min(1)
+            )
 
 
 class Distillation(nn.Module):

@@ -31,14 +31,23 @@ class CrossEntropy(nn.Module):
             micro-batch by its own.
     """
 
-    # fmt: off
     def __init__(
-        self, *, view: str = "source", head: str = "logits", ohem: float = 0.0, ohem_min: int = 10000,
+        self,
+        *,
+        view: str = "source",
+        head: str = "logits",
+        ohem: float = 0.0,
+        ohem_min: int = 10000,
         by_weights: bool = False,
     ):
-        # fmt: on
         super().__init__()
-        self.view, self.head, self.ohem, self.ohem_min, self.by_weights = view, head, ohem, ohem_min, by_weights
+        self.view, self.head, self.ohem, self.ohem_min, self.by_weights = (
+            view,
+            head,
+            ohem,
+            ohem_min,
+            by_weights,
+        )
 
     def scores(self, output):
         """Logits (B, K, h, w) of the head."""
@@ -55,7 +64,9 @@ class CrossEntropy(nn.Module):
         logits, labels = self.scores(outputs[self.view]), labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             logits = resize_logits(precise(logits), labels.shape[-2:])
-            loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
+            loss = F.cross_entropy(
+                logits, labels, ignore_index=IGNORE, reduction="none"
+            )  # (B, H, W), 0 where ignored
             count = valid[self.view].to(loss.dtype)
             if self.ohem:
                 kept = self.hard(loss.detach(), labels)
@@ -71,6 +82,8 @@ class CrossEntropy(nn.Module):
     def hard(self, loss, labels):
         """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend on the batch."""
         k = min(self.ohem_min, loss[0].numel())
-        least = loss.flatten(1).topk(k, 1).values[:, -1, None, None]  # the k-th largest loss of each image
+        least = (
+            loss.flatten(1).topk(k, 1).values[:, -1, None, None]
+        )  # the k-th largest loss of each image
         bound = least.clamp_max(-math.log(self.ohem))
         return ((loss >= bound) & (labels != IGNORE)).to(loss.dtype)

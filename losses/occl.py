@@ -27,7 +27,9 @@ from torch import nn
 from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
 
-ABSENT = -1e9  # logit of a class without pixels: finite, so that fully masked rows have finite gradients
+ABSENT = (
+    -1e9
+)  # logit of a class without pixels: finite, so that fully masked rows have finite gradients
 
 
 def halve(labels, samples, num_classes, seed, split="random"):
@@ -44,17 +46,23 @@ def halve(labels, samples, num_classes, seed, split="random"):
     known = (labels >= 0) & (labels < num_classes)
     if split != "random":
         rows, columns = (torch.arange(size, device=labels.device) for size in labels.shape[1:])
-        second = (rows[:, None] + columns if split == "checkerboard" else samples[:, None, None]) % 2
+        second = (
+            rows[:, None] + columns if split == "checkerboard" else samples[:, None, None]
+        ) % 2
         return torch.where(known, labels + num_classes * second, 2 * num_classes + IGNORE)
     ids = torch.where(known, labels, num_classes).flatten(1)  # (B, N)
     # By class, and at random within it: the number of a class lies above the 32 bits of the hash.
     keys, order = ((ids << 32) | pixel_hash(seed, samples, ids.shape[1])).sort(1)
     sorted_ids = keys >> 32
     classes = torch.arange(num_classes + 2, device=ids.device).repeat(len(ids), 1)
-    starts = torch.searchsorted(sorted_ids, classes)  # (B, K + 2), the position of the first pixel of each class
+    starts = torch.searchsorted(
+        sorted_ids, classes
+    )  # (B, K + 2), the position of the first pixel of each class
     middles = (starts[:, :-1] + starts[:, 1:]) // 2
     second = torch.arange(ids.shape[1], device=ids.device) >= middles.gather(1, sorted_ids)
-    views = torch.where(sorted_ids < num_classes, sorted_ids + num_classes * second, 2 * num_classes + IGNORE)
+    views = torch.where(
+        sorted_ids < num_classes, sorted_ids + num_classes * second, 2 * num_classes + IGNORE
+    )
     return torch.empty_like(views).scatter_(1, order, views).view_as(labels)
 
 
@@ -100,7 +108,12 @@ class OCCL(nn.Module):
         prototypes: str = "classifier",
     ):
         super().__init__()
-        self.num_classes, self.seed, self.min_pixels, self.sync = num_classes, seed, min_pixels, sync
+        self.num_classes, self.seed, self.min_pixels, self.sync = (
+            num_classes,
+            seed,
+            min_pixels,
+            sync,
+        )
         self.centroid, self.category, self.temperature = centroid, category, temperature
         self.view, self.prototypes = view, prototypes
         self.split, self.negatives, self.against, self.partner = split, negatives, against, partner
@@ -133,7 +146,9 @@ class OCCL(nn.Module):
         """
         center, views = means.mean(0).detach(), means  # s, stop-gradient
         if self.normalize:
-            center, views, prototypes = (F.normalize(x, dim=-1, eps=1e-6) for x in (center, views, prototypes))
+            center, views, prototypes = (
+                F.normalize(x, dim=-1, eps=1e-6) for x in (center, views, prototypes)
+            )
         targets = torch.arange(len(present), device=present.device)
         own = torch.eye(len(present), dtype=torch.bool, device=present.device)
         count = present.sum().clamp_min(1) if self.reduction == "mean" else 1
@@ -150,7 +165,10 @@ class OCCL(nn.Module):
                 to_prototypes = to_prototypes.masked_fill(~present, ABSENT)
             centroid = F.cross_entropy(between, targets, reduction="none")
             category = F.cross_entropy(to_prototypes, targets, reduction="none")
-            total = total + ((self.centroid * centroid + self.category * category) * present).sum() / count
+            total = (
+                total
+                + ((self.centroid * centroid + self.category * category) * present).sum() / count
+            )
         return total / 2
 
 
@@ -168,7 +186,9 @@ class Orthogonality(nn.Module):
 
     def forward(self, prototypes):
         member = prototypes[self.prototypes]
-        vectors = member.components().flatten(0, 1) if hasattr(member, "components") else member.means()
+        vectors = (
+            member.components().flatten(0, 1) if hasattr(member, "components") else member.means()
+        )
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = F.normalize(vectors, dim=1, eps=1e-6)
             squares, count = (vectors @ vectors.T).square(), len(vectors)

@@ -52,7 +52,9 @@ def progress(done, start, end):
 def embedding(outputs, view):
     """Features (B, D, h, w) of the joint space, of any length."""
     if "embedding" not in outputs[view].aux:
-        raise UserError("losses of PPAR need a projector: set model.projector.channels to the dimension of the text")
+        raise UserError(
+            "losses of PPAR need a projector: set model.projector.channels to the dimension of the text"
+        )
     return precise(outputs[view].aux["embedding"])
 
 
@@ -60,18 +62,24 @@ def class_vectors(prototypes, name, fallback=None):
     """Unit vectors (K, D) of a member, where it has seen a class, otherwise of `fallback`."""
     for member in filter(None, (name, fallback)):
         if member not in prototypes:
-            raise UserError(f"ppar needs the prototypes '{member}'; there are {', '.join(prototypes)}")
+            raise UserError(
+                f"ppar needs the prototypes '{member}'; there are {', '.join(prototypes)}"
+            )
     member = prototypes[name]
     vectors = precise(member.means().detach())
     if fallback is not None and name != fallback:
-        vectors = torch.where(member.seen[:, None], vectors, precise(prototypes[fallback].means().detach()))
+        vectors = torch.where(
+            member.seen[:, None], vectors, precise(prototypes[fallback].means().detach())
+        )
     return F.normalize(vectors, dim=-1, eps=1e-6)
 
 
 def at_labels(scores, labels):
     """Scores (B, K, h, w) of the label of each pixel (B, H, W), taken from its nearest cell; 0 where there is none."""
     (height, width), (k, h, w) = labels.shape[-2:], scores.shape[1:]
-    rows, columns = (torch.arange(n, device=labels.device) * m // n for n, m in ((height, h), (width, w)))
+    rows, columns = (
+        torch.arange(n, device=labels.device) * m // n for n, m in ((height, h), (width, w))
+    )
     known = labels < k
     place = (torch.where(known, labels, 0) * h + rows[:, None]) * w + columns
     return scores.flatten(1).gather(1, place.flatten(1)).view(labels.shape) * known
@@ -80,7 +88,9 @@ def at_labels(scores, labels):
 def class_means(values, labels, num_classes):
     """Means (K) of values (B, H, W) over the pixels of each class in the batch of all processes; 1 for absent ones."""
     total = 0
-    for value, label in zip(values, labels):  # image by image: K maps of the whole batch at image size would be large
+    for value, label in zip(
+        values, labels
+    ):  # image by image: K maps of the whole batch at image size would be large
         sums, counts = class_sums(value[None, None], label[None], num_classes)
         total = total + torch.cat([sums, counts[:, None]], 1)
     sums, counts = distributed.all_reduce(total).unbind(1)
@@ -96,7 +106,9 @@ def balanced(labels, lots, num_classes, count):
     classes = torch.arange(num_classes + 1, device=ids.device).repeat(len(ids), 1)
     starts = torch.searchsorted(ids, classes)  # of each class in the sorted row
     n = ids.shape[1]
-    turn = torch.where(ids < num_classes, torch.arange(n, device=ids.device) - starts.gather(1, ids), n)
+    turn = torch.where(
+        ids < num_classes, torch.arange(n, device=ids.device) - starts.gather(1, ids), n
+    )
     return order.gather(1, (turn * (num_classes + 1) + ids).topk(count, 1, largest=False).indices)
 
 
@@ -118,13 +130,21 @@ class Reweight(nn.Module):
         UserError, from `after`: there is no projector, no such member or no image tower.
     """
 
-    # fmt: off
     def __init__(
-        self, *, view: str = "source", easy: str = "visual", hard: str = "text",
-        source: Literal["clip", "student", "both"] = "student", alpha: float = 1.0, low: float = 0.2, high: float = 2.0,
-        temperature: float = 0.1, scale: float = 100.0, warmup: float = 0.1, level: Literal["pixel", "image"] = "pixel",
+        self,
+        *,
+        view: str = "source",
+        easy: str = "visual",
+        hard: str = "text",
+        source: Literal["clip", "student", "both"] = "student",
+        alpha: float = 1.0,
+        low: float = 0.2,
+        high: float = 2.0,
+        temperature: float = 0.1,
+        scale: float = 100.0,
+        warmup: float = 0.1,
+        level: Literal["pixel", "image"] = "pixel",
     ):
-        # fmt: on
         super().__init__()
         if not 0 <= low <= 1 <= high:
             raise ValueError(f"low={low} and high={high} must lie on either side of 1")
@@ -154,7 +174,9 @@ class Reweight(nn.Module):
                 parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
             if self.source != "student":
                 if tower is None:
-                    raise UserError(f"ppar.Reweight with source: {self.source} needs CLIP's image tower: set dg.tower")
+                    raise UserError(
+                        f"ppar.Reweight with source: {self.source} needs CLIP's image tower: set dg.tower"
+                    )
                 parts.append(self.reliability(precise(tower), labels, vectors, self.scale))
             trust = sum(parts) / len(parts)
             known = (labels != IGNORE).to(trust.dtype)
@@ -192,24 +214,43 @@ class Alignment(nn.Module):
         UserError, from `forward`: there is no projector or no such member.
     """
 
-    # fmt: off
     def __init__(
-        self, *, num_classes, seed=0, view: str = "source", easy: str = "visual", hard: str = "text",
+        self,
+        *,
+        num_classes,
+        seed=0,
+        view: str = "source",
+        easy: str = "visual",
+        hard: str = "text",
         order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
-        start: float = 0.2, end: float = 0.8, curriculum: float = 0.5,
-        granularity: Literal["pixel", "coarse_to_fine"] = "pixel", temperature: float = 0.1, samples: int = 4096,
+        start: float = 0.2,
+        end: float = 0.8,
+        curriculum: float = 0.5,
+        granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
+        temperature: float = 0.1,
+        samples: int = 4096,
         ramp: float = 0.05,
     ):
-        # fmt: on
         super().__init__()
         if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= end <= 1:
             raise ValueError(
                 f"temperature must be above 0, curriculum in 0..1, and 0 <= start <= end <= 1, not {temperature}, "
                 f"{curriculum}, {start}, {end}"
             )
-        self.num_classes, self.seed, self.view, self.easy, self.hard = num_classes, seed, view, easy, hard
+        self.num_classes, self.seed, self.view, self.easy, self.hard = (
+            num_classes,
+            seed,
+            view,
+            easy,
+            hard,
+        )
         self.order, self.start, self.end, self.curriculum = order, start, end, curriculum
-        self.granularity, self.temperature, self.samples, self.ramp = granularity, temperature, samples, ramp
+        self.granularity, self.temperature, self.samples, self.ramp = (
+            granularity,
+            temperature,
+            samples,
+            ramp,
+        )
 
     def omega(self, done):
         """Share of the second prototype after a share of the training."""
@@ -243,16 +284,25 @@ class Alignment(nn.Module):
             if self.samples < flat.shape[1]:
                 lots = pixel_hash(self.seed, samples[self.view], flat.shape[1])
                 place = balanced(flat, lots, self.num_classes, self.samples)
-                ids = torch.full_like(flat, IGNORE).scatter(1, place, flat.gather(1, place)).view_as(ids)
+                ids = (
+                    torch.full_like(flat, IGNORE)
+                    .scatter(1, place, flat.gather(1, place))
+                    .view_as(ids)
+                )
             targets = self.targets(outputs, prototypes, done)
-            loss = sum(self.align(features, ids, trust, vectors, done) for vectors in targets) / len(targets)
+            loss = sum(
+                self.align(features, ids, trust, vectors, done) for vectors in targets
+            ) / len(targets)
             return loss * (min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0)
 
     def align(self, features, ids, trust, vectors, done):
         """Features (B, D, h, w), labels and weights (B, h, w), class vectors -> scalar."""
         scores = cosine(features, vectors)
         trust = trust * self.easiest(scores.detach(), ids, self.kept(done))
-        loss = F.cross_entropy(scores / self.temperature, ids, ignore_index=IGNORE, reduction="none") * trust
+        loss = (
+            F.cross_entropy(scores / self.temperature, ids, ignore_index=IGNORE, reduction="none")
+            * trust
+        )
         pixels = loss.sum() / distributed.mean(trust.sum()).clamp_min(1e-6)
         if self.granularity == "pixel":
             return pixels
@@ -264,7 +314,9 @@ class Alignment(nn.Module):
         sums, counts = class_sums(features, ids, self.num_classes, trust, sync=True)
         vectors = vectors.mean(0) if vectors.dim() == 3 else vectors
         scores = F.normalize(sums, dim=1, eps=1e-6) @ vectors.to(sums.dtype).T / self.temperature
-        loss = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="none")
+        loss = F.cross_entropy(
+            scores, torch.arange(len(scores), device=scores.device), reduction="none"
+        )
         present = (counts > 0).to(loss.dtype)
         return (loss * present).sum() / present.sum().clamp_min(1)
 
@@ -283,7 +335,9 @@ class Alignment(nn.Module):
         histogram = torch.zeros((self.num_classes + 1) * BINS, dtype=torch.int64, device=ids.device)
         place = torch.where(known, ids, self.num_classes) * BINS + bins
         histogram.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
-        below = distributed.all_reduce(histogram).view(-1, BINS)[: self.num_classes].cumsum(1)  # (K, bins)
+        below = (
+            distributed.all_reduce(histogram).view(-1, BINS)[: self.num_classes].cumsum(1)
+        )  # (K, bins)
         # The first bin up to which there are enough.
         bound = (below < share * below[:, -1:]).sum(1)
         return (known & (bins <= bound[own])).to(scores.dtype)
@@ -304,7 +358,9 @@ class TextFidelity(nn.Module):
 
     def forward(self, outputs, prototypes):
         if "prototypes" not in outputs[self.view].aux:
-            raise UserError("ppar.TextFidelity needs prototypes of each image: set model.text_attention.layers")
+            raise UserError(
+                "ppar.TextFidelity needs prototypes of each image: set model.text_attention.layers"
+            )
         with torch.autocast(outputs[self.view].logits.device.type, enabled=False):
             own = precise(outputs[self.view].aux["prototypes"])  # (B, K, D)
             scores = own @ class_vectors(prototypes, self.text).to(own.dtype).T / self.temperature

@@ -67,7 +67,9 @@ class Denoise(nn.Module):
             dtype = torch.promote_types(features.dtype, torch.float32)
             centroids = member.means().to(dtype)  # (K, D)
             rows = features.to(dtype).flatten(2).transpose(1, 2)  # (B, N, D)
-            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(1, 2)  # (B, K, N)
+            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(
+                1, 2
+            )  # (B, K, N)
             distances = distances.masked_fill(~member.seen[:, None], torch.inf)
             # Nothing seen: every class is believed alike.
             trust = torch.where(member.seen.any(), (-distances / self.temperature).softmax(1), 1.0)
@@ -84,7 +86,9 @@ class Denoise(nn.Module):
     def label(self, network, image, prototypes):
         """Images (B, 3, H, W) -> (B, H, W), one network in both roles."""
         output = network.segment(image)
-        return self.denoise(output.logits, output.features, self.member(prototypes), image.shape[-2:])
+        return self.denoise(
+            output.logits, output.features, self.member(prototypes), image.shape[-2:]
+        )
 
 
 class Regularity(nn.Module):

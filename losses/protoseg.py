@@ -30,7 +30,10 @@ class Contrast(nn.Module):
         view: the view whose pixels are contrasted.
     """
 
-    scores, classifier = "cosines", "protoseg.ProtoSeg"  # what it reads in `aux`, and who leaves it there
+    scores, classifier = (
+        "cosines",
+        "protoseg.ProtoSeg",
+    )  # what it reads in `aux`, and who leaves it there
 
     def __init__(self, *, temperature: float = 0.1, view: str = "source"):
         super().__init__()
@@ -48,9 +51,15 @@ class Contrast(nn.Module):
             scores = precise(scores)
             cells = resize_labels(labels, scores.shape[-2:])
             targets = prototypes["classifier"].assign(scores.detach(), cells).flatten()
-            flat = scores.movedim(0, 2).flatten(2).flatten(0, 1)  # (K M, N), as the classifier made them
+            flat = (
+                scores.movedim(0, 2).flatten(2).flatten(0, 1)
+            )  # (K M, N), as the classifier made them
             loss = self.cost(flat, flat.gather(0, targets.clamp_min(0)[None])[0]) * (targets >= 0)
-            return loss.sum() * (labels.numel() / cells.numel()) / valid[self.view].to(loss.dtype).clamp_min(1)
+            return (
+                loss.sum()
+                * (labels.numel() / cells.numel())
+                / valid[self.view].to(loss.dtype).clamp_min(1)
+            )
 
     def cost(self, scores, own):
         """Scores (K M, N), and those of the assigned components (N) -> loss (N)."""

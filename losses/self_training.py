@@ -89,7 +89,9 @@ class StoredConfidence(nn.Module):
     def label(self, network, image, prototypes):
         """Pixels of images (1, 3, H, W) above the threshold -> (1, H, W)."""
         scores = predict(network, image, self.options)
-        several = len(self.options.scales) > 1 or self.options.flip  # `predict` then returns probabilities
+        several = (
+            len(self.options.scales) > 1 or self.options.flip
+        )  # `predict` then returns probabilities
         confidence, labels = (scores if several else scores.softmax(1)).max(1)
         return torch.where(confidence >= self.threshold, labels, IGNORE)
 

@@ -27,7 +27,9 @@ def conv_bn_relu(in_channels, out_channels, kernel=3, dilation=1):
     """Convolution without bias, batch norm, ReLU; the size stays."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.Conv2d(
+            in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False
+        ),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
@@ -50,13 +52,18 @@ def dilate(stage, dilation):
                 module.stride = (1, 1)
                 if module.kernel_size != (1, 1):
                     rate = dilation // 2 if i == 0 else dilation
-                    module.dilation, module.padding = (rate, rate), (rate * (module.kernel_size[0] // 2),) * 2
+                    module.dilation, module.padding = (
+                        (rate, rate),
+                        (rate * (module.kernel_size[0] // 2),) * 2,
+                    )
 
 
 @contextlib.contextmanager
 def still(module):
     """Within it, batch norms in training mode normalise by their batch and keep their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -93,7 +100,9 @@ class Guide(NamedTuple):
 def guided(guide, v):
     """A Guide, a bias alone or None, and values (B, heads, M, D) -> the bias for the logits and the values."""
     bias, factor = guide if isinstance(guide, Guide) else (guide, None)
-    return None if bias is None else bias.to(v.dtype), v if factor is None else v * factor.to(v.dtype)
+    return None if bias is None else bias.to(v.dtype), v if factor is None else v * factor.to(
+        v.dtype
+    )
 
 
 def received(q, k, guide=None):

@@ -52,7 +52,9 @@ def to_cells(maps, cell):
     """(B, D, h, w) -> (B, R, C, D, c c); sides that are no multiple of the cell are filled up with their last row."""
     bottom, right = (-side % cell for side in maps.shape[-2:])
     maps = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
-    return maps.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).permute(0, 2, 4, 1, 3, 5).flatten(4)
+    return (
+        maps.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).permute(0, 2, 4, 1, 3, 5).flatten(4)
+    )
 
 
 def from_cells(values, cell, size):
@@ -70,7 +72,9 @@ def neighbours(regions):
 def gather(values):
     """The opposite: what each cell gives to the 3 x 3 around it (B, R, C, 9, D) -> sums at the regions (B, D, R, C)."""
     b, rows, columns, _, d = values.shape
-    return F.fold(values.permute(0, 4, 3, 1, 2).reshape(b, 9 * d, -1), (rows, columns), 3, padding=1)
+    return F.fold(
+        values.permute(0, 4, 3, 1, 2).reshape(b, 9 * d, -1), (rows, columns), 3, padding=1
+    )
 
 
 def region_means(assignment, cells):
@@ -83,7 +87,9 @@ def region_means(assignment, cells):
 def assign(means, cells, kappa):
     """Equations 2 and 3: f (B, D, R, C) and unit features (B, R, C, D, c c) -> a (B, R, C, 9, c c), of sum 1."""
     inside = neighbours(torch.ones_like(means[:1, :1]))[..., 0]  # (1, R, C, 9)
-    similar = neighbours(F.normalize(means, dim=1, eps=EPSILON)) @ cells  # cosines (B, R, C, 9, c c)
+    similar = (
+        neighbours(F.normalize(means, dim=1, eps=EPSILON)) @ cells
+    )  # cosines (B, R, C, 9, c c)
     return torch.where(inside[..., None] > 0, kappa * similar, ABSENT).softmax(3)
 
 
@@ -112,9 +118,13 @@ def spread(assignment, values, cell, size):
 def labels_of(assignment, cell, size):
     """Number of the region that each pixel belongs to most, for pictures: (B, h, w)."""
     b, rows, columns = assignment.shape[:3]
-    numbers = torch.arange(rows * columns, device=assignment.device, dtype=assignment.dtype).view(1, 1, rows, columns)
+    numbers = torch.arange(rows * columns, device=assignment.device, dtype=assignment.dtype).view(
+        1, 1, rows, columns
+    )
     numbers = neighbours(numbers).expand(b, -1, -1, -1, -1)[..., 0]  # (B, R, C, 9)
-    return from_cells(numbers.gather(3, assignment.argmax(3))[:, :, :, None], cell, size)[:, 0].long()
+    return from_cells(numbers.gather(3, assignment.argmax(3))[:, :, :, None], cell, size)[
+        :, 0
+    ].long()
 
 
 # --- domain and transferability --------------------------------------------------------------------------------------
@@ -171,9 +181,25 @@ class Region(nn.Module):
     """
 
     def __init__(
-        self, *, channels, num_classes, depth, variant, stage, blocks, regions, cell, kappa, rounds, strength, opened,
-        detach, ramp, reverse, dropout,
-    ):  # fmt: skip
+        self,
+        *,
+        channels,
+        num_classes,
+        depth,
+        variant,
+        stage,
+        blocks,
+        regions,
+        cell,
+        kappa,
+        rounds,
+        strength,
+        opened,
+        detach,
+        ramp,
+        reverse,
+        dropout,
+    ):
         super().__init__()
         variants = ("none", "bias", "tvt") if stage > 0 else ("none", "mask")
         if variant not in variants or regions not in ("adaptive", "patches"):
@@ -191,7 +217,13 @@ class Region(nn.Module):
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0
-        self.strength, self.opened, self.detach, self.ramp, self.reverse = strength, opened, detach, ramp, reverse
+        self.strength, self.opened, self.detach, self.ramp, self.reverse = (
+            strength,
+            opened,
+            detach,
+            ramp,
+            reverse,
+        )
         width = max(channels // 4, 1)
         layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
         layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
@@ -241,7 +273,9 @@ class Region(nn.Module):
             return Guide(values=small[..., None])
         bias = self.strength * torch.log(EPSILON + 0.5 + 0.5 * small)
         # Relative to the mean factor, so that an equal priority is 0 for tokens without one too (the class token).
-        return Guide(bias=(bias - bias.logsumexp(2, keepdim=True) + math.log(bias.shape[2]))[:, :, None])
+        return Guide(
+            bias=(bias - bias.logsumexp(2, keepdim=True) + math.log(bias.shape[2]))[:, :, None]
+        )
 
     def watch(self, step, found):
         """The function that a backbone calls before each of its blocks; it fills the dict `found`."""

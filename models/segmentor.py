@@ -76,7 +76,10 @@ class Auxiliary(nn.Module):
         self.stage = stage
         channels = [in_channels, *[width] * convs]
         self.convs = nn.Sequential(*(conv_bn_relu(channels[i], width) for i in range(convs)))
-        self.dropout, self.classifier = nn.Dropout2d(dropout), nn.Conv2d(channels[-1], num_classes, 1)
+        self.dropout, self.classifier = (
+            nn.Dropout2d(dropout),
+            nn.Conv2d(channels[-1], num_classes, 1),
+        )
 
     def forward(self, features):
         return self.classifier(self.dropout(self.convs(features)))
@@ -93,21 +96,31 @@ class Segmentor(nn.Module):
             normalised by its own batch all the same.
     """
 
-    # fmt: off
     def __init__(
-        self, backbone, decoder, classifier, frozen_bn=(), bn_views=(), projector=None, text_attention=None,
-        region=None, auxiliary=None,
+        self,
+        backbone,
+        decoder,
+        classifier,
+        frozen_bn=(),
+        bn_views=(),
+        projector=None,
+        text_attention=None,
+        region=None,
+        auxiliary=None,
     ):
-        # fmt: on
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
-        self.classifier_asks = {"opens", "aux"} & {*inspect.signature(classifier.forward).parameters}
+        self.classifier_asks = {"opens", "aux"} & {
+            *inspect.signature(classifier.forward).parameters
+        }
         self.projector, self.text_attention = projector, text_attention
         self.region, self.auxiliary = region, auxiliary
         unknown = set(frozen_bn) - {"backbone", "decoder", "projector"}
         if unknown:
             unknown = ", ".join(sorted(unknown))
-            raise ValueError(f"model.frozen_bn may name backbone, decoder and projector, not {unknown}")
+            raise ValueError(
+                f"model.frozen_bn may name backbone, decoder and projector, not {unknown}"
+            )
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         for norm in self._frozen_norms():
             norm.requires_grad_(False)
@@ -146,14 +159,22 @@ class Segmentor(nn.Module):
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}. `step` is for parts that ramp."""
         if self.bn_views and not {*self.bn_views} & {*views}:
-            raise UserError(f"model.bn_views names {', '.join(self.bn_views)}; the views are {', '.join(views)}")
+            raise UserError(
+                f"model.bn_views names {', '.join(self.bn_views)}; the views are {', '.join(views)}"
+            )
         per_domain = getattr(self.backbone, "source", None) is not None
         domains = {view.domain for view in views.values()}
         if per_domain and distributed.world_size() > 1 and domains != {"source", "target"}:
-            raise UserError("stem: per_domain on several processes needs views of both domains in every step")
+            raise UserError(
+                "stem: per_domain on several processes needs views of both domains in every step"
+            )
         outputs = {}
         for name, view in views.items():
-            with contextlib.nullcontext() if not self.bn_views or name in self.bn_views else still(self):
+            with (
+                contextlib.nullcontext()
+                if not self.bn_views or name in self.bn_views
+                else still(self)
+            ):
                 output = outputs[name] = self.segment(view.image, view.domain, True, step)
             if self.text_attention and view.text is not None:
                 dense = unit(output.aux["embedding"].detach()) if view.dense is None else view.dense

@@ -26,7 +26,9 @@ class TextAttention(nn.Module):
     def __init__(self, channels, layers=1, width=256, heads=4):
         super().__init__()
         self.query, self.key = nn.Linear(channels, width), nn.Linear(channels, width)
-        layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.decoder = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
         self.out = nn.Linear(width, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-4))

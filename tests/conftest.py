@@ -13,5 +13,7 @@ def same_start():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the training scripts install their own
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the training scripts install their own
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -17,9 +17,13 @@ import train_uda
 from engine import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent
-TINY, TINY_UDA, TINY_DG = (str(ROOT / "tests" / f"{name}.yaml") for name in ("tiny", "tiny_uda", "tiny_dg"))
+TINY, TINY_UDA, TINY_DG = (
+    str(ROOT / "tests" / f"{name}.yaml") for name in ("tiny", "tiny_uda", "tiny_dg")
+)
 SCRIPTS = {TINY: train_supervised, TINY_UDA: train_uda, TINY_DG: train_dg}
-SERVER = multiprocessing.get_context("forkserver")  # has loaded PyTorch once, and no thread or run has touched it
+SERVER = multiprocessing.get_context(
+    "forkserver"
+)  # has loaded PyTorch once, and no thread or run has touched it
 SERVER.set_forkserver_preload(["tests.runs"])
 
 
@@ -38,7 +42,13 @@ def command(folder, *overrides, processes=1, config=TINY):
     """The command line of a run."""
     python = [sys.executable]
     if processes > 1:
-        python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        python = [
+            *python,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
     return [*python, SCRIPTS[config].__file__, config, f"folder={folder}", *overrides]
 
 
@@ -49,7 +59,12 @@ def work(rank, processes, port, double, config, arguments, output):
     torch.set_num_threads(1)
     if processes > 1:
         addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        ranks = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes,
+        }
         os.environ.update({name: str(value) for name, value in (addresses | ranks).items()})
     if double:
         torch.set_default_dtype(torch.float64)
@@ -68,7 +83,9 @@ def run(folder, *overrides, processes=1, double=False, config=TINY):
     output.unlink(missing_ok=True)
     arguments = [config, f"folder={folder}", *overrides]
     started = [
-        SERVER.Process(target=work, args=(rank, processes, port, double, config, arguments, str(output)))
+        SERVER.Process(
+            target=work, args=(rank, processes, port, double, config, arguments, str(output))
+        )
         for rank in range(processes)
     ]
     for process in started:
@@ -91,14 +108,20 @@ def leaves(value, prefix=""):
         items = enumerate(value)
     else:
         return {prefix: value}
-    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{prefix}.{key}").items()}
+    return {
+        name: leaf for key, item in items for name, leaf in leaves(item, f"{prefix}.{key}").items()
+    }
 
 
-def assert_same_state(a, b, tolerance=None, keys=("model", "teacher", "prototypes", "optimizer", "scaler")):
+def assert_same_state(
+    a, b, tolerance=None, keys=("model", "teacher", "prototypes", "optimizer", "scaler")
+):
     """Equal tensors, bitwise or up to a tolerance, and equal everything else."""
     for key in keys:
         first, second = leaves(a[key]), leaves(b[key])
-        assert first.keys() == second.keys() and (first or key in ("scaler", "labelers", "prototypes"))  # may be empty
+        assert first.keys() == second.keys() and (
+            first or key in ("scaler", "labelers", "prototypes")
+        )  # may be empty
         for name, value in first.items():
             other = second[name]
             if not torch.is_tensor(value):
@@ -128,8 +151,15 @@ def as_two_processes(monkeypatch, function):
             meet.abort()
             raise
 
-    fakes = {"rank": lambda: me.rank, "world_size": lambda: 2, "barrier": meet.wait, "gather": gather}
-    for name, fake in (fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}).items():
+    fakes = {
+        "rank": lambda: me.rank,
+        "world_size": lambda: 2,
+        "barrier": meet.wait,
+        "gather": gather,
+    }
+    for name, fake in (
+        fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}
+    ).items():
         monkeypatch.setattr(distributed, name, fake)
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(process, range(2)))

@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import convnext, get_model, get_model_weights, mobilenet_v2, swin_transformer
+from torchvision.models import (
+    convnext,
+    get_model,
+    get_model_weights,
+    mobilenet_v2,
+    swin_transformer,
+)
 
 from engine.build import TRAINING, build, build_segmentor, unwanted
 from engine.config import ConfigError, load
@@ -92,7 +98,11 @@ def test_networks_of_ade20k_have_their_published_size(backbone, decoder, million
 
 
 def test_base_networks_have_their_published_size(quick):
-    sizes = {"upernet_swin_b": 121.3, "upernet_convnext_b": 122.1, "deeplabv3plus_mobilenet_v2": 5.8}
+    sizes = {
+        "upernet_swin_b": 121.3,
+        "upernet_convnext_b": 122.1,
+        "deeplabv3plus_mobilenet_v2": 5.8,
+    }
     for name, millions in sizes.items():
         model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
         with torch.device("meta"):
@@ -104,18 +114,28 @@ TORCHVISION = [  # its name, ours, what of it is not here
     ("mobilenet_v2", lambda: MobileNet(weights="none"), ("features.18.", "classifier.")),
     ("mobilenet_v3_large", lambda: MobileNet(version="v3_large", weights="none"), ("classifier.",)),
     ("mobilenet_v3_small", lambda: MobileNet(version="v3_small", weights="none"), ("classifier.",)),
-    *((f"convnext_{name}", lambda s=name[0]: ConvNeXt(size=s, weights="none"), ("classifier.",))
-      for name in ("tiny", "small", "base")),
+    *(
+        (f"convnext_{name}", lambda s=name[0]: ConvNeXt(size=s, weights="none"), ("classifier.",))
+        for name in ("tiny", "small", "base")
+    ),
     *((f"swin_{s}", lambda s=s: Swin(size=s, weights="none"), ("norm.", "head.")) for s in "tsb"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, ours, unused", TORCHVISION, ids=[name for name, *_ in TORCHVISION])
 def test_tensors_are_those_of_torchvision_of_the_published_number(name, ours, unused, quick):
     with torch.device("meta"):
         theirs, ours = get_model(name, weights=None), ours()
-    expected = {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith(unused) and "index" not in k}
-    found = {k: v.shape for k, v in ours.state_dict().items() if not k.startswith(("norm0", "norm1", "norm2", "norm3"))}
+    expected = {
+        k: v.shape
+        for k, v in theirs.state_dict().items()
+        if not k.startswith(unused) and "index" not in k
+    }
+    found = {
+        k: v.shape
+        for k, v in ours.state_dict().items()
+        if not k.startswith(("norm0", "norm1", "norm2", "norm3"))
+    }
     assert found == expected
     assert count(theirs) == get_model_weights(name).IMAGENET1K_V1.meta["num_params"]
 
@@ -127,12 +147,21 @@ def small_torchvision(kind):
     """Torchvision's network of SMALL and the layers after which its stages end."""
     if kind == "swin":
         options = {"num_heads": [1, 2, 4, 8], "window_size": [7, 7], "num_classes": 3}
-        return swin_transformer.SwinTransformer([4, 4], SMALL["width"], SMALL["depths"], **options), (1, 3, 5, 7)
+        return swin_transformer.SwinTransformer(
+            [4, 4], SMALL["width"], SMALL["depths"], **options
+        ), (1, 3, 5, 7)
     if kind == "convnext":
         widths = [32, 64, 128, 256]
-        settings = [convnext.CNBlockConfig(c, d, n) for c, d, n in zip(widths, [*widths[1:], None], SMALL["depths"])]
+        settings = [
+            convnext.CNBlockConfig(c, d, n)
+            for c, d, n in zip(widths, [*widths[1:], None], SMALL["depths"])
+        ]
         return convnext.ConvNeXt(settings, num_classes=3), (1, 3, 5, 7)
-    taps = {"mobilenet_v2": (3, 6, 13, 17), "mobilenet_v3_large": (3, 6, 12, 16), "mobilenet_v3_small": (1, 3, 8, 12)}
+    taps = {
+        "mobilenet_v2": (3, 6, 13, 17),
+        "mobilenet_v3_large": (3, 6, 12, 16),
+        "mobilenet_v3_small": (1, 3, 8, 12),
+    }
     return get_model(kind, weights=None, num_classes=3), taps[kind]
 
 
@@ -152,7 +181,8 @@ def reference(request, tmp_path_factory):
     network, taps = small_torchvision(request.param)
     randomized(network)
     path = saved(
-        {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path_factory.mktemp("w")
+        {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}},
+        tmp_path_factory.mktemp("w"),
     )
     return request.param, network, taps, our_small(request.param, path).eval()
 
@@ -201,7 +231,9 @@ def test_odd_sizes_round_up_and_fill_with_zeros(reference):
     for size in [(33, 47), (61, 66), (5, 9)]:
         image = torch.rand(1, 3, *size)
         maps = backbone(image)
-        assert [x.shape[-2:] for x in maps] == [tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)]
+        assert [x.shape[-2:] for x in maps] == [
+            tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)
+        ]
         assert all(x.isfinite().all() for x in maps)
         if kind == "swin":  # torchvision itself fills up windows and pairs, but not patches
             x = F.pad(backbone.normalize(image), (0, -size[1] % 4, 0, -size[0] % 4))
@@ -209,10 +241,14 @@ def test_odd_sizes_round_up_and_fill_with_zeros(reference):
             for x, y in zip(before_norms(backbone, image), expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
         if kind == "convnext":
-            x = network.features[0](F.pad(backbone.normalize(image), (0, -size[1] % 4, 0, -size[0] % 4)))
+            x = network.features[0](
+                F.pad(backbone.normalize(image), (0, -size[1] % 4, 0, -size[0] % 4))
+            )
             x = network.features[2][0](network.features[1](x))
             x = network.features[2][1](F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
-            torch.testing.assert_close(before_norms(backbone, image)[1], network.features[3](x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                before_norms(backbone, image)[1], network.features[3](x), rtol=1e-4, atol=1e-4
+            )
 
 
 @torch.no_grad()
@@ -222,7 +258,9 @@ def test_real_mobilenet_v2_weights_give_torchvisions_features(caplog):
     network = mobilenet_v2(weights=None).eval()
     network.load_state_dict(torch.load(REAL, weights_only=True))
     with caplog.at_level("INFO", "engine"):
-        backbones = [MobileNet(weights=str(REAL), output_stride=stride).eval() for stride in (32, 8)]
+        backbones = [
+            MobileNet(weights=str(REAL), output_stride=stride).eval() for stride in (32, 8)
+        ]
     assert "306 keys loaded, 0 keep" in caplog.text
     image = torch.rand(1, 3, 64, 96)
     expected = intermediate(network, (3, 6, 13, 17), backbones[0].normalize(image))
@@ -241,11 +279,18 @@ def test_real_mobilenet_v2_weights_give_torchvisions_features(caplog):
 def test_output_stride_gives_the_stride_and_keeps_the_weights(version, stride):
     """Every n-th cell of a dilated map is the cell of the strided one; squeeze-and-excitation averages other cells."""
     strided = randomized(MobileNet(version=version, width=0.5, weights="none")).double()
-    dilated = MobileNet(version=version, width=0.5, output_stride=stride, weights="none").double().eval()
+    dilated = (
+        MobileNet(version=version, width=0.5, output_stride=stride, weights="none").double().eval()
+    )
     dilated.load_state_dict(strided.state_dict())
     image = torch.rand(1, 3, 97, 70).double()
     expected, maps = strided(image), dilated(image)
-    assert dilated.strides == [min(s, stride) for s in (4, 8, 16, 32)] and strided.strides == [4, 8, 16, 32]
+    assert dilated.strides == [min(s, stride) for s in (4, 8, 16, 32)] and strided.strides == [
+        4,
+        8,
+        16,
+        32,
+    ]
     for x, y, s, own in zip(maps, expected, strided.strides, dilated.strides, strict=True):
         assert x.shape[-2:] == (-(-97 // own), -(-70 // own))
         if version == "v2" or s <= stride:
@@ -266,18 +311,27 @@ def test_drop_path_grows_over_the_depth_from_its_published_default(cls, default,
     with torch.device("meta"):
         for options, last in (({}, default), ({"drop_path": 0.1}, 0.1)):
             network = cls(weights="none", **options)
-            rates = [module.stochastic_depth.p for module in network.modules() if hasattr(module, "stochastic_depth")]
+            rates = [
+                module.stochastic_depth.p
+                for module in network.modules()
+                if hasattr(module, "stochastic_depth")
+            ]
             blocks = len(rates)
             assert blocks == (18 if cls is ConvNeXt else 12)
             assert rates == pytest.approx([last * i / (blocks - 1) for i in range(blocks)])
-        assert ConvNeXt(size="s", weights="none").features[7][-1].stochastic_depth.p == pytest.approx(0.3)
+        assert ConvNeXt(size="s", weights="none").features[7][
+            -1
+        ].stochastic_depth.p == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("cls", [ConvNeXt, Swin])
 @pytest.mark.parametrize("wrong", [{"depths": [2, 2]}, {"depths": [2, 2, 0, 2]}, {"width": -32}])
 def test_wrong_widths_and_depths_are_an_error(cls, wrong):
     with pytest.raises(ConfigError, match="four numbers of blocks and width"):
-        build("models.backbones", {"name": f"{cls.__name__.lower()}.{cls.__name__}", "weights": "none", **wrong})
+        build(
+            "models.backbones",
+            {"name": f"{cls.__name__.lower()}.{cls.__name__}", "weights": "none", **wrong},
+        )
 
 
 # --- files of others -------------------------------------------------------------------------------------------------
@@ -296,43 +350,76 @@ def translate(state, table):
 def convnext_release(state):
     table = {"features.0.": "downsample_layers.0."}
     for s in range(4):
-        table |= {f"features.{2 * s + 1}.": f"stages.{s}.", f"features.{2 * s}.": f"downsample_layers.{s}."}
-    table |= {".block.0.": ".dwconv.", ".block.2.": ".norm.", ".block.3.": ".pwconv1.", ".block.5.": ".pwconv2."}
+        table |= {
+            f"features.{2 * s + 1}.": f"stages.{s}.",
+            f"features.{2 * s}.": f"downsample_layers.{s}.",
+        }
+    table |= {
+        ".block.0.": ".dwconv.",
+        ".block.2.": ".norm.",
+        ".block.3.": ".pwconv1.",
+        ".block.5.": ".pwconv2.",
+    }
     state = translate(state, table | {"layer_scale": "gamma"})
-    state = {key: value.flatten() if key.endswith("gamma") else value for key, value in state.items()}
+    state = {
+        key: value.flatten() if key.endswith("gamma") else value for key, value in state.items()
+    }
     extra = {"norm.weight": torch.ones(3), "head.weight": torch.ones(3)}
     return {"model": state | extra}
 
 
 def convnext_mmsegmentation(state):
-    state = translate(convnext_release(state)["model"], {"dwconv": "depthwise_conv", "pwconv": "pointwise_conv"})
+    state = translate(
+        convnext_release(state)["model"], {"dwconv": "depthwise_conv", "pwconv": "pointwise_conv"}
+    )
     norms = {f"norm{i}.weight": torch.full((32 * 2**i,), 2.0 + i) for i in range(4)}
     norms |= {f"norm{i}.bias": torch.full((32 * 2**i,), 3.0 + i) for i in range(4)}
-    return mmsegmentation({k: v for k, v in state.items() if not k.startswith(("norm.", "head."))} | norms)
+    return mmsegmentation(
+        {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))} | norms
+    )
 
 
 def convnext_mmpretrain(state):
     """Pointwise layers as 1x1 convolutions."""
     state = convnext_mmsegmentation(state)["state_dict"]
-    return {k: v[..., None, None] if "pointwise_conv" in k and v.ndim == 2 else v for k, v in state.items()}
+    return {
+        k: v[..., None, None] if "pointwise_conv" in k and v.ndim == 2 else v
+        for k, v in state.items()
+    }
 
 
 def swin_release(state):
     table = {"features.0.0.": "patch_embed.proj.", "features.0.2.": "patch_embed.norm."}
     for s in range(4):
-        table |= {f"features.{2 * s + 1}.": f"layers.{s}.blocks.", f"features.{2 * s + 2}.": f"layers.{s}.downsample."}
+        table |= {
+            f"features.{2 * s + 1}.": f"layers.{s}.blocks.",
+            f"features.{2 * s + 2}.": f"layers.{s}.downsample.",
+        }
     state = translate(state, table | {".mlp.0.": ".mlp.fc1.", ".mlp.3.": ".mlp.fc2."})
-    extra = {"norm.weight": torch.ones(3), "head.bias": torch.ones(3), "layers.0.blocks.1.attn_mask": torch.ones(3)}
+    extra = {
+        "norm.weight": torch.ones(3),
+        "head.bias": torch.ones(3),
+        "layers.0.blocks.1.attn_mask": torch.ones(3),
+    }
     extra["layers.0.blocks.1.attn.relative_position_index"] = torch.ones(49, 49)
     return {"model": state | extra}
 
 
 def swin_mmsegmentation(state):
-    table = {"layers.": "stages.", "patch_embed.proj.": "patch_embed.projection.", ".attn.": ".attn.w_msa."}
+    table = {
+        "layers.": "stages.",
+        "patch_embed.proj.": "patch_embed.projection.",
+        ".attn.": ".attn.w_msa.",
+    }
     table |= {".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1."}
     state = swin_release({k: v for k, v in state.items()})["model"]
     state = translate(
-        {k: v for k, v in state.items() if not k.startswith(("norm.", "head.")) and "mask" not in k}, table
+        {
+            k: v
+            for k, v in state.items()
+            if not k.startswith(("norm.", "head.")) and "mask" not in k
+        },
+        table,
     )
     for key, value in state.items():
         if ".downsample." in key:
@@ -341,17 +428,24 @@ def swin_mmsegmentation(state):
             for c in range(channels):
                 for row in range(2):
                     for column in range(2):
-                        ours = (row + 2 * column) * channels + c  # all channels of (0, 0), (1, 0), (0, 1), (1, 1)
+                        ours = (
+                            row + 2 * column
+                        ) * channels + c  # all channels of (0, 0), (1, 0), (0, 1), (1, 1)
                         state[key][..., 4 * c + 2 * row + column] = value[..., ours]
     return mmsegmentation(state)
 
 
 def mmsegmentation(state):
     """A whole network, wrapped."""
-    heads = ("decode_head.conv_seg.weight", "auxiliary_head.convs.0.conv.weight", "decode_head.psp_modules.0.1.bn.bias")
+    heads = (
+        "decode_head.conv_seg.weight",
+        "auxiliary_head.convs.0.conv.weight",
+        "decode_head.psp_modules.0.1.bn.bias",
+    )
     return {
         "meta": {"iter": 3},
-        "state_dict": {f"backbone.{k}": v for k, v in state.items()} | dict.fromkeys(heads, torch.ones(1)),
+        "state_dict": {f"backbone.{k}": v for k, v in state.items()}
+        | dict.fromkeys(heads, torch.ones(1)),
     }
 
 
@@ -374,13 +468,19 @@ def test_files_of_others_load_with_nothing_missing(cls, write, initial, tmp_path
     with caplog.at_level("INFO", "engine"):
         other = cls(weights=path, **SMALL)
     assert f"{len(ours.state_dict()) - initial} keys loaded, {initial} keep" in caplog.text
-    assert ("3 keys of its heads are left out" in caplog.text) == write.__name__.startswith(("convnext_mm", "swin_mm"))
+    assert ("3 keys of its heads are left out" in caplog.text) == write.__name__.startswith(
+        ("convnext_mm", "swin_mm")
+    )
     found = other.state_dict()
     assert all(torch.equal(found[key], value) for key, value in state.items())
     if not initial:
         assert (other.norm2.weight == 4.0).all() and (other.norm3.bias == 6.0).all()
     broken = write(
-        {k: v for k, v in state.items() if k != "features.3.0.norm1.bias" and "features.3.0.block.0.b" not in k}
+        {
+            k: v
+            for k, v in state.items()
+            if k != "features.3.0.norm1.bias" and "features.3.0.block.0.b" not in k
+        }
     )
     with pytest.raises(WeightsError, match=r"1 missing \(features\.3\.0\.(norm1|block\.0)\.bias"):
         cls(weights=saved(broken, tmp_path), **SMALL)
@@ -392,10 +492,15 @@ def test_merged_patches_of_mmsegmentation_are_unfolded_ones(tmp_path):
     state = {k: v for k, v in ours.state_dict().items() if not k.startswith("norm")}
     file = swin_mmsegmentation(state)
     other = Swin(weights=saved(file, tmp_path), **SMALL).eval()
-    tensors = {k.removeprefix("backbone.stages.0.downsample."): v for k, v in file["state_dict"].items()}
+    tensors = {
+        k.removeprefix("backbone.stages.0.downsample."): v for k, v in file["state_dict"].items()
+    }
     x = torch.randn(2, 32, 6, 10)
     y = F.unfold(x, 2, stride=2).mT  # (B, 15, 4 C)
-    y = F.layer_norm(y, (128,), tensors["norm.weight"], tensors["norm.bias"]) @ tensors["reduction.weight"].T
+    y = (
+        F.layer_norm(y, (128,), tensors["norm.weight"], tensors["norm.bias"])
+        @ tensors["reduction.weight"].T
+    )
     found = other.features[2](x.permute(0, 2, 3, 1))
     torch.testing.assert_close(found, y.unflatten(1, (3, 5)), rtol=1e-4, atol=1e-4)
 
@@ -405,17 +510,23 @@ def test_merged_patches_of_mmsegmentation_are_unfolded_ones(tmp_path):
 def test_maps_are_those_of_hugging_face(cls, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if cls is Swin:
-        config = transformers.SwinConfig(embed_dim=32, depths=SMALL["depths"], num_heads=[1, 2, 4, 8])
+        config = transformers.SwinConfig(
+            embed_dim=32, depths=SMALL["depths"], num_heads=[1, 2, 4, 8]
+        )
         reference = randomized(transformers.SwinForImageClassification(config))
     else:
-        config = transformers.ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=SMALL["depths"])
+        config = transformers.ConvNextConfig(
+            hidden_sizes=[32, 64, 128, 256], depths=SMALL["depths"]
+        )
         reference = randomized(transformers.ConvNextForImageClassification(config))
     reference.save_pretrained(tmp_path)  # the names of a file are not those in memory
     backbone = cls(weights=str(tmp_path / "model.safetensors"), **SMALL).eval()
     image = torch.rand(2, 3, 224, 224)
     states = reference(backbone.normalize(image), output_hidden_states=True)
     found = before_norms(backbone, image)
-    if cls is Swin:  # hidden states come after the merging: those of stages 1 to 3 are inputs of the next stage
+    if (
+        cls is Swin
+    ):  # hidden states come after the merging: those of stages 1 to 3 are inputs of the next stage
         expected = states.reshaped_hidden_states
         merged = [backbone.features[2 * i + 2](found[i]).permute(0, 3, 1, 2) for i in range(3)]
         pairs = zip([*merged, found[3].permute(0, 3, 1, 2)], expected[1:], strict=True)
@@ -426,13 +537,22 @@ def test_maps_are_those_of_hugging_face(cls, tmp_path):
 
 
 def mit_mmsegmentation(state):
-    table = {".attn.proj.": ".attn.attn.out_proj.", ".mlp.fc1.": ".ffn.layers.0.", ".mlp.fc2.": ".ffn.layers.4."}
+    table = {
+        ".attn.proj.": ".attn.attn.out_proj.",
+        ".mlp.fc1.": ".ffn.layers.0.",
+        ".mlp.fc2.": ".ffn.layers.4.",
+    }
     table[".mlp.dwconv.dwconv."] = ".ffn.layers.1."
     for s in range(1, 5):
-        table |= {f"patch_embed{s}.proj.": f"layers.{s - 1}.0.projection.", f"patch_embed{s}.": f"layers.{s - 1}.0."}
+        table |= {
+            f"patch_embed{s}.proj.": f"layers.{s - 1}.0.projection.",
+            f"patch_embed{s}.": f"layers.{s - 1}.0.",
+        }
         table |= {f"block{s}.": f"layers.{s - 1}.1.", f"norm{s}.": f"layers.{s - 1}.2."}
     blocks = {
-        key.replace("norm1.", "normA.").replace("norm2.", "normB."): v for key, v in state.items() if "block" in key
+        key.replace("norm1.", "normA.").replace("norm2.", "normB."): v
+        for key, v in state.items()
+        if "block" in key
     }
     state = translate({k: v for k, v in state.items() if "block" not in k} | blocks, table)
     file = {}
@@ -452,9 +572,15 @@ def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
     ours = randomized(MiT(size="b0", weights="none"))
     state = ours.state_dict()
     file = mit_mmsegmentation(state)
-    assert {"layers.0.1.1.attn.attn.in_proj_weight", "layers.3.1.0.ffn.layers.4.bias", "layers.2.2.weight"} <= {*file}
+    assert {
+        "layers.0.1.1.attn.attn.in_proj_weight",
+        "layers.3.1.0.ffn.layers.4.bias",
+        "layers.2.2.weight",
+    } <= {*file}
     with caplog.at_level("INFO", "engine"):
-        other = MiT(size="b0", weights=saved(mmsegmentation(file) if whole else file, tmp_path)).state_dict()
+        other = MiT(
+            size="b0", weights=saved(mmsegmentation(file) if whole else file, tmp_path)
+        ).state_dict()
     assert f"{len(state)} keys loaded, 0 keep" in caplog.text
     assert all(torch.equal(other[key], value) for key, value in state.items())
 
@@ -462,7 +588,13 @@ def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
 def test_heads_are_left_out_only_beside_a_backbone():
     plain = {"conv1.weight": 1, "head.weight": 2}
     assert backbone_of(plain, "a file") is plain
-    whole = {"backbone.conv1.weight": 1, "decode_head.x": 2, "auxiliary_head.x": 3, "head.fc.x": 4, "neck.x": 5}
+    whole = {
+        "backbone.conv1.weight": 1,
+        "decode_head.x": 2,
+        "auxiliary_head.x": 3,
+        "head.fc.x": 4,
+        "neck.x": 5,
+    }
     assert backbone_of(whole, "a file") == {"conv1.weight": 1, "neck.x": 5}
 
 
@@ -472,15 +604,31 @@ def test_heads_are_left_out_only_beside_a_backbone():
 def test_deep_stem_has_the_names_of_mmsegmentation_and_reads_its_files(tmp_path, caplog):
     backbone = randomized(ResNet(depth=18, deep_stem=True, weights="none"))
     state = backbone.state_dict()
-    convs = {key: tuple(value.shape) for key, value in state.items() if key.startswith("stem.") and value.ndim == 4}
-    assert convs == {"stem.0.weight": (32, 3, 3, 3), "stem.3.weight": (32, 32, 3, 3), "stem.6.weight": (64, 32, 3, 3)}
-    assert {"stem.1.running_var", "stem.4.bias", "stem.7.weight"} <= {*state} and "conv1.weight" not in state
+    convs = {
+        key: tuple(value.shape)
+        for key, value in state.items()
+        if key.startswith("stem.") and value.ndim == 4
+    }
+    assert convs == {
+        "stem.0.weight": (32, 3, 3, 3),
+        "stem.3.weight": (32, 32, 3, 3),
+        "stem.6.weight": (64, 32, 3, 3),
+    }
+    assert {"stem.1.running_var", "stem.4.bias", "stem.7.weight"} <= {
+        *state
+    } and "conv1.weight" not in state
     path = saved(mmsegmentation(state), tmp_path)
     with caplog.at_level("INFO", "engine"):
-        other = ResNet(depth=18, deep_stem=True, weights=path, stem="per_domain", ibn="a", output_stride=16).eval()
-    assert "3 keys of its heads are left out" in caplog.text and ", 0 keep" in caplog.text.replace("values", "")
+        other = ResNet(
+            depth=18, deep_stem=True, weights=path, stem="per_domain", ibn="a", output_stride=16
+        ).eval()
+    assert "3 keys of its heads are left out" in caplog.text and ", 0 keep" in caplog.text.replace(
+        "values", ""
+    )
     for name in ("stem.3.weight", "stem.7.running_mean"):
-        assert torch.equal(other.get_parameter(name) if "weight" in name else other.get_buffer(name), state[name])
+        assert torch.equal(
+            other.get_parameter(name) if "weight" in name else other.get_buffer(name), state[name]
+        )
     assert torch.equal(other.source.stem[6].weight, other.stem[6].weight)
     assert other.source.stem[6].weight is not other.stem[6].weight
     image = torch.rand(1, 3, 49, 64)
@@ -488,12 +636,16 @@ def test_deep_stem_has_the_names_of_mmsegmentation_and_reads_its_files(tmp_path,
     assert equal(maps, other(image, "target")) and [x.shape[-1] for x in maps] == [16, 8, 4, 4]
     with torch.no_grad():
         other.source.stem[0].weight.add_(1.0)
-    assert not torch.equal(other(image, "source")[0], maps[0]) and torch.equal(other(image, "target")[0], maps[0])
+    assert not torch.equal(other(image, "source")[0], maps[0]) and torch.equal(
+        other(image, "target")[0], maps[0]
+    )
 
 
 def test_deep_stem_says_that_torchvisions_weights_do_not_fit(tmp_path):
     plain = get_model("resnet18", weights=None).state_dict()
-    with pytest.raises(WeightsError, match="torchvision has no ImageNet weights of a ResNet with deep_stem"):
+    with pytest.raises(
+        WeightsError, match="torchvision has no ImageNet weights of a ResNet with deep_stem"
+    ):
         build("models.backbones", {"name": "resnet.ResNet", "deep_stem": True})
     with pytest.raises(WeightsError, match=r"stem is one 7x7 convolution.*deep_stem=false"):
         ResNet(depth=18, deep_stem=True, weights=saved(plain, tmp_path))
@@ -509,8 +661,14 @@ def guides(heads):
     """Biases of attention that depend on what enters a block, so that gradients flow through them too."""
 
     def bias(stage, block, x, keys):
-        small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[:, None, 0]  # (B, 1, M)
-        return Guide(bias=small[:, :, None], values=1 + small[..., None].tanh()) if block == 1 else small[:, :, None]
+        small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[
+            :, None, 0
+        ]  # (B, 1, M)
+        return (
+            Guide(bias=small[:, :, None], values=1 + small[..., None].tanh())
+            if block == 1
+            else small[:, :, None]
+        )
 
     return bias
 
@@ -520,7 +678,9 @@ CHECKPOINTED = {
         depth=18, deep_stem=True, ibn="a", stem="per_domain", output_stride=8, weights="none", **o
     ),
     "mobilenet_v2": lambda **o: MobileNet(width=0.25, weights="none", **o),
-    "mobilenet_v3": lambda **o: MobileNet(version="v3_small", width=0.5, output_stride=16, weights="none", **o),
+    "mobilenet_v3": lambda **o: MobileNet(
+        version="v3_small", width=0.5, output_stride=16, weights="none", **o
+    ),
     "convnext": lambda **o: ConvNeXt(weights="none", drop_path=0.5, **SMALL, **o),
     "swin": lambda **o: Swin(weights="none", drop_path=0.5, **SMALL, **o),
     "mit": lambda **o: MiT(size="b0", drop_path=0.5, weights="none", **o),
@@ -559,8 +719,13 @@ def step(make, checkpointing, frozen, autocast):
             norm.eval()
     guide = guides(backbone.heads) if hasattr(backbone, "heads") else None
     generator = torch.Generator().manual_seed(5)
-    images = torch.rand(2, 2, 3, 48, 64, generator=generator, dtype=torch.float32 if autocast else torch.float64)
-    with Kept() as kept, torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+    images = torch.rand(
+        2, 2, 3, 48, 64, generator=generator, dtype=torch.float32 if autocast else torch.float64
+    )
+    with (
+        Kept() as kept,
+        torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext(),
+    ):
         maps = [*backbone(images[0], "source", guide), *backbone(images[1], "target", guide)]
         loss = sum((x.float() if autocast else x).square().mean() for x in maps)
     loss.backward()
@@ -568,7 +733,9 @@ def step(make, checkpointing, frozen, autocast):
     return maps, gradients, backbone.state_dict(), torch.rand(3), kept.bytes
 
 
-@pytest.mark.parametrize("name, frozen", [*((name, False) for name in CHECKPOINTED), ("mobilenet_v2", True)])
+@pytest.mark.parametrize(
+    "name, frozen", [*((name, False) for name in CHECKPOINTED), ("mobilenet_v2", True)]
+)
 def test_checkpointing_changes_memory_alone(name, frozen):
     plain, less = (step(CHECKPOINTED[name], on, frozen, autocast=False) for on in (False, True))
     assert equal(plain[0], less[0])
@@ -584,7 +751,9 @@ def test_checkpointing_changes_memory_alone(name, frozen):
 
 def test_checkpointing_keeps_autocast():
     plain, less = (step(CHECKPOINTED["resnet"], on, False, autocast=True) for on in (False, True))
-    assert equal(plain[0], less[0]) and all(torch.equal(less[1][key], value) for key, value in plain[1].items())
+    assert equal(plain[0], less[0]) and all(
+        torch.equal(less[1][key], value) for key, value in plain[1].items()
+    )
 
 
 def test_blocks_are_computed_twice_in_training_alone():
@@ -593,7 +762,10 @@ def test_blocks_are_computed_twice_in_training_alone():
     backbone.features[4].register_forward_hook(lambda *_: calls.append(1))
     image = torch.rand(2, 3, 32, 32)
     backbone.train()(image)[-1].sum().backward()
-    assert len(calls) in (1, 2)  # the second time it may stop as soon as the backward pass has what it needs
+    assert len(calls) in (
+        1,
+        2,
+    )  # the second time it may stop as soon as the backward pass has what it needs
     trained = len(calls)
     backbone.eval()(image)[-1].sum().backward()
     assert len(calls) == trained + 1
@@ -609,7 +781,9 @@ def test_views_that_move_no_statistics_move_none_when_blocks_are_computed_again(
         torch.manual_seed(1)
         backbone = MobileNet(width=0.25, weights="none", checkpointing=checkpointing)
         decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
-        network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=["target"]).train()
+        network = Segmentor(
+            backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=["target"]
+        ).train()
         sum(output.logits.square().mean() for output in network(views).values()).backward()
         states.append(network.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -623,23 +797,32 @@ def test_views_that_move_no_statistics_move_none_when_blocks_are_computed_again(
 @torch.no_grad()
 def test_upernet_is_the_plain_forward_pass():
     decoder = randomized(UPerNet(in_channels=[4, 6, 8, 10], width=12)).double()
-    maps = [torch.randn(2, c, h, w).double() for c, h, w in ((4, 25, 17), (6, 13, 9), (8, 7, 5), (10, 4, 3))]
+    maps = [
+        torch.randn(2, c, h, w).double()
+        for c, h, w in ((4, 25, 17), (6, 13, 9), (8, 7, 5), (10, 4, 3))
+    ]
     state = decoder.state_dict()
 
     def layer(name, x, numbers=(0, 1)):
         conv, norm = (f"{name}.{number}." for number in numbers)
         weight = state[conv + "weight"]
         x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-        statistics = [state[norm + key] for key in ("running_mean", "running_var", "weight", "bias")]
+        statistics = [
+            state[norm + key] for key in ("running_mean", "running_var", "weight", "bias")
+        ]
         mean, var, scale, shift = (value.view(-1, 1, 1) for value in statistics)
         return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
 
     def bigger(x, like):
         return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
-    pooled = [bigger(layer(f"pools.{i}", F.adaptive_avg_pool2d(maps[3], n), (1, 2)), maps[3])
-              for i, n in enumerate((1, 2, 3, 6))]  # fmt: skip
-    laterals = [layer(f"laterals.{i}", maps[i]) for i in range(3)] + [layer("join", torch.cat([maps[3], *pooled], 1))]
+    pooled = [
+        bigger(layer(f"pools.{i}", F.adaptive_avg_pool2d(maps[3], n), (1, 2)), maps[3])
+        for i, n in enumerate((1, 2, 3, 6))
+    ]
+    laterals = [layer(f"laterals.{i}", maps[i]) for i in range(3)] + [
+        layer("join", torch.cat([maps[3], *pooled], 1))
+    ]
     for i in (2, 1, 0):
         laterals[i] = laterals[i] + bigger(laterals[i + 1], laterals[i])
     outs = [layer(f"smooth.{i}", laterals[i]) for i in range(3)] + [laterals[3]]
@@ -662,7 +845,8 @@ def test_a_single_mean_is_normalised_by_running_statistics():
 
 def with_auxiliary(**options):
     model = load(
-        ROOT / "tests" / "tiny.yaml", [f"model.auxiliary.{key}={value}" for key, value in options.items()]
+        ROOT / "tests" / "tiny.yaml",
+        [f"model.auxiliary.{key}={value}" for key, value in options.items()],
     ).model
     torch.manual_seed(0)
     return build_segmentor(model, 5)
@@ -682,23 +866,40 @@ def test_the_auxiliary_head_learns_in_training_and_costs_nothing_in_eval():
     valid = {"source": torch.tensor(2 * 48 * 64)}
     CrossEntropy(head="auxiliary")(outputs, labels, valid, {}).backward()
     learned = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
-    assert learned == {"backbone", "auxiliary"} and all(p.grad is not None for p in head.parameters())
+    assert learned == {"backbone", "auxiliary"} and all(
+        p.grad is not None for p in head.parameters()
+    )
     assert network.backbone.layer3[0].conv1.weight.grad is None  # the map of stage 2
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    assert not network.eval()(views)["source"].aux and not network.segment(views["source"].image).aux and not calls
-    with pytest.raises(UserError, match=r"no head 'auxiliary'; 'auxiliary' is that of model\.auxiliary\.stage"):
+    assert (
+        not network.eval()(views)["source"].aux
+        and not network.segment(views["source"].image).aux
+        and not calls
+    )
+    with pytest.raises(
+        UserError, match=r"no head 'auxiliary'; 'auxiliary' is that of model\.auxiliary\.stage"
+    ):
         CrossEntropy(head="auxiliary")(plain(views), labels, valid, {})
 
 
 def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
     network, plain = with_auxiliary(stage=3, convs=0), with_auxiliary()
     assert network.auxiliary.classifier.in_channels == 256 and not len(network.auxiliary.convs)
-    load_into(network, plain.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(network))
-    load_into(plain, network.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(plain))
+    load_into(
+        network,
+        plain.state_dict(),
+        source="a stage",
+        allow_missing=TRAINING,
+        drop=unwanted(network),
+    )
+    load_into(
+        plain, network.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(plain)
+    )
     for stage in (4, -1):
         with pytest.raises(
-            ConfigError, match=rf"model\.auxiliary\.stage={stage} must be a map of resnet\.ResNet, 1 to 3"
+            ConfigError,
+            match=rf"model\.auxiliary\.stage={stage} must be a map of resnet\.ResNet, 1 to 3",
         ):
             with_auxiliary(stage=stage)
 
@@ -706,10 +907,14 @@ def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
 def test_frozen_batch_norm_of_a_mobilenet_keeps_everything():
     backbone = MobileNet(width=0.25, weights="none", checkpointing=True)
     decoder = UPerNet(in_channels=backbone.channels, width=8)
-    network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), frozen_bn=["backbone"]).train()
+    network = Segmentor(
+        backbone, decoder, Linear(in_channels=8, num_classes=3), frozen_bn=["backbone"]
+    ).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     network({"source": View(torch.rand(2, 3, 64, 64))})["source"].logits.square().mean().backward()
-    moved = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in network.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert moved and all(key.startswith("decoder.") for key in moved)
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(norm.weight.grad is None and norm.bias.grad is None for norm in norms)

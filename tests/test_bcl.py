@@ -135,9 +135,13 @@ def test_logits_are_resized_before_pixels_are_ranked():
 def test_saturated_probabilities_still_get_local_labels_by_rank():
     logits = random_logits(2) * 40
     logits[:, 0] += 60
-    assert (logits.softmax(1).max(1).values == 1).float().mean() > 0.2  # a quantile of 1 is never exceeded
+    assert (
+        logits.softmax(1).max(1).values == 1
+    ).float().mean() > 0.2  # a quantile of 1 is never exceeded
     labeler = StaticLabels(num_classes=K)  # without thresholds the local rule is alone
-    labels = labeler.label(Target(logits, (24, 30)), torch.tensor([0, 1]).view(2, 1, 1, 1).expand(2, 3, 24, 30), {})
+    labels = labeler.label(
+        Target(logits, (24, 30)), torch.tensor([0, 1]).view(2, 1, 1, 1).expand(2, 3, 24, 30), {}
+    )
     assert ((labels != IGNORE).flatten(1).sum(1) == 72).all()
     sure = log_odds(logits, (24, 30))[0]
     for chosen, values in zip(labels != IGNORE, sure):
@@ -152,7 +156,9 @@ def test_ties_are_not_left_out():
     logits[:, 1] = 0.1  # within a bin
     _, labels, _ = labelled(logits)
     assert (labels == 1).all()
-    _, labels, _ = labelled(torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(2, 2, 10, 10))  # on the edge of a bin
+    _, labels, _ = labelled(
+        torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(2, 2, 10, 10)
+    )  # on the edge of a bin
     assert (labels == 1).all()
 
 
@@ -183,8 +189,14 @@ def test_label_gives_the_stored_labels_and_before_reads_them():
     again.load_state_dict(labeler.state_dict())
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 24, 30)
     assert torch.equal(again.label(target, images, {}), labels)
-    found, weights = labeler.before({"target": {"extra": {"pseudo_labels": labels.to(torch.uint8)}}})
-    assert found["target"].dtype == torch.int64 and torch.equal(found["target"], labels) and not weights
+    found, weights = labeler.before(
+        {"target": {"extra": {"pseudo_labels": labels.to(torch.uint8)}}}
+    )
+    assert (
+        found["target"].dtype == torch.int64
+        and torch.equal(found["target"], labels)
+        and not weights
+    )
 
 
 def test_static_labels_of_bf16_logits_are_ranked_in_float32():
@@ -208,7 +220,9 @@ def transfer(num_classes=K, in_channels=D, **options):
 
 
 def after(labeler, source, target, truth, static, step=0, iters=100):
-    labels, weights = labeler.after(views(source, target), {"source": truth, "target": static}, step, iters)
+    labels, weights = labeler.after(
+        views(source, target), {"source": truth, "target": static}, step, iters
+    )
     assert not weights and [*labels] == ["target"]
     return labels["target"]
 
@@ -231,7 +245,9 @@ def test_confidence_of_a_cosine_lead_among_19_classes(lead, confidence):
     target = pixel.view(1, 20, 1, 1).expand(1, 20, 1, 19)
     for threshold, expected in ((confidence - 6e-4, 7), (confidence + 6e-4, IGNORE)):
         labeler = transfer(19, 20, confidence=threshold)
-        assert (after(labeler, of_classes(truth, vectors), target, truth, unlabelled(truth)) == expected).all()
+        assert (
+            after(labeler, of_classes(truth, vectors), target, truth, unlabelled(truth)) == expected
+        ).all()
 
 
 def naive_transfer(source, target, truth, bias, confidence, tau):
@@ -246,7 +262,9 @@ def naive_transfer(source, target, truth, bias, confidence, tau):
         for y in range(target.shape[2]):
             for x in range(target.shape[3]):
                 pixel = F.normalize(target[b, :, y, x], dim=0)
-                scores = [math.exp((unit[c] @ pixel if c in unit else -1) / tau) for c in range(len(bias))]
+                scores = [
+                    math.exp((unit[c] @ pixel if c in unit else -1) / tau) for c in range(len(bias))
+                ]
                 best = max(unit, key=lambda c: scores[c])
                 if scores[best] / sum(scores) > confidence:
                     result[b, y, x] = best
@@ -275,7 +293,9 @@ def test_dynamic_labels_fill_only_unlabelled_pixels_in_whole_cells():
 
 def test_a_lower_threshold_only_fills_more():
     source, target, truth, static = maps(), maps(), blocks(range(K)), blocks([0, IGNORE, IGNORE])
-    results = [after(transfer(confidence=c), source, target, truth, static) for c in (0.95, 0.8, 0.5, 0.0)]
+    results = [
+        after(transfer(confidence=c), source, target, truth, static) for c in (0.95, 0.8, 0.5, 0.0)
+    ]
     for less, more in itertools.pairwise(results):
         assert torch.equal(less[less != IGNORE], more[less != IGNORE])
         assert (more != IGNORE).sum() > (less != IGNORE).sum()
@@ -288,7 +308,9 @@ def test_only_classes_of_the_paired_source_image_are_transferred():
     labels = after(transfer(confidence=0.0), source, target, truth, unlabelled(truth))
     assert {*labels[0].unique().tolist()} == {0, 2} and (labels[1] == 4).all()
     truth[1] = IGNORE
-    assert (after(transfer(confidence=0.0), source, target, truth, unlabelled(truth))[1] == IGNORE).all()
+    assert (
+        after(transfer(confidence=0.0), source, target, truth, unlabelled(truth))[1] == IGNORE
+    ).all()
 
 
 def shifted(angle):
@@ -320,8 +342,13 @@ def test_the_bias_moves_by_the_mean_of_the_pairs_whose_images_both_have_the_clas
     for c in range(K):
         moves = []
         for b in range(3):
-            pixels = [(source[b], resize_labels(truth, (6, 5))[b]), (target[b], resize_labels(static, (6, 5))[b])]
-            vectors = [F.normalize(f, dim=0)[:, y == c].mean(1) for f, y in pixels if (y == c).any()]
+            pixels = [
+                (source[b], resize_labels(truth, (6, 5))[b]),
+                (target[b], resize_labels(static, (6, 5))[b]),
+            ]
+            vectors = [
+                F.normalize(f, dim=0)[:, y == c].mean(1) for f, y in pixels if (y == c).any()
+            ]
             if len(vectors) == 2:
                 moves.append(F.normalize(vectors[1], dim=0) - F.normalize(vectors[0], dim=0))
         expected[c] = 0.25 * torch.stack(moves).mean(0) if moves else 0
@@ -388,7 +415,9 @@ def test_two_micro_batches_equal_one():
         for part in (slice(0, 1), slice(1, 4)):
             before = two.bias.clone()
             after(two, *(x[part] for x in batch), step=step)
-            assert torch.equal(two.bias, before)  # the state of the last step until the step is done
+            assert torch.equal(
+                two.bias, before
+            )  # the state of the last step until the step is done
         two.update()
     torch.testing.assert_close(two.bias, one.bias, rtol=0, atol=1e-15)
     assert one.bias[:2].any(1).all() and torch.equal(one.updates, two.updates)
@@ -402,7 +431,9 @@ def test_a_skipped_step_leaves_no_trace():
     step_of(expected, *second, step=1)
     assert torch.equal(labeler.bias, expected.bias) and labeler.bias.any()
     labeler.update()  # nothing is left to apply
-    assert torch.equal(labeler.bias, expected.bias) and torch.equal(labeler.updates, expected.updates)
+    assert torch.equal(labeler.bias, expected.bias) and torch.equal(
+        labeler.updates, expected.updates
+    )
 
 
 def test_switched_off_it_is_the_released_behaviour():
@@ -461,7 +492,9 @@ def naive_direction(means, known, features, labels, both, tau):
     """One direction for one image, as released: z is upsampled, then weighted cross-entropy."""
     z = torch.stack(
         [
-            F.cosine_similarity(features, means[c][:, None, None], dim=0) if known[c] else -torch.ones_like(features[0])
+            F.cosine_similarity(features, means[c][:, None, None], dim=0)
+            if known[c]
+            else -torch.ones_like(features[0])
             for c in range(len(means))
         ]
     )
@@ -479,7 +512,9 @@ def naive_contrast(source, target, truth, pseudo, tau=0.1, detach=False):
         for f, y in ((f_s, y_s), (f_t, y_t)):
             y = resize_labels(y[None], f.shape[-2:])[0]
             found = torch.tensor([(y == c).any() for c in range(K)])
-            rho = [f[:, y == c].mean(1) if found[c] else torch.zeros_like(f[:, 0, 0]) for c in range(K)]
+            rho = [
+                f[:, y == c].mean(1) if found[c] else torch.zeros_like(f[:, 0, 0]) for c in range(K)
+            ]
             means.append([r.detach() for r in rho] if detach else rho)
             known.append(found)
         both = known[0] & known[1]
@@ -497,13 +532,24 @@ def naive_contrast(source, target, truth, pseudo, tau=0.1, detach=False):
 @pytest.mark.parametrize("label_size", [(24, 20), (6, 5), (17, 23)])
 def test_contrast_and_its_gradient_equal_the_released_form(label_size, detach, layout):
     source, target = (maps(3).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
-    truth, pseudo = (torch.tensor([*ids, IGNORE])[torch.randint(4, (3, *label_size))] for ids in ([0, 1, 2], [1, 2, 4]))
+    truth, pseudo = (
+        torch.tensor([*ids, IGNORE])[torch.randint(4, (3, *label_size))]
+        for ids in ([0, 1, 2], [1, 2, 4])
+    )
     pseudo[2] = 4  # a pair without a common class
-    options = {"forward_weight": 2.0, "backward_weight": 0.7, "temperature": 0.2, "detach_prototypes": detach}
+    options = {
+        "forward_weight": 2.0,
+        "backward_weight": 0.7,
+        "temperature": 0.2,
+        "detach_prototypes": detach,
+    }
     value = contrast(source, target, truth, pseudo, **options)
     forward, backward = naive_contrast(source, target, truth, pseudo, 0.2, detach)
     torch.testing.assert_close(value, 2 * forward + 0.7 * backward, rtol=1e-12, atol=0)
-    actual, expected = (torch.autograd.grad(loss, [source, target]) for loss in (value, 2 * forward + 0.7 * backward))
+    actual, expected = (
+        torch.autograd.grad(loss, [source, target])
+        for loss in (value, 2 * forward + 0.7 * backward)
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     assert all(g.is_contiguous(memory_format=layout) for g in actual)
 
@@ -534,17 +580,27 @@ def test_contrast_has_an_upper_limit():
     member.vectors[3] *= -1
     member.seen[:] = True
     labels, features = torch.full((1, 2, 3), 3), torch.ones(1, 4, 2, 3, dtype=torch.float64)
-    value = contrast(features, features, labels, labels, {"bank": member}, 19, source="bank", **FORWARD)
+    value = contrast(
+        features, features, labels, labels, {"bank": member}, 19, source="bank", **FORWARD
+    )
     assert value.item() == pytest.approx(math.log(1 + 18 * math.exp(20)))
     assert value < 20 + math.log(19)
 
 
 def test_swapping_the_domains_swaps_both_losses():
     source, target, truth, pseudo = maps(), maps(), blocks([0, 1, 2]), blocks([1, 2, 4, IGNORE])
-    forward, backward = (contrast(source, target, truth, pseudo, **only) for only in (FORWARD, BACKWARD))
-    torch.testing.assert_close(contrast(target, source, pseudo, truth, **FORWARD), backward, rtol=1e-12, atol=0)
-    torch.testing.assert_close(contrast(target, source, pseudo, truth, **BACKWARD), forward, rtol=1e-12, atol=0)
-    torch.testing.assert_close(contrast(source, target, truth, pseudo), forward + backward, rtol=1e-12, atol=0)
+    forward, backward = (
+        contrast(source, target, truth, pseudo, **only) for only in (FORWARD, BACKWARD)
+    )
+    torch.testing.assert_close(
+        contrast(target, source, pseudo, truth, **FORWARD), backward, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        contrast(target, source, pseudo, truth, **BACKWARD), forward, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        contrast(source, target, truth, pseudo), forward + backward, rtol=1e-12, atol=0
+    )
     assert not torch.isclose(forward, backward)
 
 
@@ -552,9 +608,13 @@ def test_the_length_of_pixels_and_of_prototypes_changes_nothing():
     source, target, truth, pseudo = maps(), maps(), blocks(range(K)), blocks(range(K))
     value = contrast(source, target, truth, pseudo, **FORWARD)
     lengths = torch.rand(2, 1, 6, 5, dtype=torch.float64) * 9 + 0.1
-    torch.testing.assert_close(contrast(7 * source, target * lengths, truth, pseudo, **FORWARD), value)
+    torch.testing.assert_close(
+        contrast(7 * source, target * lengths, truth, pseudo, **FORWARD), value
+    )
     # A mean is another one if its pixels change their length.
-    assert not torch.isclose(contrast(source * lengths, target, truth, pseudo, **FORWARD), value, rtol=1e-4)
+    assert not torch.isclose(
+        contrast(source * lengths, target, truth, pseudo, **FORWARD), value, rtol=1e-4
+    )
 
 
 def test_ignored_pixels_and_classes_of_one_image_only_do_not_count():
@@ -564,7 +624,9 @@ def test_ignored_pixels_and_classes_of_one_image_only_do_not_count():
     (gradient,) = torch.autograd.grad(value, target)
     cells = resize_labels(pseudo, (6, 5))
     left_out = (cells == 4) | (cells == IGNORE)
-    assert (gradient.abs().sum(1)[left_out] == 0).all() and (gradient.abs().sum(1)[~left_out] > 0).all()
+    assert (gradient.abs().sum(1)[left_out] == 0).all() and (
+        gradient.abs().sum(1)[~left_out] > 0
+    ).all()
     other = torch.where(left_out[:, None], torch.randn_like(target), target)
     assert contrast(source, other, truth, pseudo, **FORWARD) == value
 
@@ -578,7 +640,9 @@ def test_every_pair_counts_alike():
     torch.testing.assert_close(contrast(source, target, truth, pseudo), (pairs[1] + pairs[2]) / 3)
 
 
-@pytest.mark.parametrize("truth, pseudo", [([IGNORE], [0, 1]), ([0, 1], [IGNORE]), ([0, 1], [2, 3]), ([4], [3])])
+@pytest.mark.parametrize(
+    "truth, pseudo", [([IGNORE], [0, 1]), ([0, 1], [IGNORE]), ([0, 1], [2, 3]), ([4], [3])]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contrast_without_a_common_class_is_exactly_zero_with_a_graph(truth, pseudo, dtype):
     source, target = maps(dtype=dtype, grad=True), maps(dtype=dtype, grad=True)
@@ -617,7 +681,9 @@ def test_bf16_features_are_contrasted_and_transferred_in_float32():
         labels = step_of(labelers[0], source, target, truth, static)
     assert value == contrast(source.float(), target.float(), truth, static)
     assert torch.equal(labels, step_of(labelers[1], source.float(), target.float(), truth, static))
-    assert torch.equal(labelers[0].bias, labelers[1].bias) and labelers[0].bias.dtype == torch.float32
+    assert (
+        torch.equal(labelers[0].bias, labelers[1].bias) and labelers[0].bias.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("only, pixels", [(FORWARD, "target"), (BACKWARD, "source")])
@@ -626,16 +692,23 @@ def test_gradients_through_the_prototypes_can_be_cut(only, pixels):
     labels = blocks(range(K)), blocks(range(K))
     for detach in (False, True):
         value = contrast(*leaves.values(), *labels, detach_prototypes=detach, **only)
-        for name, gradient in zip(leaves, torch.autograd.grad(value, [*leaves.values()], allow_unused=True)):
+        for name, gradient in zip(
+            leaves, torch.autograd.grad(value, [*leaves.values()], allow_unused=True)
+        ):
             reached = gradient is not None and bool(gradient.any())
             assert reached == (name == pixels or not detach), (name, detach)
 
 
 def test_a_configured_pair_is_the_default():
     batch = maps(), maps(), blocks([0, 1, 2]), blocks([1, 2, 4])
-    members = {"pair": Pair(num_classes=K, in_channels=D), "other": Pair(num_classes=K, in_channels=D)}
+    members = {
+        "pair": Pair(num_classes=K, in_channels=D),
+        "other": Pair(num_classes=K, in_channels=D),
+    }
     for options in ({}, {"source": "other", "target": "other"}):
-        torch.testing.assert_close(contrast(*batch, members, **options), contrast(*batch), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            contrast(*batch, members, **options), contrast(*batch), rtol=1e-12, atol=0
+        )
 
 
 def test_a_member_with_the_means_of_a_pair_gives_the_loss_of_the_pair():
@@ -661,7 +734,12 @@ def test_other_prototypes_give_finite_losses_with_gradients(name, role):
     truth, pseudo = blocks([0, 1, 2]), blocks([1, 2, 4])
     if name in ("centroids", "mixtures"):
         empty = contrast(
-            source, target, truth, pseudo, {name: type(MEMBERS[name])(num_classes=K, in_channels=D)}, **{role: name}
+            source,
+            target,
+            truth,
+            pseudo,
+            {name: type(MEMBERS[name])(num_classes=K, in_channels=D)},
+            **{role: name},
         )
         assert empty == 0  # it has seen no class yet
         MEMBERS[name].update([(source.detach(), resize_labels(truth, (6, 5)), None)])
@@ -673,7 +751,8 @@ def test_other_prototypes_give_finite_losses_with_gradients(name, role):
 def test_unknown_prototypes_are_an_error_that_lists_the_known_ones():
     batch = maps(), maps(), blocks(range(K)), blocks(range(K))
     with pytest.raises(
-        UserError, match="no prototypes named 'centroid', but basis, centroids, classifier, mixtures, pair"
+        UserError,
+        match="no prototypes named 'centroid', but basis, centroids, classifier, mixtures, pair",
     ):
         contrast(*batch, MEMBERS, source="centroid")
 
@@ -694,7 +773,11 @@ def test_contrast_draws_target_pixels_to_the_means_of_their_class():
         contrast(source, target, truth, truth, **FORWARD).backward()
         optimizer.step()
     labels = after(
-        LabelTransfer(num_classes=K, in_channels=D, confidence=0.0), source, target, truth, unlabelled(truth)
+        LabelTransfer(num_classes=K, in_channels=D, confidence=0.0),
+        source,
+        target,
+        truth,
+        unlabelled(truth),
     )
     assert torch.equal(labels, truth)
 
@@ -710,7 +793,9 @@ def test_entropy_is_the_mean_over_pixels():
     logits = maps(dim=K, grad=True)
     expected = torch.distributions.Categorical(logits=logits.movedim(1, -1)).entropy().mean()
     torch.testing.assert_close(entropy(logits), expected)
-    torch.testing.assert_close(*(torch.autograd.grad(e, logits)[0] for e in (entropy(logits), expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(e, logits)[0] for e in (entropy(logits), expected))
+    )
     assert Entropy(view="source")({"source": Output(logits, None, {})}) == entropy(logits)
 
 
@@ -742,7 +827,9 @@ def state_after_training(rank=0, world=1):
     static.prepare(target)
     labeler, mine = transfer(), slice(rank, None, world)
     for step in range(3):
-        source, features = (torch.randn(4, D, 6, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+        source, features = (
+            torch.randn(4, D, 6, 5, dtype=torch.float64, generator=generator) for _ in range(2)
+        )
         truth, labels = (torch.randint(K, (4, 24, 20), generator=generator) for _ in range(2))
         labels[1::2][labels[1::2] == 2] = IGNORE
         step_of(labeler, source[mine], features[mine], truth[mine], labels[mine], step=step)

@@ -55,7 +55,12 @@ class Planted:
     """What LikelihoodLabels needs of a Preparation, and of a network: image number i has the i-th maps."""
 
     def __init__(self, features, labels, prototypes, factor=1, logits=None):
-        self.features, self.prototypes, self.source, self.target = features, prototypes, "source", "target"
+        self.features, self.prototypes, self.source, self.target = (
+            features,
+            prototypes,
+            "source",
+            "target",
+        )
         self.logits = features[:, :K] if logits is None else logits
         self.labels = labels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         self.network = self
@@ -155,11 +160,17 @@ def test_absent_classes_never_appear_and_leave_no_holes(name):
     """Their cosine of 0 is the largest where all others are negative; their infinite score would be NaN if resized."""
     features, labels = planted()
     fitted = labelled(features, labels, name)[2].prototypes
-    for nats, factor in itertools.product((-math.inf, -0.8 if name != "mixtures" else -130.0), (1, 3)):
+    for nats, factor in itertools.product(
+        (-math.inf, -0.8 if name != "mixtures" else -130.0), (1, 3)
+    ):
         opposite = Planted(-features, labels, fitted, factor)
-        LikelihoodLabels(num_classes=K, prototypes=name, threshold={"nats": nats}, fit=False).prepare(opposite)
+        LikelihoodLabels(
+            num_classes=K, prototypes=name, threshold={"nats": nats}, fit=False
+        ).prepare(opposite)
         assert not (opposite.stored == ABSENT).any()
-        assert (opposite.stored != IGNORE).double().mean() > (0.1 if math.isfinite(nats) else 0.9999)
+        assert (opposite.stored != IGNORE).double().mean() > (
+            0.1 if math.isfinite(nats) else 0.9999
+        )
 
 
 def test_only_correctly_classified_pixels_shape_the_prototypes():
@@ -172,7 +183,9 @@ def test_only_correctly_classified_pixels_shape_the_prototypes():
         one = labelled(features, labels, name, **options)[0]
         two = labelled(torch.where(wrong[:, None], 77.0, features), labels, name, **options)[0]
         clean = labelled(features, torch.where(wrong, IGNORE, labels), name, **options)[0]
-        assert torch.equal(one.threshold, two.threshold) and torch.equal(one.threshold, clean.threshold)
+        assert torch.equal(one.threshold, two.threshold) and torch.equal(
+            one.threshold, clean.threshold
+        )
     means = labelled(features, labels, **options)[2].prototypes["mixtures"].means()
     assert (means[[0, 1, 2, 4]] - 4 * torch.eye(K, D).double()[[0, 1, 2, 4]]).abs().max() < 0.3
 
@@ -180,10 +193,15 @@ def test_only_correctly_classified_pixels_shape_the_prototypes():
 def test_labels_are_compared_with_the_prediction_at_feature_size():
     features, labels = planted(1, (6, 8))
     preparation = Planted(features, labels, members(), factor=4)
-    preparation.labels[:, 0::4] = preparation.labels[:, :, 0::4] = ABSENT  # not at the centres of the cells
+    preparation.labels[:, 0::4] = preparation.labels[:, :, 0::4] = (
+        ABSENT  # not at the centres of the cells
+    )
     labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.5}).double()
     labeler.prepare(preparation)
-    assert torch.equal(labeler.threshold, labelled(features, labels, threshold={"source_quantile": 0.5})[0].threshold)
+    assert torch.equal(
+        labeler.threshold,
+        labelled(features, labels, threshold={"source_quantile": 0.5})[0].threshold,
+    )
 
 
 @pytest.mark.parametrize("size", [50, 10**5])
@@ -199,7 +217,9 @@ def test_measured_quantiles_are_those_of_a_uniform_sample(monkeypatch, size):
         for level, value in zip((*bismap.LEVELS, 0.25), measured):
             assert (own == value).any()  # a quantile is one of the scores
             share = (own < value).double().mean()
-            assert level - 1.001 / len(own) <= share < level if size > 50 else abs(share - level) < 0.2
+            assert (
+                level - 1.001 / len(own) <= share < level if size > 50 else abs(share - level) < 0.2
+            )
 
 
 def test_without_fit_a_member_stays_as_it_is_and_is_measured():
@@ -209,7 +229,9 @@ def test_without_fit_a_member_stays_as_it_is_and_is_measured():
     mixtures.update([(features + 1, labels, None)])
     state = {key: value.clone() for key, value in mixtures.state_dict().items()}
     preparation = Planted(features, labels, {"mixtures": mixtures})
-    labeler = LikelihoodLabels(num_classes=K, threshold={"source_quantile": 0.1}, fit=False).double()
+    labeler = LikelihoodLabels(
+        num_classes=K, threshold={"source_quantile": 0.1}, fit=False
+    ).double()
     labeler.prepare(preparation)
     assert all(torch.equal(value, mixtures.state_dict()[key]) for key, value in state.items())
     scores, correct = mixtures.score(features), features[:, :K].argmax(1) == labels
@@ -221,7 +243,10 @@ def test_without_fit_a_member_stays_as_it_is_and_is_measured():
 def test_pixels_at_the_threshold_have_a_label_and_scores_that_are_not_finite_do_not_count():
     features, labels = planted()
     one, found, _ = labelled(features, labels, "basis", threshold={"source_quantile": 1.0})
-    assert ((found != IGNORE).sum(), one.threshold.isfinite().sum()) == (4, 4)  # the largest of each class
+    assert ((found != IGNORE).sum(), one.threshold.isfinite().sum()) == (
+        4,
+        4,
+    )  # the largest of each class
     spoilt = torch.rand(labels.shape) < 0.2
     logits = features[:, :K].clone()
     for value in (math.nan, math.inf):
@@ -234,7 +259,9 @@ def test_pixels_at_the_threshold_have_a_label_and_scores_that_are_not_finite_do_
 
 def test_label_gives_the_stored_labels_also_from_a_saved_state_and_before_reads_them():
     features, labels = planted()
-    labeler, found, preparation = labelled(features, labels, factor=2, threshold={"source_quantile": 0.3})
+    labeler, found, preparation = labelled(
+        features, labels, factor=2, threshold={"source_quantile": 0.3}
+    )
     again = LikelihoodLabels(num_classes=K).double()
     again.load_state_dict(labeler.state_dict())
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 32, 40)
@@ -243,9 +270,14 @@ def test_label_gives_the_stored_labels_also_from_a_saved_state_and_before_reads_
     assert torch.equal(torch.cat(alone), found)
     batch = {"target": {"extra": {"pseudo_labels": found.to(torch.uint8)}}}
     read, weights = labeler.before(batch)
-    assert read["target"].dtype == torch.int64 and torch.equal(read["target"], found) and not weights
+    assert (
+        read["target"].dtype == torch.int64 and torch.equal(read["target"], found) and not weights
+    )
     expected = [None if t.isinf() else pytest.approx(float(t)) for t in labeler.threshold]
-    assert preparation.settings["rule"] == {"source_quantile": 0.3} and preparation.settings["threshold"] == expected
+    assert (
+        preparation.settings["rule"] == {"source_quantile": 0.3}
+        and preparation.settings["threshold"] == expected
+    )
 
 
 def test_labels_of_half_precision_features_are_scored_in_float32():
@@ -254,45 +286,68 @@ def test_labels_of_half_precision_features_are_scored_in_float32():
         half = Planted(features.bfloat16(), labels, members())
         single = Planted(features.bfloat16().float(), labels, members())
         for preparation in (half, single):
-            preparation.prototypes = {key: member.float() for key, member in preparation.prototypes.items()}
+            preparation.prototypes = {
+                key: member.float() for key, member in preparation.prototypes.items()
+            }
             with torch.autocast("cpu", torch.bfloat16, enabled=preparation is half):
-                labeler = LikelihoodLabels(num_classes=K, prototypes=name, threshold={"source_quantile": 0.2})
+                labeler = LikelihoodLabels(
+                    num_classes=K, prototypes=name, threshold={"source_quantile": 0.2}
+                )
                 labeler.prepare(preparation)
                 output = preparation.segment(torch.zeros(1, 3, 1, 1))
                 assert labeler.scores(output, preparation.prototypes)[0].dtype == torch.float32
         same = (half.stored == single.stored).double().mean()
-        assert same == 1 if name in ("mixtures", "centroids") else same > 0.99  # those multiply under autocast
+        assert (
+            same == 1 if name in ("mixtures", "centroids") else same > 0.99
+        )  # those multiply under autocast
 
 
 @pytest.mark.parametrize("threshold", [{"nats": -1e6}, {"source_quantile": 0.0}])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_source_without_labels_leaves_the_target_without(name, threshold):
     features, labels = planted()
-    labeler, found, _ = labelled(features, torch.full_like(labels, IGNORE), name, threshold=threshold)
-    frozen = name == "basis" and "nats" in threshold  # it has a vector for every class from the start
+    labeler, found, _ = labelled(
+        features, torch.full_like(labels, IGNORE), name, threshold=threshold
+    )
+    frozen = (
+        name == "basis" and "nats" in threshold
+    )  # it has a vector for every class from the start
     assert frozen or (labeler.threshold.isinf().all() and (found == IGNORE).all())
 
 
 def test_a_source_of_one_class_labels_nothing_else():
     features, labels = planted()
-    _, found, _ = labelled(features, torch.where(labels == 2, labels, IGNORE), threshold={"nats": -math.inf})
+    _, found, _ = labelled(
+        features, torch.where(labels == 2, labels, IGNORE), threshold={"nats": -math.inf}
+    )
     assert (found == 2).all()
 
 
 def test_a_missing_member_is_named_with_the_line_to_add():
     features, labels = planted()
     labeler = LikelihoodLabels(num_classes=K, prototypes="mixture")
-    with pytest.raises(UserError, match=r"'mixture'; there are mixtures, .*\{name: mixtures.Mixtures, view: none\}"):
+    with pytest.raises(
+        UserError, match=r"'mixture'; there are mixtures, .*\{name: mixtures.Mixtures, view: none\}"
+    ):
         labeler.prepare(Planted(features, labels, members()))
 
 
 @pytest.mark.parametrize(
     "threshold",
-    [{}, {"nats": 1.0, "source_quantile": 0.1}, {"nat": 1.0}, {"nats": "100"}, {"nats": math.nan},
-     {"source_quantile": 1.5}, {"source_quantile": -0.1}],
-)  # fmt: skip
+    [
+        {},
+        {"nats": 1.0, "source_quantile": 0.1},
+        {"nat": 1.0},
+        {"nats": "100"},
+        {"nats": math.nan},
+        {"source_quantile": 1.5},
+        {"source_quantile": -0.1},
+    ],
+)
 def test_a_threshold_that_is_none_is_an_error(threshold):
-    with pytest.raises(ValueError, match=r"threshold must be one of|source_quantile=-?[0-9.]+ is no share"):
+    with pytest.raises(
+        ValueError, match=r"threshold must be one of|source_quantile=-?[0-9.]+ is no share"
+    ):
         LikelihoodLabels(num_classes=K, threshold=threshold)
 
 
@@ -307,7 +362,9 @@ def test_region_weights_are_one_on_a_centre_and_a_half_at_the_mean_distance():
     far = region_weights(torch.linspace(0, 50, 1000), mean.float())
     assert (far.diff() <= 0).all() and far.min() >= 0 and far.max() == 1
     assert torch.equal(region_weights(torch.zeros(4), torch.tensor(0.0)), torch.ones(4))
-    assert torch.equal(region_weights(torch.full((4,), 7.0), torch.tensor(7.0)), torch.full((4,), 0.5))
+    assert torch.equal(
+        region_weights(torch.full((4,), 7.0), torch.tensor(7.0)), torch.full((4,), 0.5)
+    )
 
 
 def test_region_weights_do_not_depend_on_the_scale_of_the_features():
@@ -331,7 +388,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_offsets_of_the_released_constants(name):
     expected = torch.tensor([float(x) for x in PUBLISHED[name].split()])
-    torch.testing.assert_close(class_offsets(torch.tensor(ENTROPY[name])), expected, rtol=0, atol=6e-4)
+    torch.testing.assert_close(
+        class_offsets(torch.tensor(ENTROPY[name])), expected, rtol=0, atol=6e-4
+    )
 
 
 def test_offsets_of_equal_or_unknown_entropies_are_zero():
@@ -342,7 +401,9 @@ def test_offsets_of_equal_or_unknown_entropies_are_zero():
         ([nan, 0.2], [0, 0]),
         ([0.2, nan, 0.6, 0.3], [0, 0, 1, 0.25]),
     ):
-        torch.testing.assert_close(class_offsets(torch.tensor(entropies)), torch.tensor(expected).float())
+        torch.testing.assert_close(
+            class_offsets(torch.tensor(entropies)), torch.tensor(expected).float()
+        )
 
 
 def test_pixel_weights_add_the_offset_of_the_class_and_are_clipped():
@@ -366,7 +427,9 @@ def test_a_map_of_ones_is_the_ordinary_cross_entropy_and_the_divisor_is_the_numb
         stored = torch.full((2, 16, 20), level, dtype=torch.uint8)
         weights = transferability({"source": {"extra": {"transferability": stored}}})
         assert weights.dtype == torch.get_default_dtype() and weights.shape == stored.shape
-        values.append(CrossEntropy()(outputs, {"source": labels}, valid, {"source": weights.double()}))
+        values.append(
+            CrossEntropy()(outputs, {"source": labels}, valid, {"source": weights.double()})
+        )
     mean = F.cross_entropy(logits, labels, ignore_index=IGNORE)
     torch.testing.assert_close(values[0], mean, rtol=1e-14, atol=0)
     torch.testing.assert_close(values[1], mean * 0.2, rtol=1e-7, atol=0)
@@ -374,9 +437,13 @@ def test_a_map_of_ones_is_the_ordinary_cross_entropy_and_the_divisor_is_the_numb
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"entropy": "gta5"}, "has 19 classes, the data 5"), ({"clusters": 0}, "clusters needs positive"),
-     ({"size": [128]}, "size needs positive"), ({"grid": [4, 0.5]}, "grid needs positive")],
-)  # fmt: skip
+    [
+        ({"entropy": "gta5"}, "has 19 classes, the data 5"),
+        ({"clusters": 0}, "clusters needs positive"),
+        ({"size": [128]}, "size needs positive"),
+        ({"grid": [4, 0.5]}, "grid needs positive"),
+    ],
+)
 def test_options_of_the_map_that_are_none_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         Transferability(num_classes=K, **options)
@@ -397,7 +464,9 @@ class Mixed(Toy):
 
 def network(classes=11):
     backbone = ResNet(depth=18, stages=3, weights="none")
-    decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=8, low_width=4)
+    decoder = DeepLabV3Plus(
+        in_channels=backbone.channels, strides=backbone.strides, width=8, low_width=4
+    )
     return Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=classes))
 
 
@@ -407,46 +476,72 @@ def toy(folder, source=Mixed, **prototypes):
     dtype = torch.get_default_dtype()
     sets = [kind(domain="real", length=4, size=[32, 48]) for kind in (source, Toy)]
     model = network().to(dtype)
-    return Preparation(model, *sets, prototypes, folder, torch.device("cpu"), contextlib.nullcontext())
+    return Preparation(
+        model, *sets, prototypes, folder, torch.device("cpu"), contextlib.nullcontext()
+    )
 
 
 def maps(preparation, name="transferability", kind="source"):
     """The stored maps (N, H, W), as training reads them."""
-    return torch.stack([sample["extra"][name] for sample in map(preparation.training[kind].__getitem__, range(4))])
+    return torch.stack(
+        [sample["extra"][name] for sample in map(preparation.training[kind].__getitem__, range(4))]
+    )
 
 
-@pytest.mark.parametrize("encoder", [{"name": "none"}, {"name": "resnet.ResNet", "depth": 18, "weights": "none"}])
+@pytest.mark.parametrize(
+    "encoder", [{"name": "none"}, {"name": "resnet.ResNet", "depth": 18, "weights": "none"}]
+)
 def test_source_images_that_look_like_the_target_keep_more_of_their_weight(tmp_path, encoder):
     preparation = toy(tmp_path)
-    Transferability(num_classes=11, entropy="none", encoder=encoder, **SMALL | {"clusters": 16}).prepare(preparation)
+    Transferability(
+        num_classes=11, entropy="none", encoder=encoder, **SMALL | {"clusters": 16}
+    ).prepare(preparation)
     found = maps(preparation)
     assert found.dtype == torch.uint8 and found.shape == (4, 32, 48)
     assert (found[0::2] == 255).all()  # every region of the target is a centre
     assert 0 < found[1::2].double().mean() / 255 < 0.5
-    assert all(torch.equal(block, block[:1, :1].expand(16, 24)) for image in found for half in image.split(16)
-               for block in half.split(24, 1))  # fmt: skip
+    assert all(
+        torch.equal(block, block[:1, :1].expand(16, 24))
+        for image in found
+        for half in image.split(16)
+        for block in half.split(24, 1)
+    )
     settings = json.loads(next(tmp_path.rglob("settings.json")).read_text())
-    assert settings["clusters"] == 16 and settings["mean_distance"] > 0 and settings["offsets"] == [0] * 11
+    assert (
+        settings["clusters"] == 16
+        and settings["mean_distance"] > 0
+        and settings["offsets"] == [0] * 11
+    )
 
 
 def test_the_map_is_that_of_a_naive_loop(tmp_path):
     preparation = toy(tmp_path, source=Toy)
-    part = Transferability(num_classes=11, entropy="none", **SMALL | {"grid": [2, 3], "clusters": 3})
+    part = Transferability(
+        num_classes=11, entropy="none", **SMALL | {"grid": [2, 3], "clusters": 3}
+    )
     part.prepare(preparation)
     regions = {}
     for kind in ("source", "target"):
         for index, image, _ in preparation.images(getattr(preparation, kind)):
             small = F.interpolate(image, (32, 64), mode="bilinear", antialias=True)
             with torch.no_grad():
-                regions[kind, index] = F.adaptive_avg_pool2d(preparation.network.backbone(small)[-1], (2, 3))[0]
+                regions[kind, index] = F.adaptive_avg_pool2d(
+                    preparation.network.backbone(small)[-1], (2, 3)
+                )[0]
     centres = part.centres({i: regions["target", i].flatten(1).T.numpy() for i in range(4)})
     distances = {i: torch.zeros(2, 3) for i in range(4)}
     for i, y, x in itertools.product(range(4), range(2), range(3)):
-        distances[i][y, x] = min((regions["source", i][:, y, x] - centre).norm() for centre in centres)
+        distances[i][y, x] = min(
+            (regions["source", i][:, y, x] - centre).norm() for centre in centres
+        )
     mean = sum(d.sum() for d in distances.values()) / 24
     expected = [2 ** -((distances[i] / mean) ** 2) for i in range(4)]
-    expected = torch.stack([255 * w.repeat_interleave(16, 0).repeat_interleave(16, 1) for w in expected])
-    assert (maps(preparation).double() - expected).abs().max() < 0.51 and len(maps(preparation).unique()) > 8
+    expected = torch.stack(
+        [255 * w.repeat_interleave(16, 0).repeat_interleave(16, 1) for w in expected]
+    )
+    assert (maps(preparation).double() - expected).abs().max() < 0.51 and len(
+        maps(preparation).unique()
+    ) > 8
 
 
 def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_path):
@@ -462,7 +557,9 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
 
     preparation = toy(tmp_path)
     preparation.network = Sure().eval()
-    labels = {float(image.sum()): label for _, image, label in preparation.images(preparation.source)}
+    labels = {
+        float(image.sum()): label for _, image, label in preparation.images(preparation.source)
+    }
     truth, offsets = torch.cat([*labels.values()]), []
     for entropy in ("none", "measured"):
         Transferability(num_classes=11, entropy=entropy, **SMALL).prepare(preparation)
@@ -473,7 +570,9 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
     half = -(p * math.log(p) + (1 - p) * math.log((1 - p) / 10)) / math.log(11)
     for c in truth.unique():
         e = (1, half, 0)[c % 3] if c != IGNORE else 0
-        torch.testing.assert_close(found[truth == c], (plain[truth == c] + e).clamp(0, 1), rtol=0, atol=4.1e-3)
+        torch.testing.assert_close(
+            found[truth == c], (plain[truth == c] + e).clamp(0, 1), rtol=0, atol=4.1e-3
+        )
         assert c == IGNORE or settings["offsets"][c] == pytest.approx(e, abs=1e-5)
     assert (found[truth % 3 == 0] == 1).all() and (plain < 0.9).any()
 
@@ -506,9 +605,13 @@ def test_centres_depend_on_neither_the_order_nor_the_scale_of_the_regions():
     order = [*range(0, 64, 2), *range(1, 64, 2)]
     assert torch.equal(part.centres({index: rows[index][None] for index in order}), centres)
     for scale in (2.0**-14, 2.0**10):
-        assert torch.equal(part.centres({i: scale * row[None] for i, row in enumerate(rows)}), scale * centres)
+        assert torch.equal(
+            part.centres({i: scale * row[None] for i, row in enumerate(rows)}), scale * centres
+        )
     other = Transferability(num_classes=K, entropy="none", clusters=5, seed=1)
-    assert not torch.equal(other.centres({index: row[None] for index, row in enumerate(rows)}), centres)
+    assert not torch.equal(
+        other.centres({index: row[None] for index, row in enumerate(rows)}), centres
+    )
 
 
 def test_a_target_of_one_colour_and_more_clusters_than_regions(tmp_path):
@@ -532,7 +635,9 @@ def fresh(folder):
     mixtures = Mixtures(num_classes=11, in_channels=8, components=2, iterations=3)
     preparation = toy(folder, mixtures=mixtures, centroids=Centroids(num_classes=11, in_channels=8))
     quantiles = {"mixtures": {"source_quantile": 0.3}, "centroids": {"source_quantile": 0.5}}
-    parts = {n: LikelihoodLabels(num_classes=11, prototypes=n, threshold=q) for n, q in quantiles.items()}
+    parts = {
+        n: LikelihoodLabels(num_classes=11, prototypes=n, threshold=q) for n, q in quantiles.items()
+    }
     return preparation, parts | {"weights": Transferability(num_classes=11, **SMALL)}
 
 
@@ -567,7 +672,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def test_preparing_again_is_bitwise_the_same_and_two_processes_equal_one(tmp_path, monkeypatch, double):
+def test_preparing_again_is_bitwise_the_same_and_two_processes_equal_one(
+    tmp_path, monkeypatch, double
+):
     one, again = (prepare_all(*fresh(tmp_path / name)) for name in ("one", "again"))
     both = [fresh(tmp_path / "two") for _ in range(2)]
     first, second = as_two_processes(monkeypatch, lambda rank: prepare_all(*both[rank]))
@@ -578,7 +685,9 @@ def test_preparing_again_is_bitwise_the_same_and_two_processes_equal_one(tmp_pat
     for name in ("mixtures", "centroids"):
         assert one[f"{name}.threshold"].isfinite().any()
         labels = one[f"{name}.maps"]
-        assert {*labels.unique().tolist()} <= {*range(11), IGNORE} and 0.01 < (labels != IGNORE).double().mean() < 0.99
+        assert {*labels.unique().tolist()} <= {*range(11), IGNORE} and 0.01 < (
+            labels != IGNORE
+        ).double().mean() < 0.99
     assert len(one["weights.maps"].unique()) > 8
     for kind, mode in (("pseudo_labels", "P"), ("transferability", "L")):
         with Image.open(next((tmp_path / "one").rglob(f"{kind}/**/*.png"))) as picture:
@@ -603,11 +712,17 @@ def symmetric(logits, labels, weights=None, **options):
 
 def certain(probability, size=(1, 2)):
     """Logits (1, 2, h, w) that give the first class this probability."""
-    logit = math.log(probability / (1 - probability)) if 0 < probability < 1 else 1e4 * (2 * probability - 1)
+    logit = (
+        math.log(probability / (1 - probability))
+        if 0 < probability < 1
+        else 1e4 * (2 * probability - 1)
+    )
     return torch.tensor([logit, 0.0]).double().view(1, 2, 1, 1).repeat(1, 1, *size)
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(1.0, 0.0), (0.0, 9.2103), (0.5, 4.6052), (0.9, 0.92103)])
+@pytest.mark.parametrize(
+    ("probability", "expected"), [(1.0, 0.0), (0.0, 9.2103), (0.5, 4.6052), (0.9, 0.92103)]
+)
 def test_reverse_cross_entropy_is_bounded(probability, expected):
     logits = certain(probability).requires_grad_()
     value = symmetric(logits, torch.zeros(1, 1, 2, dtype=torch.long), ce=0.0)
@@ -624,18 +739,27 @@ def test_symmetric_cross_entropy_is_the_clamped_form_of_the_released_code():
     q = F.one_hot(labels[labels != IGNORE], 19).double().clamp(1e-4, 1)
     reverse = -(p * q.log()).sum(1).mean()
     forward = F.cross_entropy(large, labels, ignore_index=IGNORE)
-    torch.testing.assert_close(symmetric(logits, labels), 0.1 * forward + reverse, rtol=0, atol=19e-6)
-    torch.testing.assert_close(symmetric(logits, labels, rce=0.0), 0.1 * forward, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        symmetric(logits, labels), 0.1 * forward + reverse, rtol=0, atol=19e-6
+    )
+    torch.testing.assert_close(
+        symmetric(logits, labels, rce=0.0), 0.1 * forward, rtol=1e-14, atol=0
+    )
 
 
 def test_symmetric_cross_entropy_divides_by_the_labelled_pixels_and_takes_weights():
     logits, labels = torch.randn(1, K, 6, 6).double(), torch.randint(K, (1, 6, 6))
     weights = torch.rand(1, 6, 6).double()
-    each = [symmetric(logits[:, :, y : y + 1, x : x + 1], labels[:, y : y + 1, x : x + 1]) for y, x in np.ndindex(6, 6)]
+    each = [
+        symmetric(logits[:, :, y : y + 1, x : x + 1], labels[:, y : y + 1, x : x + 1])
+        for y, x in np.ndindex(6, 6)
+    ]
     expected = (torch.stack(each) * weights.flatten()).mean()
     torch.testing.assert_close(symmetric(logits, labels, {"target": weights}), expected)
     term = SymmetricCrossEntropy()
-    twice = term({"target": Output(logits, None, {})}, {"target": labels}, {"target": torch.tensor(72.0)}, {})
+    twice = term(
+        {"target": Output(logits, None, {})}, {"target": labels}, {"target": torch.tensor(72.0)}, {}
+    )
     torch.testing.assert_close(twice, symmetric(logits, labels) / 2)
 
 
@@ -658,10 +782,15 @@ def consistent(student, teacher, kept, step=4000, **options):
 def test_consistency_is_the_mean_divergence_over_kept_pixels_and_classes():
     student, teacher = torch.randn(2, 2, K, 4, 5).double()
     kept = (torch.rand(2, 8, 10) > 0.3).double()
-    s, t = (F.interpolate(x, (8, 10), mode="bilinear").softmax(1).movedim(1, 3)[kept > 0] for x in (student, teacher))
+    s, t = (
+        F.interpolate(x, (8, 10), mode="bilinear").softmax(1).movedim(1, 3)[kept > 0]
+        for x in (student, teacher)
+    )
     expected = (t * (t.log() - s.log())).mean()
     torch.testing.assert_close(consistent(student, teacher, kept), expected)
-    torch.testing.assert_close(consistent(student, teacher, kept, step=2000), expected * math.exp(-1.25))
+    torch.testing.assert_close(
+        consistent(student, teacher, kept, step=2000), expected * math.exp(-1.25)
+    )
 
 
 def test_consistency_is_zero_where_the_student_is_the_teacher():
@@ -720,7 +849,9 @@ def test_linear_distillation_has_the_gradient_of_minus_the_inner_product():
     s, t = student.softmax(1), teacher.softmax(1)
     value = distilled(student, teacher)
     torch.testing.assert_close(value, (t * (t.log() - s)).sum() / (2 * 6 * 7 * K))
-    ours, theirs = torch.autograd.grad(value, [student, teacher], allow_unused=True, retain_graph=True)
+    ours, theirs = torch.autograd.grad(
+        value, [student, teacher], allow_unused=True, retain_graph=True
+    )
     (expected,) = torch.autograd.grad(-(t.detach() * s).sum() / (2 * 6 * 7 * K), student)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-16)
     assert theirs is None

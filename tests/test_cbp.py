@@ -72,10 +72,14 @@ def test_equal_and_ortho_switch_one_property_each(equal, ortho):
 def test_without_equal_the_rows_are_those_of_gram_schmidt_and_without_both_those_that_are_drawn():
     torch.manual_seed(0)
     drawn = nn.init.kaiming_normal_(torch.empty(6, 10, dtype=torch.float64))
-    torch.testing.assert_close(cbp(6, 10, equal=False, ortho=False).means().double(), drawn, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        cbp(6, 10, equal=False, ortho=False).means().double(), drawn, rtol=0, atol=1e-6
+    )
     expected = []
     for row in drawn:
-        expected.append(row - sum(((row @ b) / (b @ b) * b for b in expected), torch.zeros(10).double()))
+        expected.append(
+            row - sum(((row @ b) / (b @ b) * b for b in expected), torch.zeros(10).double())
+        )
     result = cbp(6, 10, equal=False).means().double()
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-6)
 
@@ -94,12 +98,18 @@ def test_rows_of_a_file_are_taken_by_the_names_of_the_classes(tmp_path):
     torch.testing.assert_close(plain, vectors[[2, 0]])
     np.save(tmp_path / "rows.npy", vectors.numpy())
     array = {"init": str(tmp_path / "rows.npy"), "rows": ["a", "b", "c"]}
-    assert torch.equal(cbp(2, 4, classes=("c", "a"), ortho=False, equal=False, **array).means(), plain)
-    mapped = cbp(2, 4, classes=("c", "x"), init=file, ortho=False, equal=False, map={"x": ["a", "b"]}).means()
+    assert torch.equal(
+        cbp(2, 4, classes=("c", "a"), ortho=False, equal=False, **array).means(), plain
+    )
+    mapped = cbp(
+        2, 4, classes=("c", "x"), init=file, ortho=False, equal=False, map={"x": ["a", "b"]}
+    ).means()
     torch.testing.assert_close(mapped[1], vectors[:2].mean(0))
     orthogonal = cbp(3, 4, classes=("b", "a", "c"), init=file).means()
     torch.testing.assert_close(orthogonal @ orthogonal.T, 4 * torch.eye(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(F.normalize(orthogonal[0], dim=0), F.normalize(vectors[1], dim=0))  # the first row stays
+    torch.testing.assert_close(
+        F.normalize(orthogonal[0], dim=0), F.normalize(vectors[1], dim=0)
+    )  # the first row stays
 
 
 @pytest.mark.parametrize("channels, kept", [(8, True), (64, True), (4, False)])
@@ -107,7 +117,11 @@ def test_rows_of_other_channels_keep_their_cosines_as_long_as_there_are_as_many_
     channels, kept, tmp_path
 ):
     vectors = torch.randn(6, 16) + 1
-    options = {"classes": "abcdef", "init": write(tmp_path / "rows.pt", vectors, "abcdef"), "ortho": False}
+    options = {
+        "classes": "abcdef",
+        "init": write(tmp_path / "rows.pt", vectors, "abcdef"),
+        "ortho": False,
+    }
     w = cbp(6, channels, **options).means()
     assert (off_diagonal(cosines(w) - cosines(vectors)).abs().max() < 1e-5) == kept
     assert torch.equal(w, cbp(6, channels, **options).means())
@@ -122,7 +136,9 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         cbp(2, 4, classes=("a", "b"), init=str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="has a row that is zero"):
-        zero = write(tmp_path / "zero.pt", torch.eye(3)[[0, 1]] * torch.tensor([[1.0], [0.0]]), "ab")
+        zero = write(
+            tmp_path / "zero.pt", torch.eye(3)[[0, 1]] * torch.tensor([[1.0], [0.0]]), "ab"
+        )
         cbp(2, 3, classes="ab", init=zero, ortho=False)
     with pytest.raises(ValueError, match="rows that depend on each other"):
         cbp(2, 3, classes="ab", init=write(tmp_path / "same.pt", torch.ones(2, 3), "ab"))
@@ -144,7 +160,9 @@ def test_masked_rows_are_the_class_means_of_the_backbone_over_the_training_set(t
             rows.setdefault(c, []).append(features[0, :, labels == c])
     assert content["classes"] == list(Toy.CLASSES) and sorted(rows) == list(range(11))
     for c, columns in rows.items():
-        torch.testing.assert_close(content["vectors"][c], torch.cat(columns, 1).mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            content["vectors"][c], torch.cat(columns, 1).mean(1), rtol=1e-4, atol=1e-5
+        )
     w = cbp(11, 32, classes=Toy.CLASSES, init=str(out)).means()
     torch.testing.assert_close(w @ w.T, 4 * torch.eye(11), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="out=PATH is needed"):
@@ -158,7 +176,9 @@ def test_masked_rows_are_the_class_means_of_the_backbone_over_the_training_set(t
 
 def test_a_simplex_has_equal_cosines():
     w = cbp(9, 8, fallback="etf", length=3.0).means()
-    torch.testing.assert_close(off_diagonal(cosines(w)), torch.full((72,), -1 / 8).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        off_diagonal(cosines(w)), torch.full((72,), -1 / 8).double(), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(w.norm(dim=1), torch.full((9,), 3.0))
     with pytest.raises(ValueError, match=r"simplex of 10 prototypes needs at least 9 .* has 8"):
         cbp(10, 8, fallback="etf")
@@ -185,7 +205,9 @@ def test_options_that_contradict_each_other_are_errors():
         cbp(update="penalty", equal=False)
     with pytest.raises(ValueError, match="need equal: true"):
         cbp(20, 16, fallback="polar", equal=False)
-    with pytest.raises(ValueError, match=r"5 classes with 4 prototypes each need at least 20 .*has 16"):
+    with pytest.raises(
+        ValueError, match=r"5 classes with 4 prototypes each need at least 20 .*has 16"
+    ):
         cbp(per_class=4)
 
 
@@ -220,7 +242,9 @@ def test_the_orthogonality_loss_is_the_mean_squared_cosine_and_pulls_apart():
     term, classifier = Orthogonality(), cbp(update="penalty", ortho=False)
     torch.testing.assert_close(term({"classifier": cbp()}), torch.tensor(0.0), atol=1e-12, rtol=0)
     value = term({"classifier": classifier}).detach()
-    torch.testing.assert_close(value.double(), off_diagonal(cosines(classifier.means())).square().mean())
+    torch.testing.assert_close(
+        value.double(), off_diagonal(cosines(classifier.means())).square().mean()
+    )
     assert term({"classifier": cbp(1)}) == 0
     trained(classifier, lambda classifier: 100 * term({"classifier": classifier}), steps=20)
     assert term({"classifier": classifier}) < 0.3 * value
@@ -245,12 +269,17 @@ def test_ema_moves_the_classes_that_are_present_by_its_momentum():
 
 @pytest.mark.parametrize("per_class", [1, 3])
 def test_ema_on_two_processes_equals_one_and_micro_batches_change_nothing(per_class, monkeypatch):
-    options, (features, labels) = {"update": "ema", "momentum": 0.5, "per_class": per_class}, batch([0, 1, 3])
+    options, (features, labels) = (
+        {"update": "ema", "momentum": 0.5, "per_class": per_class},
+        batch([0, 1, 3]),
+    )
     parts, seen = [(features[:1], labels[:1], None), (features[1:], labels[1:], None)], []
     whole, split, process = (cbp(**options) for _ in range(3))
     whole.update([(features, labels, None)])
     split.update(parts)
-    monkeypatch.setattr(distributed, "all_reduce", lambda total: seen.append(total.clone()) or total)
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda total: seen.append(total.clone()) or total
+    )
     cbp(**options).update(parts[1:])
     monkeypatch.setattr(distributed, "all_reduce", lambda total: total + seen[0])
     process.update(parts[:1])
@@ -261,8 +290,16 @@ def test_ema_on_two_processes_equals_one_and_micro_batches_change_nothing(per_cl
 
 @pytest.mark.parametrize("update", ["ema", "penalty"])
 def test_a_run_with_learned_prototypes_resumes_bitwise(update, tmp_path):
-    options = [f"model.classifier={{name: cbp.CBP, update: {update}, momentum: 0.9}}", "train.iters=4", "data.test={}"]
-    options += ["checkpoint.every=2", "eval.pictures=0", "losses=[{name: cross_entropy.CrossEntropy}]"]
+    options = [
+        f"model.classifier={{name: cbp.CBP, update: {update}, momentum: 0.9}}",
+        "train.iters=4",
+        "data.test={}",
+    ]
+    options += [
+        "checkpoint.every=2",
+        "eval.pictures=0",
+        "losses=[{name: cross_entropy.CrossEntropy}]",
+    ]
     options += ["data.val={name: toy.Toy, domain: real, split: val, length: 1, size: [48, 64]}"]
     train(tmp_path / "whole", *options)
     whole = last(tmp_path / "whole")
@@ -271,7 +308,9 @@ def test_a_run_with_learned_prototypes_resumes_bitwise(update, tmp_path):
     train(tmp_path / "whole", *options)
     assert_same_state(whole, last(tmp_path / "whole"))
     start = cbp(11, 16).means()
-    assert not torch.isclose(whole["model"]["classifier.prototypes.vectors"], start, atol=1e-5).all()
+    assert not torch.isclose(
+        whole["model"]["classifier.prototypes.vectors"], start, atol=1e-5
+    ).all()
 
 
 # --- several prototypes per class ------------------------------------------------------------------------------------
@@ -281,7 +320,9 @@ def test_a_run_with_learned_prototypes_resumes_bitwise(update, tmp_path):
 def test_logits_pool_the_prototypes_of_a_class(pool):
     classifier, features = cbp(per_class=3, pool=pool), torch.randn(2, D, 4, 5)
     w = classifier.components()
-    torch.testing.assert_close(w.flatten(0, 1) @ w.flatten(0, 1).T, 4 * torch.eye(15), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        w.flatten(0, 1) @ w.flatten(0, 1).T, 4 * torch.eye(15), atol=1e-5, rtol=0
+    )
     scores = torch.einsum("bdhw,kmd->bkmhw", features, w)
     expected = scores.max(2).values if pool == "max" else scores.exp().sum(2).log()
     torch.testing.assert_close(classifier(features), expected)
@@ -291,12 +332,17 @@ def test_logits_pool_the_prototypes_of_a_class(pool):
 
 @pytest.mark.parametrize("assign", ["argmax", "sinkhorn"])
 def test_pixels_are_assigned_to_prototypes_of_their_class(assign):
-    classifier, (features, labels) = cbp(per_class=3, assign=assign), batch([0, 2, 4, 255], images=8)
+    classifier, (features, labels) = (
+        cbp(per_class=3, assign=assign),
+        batch([0, 2, 4, 255], images=8),
+    )
     number = classifier.assign(classifier.cosines(features), labels)
     assert torch.equal(torch.where(number < 0, 255, number // 3), labels)
     if assign == "argmax":
         scores = torch.einsum("bdhw,kmd->bkmhw", features, classifier.components())
-        best = scores.gather(1, labels.clamp(max=4)[:, None, None].expand(-1, -1, 3, -1, -1))[:, 0].argmax(1)
+        best = scores.gather(1, labels.clamp(max=4)[:, None, None].expand(-1, -1, 3, -1, -1))[
+            :, 0
+        ].argmax(1)
         assert torch.equal((number % 3)[labels != 255], best[labels != 255])
     else:
         counts = torch.bincount(number[number >= 0], minlength=15).view(5, 3)[[0, 2, 4]].double()
@@ -308,14 +354,18 @@ def usage(classifier, features, labels):
     nearest = torch.einsum("bdhw,kmd->bkmhw", features, classifier.components())
     m, values = classifier.per_class, []
     for c in range(K):
-        share = torch.bincount(nearest[:, c].argmax(1)[labels == c], minlength=m) / (labels == c).sum()
+        share = (
+            torch.bincount(nearest[:, c].argmax(1)[labels == c], minlength=m) / (labels == c).sum()
+        )
         values.append(float(-(share * share.clamp_min(1e-9).log()).sum() / math.log(m)))
     return sum(values) / K
 
 
 def test_balanced_assignment_keeps_prototypes_in_use_that_pooled_cross_entropy_drops():
     labels = torch.arange(K).view(1, K, 1).expand(1, K, 60)
-    modes = torch.randn(K, 3, 24)[torch.arange(K)[:, None], torch.arange(60) % 3]  # three kinds of pixels in each class
+    modes = torch.randn(K, 3, 24)[
+        torch.arange(K)[:, None], torch.arange(60) % 3
+    ]  # three kinds of pixels in each class
     pixels = (4 * modes + 0.3 * torch.randn(K, 60, 24)).permute(2, 0, 1)[None]
     found = {}
     for assign, weight in (("argmax", 0.0), ("argmax", 1.0), ("sinkhorn", 1.0)):
@@ -328,7 +378,11 @@ def test_balanced_assignment_keeps_prototypes_in_use_that_pooled_cross_entropy_d
             features, aux = network(pixels), {}
             outputs = {"source": Output(classifier(features, aux), features, aux)}
             loss = F.cross_entropy(outputs["source"].logits, labels)
-            given = {"source": labels}, {"source": torch.tensor(labels.numel())}, {"classifier": classifier}
+            given = (
+                {"source": labels},
+                {"source": torch.tensor(labels.numel())},
+                {"classifier": classifier},
+            )
             loss = loss + weight * Contrast()(outputs, *given)
             optimizer.zero_grad()
             loss.backward()
@@ -336,7 +390,9 @@ def test_balanced_assignment_keeps_prototypes_in_use_that_pooled_cross_entropy_d
         accuracy = (classifier(features).argmax(1) == labels).double().mean()
         assert accuracy > 0.95
         found[assign, weight] = usage(classifier, features.detach(), labels)
-    assert found["sinkhorn", 1.0] > 0.9 > 0.6 > found["argmax", 0.0] and found["argmax", 1.0] < 0.6, found
+    assert (
+        found["sinkhorn", 1.0] > 0.9 > 0.6 > found["argmax", 0.0] and found["argmax", 1.0] < 0.6
+    ), found
 
 
 def test_cosines_of_several_prototypes_are_left_in_training_alone():
@@ -360,12 +416,16 @@ def test_the_other_splits_are_a_checkerboard_and_every_other_sample():
     y, x = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
     assert torch.equal(views[known], ((y + x) % 2).expand(4, -1, -1)[known])
     views = halve(labels, samples, 3, 0, "image")
-    assert torch.equal((views // 3)[known], torch.tensor([1, 0, 1, 0]).view(4, 1, 1).expand(4, 6, 6)[known])
+    assert torch.equal(
+        (views // 3)[known], torch.tensor([1, 0, 1, 0]).view(4, 1, 1).expand(4, 6, 6)[known]
+    )
     assert torch.equal((views % 3)[known], labels[known]) and (views[~known] >= 6).all()
 
 
 def contrast(means, w, **options):
-    return OCCL(num_classes=len(w), **options).contrast(means, torch.tensor([True] * (len(w) - 1) + [False]), w)
+    return OCCL(num_classes=len(w), **options).contrast(
+        means, torch.tensor([True] * (len(w) - 1) + [False]), w
+    )
 
 
 def naive(means, w, negatives, against, normalize, reduction, tau=0.07):
@@ -379,10 +439,19 @@ def naive(means, w, negatives, against, normalize, reduction, tau=0.07):
     for x in (0, 1):
         for l in present:
             v, other = unit(means[x, l]), unit(means[1 - x, l])
-            wrong = [center[j] if negatives == "category" else unit(means[1 - x, j]) for j in present if j != l]
+            wrong = [
+                center[j] if negatives == "category" else unit(means[1 - x, j])
+                for j in present
+                if j != l
+            ]
             logits = torch.stack([v @ other, *(v @ n for n in wrong)]) / tau
             total = total + logits.logsumexp(0) - logits[0]
-            logits = torch.stack([v @ unit(w[j]) for j in (range(len(w)) if against == "all" else present)]) / tau
+            logits = (
+                torch.stack(
+                    [v @ unit(w[j]) for j in (range(len(w)) if against == "all" else present)]
+                )
+                / tau
+            )
             total = total + 0.1 * (logits.logsumexp(0) - logits[l])
     return total / 2 / (len(present) if reduction == "mean" else 1)
 
@@ -394,7 +463,12 @@ def naive(means, w, negatives, against, normalize, reduction, tau=0.07):
 )
 def test_each_reading_of_occl_equals_its_equation(changed):
     means, w = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    options = {"negatives": "category", "against": "all", "normalize": True, "reduction": "mean"} | changed
+    options = {
+        "negatives": "category",
+        "against": "all",
+        "normalize": True,
+        "reduction": "mean",
+    } | changed
     torch.testing.assert_close(contrast(means, w, **changed), naive(means, w, **options))
     if changed:
         assert not torch.isclose(contrast(means, w, **changed), contrast(means, w))
@@ -417,5 +491,8 @@ def test_occl_uses_the_mean_prototype_of_a_class_that_has_several():
     several = cbp(per_class=3)
     single = Linear(num_classes=K, in_channels=D)
     single.conv.weight.data.copy_(several.means()[:, :, None, None])
-    a, b = (OCCL(num_classes=K)(outputs, {"source": labels}, samples, {"classifier": c}) for c in (several, single))
+    a, b = (
+        OCCL(num_classes=K)(outputs, {"source": labels}, samples, {"classifier": c})
+        for c in (several, single)
+    )
     torch.testing.assert_close(a, b)

@@ -60,9 +60,16 @@ def test_save_and_load_are_bit_exact(tmp_path):
             "bf16": torch.randn(7).bfloat16(),
             "nan": torch.tensor([float("nan"), -0.0]),
         },
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-5, "betas": (0.9, 0.999)}]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 1e-5, "betas": (0.9, 0.999)}],
+        },
         "rng": [{"torch": torch.get_rng_state()}],
-        "prototypes": {"bits": bits.view(torch.float64).clone(), "seen": torch.tensor([True, False]), "count": bits},
+        "prototypes": {
+            "bits": bits.view(torch.float64).clone(),
+            "seen": torch.tensor([True, False]),
+            "count": bits,
+        },
         "config": {"optimizer": {"lr": 1e-5}, "losses": [{"name": "occl.OCCL"}], "root": None},
     }
     checkpoint.save(tmp_path / "a.pt", saved)
@@ -72,7 +79,9 @@ def test_save_and_load_are_bit_exact(tmp_path):
     for part in ("model", "prototypes"):
         for key, value in saved[part].items():
             same = loaded[part][key]
-            assert same.dtype == value.dtype and torch.equal(same.view(torch.uint8), value.view(torch.uint8)), key
+            assert same.dtype == value.dtype and torch.equal(
+                same.view(torch.uint8), value.view(torch.uint8)
+            ), key
     assert loaded["optimizer"]["param_groups"] == saved["optimizer"]["param_groups"]
     assert torch.equal(loaded["rng"][0]["torch"], saved["rng"][0]["torch"])
 
@@ -84,7 +93,11 @@ def test_what_the_training_saves_consists_of_safe_types(tmp_path):
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
     checkpoint.save(tmp_path / "a.pt", {"step": 1, "rng": [checkpoint.rng_state()], **state})
     assert checkpoint.load(tmp_path / "a.pt")["scaler"] == scaler.state_dict()
 
@@ -136,13 +149,19 @@ def test_the_file_is_complete_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 64 vs 0")])
-def test_a_periodic_save_that_fails_is_a_warning_and_the_last_one_an_error(tmp_path, monkeypatch, log, error):
+def test_a_periodic_save_that_fails_is_a_warning_and_the_last_one_an_error(
+    tmp_path, monkeypatch, log, error
+):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
     checkpoint.save_step(tmp_path, content(5), keep=1)
-    assert "step_0000005.pt" in log.text and str(error) in log.text and "training continues" in log.text
+    assert (
+        "step_0000005.pt" in log.text
+        and str(error) in log.text
+        and "training continues" in log.text
+    )
     with pytest.raises(OSError, match=re.escape(str(error))):
         checkpoint.save_step(tmp_path, content(5), keep=1, final=True)
     assert not list(tmp_path.iterdir())
@@ -187,7 +206,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(tmp_path, 
     truncate(tmp_path / "step_0000003.pt", size)
     found = checkpoint.find(tmp_path, "auto")
     assert found["step"] == 2 and torch.equal(found["model"]["w"], torch.full((3,), 2.0))
-    assert "skipping" in log.text and "step_0000003.pt is incomplete" in log.text and "step_0000002.pt" not in log.text
+    assert (
+        "skipping" in log.text
+        and "step_0000003.pt is incomplete" in log.text
+        and "step_0000002.pt" not in log.text
+    )
 
 
 def test_without_a_usable_checkpoint_auto_starts_anew(tmp_path):
@@ -216,7 +239,8 @@ def test_a_path_is_taken_as_it_is_and_must_exist(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, name", [(Path("x"), "PosixPath"), (argparse.Namespace(a=1), "Namespace"), (Foreign(), "Foreign")]
+    "value, name",
+    [(Path("x"), "PosixPath"), (argparse.Namespace(a=1), "Namespace"), (Foreign(), "Foreign")],
 )
 def test_a_file_that_could_run_code_is_refused_by_the_name_of_the_type(tmp_path, value, name):
     torch.save({"format": checkpoint.FORMAT, "step": 1, "args": value}, tmp_path / "a.pt")
@@ -231,7 +255,12 @@ def test_an_unsafe_file_of_the_old_format_is_refused_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["<!DOCTYPE html><title>not found</title>", "version https://git-lfs.github.com/spec/v1\n", "x"]
+    "text",
+    [
+        "<!DOCTYPE html><title>not found</title>",
+        "version https://git-lfs.github.com/spec/v1\n",
+        "x",
+    ],
 )
 def test_a_web_page_or_a_pointer_is_not_advised_to_be_trusted(tmp_path, text):
     (tmp_path / "a.pth").write_text(text)
@@ -281,7 +310,9 @@ def wrap_as(name, state):
     }[name]
 
 
-@pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module", "state_dict and module"])
+@pytest.mark.parametrize(
+    "form", ["plain", "state_dict", "model", "module", "state_dict and module"]
+)
 def test_weights_are_unwrapped_loaded_and_reported(log, form):
     net = network()
     load_into(net, wrap_as(form, other_weights()), source="some weights")
@@ -297,8 +328,15 @@ def test_every_kind_of_misfit_is_named_and_nothing_is_loaded():
     state["2.weight"] = torch.zeros(5, 3)
     with pytest.raises(WeightsError) as error:
         load_into(net, state, source="some weights")
-    for part in ("some weights", "Sequential", "6 keys match", "1 missing (0.bias)", "1 unexpected (fc.weight)",
-                 "1 of another shape (2.weight (5, 3) -> (1, 3))", "allow_missing"):  # fmt: skip
+    for part in (
+        "some weights",
+        "Sequential",
+        "6 keys match",
+        "1 missing (0.bias)",
+        "1 unexpected (fc.weight)",
+        "1 of another shape (2.weight (5, 3) -> (1, 3))",
+        "allow_missing",
+    ):
         assert part in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
@@ -321,14 +359,21 @@ def test_what_may_be_missing_keeps_its_values_and_what_is_dropped_is_not_loaded(
         "fc.weight": torch.zeros(1),
         "2.weight": torch.ones(9),
     }
-    load_into(net, state, source="weights", allow_missing=["0.b*", "2.*"], drop=["fc.*", "2.weight"])
+    load_into(
+        net, state, source="weights", allow_missing=["0.b*", "2.*"], drop=["fc.*", "2.weight"]
+    )
     assert torch.equal(net[2].weight, kept) and (net[0].weight == 7).all()
     assert "6 keys loaded, 2 keep their initial values (0.bias, 2.weight)" in log.text
 
 
 def test_allow_missing_does_not_excuse_another_shape():
     with pytest.raises(WeightsError, match="of another shape"):
-        load_into(network(), other_weights() | {"2.weight": torch.ones(9)}, source="weights", allow_missing=["*"])
+        load_into(
+            network(),
+            other_weights() | {"2.weight": torch.ones(9)},
+            source="weights",
+            allow_missing=["*"],
+        )
 
 
 def test_batch_counters_may_be_absent_on_either_side():

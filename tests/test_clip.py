@@ -65,9 +65,9 @@ def close(a, b, tolerance=1e-5):
 
 
 def intermediates(model, image, indices):
-    return model.visual.forward_intermediates(normalized(image), indices=indices, intermediates_only=True)[
-        "image_intermediates"
-    ]
+    return model.visual.forward_intermediates(
+        normalized(image), indices=indices, intermediates_only=True
+    )["image_intermediates"]
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------
@@ -79,19 +79,25 @@ def test_resnet_maps_are_those_of_open_clip(size, tmp_path):
     model, path = reference("tiny-RN", tmp_path)
     backbone = ResNet(model="tiny-RN", weights=path).eval()
     image = torch.rand(2, 3, *size)
-    for actual, expected in zip(backbone(image), intermediates(model, image, [1, 2, 3, 4]), strict=True):
+    for actual, expected in zip(
+        backbone(image), intermediates(model, image, [1, 2, 3, 4]), strict=True
+    ):
         close(actual, expected)
     assert backbone.channels == [64, 128, 256, 512] and backbone.joint == 24
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["tiny-ViT", "tiny-ViT-quickgelu", "tiny-ViT-14", "tiny-ViT-scale"])
+@pytest.mark.parametrize(
+    "name", ["tiny-ViT", "tiny-ViT-quickgelu", "tiny-ViT-14", "tiny-ViT-scale"]
+)
 def test_vit_maps_are_those_of_open_clip_at_the_native_size(name, tmp_path):
     model, path = reference(name, tmp_path)
     backbone = ViT(model=name, weights=path).eval()
     image = torch.rand(2, 3, *model.visual.image_size)
     assert backbone.taps == [1, 2, 3, 5]
-    for actual, expected in zip(backbone(image), intermediates(model, image, [1, 2, 3, 5]), strict=True):
+    for actual, expected in zip(
+        backbone(image), intermediates(model, image, [1, 2, 3, 5]), strict=True
+    ):
         close(actual, expected)
     assert backbone.strides == [14 if name.endswith("14") else 16] * 4
 
@@ -104,7 +110,9 @@ def test_vit_maps_are_those_of_open_clip_at_other_sizes(size, tmp_path):
     model = open_clip.create_model("tiny-ViT", pretrained=path, force_image_size=size).eval()
     backbone = ViT(model="tiny-ViT", weights=path).eval()
     image = torch.rand(2, 3, *size)
-    for actual, expected in zip(backbone(image), intermediates(model, image, [1, 2, 3, 5]), strict=True):
+    for actual, expected in zip(
+        backbone(image), intermediates(model, image, [1, 2, 3, 5]), strict=True
+    ):
         close(actual, expected)
 
 
@@ -141,7 +149,12 @@ def test_vit_of_an_image_between_two_sizes_is_that_of_the_enlarged_image():
 
 def test_vit_taps_name_blocks():
     backbone = ViT(model="tiny-ViT", taps=[0, 4], weights="none")
-    assert len(backbone(torch.rand(1, 3, 32, 32))) == len(backbone.channels) == len(backbone.strides) == 2
+    assert (
+        len(backbone(torch.rand(1, 3, 32, 32)))
+        == len(backbone.channels)
+        == len(backbone.strides)
+        == 2
+    )
     for taps in ([4, 1], [2, 2], [3, 6], [-1]):
         with pytest.raises(ValueError, match="from 0 to 5"):
             ViT(model="tiny-ViT", taps=taps, weights="none")
@@ -203,20 +216,33 @@ def test_dense_of_the_vit_is_the_last_attention_of_every_token_to_itself(name, t
     image = torch.rand(2, 3, 64, 64)
     trunk = model.visual
     out = trunk.forward_intermediates(
-        normalized(image), indices=[4], intermediates_only=True, output_extra_tokens=True, output_fmt="NLC"
+        normalized(image),
+        indices=[4],
+        intermediates_only=True,
+        output_extra_tokens=True,
+        output_fmt="NLC",
     )
     tokens = torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], 1)
     last = trunk.transformer.resblocks[-1]
-    close(trunk._pool(last(tokens))[0] @ trunk.proj, model.encode_image(normalized(image)))  # these are its tokens
+    close(
+        trunk._pool(last(tokens))[0] @ trunk.proj, model.encode_image(normalized(image))
+    )  # these are its tokens
     alone = torch.full((17, 17), -torch.inf).fill_diagonal_(0)
     values = last.ls_1(last.attention(last.ln_1(tokens), attn_mask=alone))
-    expected = F.normalize(trunk.ln_post(values) @ trunk.proj, dim=-1)[:, 1:].view(2, 4, 4, 24).movedim(-1, 1)
+    expected = (
+        F.normalize(trunk.ln_post(values) @ trunk.proj, dim=-1)[:, 1:]
+        .view(2, 4, 4, 24)
+        .movedim(-1, 1)
+    )
     close(backbone.dense(image), expected)
 
 
 @torch.no_grad()
 def test_dense_is_normalised_in_float32_under_autocast(tmp_path):
-    for backbone in (ResNet(model="tiny-RN", weights="none").eval(), ViT(model="tiny-ViT", weights="none").eval()):
+    for backbone in (
+        ResNet(model="tiny-RN", weights="none").eval(),
+        ViT(model="tiny-ViT", weights="none").eval(),
+    ):
         image = torch.rand(1, 3, 64, 64)
         with torch.autocast("cpu", torch.bfloat16):
             low = backbone.dense(image)
@@ -237,7 +263,9 @@ FORMS = {
     "visual without prefix": lambda s: {k[7:]: v for k, v in s.items() if k.startswith("visual.")},
     "state_dict": lambda s: {"epoch": 3, "state_dict": s},
     "module": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-    "openai": lambda s: half(s) | {"input_resolution": torch.tensor(64), "vocab_size": torch.tensor(64)},
+    "openai": lambda s: (
+        half(s) | {"input_resolution": torch.tensor(64), "vocab_size": torch.tensor(64)}
+    ),
 }
 
 
@@ -254,9 +282,11 @@ def test_weights_of_each_form_load_completely(name, form, tmp_path, caplog):
     else:
         torch.save(FORMS[form](state), path := tmp_path / "form.pt")
     with caplog.at_level("INFO", "engine"):
-        backbone = build("models.backbones", {"name": f"clip.{name[5:8].strip('-').replace('RN', 'ResNet')}"} | {
-            "model": name, "weights": str(path)
-        })  # fmt: skip
+        backbone = build(
+            "models.backbones",
+            {"name": f"clip.{name[5:8].strip('-').replace('RN', 'ResNet')}"}
+            | {"model": name, "weights": str(path)},
+        )
     assert "0 keep their initial values" in caplog.text
     tolerance = 1e-3 if form == "openai" else 0
     for key, value in backbone.state_dict().items():
@@ -267,7 +297,9 @@ def test_weights_of_each_form_load_completely(name, form, tmp_path, caplog):
 def test_no_text_tower_is_kept_and_nothing_but_the_visual_trunk(name):
     backbone = (ResNet if "RN" in name else ViT)(model=name, weights="none")
     whole = {key for key in open_clip.create_model(name).state_dict() if key.startswith("visual.")}
-    dropped = {k for k in whole if k.split(".")[2:3] in (["q_proj"], ["k_proj"]) or "attnpool.pos" in k}
+    dropped = {
+        k for k in whole if k.split(".")[2:3] in (["q_proj"], ["k_proj"]) or "attnpool.pos" in k
+    }
     assert {*backbone.state_dict()} == whole - dropped and (len(dropped) == 5) == ("RN" in name)
 
 
@@ -305,27 +337,41 @@ def test_torchscript_archives_are_refused_with_the_way_to_convert_them(cls, name
     # What the message says to do.
     state = torch.jit.load(tmp_path / "RN50.pt", map_location="cpu").state_dict()
     torch.save(state, tmp_path / "converted.pt")
-    backbone = cls(model=f"{name}{'-quickgelu' * (cls is ViT)}", weights=str(tmp_path / "converted.pt"))
+    backbone = cls(
+        model=f"{name}{'-quickgelu' * (cls is ViT)}", weights=str(tmp_path / "converted.pt")
+    )
     assert torch.equal(backbone.visual.conv1.weight, model.visual.conv1.weight)
 
 
 def test_the_wrong_activation_is_not_silent(tmp_path, caplog, monkeypatch):
     model, path = reference("tiny-ViT", tmp_path)
-    with torch.device("meta"), pytest.raises(WeightsError, match=r"QuickGELU.*take model: ViT-B-16-quickgelu"):
+    with (
+        torch.device("meta"),
+        pytest.raises(WeightsError, match=r"QuickGELU.*take model: ViT-B-16-quickgelu"),
+    ):
         monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda tag: path)
         ViT(model="ViT-B-16", weights="openai")
-    with torch.device("meta"), pytest.raises(WeightsError, match="does not fit"):  # the right one gets further
+    with (
+        torch.device("meta"),
+        pytest.raises(WeightsError, match="does not fit"),
+    ):  # the right one gets further
         ViT(model="ViT-B-16-quickgelu", weights="openai")
     with caplog.at_level("INFO", "engine"):
         ViT(model="tiny-ViT", weights=path)
     assert "does not say if it was trained with GELU or QuickGELU; tiny-ViT has GELU" in caplog.text
     torch.save(model.state_dict() | {"input_resolution": torch.tensor(64)}, path)
-    with pytest.raises(WeightsError, match=r"trained with QuickGELU.*take model: tiny-ViT-quickgelu"):
+    with pytest.raises(
+        WeightsError, match=r"trained with QuickGELU.*take model: tiny-ViT-quickgelu"
+    ):
         ViT(model="tiny-ViT", weights=path)
     ViT(model="tiny-ViT-quickgelu", weights=path)
-    assert sum(isinstance(m, open_clip.transformer.QuickGELU) for m in ViT(
-        model="tiny-ViT-quickgelu", weights="none"
-    ).modules()) == 6  # fmt: skip
+    assert (
+        sum(
+            isinstance(m, open_clip.transformer.QuickGELU)
+            for m in ViT(model="tiny-ViT-quickgelu", weights="none").modules()
+        )
+        == 6
+    )
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
@@ -333,7 +379,10 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
         raise FileNotFoundError("no network")
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", offline)
-    with torch.device("meta"), pytest.raises(WeightsError, match=r"could not download openai \(no network\).*PATH"):
+    with (
+        torch.device("meta"),
+        pytest.raises(WeightsError, match=r"could not download openai \(no network\).*PATH"),
+    ):
         ResNet(model="RN50", weights="openai")
 
 
@@ -377,9 +426,16 @@ def test_blocks_after_the_last_tap_are_not_trained():
     backbone = ViT(model="tiny-ViT", taps=[1, 3], weights="none")
     backbone(torch.rand(1, 3, 32, 32))[-1].sum().backward()
     blocks = backbone.visual.transformer.resblocks
-    assert [all(p.requires_grad and p.grad is not None for p in block.parameters()) for block in blocks] == [
-        True, True, True, True, False, False,
-    ]  # fmt: skip
+    assert [
+        all(p.requires_grad and p.grad is not None for p in block.parameters()) for block in blocks
+    ] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("cls, name", [(ResNet, "tiny-RN"), (ViT, "tiny-ViT")])
@@ -411,7 +467,9 @@ def test_rn50_and_vit_b_have_their_published_sizes():
 def timm_backbone(model, **options):
     pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
-    return build("models.backbones", {"name": "timm.Timm", "model": model, "weights": "none", **options}).eval()
+    return build(
+        "models.backbones", {"name": "timm.Timm", "model": model, "weights": "none", **options}
+    ).eval()
 
 
 def timm_normalized(image):
@@ -419,14 +477,18 @@ def timm_normalized(image):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model, indices", [("test_resnet", [1, 2, 3, 4]), ("test_convnext", []), ("test_vit", [1, 5])])
+@pytest.mark.parametrize(
+    "model, indices", [("test_resnet", [1, 2, 3, 4]), ("test_convnext", []), ("test_vit", [1, 5])]
+)
 def test_timm_maps_are_timms_own(model, indices):
     backbone = timm_backbone(model, out_indices=indices)
     import timm
 
     torch.manual_seed(0)
     extra = {"dynamic_img_size": True} if model == "test_vit" else {}
-    net = timm.create_model(model, features_only=True, out_indices=indices or (0, 1, 2, 3), **extra).eval()
+    net = timm.create_model(
+        model, features_only=True, out_indices=indices or (0, 1, 2, 3), **extra
+    ).eval()
     net.load_state_dict(backbone.net.state_dict())
     image = torch.rand(2, 3, 96, 64)
     maps = backbone(image)
@@ -439,8 +501,15 @@ def test_timm_maps_are_timms_own(model, indices):
 
 @torch.no_grad()
 def test_timm_networks_take_any_size():
-    assert [x.shape[-2:] for x in timm_backbone("test_vit")(torch.rand(1, 3, 97, 65))] == [(7, 5)] * 4
-    assert [x.shape[-1] for x in timm_backbone("test_resnet")(torch.rand(1, 3, 97, 65))] == [17, 9, 5, 3]
+    assert [x.shape[-2:] for x in timm_backbone("test_vit")(torch.rand(1, 3, 97, 65))] == [
+        (7, 5)
+    ] * 4
+    assert [x.shape[-1] for x in timm_backbone("test_resnet")(torch.rand(1, 3, 97, 65))] == [
+        17,
+        9,
+        5,
+        3,
+    ]
 
 
 @torch.no_grad()
@@ -450,15 +519,21 @@ def test_timm_weights_of_a_file_load_strictly(model, suffix, tmp_path):
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
-    whole = timm.create_model(model, num_classes=7, **({"dynamic_img_size": True} if model == "test_vit" else {}))
+    whole = timm.create_model(
+        model, num_classes=7, **({"dynamic_img_size": True} if model == "test_vit" else {})
+    )
     path = str(tmp_path / f"weights{suffix}")
     save = torch.save if suffix == ".pth" else save_file
     save(whole.state_dict(), path)
     backbone = timm_backbone(model, weights=path)
     image = torch.rand(1, 3, 160, 160)
-    expected = whole.eval().forward_intermediates(timm_normalized(image), intermediates_only=True)[-1]
+    expected = whole.eval().forward_intermediates(timm_normalized(image), intermediates_only=True)[
+        -1
+    ]
     close(backbone(image)[-1], expected)
-    assert not any("state_dict" in getattr(module, "pretrained_cfg", {}) for module in backbone.modules())
+    assert not any(
+        "state_dict" in getattr(module, "pretrained_cfg", {}) for module in backbone.modules()
+    )
     state = whole.state_dict()
     gone = next(key for key in state if "head" not in key and key.endswith("weight"))
     save({key: value for key, value in state.items() if key != gone}, path)
@@ -472,7 +547,9 @@ def test_timm_weights_of_a_file_load_strictly(model, suffix, tmp_path):
 def test_timm_says_what_is_wrong(monkeypatch):
     with pytest.raises(ConfigError, match=r"timm has no model 'convnext_tinny'; similar: convnext"):
         timm_backbone("convnext_tinny")
-    with pytest.raises(ConfigError, match=r"cannot make test_resnet.*Invalid pretrained tag \(nonsense\)"):
+    with pytest.raises(
+        ConfigError, match=r"cannot make test_resnet.*Invalid pretrained tag \(nonsense\)"
+    ):
         timm_backbone("test_resnet.nonsense")
     for model in ("test_resnet", "test_vit"):
         with pytest.raises(ConfigError, match=rf"cannot make {model}.*no_such_option"):
@@ -500,11 +577,17 @@ def test_every_part_of_a_timm_network_is_trained():
 def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
     """A checkpoint is restored with weights: none, so nothing else may depend on that option."""
     model = Config(
-        backbone=spec | {"weights": "none"}, decoder={"name": "deeplabv3plus.DeepLabV3Plus", "width": 8},
-        classifier={"name": "linear.Linear"}, frozen_bn=[], bn_views=[], channels_last=True,
-        projector=Config(channels=0, width=0), text_attention=Config(layers=0), region=Config(stage=0),
+        backbone=spec | {"weights": "none"},
+        decoder={"name": "deeplabv3plus.DeepLabV3Plus", "width": 8},
+        classifier={"name": "linear.Linear"},
+        frozen_bn=[],
+        bn_views=[],
+        channels_last=True,
+        projector=Config(channels=0, width=0),
+        text_attention=Config(layers=0),
+        region=Config(stage=0),
         auxiliary=Config(stage=0),
-    )  # fmt: skip
+    )
     first, second = (build_segmentor(model, 3).eval() for _ in range(2))
     second.load_state_dict(first.state_dict())
     image = torch.rand(1, 3, 70, 49)

@@ -94,12 +94,31 @@ def dotted(value, prefix=""):
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("1e-4", 1e-4), ("1.e-4", 1e-4), ("-2E+3", -2000.0), (".5", 0.5), ("2.0", 2.0), (".inf", float("inf")),
-        ("-3", -3), ("+7", 7), ("010", 10), ("1_000", "1_000"), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"),
-        ("on", "on"), ("off", "off"), ("no", "no"), ("yes", "yes"), ("true", True), ("false", False),
-        ("null", None), ("~", None), ("", None), ("'1e-4'", "1e-4"), ("[1e-3, [no, 2]]", [1e-3, ["no", 2]]),
+        ("1e-4", 1e-4),
+        ("1.e-4", 1e-4),
+        ("-2E+3", -2000.0),
+        (".5", 0.5),
+        ("2.0", 2.0),
+        (".inf", float("inf")),
+        ("-3", -3),
+        ("+7", 7),
+        ("010", 10),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("on", "on"),
+        ("off", "off"),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("true", True),
+        ("false", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'1e-4'", "1e-4"),
+        ("[1e-3, [no, 2]]", [1e-3, ["no", 2]]),
     ],
-)  # fmt: skip
+)
 def test_scalars_are_read_as_in_yaml_1_2(text, value):
     result = read_yaml(f"key: {text}", "a file")["key"]
     assert result == value and type(result) is type(value)
@@ -110,13 +129,19 @@ def test_an_anchor_is_merged_and_own_keys_win():
     assert read_yaml(text, "a file")["b"] == {"x": 1, "y": 3}
 
 
-@pytest.mark.parametrize("text, line", [("seed: 1\nthreads: 2\nseed: 3", 3), ("train:\n  iters: 1\n  iters: 2", 3)])
+@pytest.mark.parametrize(
+    "text, line", [("seed: 1\nthreads: 2\nseed: 3", 3), ("train:\n  iters: 1\n  iters: 2", 3)]
+)
 def test_a_key_that_appears_twice_names_file_line_and_key(write, text, line):
-    with pytest.raises(ConfigError, match=rf"experiment\.yaml, line {line}: .*'({text.split()[-2][:-1]})'"):
+    with pytest.raises(
+        ConfigError, match=rf"experiment\.yaml, line {line}: .*'({text.split()[-2][:-1]})'"
+    ):
         load(write(text))
 
 
-@pytest.mark.parametrize("text", ["seed: [1", "a: {{b}}", "[1, 2]: 3", "seed: \x07", "- 1", "just words", "[]", "0"])
+@pytest.mark.parametrize(
+    "text", ["seed: [1", "a: {{b}}", "[1, 2]: 3", "seed: \x07", "- 1", "just words", "[]", "0"]
+)
 def test_a_file_that_is_no_mapping_names_the_file(write, text):
     with pytest.raises(ConfigError, match=r"experiment\.yaml"):
         load(write(text))
@@ -126,7 +151,8 @@ def test_environment_variables_are_expanded_in_files_and_overrides(write, monkey
     monkeypatch.setenv("ROOT", "/data")
     monkeypatch.setenv("SET", "camvid")
     cfg = load(
-        write("data: {root: '${ROOT}/${SET}', test: {a: {name: x.Y, files: ['${SET}']}}}"), ["folder=out/${SET}"]
+        write("data: {root: '${ROOT}/${SET}', test: {a: {name: x.Y, files: ['${SET}']}}}"),
+        ["folder=out/${SET}"],
     )
     assert cfg.data.root == "/data/camvid"
     assert cfg.data.test.a.files == ["camvid"]
@@ -152,12 +178,28 @@ def test_a_key_that_is_missing_in_code_suggests_one(write):
     "text, given, message",
     [
         ("sed: 1", "sed=1", r"'sed'; did you mean 'seed'\?"),
-        ("optimizer: {lrr: 1}", "optimizer.lrr=1", r"'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
+        (
+            "optimizer: {lrr: 1}",
+            "optimizer.lrr=1",
+            r"'optimizer\.lrr'; did you mean 'optimizer\.lr'\?",
+        ),
         ("train: {iter: 1}", "train.iter=1", r"'train\.iter'; did you mean 'train\.iters'\?"),
-        ("eval: {strides: [1, 1]}", "eval.strides=[1, 1]", r"'eval\.strides'; did you mean 'eval\.stride'\?"),
+        (
+            "eval: {strides: [1, 1]}",
+            "eval.strides=[1, 1]",
+            r"'eval\.strides'; did you mean 'eval\.stride'\?",
+        ),
         ("model: {zzz: 1}", "model.zzz=1", r"'model\.zzz'; known here: backbone, decoder"),
-        ("optimizer: {lr: fast}", "optimizer.lr=fast", r"optimizer\.lr must be a float .* not 'fast'"),
-        ("optimizer: {lr: true}", "optimizer.lr=true", r"optimizer\.lr must be a float .* not True"),
+        (
+            "optimizer: {lr: fast}",
+            "optimizer.lr=fast",
+            r"optimizer\.lr must be a float .* not 'fast'",
+        ),
+        (
+            "optimizer: {lr: true}",
+            "optimizer.lr=true",
+            r"optimizer\.lr must be a float .* not True",
+        ),
         ("optimizer: {lr: }", "optimizer.lr=", r"optimizer\.lr must be a float .* not None"),
         ("train: {iters: 2.5}", "train.iters=2.5", r"train\.iters must be an int .* not 2\.5"),
         ("train: {iters: true}", "train.iters=true", r"train\.iters must be an int .* not True"),
@@ -167,10 +209,16 @@ def test_a_key_that_is_missing_in_code_suggests_one(write):
         ("precision: 16", "precision=16", r"precision must be a string .* not 16"),
         ("optimizer: SGD", "optimizer=SGD", r"optimizer must be a mapping .* not 'SGD'"),
         ("losses: {name: a.B}", "losses={name: a.B}", r"losses must be a list"),
-        ("model: {backbone: {name: 3}}", "model.backbone.name=3", r"model\.backbone\.name must be a string"),
+        (
+            "model: {backbone: {name: 3}}",
+            "model.backbone.name=3",
+            r"model\.backbone\.name must be a string",
+        ),
     ],
-)  # fmt: skip
-def test_unknown_keys_and_wrong_types_are_errors_in_files_and_on_the_command_line(write, text, given, message):
+)
+def test_unknown_keys_and_wrong_types_are_errors_in_files_and_on_the_command_line(
+    write, text, given, message
+):
     with pytest.raises(ConfigError, match=message) as error:
         load(write(text))
     assert "experiment.yaml" in str(error.value)
@@ -179,7 +227,9 @@ def test_unknown_keys_and_wrong_types_are_errors_in_files_and_on_the_command_lin
 
 
 def test_an_int_is_fine_where_a_float_is_expected_and_null_defaults_take_anything(write):
-    cfg = load(write("optimizer: {lr: 1}\ndata: {root: somewhere}"), ["optimizer.clip=2", "data.root=3"])
+    cfg = load(
+        write("optimizer: {lr: 1}\ndata: {root: somewhere}"), ["optimizer.clip=2", "data.root=3"]
+    )
     assert (cfg.optimizer.lr, cfg.optimizer.clip, cfg.data.root) == (1, 2, 3)
 
 
@@ -200,7 +250,9 @@ def test_an_override_below_a_value_is_an_error(write):
 def test_bases_merge_from_left_to_right_and_own_keys_win(write):
     write("train: {iters: 1, batch_size: 1, accumulate: 1}\neval: {crop: [1, 1]}", "base/a.yaml")
     write("train: {iters: 2, batch_size: 2}", "base/b.yaml")
-    cfg = load(write("base: [../base/a.yaml, ../base/b.yaml]\ntrain: {iters: 3}", "deep/experiment.yaml"))
+    cfg = load(
+        write("base: [../base/a.yaml, ../base/b.yaml]\ntrain: {iters: 3}", "deep/experiment.yaml")
+    )
     assert (cfg.train.iters, cfg.train.batch_size, cfg.train.accumulate) == (3, 2, 1)
     assert cfg.eval.crop == [1, 1] and cfg.eval.stride == [341, 341]
     assert "base" not in cfg
@@ -242,17 +294,38 @@ def test_naming_another_class_replaces_the_component_and_the_same_or_none_merges
     def decoder(text, *overrides):
         return plain(load(write(f"base: base.yaml\n{text}"), overrides).model.decoder)
 
-    assert decoder("model: {decoder: {name: other.Other, depth: 2}}") == {"name": "other.Other", "depth": 2}
-    assert decoder("model: {decoder: {name: fcn.FCN, width: 9}}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
-    assert decoder("model: {decoder: {width: 9}}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+    assert decoder("model: {decoder: {name: other.Other, depth: 2}}") == {
+        "name": "other.Other",
+        "depth": 2,
+    }
+    assert decoder("model: {decoder: {name: fcn.FCN, width: 9}}") == {
+        "name": "fcn.FCN",
+        "width": 9,
+        "dropout": 0.3,
+    }
+    assert decoder("model: {decoder: {width: 9}}") == {
+        "name": "fcn.FCN",
+        "width": 9,
+        "dropout": 0.3,
+    }
     assert decoder("", "model.decoder.name=other.Other") == {"name": "other.Other"}
-    assert decoder("", "model.decoder={name: other.Other, depth: 2}") == {"name": "other.Other", "depth": 2}
-    assert decoder("", "model.decoder={width: 9}") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
+    assert decoder("", "model.decoder={name: other.Other, depth: 2}") == {
+        "name": "other.Other",
+        "depth": 2,
+    }
+    assert decoder("", "model.decoder={width: 9}") == {
+        "name": "fcn.FCN",
+        "width": 9,
+        "dropout": 0.3,
+    }
     assert decoder("", "model.decoder.width=9") == {"name": "fcn.FCN", "width": 9, "dropout": 0.3}
 
 
 def test_a_component_that_the_defaults_leave_open_can_be_named(write):
-    cfg = load(write("data: {train: {name: toy.Toy, length: 4}}"), ["data.val.name=toy.Toy", "data.val.length=5"])
+    cfg = load(
+        write("data: {train: {name: toy.Toy, length: 4}}"),
+        ["data.val.name=toy.Toy", "data.val.length=5"],
+    )
     assert plain(cfg.data.train) == {"name": "toy.Toy", "length": 4}
     assert plain(cfg.data.val) == {"name": "toy.Toy", "length": 5}
 
@@ -272,7 +345,8 @@ LOSSES = "losses: [{name: cross_entropy.CrossEntropy, weight: 1.0}, {name: occl.
 
 
 @pytest.mark.parametrize(
-    "key, position", [("losses.0", 0), ("losses.1", 1), ("losses.cross_entropy", 0), ("losses.occl", 1)]
+    "key, position",
+    [("losses.0", 0), ("losses.1", 1), ("losses.cross_entropy", 0), ("losses.occl", 1)],
 )
 def test_an_entry_of_a_list_is_addressed_by_position_or_module(write, key, position):
     cfg = load(write(LOSSES), [f"{key}.weight=0.25", f"{key}.extra=[1, 2]"])
@@ -294,8 +368,15 @@ def test_an_entry_that_the_list_does_not_have_is_an_error(write, entry):
 
 
 def test_open_mappings_take_new_names_and_components_new_options(write):
-    cfg = load(write(""), ["prototypes.means.name=centroids.Centroids", "prototypes.means.momentum=0.9",
-                           "model.backbone.depth=18", "data.test.night.name=toy.Toy"])  # fmt: skip
+    cfg = load(
+        write(""),
+        [
+            "prototypes.means.name=centroids.Centroids",
+            "prototypes.means.momentum=0.9",
+            "model.backbone.depth=18",
+            "data.test.night.name=toy.Toy",
+        ],
+    )
     assert plain(cfg.prototypes) == {"means": {"name": "centroids.Centroids", "momentum": 0.9}}
     assert cfg.model.backbone.depth == 18 and cfg.data.test.night.name == "toy.Toy"
 
@@ -304,7 +385,9 @@ def test_overrides_are_applied_in_order_and_leave_the_original_alone(write):
     cfg = load(write(LOSSES))
     before = plain(cfg)
     changed = override(cfg, ["seed=1", "seed=2", "losses.occl.weight=0"])
-    assert (changed.seed, changed.losses[1].weight) == (2, 0) and isinstance(changed.losses[1], config.Config)
+    assert (changed.seed, changed.losses[1].weight) == (2, 0) and isinstance(
+        changed.losses[1], config.Config
+    )
     assert plain(cfg) == before
 
 
@@ -316,7 +399,22 @@ def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path)
         f"optimizer: {{lr: 1e-5}}\n{LOSSES}\ndata: {{test: {{b: {{name: x.Y, boxes: [[1, 2.5], [], [null]]}}}}}}",
         "base.yaml",
     )
-    strings = ["1e-4", "09", "010", "12e3", "on", "null", "", "~", "1:30", "true", ".5", "a: b", "# c", "Straße"]
+    strings = [
+        "1e-4",
+        "09",
+        "010",
+        "12e3",
+        "on",
+        "null",
+        "",
+        "~",
+        "1:30",
+        "true",
+        ".5",
+        "a: b",
+        "# c",
+        "Straße",
+    ]
     cfg = load(
         write("base: base.yaml\nschedule: {warmup_ratio: 1.e-7}"),
         [f"model.frozen_bn={strings!r}", "eval.scales=[1e20, 1]"],
@@ -326,14 +424,23 @@ def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path)
     save(cfg, target)
     again = load(target)
     assert repr(plain(again)) == repr(plain(cfg))  # values, types and order
-    assert again.optimizer.lr == 1e-5 and again.schedule.warmup_ratio == 1e-7 and again.model.frozen_bn == strings
+    assert (
+        again.optimizer.lr == 1e-5
+        and again.schedule.warmup_ratio == 1e-7
+        and again.model.frozen_bn == strings
+    )
     assert again.data.test.b.boxes == [[1, 2.5], [], [None]]
-    assert yaml.safe_load(target.read_text())["model"]["frozen_bn"] == strings  # other programs read YAML 1.1
+    assert (
+        yaml.safe_load(target.read_text())["model"]["frozen_bn"] == strings
+    )  # other programs read YAML 1.1
 
 
 def test_the_automatic_folder_names_the_experiment_and_the_seed(write):
     assert load(write("seed: 3")).folder == "runs/experiment/seed3"
-    assert load(write("", "configs/work/configs/camvid/small.yaml"), ["seed=2"]).folder == "runs/camvid/small/seed2"
+    assert (
+        load(write("", "configs/work/configs/camvid/small.yaml"), ["seed=2"]).folder
+        == "runs/camvid/small/seed2"
+    )
     assert load(write("folder: mine")).folder == "mine"
     assert load(write(""), ["folder=there"]).folder == "there"
 
@@ -347,13 +454,19 @@ def test_plain_leaves_neither_config_nor_tuple():
 def test_difference_lists_dotted_keys_with_both_values():
     old = {"a": 1, "b": {"c": [1], "d": 2}, "gone": 0}
     new = {"a": 1, "b": {"c": [1, 2], "d": 2}, "new": {"x": 1}}
-    assert difference(old, new) == {"b.c": ([1], [1, 2]), "gone": (0, None), "new": (None, {"x": 1})}
+    assert difference(old, new) == {
+        "b.c": ([1], [1, 2]),
+        "gone": (0, None),
+        "new": (None, {"x": 1}),
+    }
     assert difference(old, old) == {}
 
 
 def test_a_run_goes_on_only_with_the_configuration_that_it_had(write):
     old = plain(load(write("")))
-    config.check_resume(old, load(write(""), ["eval.flip=true", "data.workers=0", "device=cpu", "folder=new"]))
+    config.check_resume(
+        old, load(write(""), ["eval.flip=true", "data.workers=0", "device=cpu", "folder=new"])
+    )
     changed = load(write(""), ["optimizer.lr=1e-3"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr 0\.0001 -> 0\.001"):
         config.check_resume(old, changed)
@@ -367,17 +480,23 @@ def test_every_default_has_a_comment_on_its_line():
     checked = 0
     for number, line in enumerate(config.DEFAULTS.read_text().splitlines(), start=1):
         section = re.fullmatch(r" *\w+:", line)
-        component = re.fullmatch(r" *(- |\w+: )\{name: \w+\.\w+.*\}", line)  # documented in its own file
+        component = re.fullmatch(
+            r" *(- |\w+: )\{name: \w+\.\w+.*\}", line
+        )  # documented in its own file
         if not line.strip() or line.startswith("#") or section or component:
             continue
-        assert re.search(r"\S\s+# \S", line), f"line {number} of defaults.yaml has no comment: {line}"
+        assert re.search(r"\S\s+# \S", line), (
+            f"line {number} of defaults.yaml has no comment: {line}"
+        )
         checked += 1
     assert checked > 40
 
 
 def test_options_do_not_grow_unnoticed():
     """A new option is a decision: does the field expect it, and can it not be a constant? Then write it here too."""
-    assert sorted(dotted(read_yaml(config.DEFAULTS.read_text(), "defaults"))) == sorted(KEYS.split())
+    assert sorted(dotted(read_yaml(config.DEFAULTS.read_text(), "defaults"))) == sorted(
+        KEYS.split()
+    )
 
 
 # --- building ------------------------------------------------------------------------------------------------------
@@ -385,8 +504,17 @@ def test_options_do_not_grow_unnoticed():
 
 def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
     made = build(parts, {"name": "thing.Simple", "width": 3}, num_classes=11, in_channels=64)
-    assert made.options["width"] == 3 and made.options["num_classes"] == 11 and made.options["rate"] == 0.5
-    assert build(parts, {"name": "thing.Simple", "num_classes": 5}, num_classes=11).options["num_classes"] == 5
+    assert (
+        made.options["width"] == 3
+        and made.options["num_classes"] == 11
+        and made.options["rate"] == 0.5
+    )
+    assert (
+        build(parts, {"name": "thing.Simple", "num_classes": 5}, num_classes=11).options[
+            "num_classes"
+        ]
+        == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,13 +523,25 @@ def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
         ({"name": "think.Simple"}, "parts has no module 'think'; did you mean 'thing'"),
         ({"name": "zzz.Simple"}, "parts has no module 'zzz'; known here: thing"),
         ({"name": "thing.Simpel"}, r"parts\.thing has no class 'Simpel'; did you mean 'Simple'"),
-        ({"name": "thing.function"}, r"parts\.thing has no class 'function'; known here: Simple, Needs"),
-        ({"name": "thing.Simple", "widht": 3}, r"thing\.Simple has no option 'widht'; did you mean 'width'"),
-        ({"name": "thing.Simple", "width": "wide"}, r"thing\.Simple: option 'width' must be an int, not 'wide'"),
+        (
+            {"name": "thing.function"},
+            r"parts\.thing has no class 'function'; known here: Simple, Needs",
+        ),
+        (
+            {"name": "thing.Simple", "widht": 3},
+            r"thing\.Simple has no option 'widht'; did you mean 'width'",
+        ),
+        (
+            {"name": "thing.Simple", "width": "wide"},
+            r"thing\.Simple: option 'width' must be an int, not 'wide'",
+        ),
         ({"name": "thing.Simple", "width": 2.0}, "'width' must be an int, not 2.0"),
         ({"name": "thing.Simple", "width": True}, "'width' must be an int, not True"),
         ({"name": "thing.Simple", "rate": "two"}, "'rate' must be a float, not 'two'"),
-        ({"name": "thing.Simple", "mode": "sofft"}, r"'mode' must be Literal\['soft', 'hard'\], not 'sofft'"),
+        (
+            {"name": "thing.Simple", "mode": "sofft"},
+            r"'mode' must be Literal\['soft', 'hard'\], not 'sofft'",
+        ),
         ({"name": "thing.Simple", "crop": 3}, "'crop' must be a list, not 3"),
         ({"name": "thing.Simple", "path": 3}, r"'path' must be str \| None, not 3"),
         ({"name": "thing.Needs"}, r"thing\.Needs needs the options length, num_classes"),
@@ -419,7 +559,9 @@ def test_a_component_that_cannot_be_built_says_why(parts, spec, message):
         build(parts, spec)
 
 
-@pytest.mark.parametrize("options", [{"rate": 2}, {"mode": "hard"}, {"crop": [1, 2]}, {"path": None}, {"path": "x"}])
+@pytest.mark.parametrize(
+    "options", [{"rate": 2}, {"mode": "hard"}, {"crop": [1, 2]}, {"path": None}, {"path": "x"}]
+)
 def test_options_of_the_annotated_type_are_accepted(parts, options):
     assert build(parts, {"name": "thing.Simple", **options}).options.items() >= options.items()
 
@@ -460,7 +602,11 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
             {"name": "resnet.ResNet", "depth": 20},
             r"'depth' must be Literal\[18, 34, 50, 101, 152\], not 20",
         ),
-        ("losses", {"name": "occl.OCCL", "temprature": 0.07}, "has no option 'temprature'; did you mean 'temperature'"),
+        (
+            "losses",
+            {"name": "occl.OCCL", "temprature": 0.07},
+            "has no option 'temprature'; did you mean 'temperature'",
+        ),
         ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),
     ],
 )
@@ -471,7 +617,11 @@ def test_mistakes_in_real_components(package, spec, message):
 
 def test_losses_are_named_after_their_modules():
     pixel = {"name": "cross_entropy.CrossEntropy"}
-    specs = [pixel | {"weight": 0.5}, pixel | {"view": "target"}, {"name": "occl.OCCL", "weight": 2}]
+    specs = [
+        pixel | {"weight": 0.5},
+        pixel | {"view": "target"},
+        {"name": "occl.OCCL", "weight": 2},
+    ]
     terms, weights = build_losses(specs, num_classes=3)
     assert weights == {"cross_entropy": 0.5, "cross_entropy_2": 1.0, "occl": 2}
     assert terms["cross_entropy_2"].view == "target" and terms["occl"].num_classes == 3
@@ -480,7 +630,10 @@ def test_losses_are_named_after_their_modules():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ({"name": "cross_entropy.CrossEntropy", "weight": "heavy"}, "weight must be a float, not 'heavy'"),
+        (
+            {"name": "cross_entropy.CrossEntropy", "weight": "heavy"},
+            "weight must be a float, not 'heavy'",
+        ),
         ("cross_entropy.CrossEntropy", "a component needs 'name: module.Class'"),
         ({"weight": 1.0}, "a component needs 'name: module.Class'"),
     ],

@@ -21,7 +21,11 @@ from engine.config import load, stages
 from engine.schedule import make_optimizer
 from tests.runs import ROOT
 
-EXPERIMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("base", "configs"))
+EXPERIMENTS = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("base", "configs")
+)
 SCRIPTS = {"uda": "train_uda.py", "dg": "train_dg.py"}
 
 
@@ -37,12 +41,20 @@ def classes_of(spec):
     return getattr(importlib.import_module(f"datasets.{module}"), name).CLASSES
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
 def test_an_experiment_builds_what_it_names(path, tmp_path):
     different = {str({**cfg, "stage": 0, "optimizer": 0}): cfg for cfg in stages(load(path))}
     for cfg in different.values():
         train = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
-        for spec in (*train, cfg.data.val, cfg.data.target, cfg.data.monitor, *cfg.data.test.values()):
+        for spec in (
+            *train,
+            cfg.data.val,
+            cfg.data.target,
+            cfg.data.monitor,
+            *cfg.data.test.values(),
+        ):
             if spec["name"] not in ("none", "toy.Toy"):
                 with pytest.raises(DataError, match="there is no folder"):
                     build("datasets", {**spec, "root": "/nowhere"}, seed=0)
@@ -50,10 +62,16 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
             if spec["name"] != "none":
                 build("datasets", spec)
         classes = classes_of(train[0])
-        context, joint = {"num_classes": len(classes), "classes": classes, "seed": 0}, cfg.model.projector.channels
+        context, joint = (
+            {"num_classes": len(classes), "classes": classes, "seed": 0},
+            cfg.model.projector.channels,
+        )
         specs = dict(cfg.prototypes)
         if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped
-            torch.save({"vectors": torch.randn(len(classes), joint), "classes": list(classes)}, tmp_path / "text.pt")
+            torch.save(
+                {"vectors": torch.randn(len(classes), joint), "classes": list(classes)},
+                tmp_path / "text.pt",
+            )
             specs["text"] = {**specs["text"], "file": str(tmp_path / "text.pt"), "rows": None}
         if cfg.dg.tower["name"] != "none":
             cfg.dg.tower["weights"] = "none"
@@ -63,7 +81,9 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
         with torch.device("meta"):
             network = build_segmentor(cfg.model, len(classes), pretrained=False)
             context["in_channels"] = network.decoder.channels
-            members, _ = build_members({k: v for k, v in specs.items() if k not in text}, joint, **context)
+            members, _ = build_members(
+                {k: v for k, v in specs.items() if k not in text}, joint, **context
+            )
             build_generalisation(cfg, **context)
         members = {*members, *text}
         terms, _ = build_losses(cfg.losses, **context)
@@ -73,19 +93,27 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
             wanted = {getattr(part, name, None) for name in ("prototypes", "easy", "hard")}
             wanted = {name for name in wanted if isinstance(name, str)}
             wanted |= set(getattr(part, "members", ()))
-            assert wanted - {"pair", "classifier"} <= members, f"{type(part).__name__} wants {wanted}"
+            assert wanted - {"pair", "classifier"} <= members, (
+                f"{type(part).__name__} wants {wanted}"
+            )
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
 def test_an_experiment_says_how_to_run_it_and_what_was_measured(path):
     header = [line for line in Path(path).read_text().splitlines() if line.startswith("#")]
-    kind = next((kind for kind in SCRIPTS if kind in (path.parent.name, path.name.split("_")[0])), None)
+    kind = next(
+        (kind for kind in SCRIPTS if kind in (path.parent.name, path.name.split("_")[0])), None
+    )
     script = SCRIPTS.get(kind, "train_supervised.py")
     assert header and f"{script} {path.relative_to(ROOT)}" in header[0]
     assert any("easured" in line or "not yet run" in line for line in header)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_a_grid_starts_only_what_can_be_configured(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     grid = reproduce.load_grid(path, [])

@@ -55,7 +55,10 @@ class Files(SegmentationData):
     CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
 
     def pairs(self):
-        return [(p, self.root / "labels" / f"{p.stem}.png") for p in sorted((self.root / "images").glob("*"))]
+        return [
+            (p, self.root / "labels" / f"{p.stem}.png")
+            for p in sorted((self.root / "images").glob("*"))
+        ]
 
 
 def files(root, count=3, ids=(0, 1, 2, 255)):
@@ -133,14 +136,18 @@ def test_missing_labels_are_counted_and_named(tmp_path):
     files(tmp_path, count=4)
     (tmp_path / "labels" / "1.png").unlink()
     (tmp_path / "labels" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"2 of 4 labels do not exist, such as .*labels/1.png, .*labels/3.png"):
+    with pytest.raises(
+        DataError, match=r"2 of 4 labels do not exist, such as .*labels/1.png, .*labels/3.png"
+    ):
         Files(root=tmp_path)
 
 
 def test_different_sizes_name_both_files_and_both_sizes(tmp_path):
     files(tmp_path)
     save(tmp_path / "labels" / "1.png", np.zeros((6, 10)))
-    with pytest.raises(DataError, match=r"sizes differ: .*images/1.png is 12x8, .*labels/1.png is 10x6"):
+    with pytest.raises(
+        DataError, match=r"sizes differ: .*images/1.png is 12x8, .*labels/1.png is 10x6"
+    ):
         Files(root=tmp_path)[1]
 
 
@@ -152,7 +159,8 @@ def test_a_truncated_jpeg_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"<html>not found</html>", lambda data: b""]
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"<html>not found</html>", lambda data: b""],
 )
 def test_a_damaged_label_is_an_error_that_names_it(tmp_path, damage):
     path = save(tmp_path / "cut.png", picture(size=(64, 64))[..., 0])
@@ -164,14 +172,18 @@ def test_a_damaged_label_is_an_error_that_names_it(tmp_path, damage):
 def test_unknown_ids_are_named_with_file_and_remedy(tmp_path):
     files(tmp_path)
     save(tmp_path / "labels" / "2.png", rows(0, 7, 254))
-    with pytest.raises(DataError, match=r"labels/2.png holds the ids \[7, 254\].* \(3 classes\) .*id_map"):
+    with pytest.raises(
+        DataError, match=r"labels/2.png holds the ids \[7, 254\].* \(3 classes\) .*id_map"
+    ):
         Files(root=tmp_path)[2]
 
 
 def test_a_colour_label_where_ids_are_expected_says_what_to_do(tmp_path):
     files(tmp_path)
     save(tmp_path / "labels" / "0.png", picture())
-    with pytest.raises(DataError, match=r"labels/0.png is a colour picture \(3 channels\).*color_labels: true"):
+    with pytest.raises(
+        DataError, match=r"labels/0.png is a colour picture \(3 channels\).*color_labels: true"
+    ):
         Files(root=tmp_path)[0]
 
 
@@ -184,10 +196,17 @@ def spaced(root, space, **options):
 
 def test_a_label_space_gives_its_names_its_ids_and_colours(tmp_path):
     data = spaced(files(tmp_path), {"z": ["c"], "none": [], "y": ["b", "a"]})
-    assert data.CLASSES == ("z", "none", "y") and data.PALETTE == ((3, 0, 0), (160, 160, 160), (2, 0, 0))
+    assert data.CLASSES == ("z", "none", "y") and data.PALETTE == (
+        (3, 0, 0),
+        (160, 160, 160),
+        (2, 0, 0),
+    )
     assert column(data[0]["label"])[:4] == [2, 2, 0, 255] and data.SCORED == ("z", "y")
     assert Files.CLASSES == ("a", "b", "c") and Files(root=tmp_path).CLASSES == Files.CLASSES
-    assert Files(root=tmp_path, label_space={}).PALETTE == Files.PALETTE and Files(root=tmp_path).SCORED == ()
+    assert (
+        Files(root=tmp_path, label_space={}).PALETTE == Files.PALETTE
+        and Files(root=tmp_path).SCORED == ()
+    )
 
 
 def test_own_classes_that_a_label_space_does_not_name_are_ignored(tmp_path):
@@ -218,8 +237,12 @@ def test_a_label_space_follows_the_map_of_ids_and_labels_that_are_mapped_already
         save(tmp_path / "labels" / f"{name}.png", rows(*ids))
     data = Raw(root=tmp_path, label_space={"x": ["b", "c"], "w": ["a"]})
     assert [column(data[i]["label"])[:4] for i in range(2)] == [[1, 0, 0, 255]] * 2
-    save(tmp_path / "labels" / "1_ids.png", rows(2, 3))  # 3 is no class here, however many the label space has
-    with pytest.raises(DataError, match=r"1_ids.png holds the ids \[3\], which Raw \(3 classes\) does not know"):
+    save(
+        tmp_path / "labels" / "1_ids.png", rows(2, 3)
+    )  # 3 is no class here, however many the label space has
+    with pytest.raises(
+        DataError, match=r"1_ids.png holds the ids \[3\], which Raw \(3 classes\) does not know"
+    ):
         Raw(root=tmp_path, label_space={"x": ["b", "c"], "w": ["a"], "v": [], "u": []})[1]
 
 
@@ -230,7 +253,9 @@ def test_classes_that_are_not_scored_stay_so_in_a_label_space(tmp_path):
     assert Fewer(root=files(tmp_path)).SCORED == ("a", "c")
     assert Fewer(root=tmp_path, label_space={"x": ["b"], "y": ["a"], "z": []}).SCORED == ("y",)
     assert Fewer(root=tmp_path, label_space={"x": ["b", "c"], "y": ["a"]}).SCORED == ()
-    with pytest.raises(DataError, match="Fewer: label_space has no class that occurs in this data set"):
+    with pytest.raises(
+        DataError, match="Fewer: label_space has no class that occurs in this data set"
+    ):
         Fewer(root=tmp_path, label_space={"x": ["b"], "z": []})
 
 
@@ -252,8 +277,16 @@ def test_label_spaces_that_cannot_be_meant_are_named(tmp_path, space, says):
 
 def test_counts_of_classes_are_those_of_the_label_space(tmp_path):
     files(tmp_path / "data", count=1, ids=(0, 1, 2, 255))
-    spaces = ({}, {"x": ["a", "b"], "y": ["c"]}, {"x": ["c"], "y": ["a", "b"]}, {"x": ["a"], "y": ["b", "c"]})
-    counts = [class_counts(spaced(tmp_path / "data", space), tmp_path / "cache").tolist() for space in spaces * 2]
+    spaces = (
+        {},
+        {"x": ["a", "b"], "y": ["c"]},
+        {"x": ["c"], "y": ["a", "b"]},
+        {"x": ["a"], "y": ["b", "c"]},
+    )
+    counts = [
+        class_counts(spaced(tmp_path / "data", space), tmp_path / "cache").tolist()
+        for space in spaces * 2
+    ]
     assert counts == [[[24, 24, 24]], [[48, 24]], [[24, 48]], [[24, 48]]] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
@@ -289,7 +322,9 @@ def test_toy_scenes_can_be_read_in_another_label_space(tmp_path):
     table[[0, 1, 3, 4]] = 0, 0, 2, 2
     for index in range(2):
         label = data.load(index)[1]
-        assert np.array_equal(label, table[own.load(index)[1]]) and np.array_equal(label, data.load_label(index))
+        assert np.array_equal(label, table[own.load(index)[1]]) and np.array_equal(
+            label, data.load_label(index)
+        )
     assert (data.CLASSES, data.SCORED) == (("far", "rail", "ground"), ("far", "ground"))
     assert (own.PALETTE[0], (160, 160, 160), own.PALETTE[4]) == data.PALETTE
     counts = [class_counts(dataset, tmp_path).sum(0) for dataset in (own, data)]
@@ -309,7 +344,9 @@ def test_folder_colours_are_read_before_the_label_space(tmp_path):
 
 
 def augmented(root, seed=0):
-    return Files(root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1], blur=0.5))
+    return Files(
+        root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1], blur=0.5)
+    )
 
 
 def same(a, b):
@@ -326,7 +363,11 @@ def test_augmentation_depends_on_seed_and_sample_alone(tmp_path):
 
 
 def test_augmentation_leaves_the_global_generators_alone(tmp_path):
-    dataset, torch_before, numpy_before = augmented(files(tmp_path)), torch.get_rng_state(), np.random.get_state()[1]
+    dataset, torch_before, numpy_before = (
+        augmented(files(tmp_path)),
+        torch.get_rng_state(),
+        np.random.get_state()[1],
+    )
     dataset[(0, 5)]
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
@@ -334,14 +375,18 @@ def test_augmentation_leaves_the_global_generators_alone(tmp_path):
 
 def test_workers_change_nothing(tmp_path):
     dataset = augmented(files(tmp_path))
-    alone, helped = (make_loader(dataset, StreamSampler(3, batch_size=2, stop=3), workers=n) for n in (0, 2))
+    alone, helped = (
+        make_loader(dataset, StreamSampler(3, batch_size=2, stop=3), workers=n) for n in (0, 2)
+    )
     for a, b in zip(alone, helped, strict=True):
         assert same(a, b) and torch.equal(a["sample"], b["sample"])
 
 
 def test_augmentation_leaves_the_generators_of_gpus_alone(tmp_path, monkeypatch):
     dataset = augmented(files(tmp_path))
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded")
+    )
     dataset[(0, 5)]
 
 
@@ -357,7 +402,9 @@ def with_maps(dataset, folder, maps, name="map"):
 
 
 def numbered(count=3):
-    return [np.random.default_rng(90 + i).integers(0, 256, SIZE, dtype=np.uint8) for i in range(count)]
+    return [
+        np.random.default_rng(90 + i).integers(0, 256, SIZE, dtype=np.uint8) for i in range(count)
+    ]
 
 
 def test_a_sample_has_no_maps_until_the_set_has_folders_of_them(tmp_path):
@@ -403,7 +450,9 @@ def test_padding_of_maps_is_255(tmp_path):
 
 
 def test_maps_reach_the_device_as_bytes(tmp_path):
-    dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", numbered(), "extra")
+    dataset = with_maps(
+        Files(root=files(tmp_path / "data")), tmp_path / "maps", numbered(), "extra"
+    )
     with_maps(dataset, tmp_path / "label", numbered(), "label")
     (batch,) = make_loader(dataset, StreamSampler(3, batch_size=3, stop=1), workers=1)
     moved = to_device(batch, torch.device("cpu"))
@@ -411,19 +460,28 @@ def test_maps_reach_the_device_as_bytes(tmp_path):
     assert sorted(moved["numbers"]) == [0, 1, 2] and set(moved["extra"]) == {"extra", "label"}
     for index, values in zip(moved["index"].tolist(), moved["extra"]["extra"]):
         assert values.dtype == torch.uint8 and np.array_equal(values, numbered()[index])
-    assert to_device(default_collate([Files(root=tmp_path / "data")[0]]), torch.device("cpu"))["extra"] == {}
+    assert (
+        to_device(default_collate([Files(root=tmp_path / "data")[0]]), torch.device("cpu"))["extra"]
+        == {}
+    )
 
 
 def test_a_missing_map_names_image_map_and_file(tmp_path):
     dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", numbered())
     (tmp_path / "maps" / "images" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"data/images/1.png has no map 'map': there is no file .*maps/images/1.png"):
+    with pytest.raises(
+        DataError, match=r"data/images/1.png has no map 'map': there is no file .*maps/images/1.png"
+    ):
         dataset[1]
 
 
 def test_a_map_of_another_size_names_both_files(tmp_path):
-    dataset = with_maps(Files(root=files(tmp_path / "data")), tmp_path / "maps", [np.zeros((6, 12))] * 3)
-    with pytest.raises(DataError, match=r"sizes differ: .*data/images/2.png is 12x8, .*maps/images/2.png is 12x6"):
+    dataset = with_maps(
+        Files(root=files(tmp_path / "data")), tmp_path / "maps", [np.zeros((6, 12))] * 3
+    )
+    with pytest.raises(
+        DataError, match=r"sizes differ: .*data/images/2.png is 12x8, .*maps/images/2.png is 12x6"
+    ):
         dataset[2]
 
 
@@ -442,7 +500,12 @@ def test_a_stem_is_the_path_below_the_root_without_suffix(tmp_path):
     stems = ["images/train/b.c", "images/train/berlin/a"]
     data = Folder(root=tmp_path / "data", classes=CLASSES)
     assert sorted(map(data.stem, range(2))) == stems
-    elsewhere = Folder(root=files(tmp_path / "root"), image_dir="../data/images/train", labels=False, classes=CLASSES)
+    elsewhere = Folder(
+        root=files(tmp_path / "root"),
+        image_dir="../data/images/train",
+        labels=False,
+        classes=CLASSES,
+    )
     outside = str(tmp_path)[1:]
     assert sorted(map(elsewhere.stem, range(2))) == [f"{outside}/data/{stem}" for stem in stems]
     assert Toy(domain="fog", length=12).stem(11) == "fog/train/00011"
@@ -454,21 +517,27 @@ def test_a_relative_root_gives_the_same_stems(tmp_path, monkeypatch):
     assert [Files(root="data").stem(1), Files(root="./data/../data/").stem(1)] == ["images/1"] * 2
 
 
-def test_images_that_differ_by_their_suffix_are_named_but_not_an_image_that_is_listed_twice(tmp_path):
+def test_images_that_differ_by_their_suffix_are_named_but_not_an_image_that_is_listed_twice(
+    tmp_path,
+):
     class Listed(Files):
         def pairs(self):
             return [*super().pairs(), super().pairs()[0]]
 
     assert len(Listed(root=files(tmp_path))) == 4
     save(tmp_path / "images" / "1.jpg", picture())
-    with pytest.raises(DataError, match=r"images/1.jpg and .*images/1.png share the path 'images/1' but"):
+    with pytest.raises(
+        DataError, match=r"images/1.jpg and .*images/1.png share the path 'images/1' but"
+    ):
         Files(root=tmp_path)
 
 
 def test_without_augmentation_is_a_copy_that_leaves_the_set_as_it_is(tmp_path):
     dataset = with_maps(augmented(files(tmp_path / "data")), tmp_path / "maps", numbered())
     plain = dataset.without_augmentation()
-    assert plain[0]["extra"] == {} and np.array_equal(plain[0]["image"].permute(1, 2, 0), picture(0))
+    assert plain[0]["extra"] == {} and np.array_equal(
+        plain[0]["image"].permute(1, 2, 0), picture(0)
+    )
     assert plain.samples is dataset.samples
     plain.extra["more"] = tmp_path
     assert list(dataset.extra) == ["map"] and dataset[0]["image"].shape == (3, 6, 6)
@@ -494,7 +563,9 @@ def test_stylised_copies_replace_the_pictures_and_not_the_labels(tmp_path):
     copied = Files(root=tmp_path / "data", stylised=styled(tmp_path / "styled", names))
     for i in range(3):
         assert shows(dataset, i, i) and shows(copied, i, SPARE + i)
-        assert torch.equal(dataset[i]["label"], copied[i]["label"]) and dataset.stem(i) == copied.stem(i)
+        assert torch.equal(dataset[i]["label"], copied[i]["label"]) and dataset.stem(
+            i
+        ) == copied.stem(i)
     assert shows(copied.without_augmentation(), 2, SPARE + 2)
 
 
@@ -503,24 +574,33 @@ def test_stylised_copies_may_lie_flat_have_other_suffixes_and_lie_below_the_root
     styled(tmp_path / "other", ["a.png", "b.PNG", "c.png", "notes.txt.png"])
     dataset = Folder(root=tmp_path, classes=CLASSES, stylised="other")
     assert shows(dataset, 0, SPARE) and shows(dataset, 1, SPARE + 1)
-    styled(tmp_path / "other", ["skip.png", "images/train/x/a.png"])  # the full path comes before the bare name
+    styled(
+        tmp_path / "other", ["skip.png", "images/train/x/a.png"]
+    )  # the full path comes before the bare name
     assert shows(Folder(root=tmp_path, classes=CLASSES, stylised="other"), 0, SPARE + 1)
 
 
 def test_missing_stylised_copies_are_counted_and_named(tmp_path):
     files(tmp_path / "data", count=4)
     there = styled(tmp_path / "styled", ["images/0.png", "images/2.png"])
-    says = r"2 of 4 images have no stylised copy in .*styled, such as .*images/1.png, .*images/3.png"
+    says = (
+        r"2 of 4 images have no stylised copy in .*styled, such as .*images/1.png, .*images/3.png"
+    )
     with pytest.raises(DataError, match=says):
         Files(root=tmp_path / "data", stylised=there)
-    with pytest.raises(DataError, match=r"Files: there is no folder .*data/nowhere of stylised images"):
+    with pytest.raises(
+        DataError, match=r"Files: there is no folder .*data/nowhere of stylised images"
+    ):
         Files(root=tmp_path / "data", stylised="nowhere")
 
 
 def test_one_stylised_copy_for_two_images_is_an_error(tmp_path):
     mine(tmp_path / "data", names=("berlin/1", "ulm/1"))
     copies = styled(tmp_path / "styled", ["1.png"])
-    with pytest.raises(DataError, match=r"berlin/1.jpg and .*ulm/1.jpg share the stylised copy .*styled/1.png; give"):
+    with pytest.raises(
+        DataError,
+        match=r"berlin/1.jpg and .*ulm/1.jpg share the stylised copy .*styled/1.png; give",
+    ):
         Folder(root=tmp_path / "data", classes=CLASSES, stylised=copies)
 
 
@@ -608,14 +688,27 @@ def original(root, stem, *colors):
 
 
 def test_camvid_original_layout_groups_colours(tmp_path):
-    road, markings, sidewalk, bus, void = (128, 64, 128), (128, 0, 192), (0, 0, 192), (192, 128, 192), (0, 0, 0)
+    road, markings, sidewalk, bus, void = (
+        (128, 64, 128),
+        (128, 0, 192),
+        (0, 0, 192),
+        (192, 128, 192),
+        (0, 0, 0),
+    )
     original(tmp_path, "0006R0_f00930", road, markings, sidewalk, bus, void)
     assert column(CamVid(root=tmp_path)[0]["label"])[:5] == [3, 3, 4, 8, 255]
 
 
 def test_camvid_original_layout_splits_by_sequence_and_frame(tmp_path):
     splits = {
-        "train": ["0001TP_008520", "0006R0_f00930", "0016E5_00390", "0016E5_07920", "0016E5_08000", "0016E5_08190"],
+        "train": [
+            "0001TP_008520",
+            "0006R0_f00930",
+            "0016E5_00390",
+            "0016E5_07920",
+            "0016E5_08000",
+            "0016E5_08190",
+        ],
         "val": ["0016E5_07959", "0016E5_07961", "0016E5_08159"],
         "test": ["0001TP_008550", "Seq05VD_f00000"],
     }
@@ -627,12 +720,18 @@ def test_camvid_original_layout_splits_by_sequence_and_frame(tmp_path):
 
 def test_camvid_unknown_colour_names_colour_and_file(tmp_path):
     original(tmp_path, "0006R0_f00930", (128, 64, 128), (1, 2, 3))
-    with pytest.raises(DataError, match=r"0006R0_f00930_L.png holds 1 colours .* such as \(1, 2, 3\)"):
+    with pytest.raises(
+        DataError, match=r"0006R0_f00930_L.png holds 1 colours .* such as \(1, 2, 3\)"
+    ):
         CamVid(root=tmp_path)[0]
 
 
 def with_lists(root):
-    for split, stem in (("train", "0001TP_006690"), ("train", "0006R0_f00930"), ("test", "Seq05VD_f00000")):
+    for split, stem in (
+        ("train", "0001TP_006690"),
+        ("train", "0006R0_f00930"),
+        ("test", "Seq05VD_f00000"),
+    ):
         save(root / "images" / split / f"{stem}.jpg", picture())
         save(root / "labels" / split / f"{stem}.png", rows(0, 10, 255))
     (root / "lists").mkdir()
@@ -642,14 +741,20 @@ def with_lists(root):
 
 def test_camvid_lists_are_splits(tmp_path):
     with_lists(tmp_path)
-    assert [i.stem for i, _ in CamVid(root=tmp_path, split="train").samples] == ["0001TP_006690", "0006R0_f00930"]
+    assert [i.stem for i, _ in CamVid(root=tmp_path, split="train").samples] == [
+        "0001TP_006690",
+        "0006R0_f00930",
+    ]
     dusk = CamVid(root=tmp_path, split="train_dusk")
     assert [i.stem for i, _ in dusk.samples] == ["0001TP_006690"]
     assert column(dusk[0]["label"])[:3] == [0, 10, 255]
 
 
 def test_camvid_unknown_split_names_those_that_there_are(tmp_path):
-    with pytest.raises(DataError, match=r"no split 'dusk'; there are train, val, test and the lists \['train_dusk'\]"):
+    with pytest.raises(
+        DataError,
+        match=r"no split 'dusk'; there are train, val, test and the lists \['train_dusk'\]",
+    ):
         CamVid(root=with_lists(tmp_path), split="dusk")
 
 
@@ -658,7 +763,10 @@ def test_camvid_real_data_has_the_published_numbers():
     counts = {"train": 367, "val": 101, "test": 233, "train_day": 305, "train_dusk": 62}
     assert {split: len(CamVid(root=REAL, split=split)) for split in counts} == counts
     sample = CamVid(root=REAL, split="val")[0]
-    assert sample["image"].shape == (3, 360, 480) and set(sample["label"].unique().tolist()) <= {*range(11), 255}
+    assert sample["image"].shape == (3, 360, 480) and set(sample["label"].unique().tolist()) <= {
+        *range(11),
+        255,
+    }
     target = CamVid(root=REAL, split="train_dusk", labels=False)
     assert all(path is None for _, path in target.samples) and (target[0]["label"] == 255).all()
 
@@ -692,10 +800,14 @@ def test_labelmefacade_has_six_of_the_classes_of_camvid(tmp_path):
 
 def test_labelmefacade_missing_labels_and_splits_are_named(tmp_path):
     facade(tmp_path, 0)
-    with pytest.raises(DataError, match=r"LabelMeFacade has no split 'val': the folders in .*images are test$"):
+    with pytest.raises(
+        DataError, match=r"LabelMeFacade has no split 'val': the folders in .*images are test$"
+    ):
         LabelMeFacade(root=tmp_path, split="val")
     (tmp_path / "labels" / "test" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"LabelMeFacade test: 1 of 1 labels do not exist, such as .*test/a.png"):
+    with pytest.raises(
+        DataError, match=r"LabelMeFacade test: 1 of 1 labels do not exist, such as .*test/a.png"
+    ):
         LabelMeFacade(root=tmp_path, split="test")
     assert LabelMeFacade(root=tmp_path, split="test", labels=False).samples[0][1] is None
 
@@ -706,7 +818,19 @@ def test_labelmefacade_real_data_has_the_published_shares(tmp_path):
     assert (len(train), len(test)) == (60, 320) and max(test[0]["label"].shape) == 480
     counts = class_counts(train, tmp_path).sum(0)
     pixels = sum(train.load_label(i).size for i in range(60))
-    assert (100 * counts / pixels).round(2).tolist() == [13.09, 41.54, 0, 22.21, 4.57, 8.73, 0, 0, 5.5, 0, 0]
+    assert (100 * counts / pixels).round(2).tolist() == [
+        13.09,
+        41.54,
+        0,
+        22.21,
+        4.57,
+        8.73,
+        0,
+        0,
+        5.5,
+        0,
+        0,
+    ]
 
 
 # --- Folder --------------------------------------------------------------------------------------------------------
@@ -728,7 +852,10 @@ def test_folder_docstring_is_a_complete_example(tmp_path):
     (tmp_path / "mine.yaml").write_text(textwrap.dedent(example))
     data = load(tmp_path / "mine.yaml", [f"data.root={tmp_path}"]).data
     augment = build("datasets", data.augment)
-    train, val = (build("datasets", spec, root=data.root, seed=0, augment=None) for spec in (data.train, data.val))
+    train, val = (
+        build("datasets", spec, root=data.root, seed=0, augment=None)
+        for spec in (data.train, data.val)
+    )
     assert train.CLASSES == val.CLASSES == tuple(CLASSES) and train.PALETTE[0] == (128, 64, 128)
     assert len(train) == 2 and column(train[0]["label"])[:6] == [0, 1, 2, 2, 255, 255]
     assert len(val) == 1 and column(val[0]["label"])[:3] == [1, 0, 2]
@@ -768,7 +895,12 @@ def test_folder_suffixes_may_be_long_several_and_in_one_folder(tmp_path):
     save(tmp_path / "all" / "b.JPG", picture())
     save(tmp_path / "all" / "b-mask.png", rows(1, 2))
     (tmp_path / "all" / "._b.JPG").write_bytes(b"left behind by a file manager")
-    options = {"image_dir": "all", "label_dir": "all", "image_suffix": [".png", ".jpg"], "label_suffix": "-mask.png"}
+    options = {
+        "image_dir": "all",
+        "label_dir": "all",
+        "image_suffix": [".png", ".jpg"],
+        "label_suffix": "-mask.png",
+    }
     dataset = Folder(root=tmp_path, classes=CLASSES, **options)
     found = [(image.name, label.name) for image, label in dataset.samples]
     assert found == [("a.png", "a-mask.png"), ("b.JPG", "b-mask.png")]
@@ -780,7 +912,9 @@ def test_folder_list_chooses_and_orders_images(tmp_path):
     options = {"root": tmp_path, "classes": CLASSES, "list": "{split}.txt"}
     assert [image.stem for image, _ in Folder(**options).samples] == ["c", "a"]
     (tmp_path / "train.txt").write_text("c\nx/a.jpg\n")
-    with pytest.raises(DataError, match=r"1 of 2 names in train.txt have no image \*.jpg in images/train: x/a.jpg"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 names in train.txt have no image \*.jpg in images/train: x/a.jpg"
+    ):
         Folder(**options)
     (tmp_path / "train.txt").unlink()
     with pytest.raises(DataError, match=r"there is no list .*train.txt"):
@@ -795,7 +929,9 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
     assert len(Folder(root=tmp_path, classes=CLASSES, labels=False)) == 3
     (tmp_path / "images" / "train" / "a.jpg").unlink()
     (tmp_path / "images" / "train" / "b.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 2 labels have no image \*.jpg or \*.png in images/train: a"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 labels have no image \*.jpg or \*.png in images/train: a"
+    ):
         Folder(root=tmp_path, classes=CLASSES, image_suffix=[".jpg", ".png"])
 
 
@@ -803,7 +939,10 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
     "options, says",
     [
         ({"split": "val"}, r"no folder .*images/val"),
-        ({"split": "val", "image_dir": "images/train"}, r"split 'val' has no effect; put \{split\}"),
+        (
+            {"split": "val", "image_dir": "images/train"},
+            r"split 'val' has no effect; put \{split\}",
+        ),
         ({"classes": ["a", "a"]}, "different names"),
         ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours"),
         ({"palette": [[1, 2, 3], [1, 2, 300], [0, 0, 0]]}, "of 0..255"),
@@ -859,7 +998,9 @@ def test_check_counts_and_draws(tmp_path, capsys):
 def test_check_measures_the_classes_of_the_label_space(tmp_path, capsys):
     with_lists(tmp_path)
     space = "{up: [Sky], down: [Bicyclist], far: []}"
-    (tmp_path / "c.yaml").write_text(f"data: {{workers: 0, val: {{name: camvid.CamVid, label_space: {space}}}}}")
+    (tmp_path / "c.yaml").write_text(
+        f"data: {{workers: 0, val: {{name: camvid.CamVid, label_space: {space}}}}}"
+    )
     check.main([str(tmp_path / "c.yaml"), f"data.root={tmp_path}", f"folder={tmp_path / 'run'}"])
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]

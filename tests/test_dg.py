@@ -16,7 +16,8 @@ from tests.runs import ROOT, TINY_DG, assert_same_state, last, leaves, run, scal
 
 ATTENTION = ("model.text_attention.layers=1", "losses.ppar.easy=attention")
 FIDELITY = (
-    "losses=[{name: cross_entropy.CrossEntropy}, {name: ppar.Alignment, easy: attention}, {name: ppar.TextFidelity}]"
+    "losses=[{name: cross_entropy.CrossEntropy}, {name: ppar.Alignment, easy: attention}, "
+    "{name: ppar.TextFidelity}]"
 )
 
 
@@ -30,26 +31,42 @@ def test_resuming_is_bitwise(tmp_path):
     one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     resumed = scalars(tmp_path / "parts")
-    assert {s: v["train/loss"] for s, v in resumed.items()} == {s: v["train/loss"] for s, v in straight.items()}
+    assert {s: v["train/loss"] for s, v in resumed.items()} == {
+        s: v["train/loss"] for s, v in straight.items()
+    }
     assert last(tmp_path / "parts")["prototypes"]["visual.seen"].any()
 
 
 def test_two_processes_equal_one(tmp_path):
-    exact = ("model.frozen_bn=[backbone, decoder, projector]", "model.decoder.dropout=0.0", "schedule.warmup=0")
+    exact = (
+        "model.frozen_bn=[backbone, decoder, projector]",
+        "model.decoder.dropout=0.0",
+        "schedule.warmup=0",
+    )
     exact += ("train.iters=3",)
-    exact += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}", "checkpoint.every=1")
+    exact += (
+        "optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",
+        "checkpoint.every=1",
+    )
     exact += ("losses.ppar.granularity=coarse_to_fine", "dg.reweight.level=image")
     for name, processes in (("one", 1), ("two", 2)):
-        code, output = run(tmp_path / name, *exact, processes=processes, double=True, config=TINY_DG)
+        code, output = run(
+            tmp_path / name, *exact, processes=processes, double=True, config=TINY_DG
+        )
         assert code == 0, output
     for step in (1, 3):
-        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        one, two = (
+            checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two")
+        )
         assert_same_state(one, two, 1e-10, ("model", "teacher", "prototypes", "optimizer"))
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for step in one:
         for key in (key for key in one[step] if key.startswith(("train/loss", "dg/"))):
             assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
-    matrices = [json.loads((tmp_path / name / "eval" / "fog.json").read_text())["matrix"] for name in ("one", "two")]
+    matrices = [
+        json.loads((tmp_path / name / "eval" / "fog.json").read_text())["matrix"]
+        for name in ("one", "two")
+    ]
     assert matrices[0] == matrices[1]
 
 
@@ -65,7 +82,11 @@ def test_the_branch_changes_no_logit_at_inference(tmp_path):
 
 
 def test_every_part_can_be_switched_off_and_then_nothing_of_it_is_left(tmp_path):
-    off = ("model.projector.channels=0", "prototypes={text: {name: none}, visual: {name: none}}", "train.iters=2")
+    off = (
+        "model.projector.channels=0",
+        "prototypes={text: {name: none}, visual: {name: none}}",
+        "train.iters=2",
+    )
     off += ("dg.reweight={name: none}", "losses=[{name: cross_entropy.CrossEntropy}]")
     steps = train(tmp_path / "plain", *off, config=TINY_DG)
     assert not any("weight" in key or "ppar" in key for key in steps[1])
@@ -87,11 +108,15 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_trains(tmp_path, name):
-    steps = train(tmp_path / "run", *OPTIONS[name], "train.iters=2", "eval.pictures=0", config=TINY_DG)
+    steps = train(
+        tmp_path / "run", *OPTIONS[name], "train.iters=2", "eval.pictures=0", config=TINY_DG
+    )
     assert all(step["train/loss"] == step["train/loss"] for step in steps.values())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     scores = [results["results"][domain]["mIoU"] for domain in ("night", "fog")]
-    assert results["unseen_mIoU"] == pytest.approx(sum(scores) / 2) and results["seen"] == ["synthetic"]
+    assert results["unseen_mIoU"] == pytest.approx(sum(scores) / 2) and results["seen"] == [
+        "synthetic"
+    ]
 
 
 @pytest.fixture
@@ -109,16 +134,25 @@ def tiny_clip(tmp_path):
         "model.projector.channels=24",
         f"prototypes.text={{name: text.Text, space: joint, view: none, file: {tmp_path / 'text.pt'}}}",
         "dg.tower={name: clip.ViT, model: small-ViT, taps: [2], weights: none}",
-        "dg.reweight.source=both", "train.iters=2",
-    )  # fmt: skip
+        "dg.reweight.source=both",
+        "train.iters=2",
+    )
 
 
 def test_a_frozen_tower_with_batch_norm_keeps_its_statistics(tmp_path, tiny_clip, monkeypatch):
     from models.backbones.clip import ResNet
 
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    tower = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None}
-    (tmp_path / "small-RN.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}))
+    tower = {
+        "image_size": 64,
+        "layers": [1, 1, 1, 1],
+        "width": 16,
+        "head_width": 64,
+        "patch_size": None,
+    }
+    (tmp_path / "small-RN.json").write_text(
+        json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text})
+    )
     open_clip.add_model_config(tmp_path)
     towers, states, original = [], [], ResNet.dense
 
@@ -130,7 +164,9 @@ def test_a_frozen_tower_with_batch_norm_keeps_its_statistics(tmp_path, tiny_clip
     monkeypatch.setattr(ResNet, "dense", dense)
     tower = "dg.tower={name: clip.ResNet, model: small-RN, weights: none}"
     train(tmp_path / "run", *tiny_clip, tower, "prototypes.visual.view=tower", config=TINY_DG)
-    assert len({id(tower) for tower in towers}) == 1 and any("running_mean" in key for key in states[0])
+    assert len({id(tower) for tower in towers}) == 1 and any(
+        "running_mean" in key for key in states[0]
+    )
     assert all(torch.equal(value, states[0][key]) for key, value in towers[0].state_dict().items())
     assert not any(p.requires_grad for p in towers[0].parameters())
 
@@ -153,7 +189,10 @@ def test_clip_runs_end_to_end_and_stays_as_it_is(tmp_path, tiny_clip, offline, m
     assert len(seen) == (5 + 2 if offline else 2 + 2)  # the pass or the updates, and the steps
     assert not any(training or grad for _, training, grad in seen)
     saved = last(tmp_path / "run")
-    assert not any("tower" in key for key in saved["model"]) and saved["prototypes"]["visual.seen"].any()
+    assert (
+        not any("tower" in key for key in saved["model"])
+        and saved["prototypes"]["visual.seen"].any()
+    )
 
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
@@ -161,7 +200,9 @@ def test_clip_runs_end_to_end_and_stays_as_it_is(tmp_path, tiny_clip, offline, m
 
 def test_a_run_that_selects_on_a_target_warns_and_is_marked(tmp_path, capsys):
     short = ("train.iters=1", "eval.pictures=0")
-    for number, val in enumerate(("{domain: night, split: val}", "{domain: synthetic, split: val}")):
+    for number, val in enumerate(
+        ("{domain: night, split: val}", "{domain: synthetic, split: val}")
+    ):
         target = number == 0
         spec = val.replace("{", "{name: toy.Toy, length: 2, size: [32, 48], ")
         train(tmp_path / str(number), f"data.val={spec}", *short, config=TINY_DG)
@@ -177,7 +218,9 @@ def test_a_run_that_selects_on_a_target_warns_and_is_marked(tmp_path, capsys):
 
 
 def test_the_table_has_a_mean_of_the_unseen_domains_alone():
-    table = domain_table({"a": {"day": 60.0, "night": 30.0, "fog": 40.0}, "b": {"day": 61.0, "night": 20.0}}, ["day"])
+    table = domain_table(
+        {"a": {"day": 60.0, "night": 30.0, "fog": 40.0}, "b": {"day": 61.0, "night": 20.0}}, ["day"]
+    )
     lines = [line.split() for line in table.splitlines()]
     assert lines[0] == ["mIoU", "day*", "night", "fog", "unseen"]
     assert lines[1] == ["a", "60.00", "30.00", "40.00", "35.00"]
@@ -188,7 +231,9 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
     import eval as evaluation
 
     for seed in (0, 1):
-        train(tmp_path / str(seed), f"seed={seed}", "train.iters=1", "eval.pictures=0", config=TINY_DG)
+        train(
+            tmp_path / str(seed), f"seed={seed}", "train.iters=1", "eval.pictures=0", config=TINY_DG
+        )
     paths = [str(checkpoint.list_steps(tmp_path / str(seed))[0]) for seed in (0, 1)]
     evaluation.main([*paths, "eval.pictures=0"])
     table = next(tmp_path.glob("0/eval_step_*/domains.txt")).read_text()
@@ -202,13 +247,25 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
     ("override", "message"),
     [
         ("data.seen=[day]", "data.seen names day; the test sets are"),
-        ("prototypes.visual.view=tower", "prototypes.visual: view must be source, none, teacher .* or tower"),
+        (
+            "prototypes.visual.view=tower",
+            "prototypes.visual: view must be source, none, teacher .* or tower",
+        ),
         ("prototypes.visual.space=text", "prototypes.visual: space must be features, or joint"),
-        ("model.projector.channels=0", "prototypes.text: space must be features, or joint with model.projector"),
+        (
+            "model.projector.channels=0",
+            "prototypes.text: space must be features, or joint with model.projector",
+        ),
         ("train.teacher=0.0", "prototypes.visual: view must be"),
-        ("dg.tower={name: resnet.ResNet, weights: none}", "dg.tower: resnet.ResNet has no dense features"),
+        (
+            "dg.tower={name: resnet.ResNet, weights: none}",
+            "dg.tower: resnet.ResNet has no dense features",
+        ),
         ("prototypes.visual.text=clip", "VisualText needs the prototypes 'clip'"),
-        ("model.text_attention.layers=1 prototypes.text={name: none}", "needs the rows that look at the image"),
+        (
+            "model.text_attention.layers=1 prototypes.text={name: none}",
+            "needs the rows that look at the image",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_error(tmp_path, override, message):
@@ -217,19 +274,39 @@ def test_a_wrong_configuration_is_one_clear_error(tmp_path, override, message):
 
 
 def test_a_tower_of_another_space_is_an_error(tmp_path, tiny_clip):
-    with pytest.raises(UserError, match=r"has 24 channels, and model\.projector\.channels is 16: set it to 24"):
+    with pytest.raises(
+        UserError, match=r"has 24 channels, and model\.projector\.channels is 16: set it to 24"
+    ):
         train(tmp_path / "run", *tiny_clip[2:3], config=TINY_DG)
 
 
 def test_several_sources_train_as_one(tmp_path):
-    sources = ", ".join(f"{{name: toy.Toy, domain: {d}, length: 5, size: [32, 48]}}" for d in ("synthetic", "rain"))
-    train(tmp_path / "run", f"data.train=[{sources}]", "train.iters=2", "data.val={name: none}", config=TINY_DG)
+    sources = ", ".join(
+        f"{{name: toy.Toy, domain: {d}, length: 5, size: [32, 48]}}" for d in ("synthetic", "rain")
+    )
+    train(
+        tmp_path / "run",
+        f"data.train=[{sources}]",
+        "train.iters=2",
+        "data.val={name: none}",
+        config=TINY_DG,
+    )
     assert "10 images" in (tmp_path / "run" / "log.txt").read_text()
-    assert load(TINY_DG, [f"data.train=[{sources}]", "data.train.1.domain=snow"]).data.train[1]["domain"] == "snow"
+    assert (
+        load(TINY_DG, [f"data.train=[{sources}]", "data.train.1.domain=snow"]).data.train[1][
+            "domain"
+        ]
+        == "snow"
+    )
 
 
 def test_the_toy_configuration_is_one_of_six_domains():
     cfg = load(str(ROOT / "configs" / "toy" / "dg_ppar.yaml"), [])
-    assert list(cfg.data.test) == ["synthetic", "real", "night", "fog", "rain", "snow"] and cfg.data.seen == [
-        "synthetic"
-    ]
+    assert list(cfg.data.test) == [
+        "synthetic",
+        "real",
+        "night",
+        "fog",
+        "rain",
+        "snow",
+    ] and cfg.data.seen == ["synthetic"]

@@ -92,7 +92,9 @@ def test_synced_class_sums_on_one_process_are_the_same_and_keep_the_graph():
     synced, local = (class_sums(features, labels, K, weights, sync=sync) for sync in (True, False))
     assert torch.equal(synced[0], local[0]) and torch.equal(synced[1], local[1])
     gradient = torch.autograd.grad(synced[0].sum(), features)[0]
-    assert torch.equal(gradient, torch.autograd.grad(local[0].sum(), features)[0]) and gradient.any()
+    assert (
+        torch.equal(gradient, torch.autograd.grad(local[0].sum(), features)[0]) and gradient.any()
+    )
 
 
 def loop_resize(labels, size):
@@ -145,7 +147,16 @@ def test_resized_labels_are_never_read_out_of_range(large):
 def test_logits_are_resized_without_a_shift():
     logits = torch.arange(4.0).view(1, 1, 1, 4)
     assert resize_logits(logits, (2, 4))[0, 0].tolist() == [[0, 1, 2, 3]] * 2
-    assert resize_logits(logits, (1, 8))[0, 0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert resize_logits(logits, (1, 8))[0, 0, 0].tolist() == [
+        0,
+        0.25,
+        0.75,
+        1.25,
+        1.75,
+        2.25,
+        2.75,
+        3,
+    ]
 
 
 # --- schedule ------------------------------------------------------------------------------------------------------
@@ -206,7 +217,9 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay():
     net = Net()
     names = {parameter: name for name, parameter in net.named_parameters()}
     groups = schedule.parameter_groups(net, options())
-    placed = {names[p]: (g["label"], g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    placed = {
+        names[p]: (g["label"], g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]
+    }
     assert sum(len(group["params"]) for group in groups) == len(placed)
     assert placed == {
         "backbone.conv.weight": ("backbone", 0.01, 0.5),
@@ -222,18 +235,25 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay():
 def test_set_lr_scales_every_group_from_its_base_and_reports_it():
     optimizer = schedule.make_optimizer(Net(), options())
     for scale in (0.5, 0.25):
-        assert schedule.set_lr(optimizer, scale) == pytest.approx({"backbone": 0.01 * scale, "head": 0.1 * scale})
+        assert schedule.set_lr(optimizer, scale) == pytest.approx(
+            {"backbone": 0.01 * scale, "head": 0.1 * scale}
+        )
     assert {group["lr"] for group in optimizer.param_groups} == {0.01 * 0.25, 0.1 * 0.25}
 
 
 @pytest.mark.parametrize(
     "name, kind, expected",
-    [("AdamW", torch.optim.AdamW, {"betas": (0.7, 0.9)}), ("SGD", torch.optim.SGD, {"momentum": 0.8})],
+    [
+        ("AdamW", torch.optim.AdamW, {"betas": (0.7, 0.9)}),
+        ("SGD", torch.optim.SGD, {"momentum": 0.8}),
+    ],
 )
 def test_optimisers_get_their_options(name, kind, expected):
     optimizer = schedule.make_optimizer(Net(), options(name=name))
     assert type(optimizer) is kind
-    assert all(group[key] == value for group in optimizer.param_groups for key, value in expected.items())
+    assert all(
+        group[key] == value for group in optimizer.param_groups for key, value in expected.items()
+    )
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
 
 
@@ -245,7 +265,9 @@ def test_an_unknown_optimiser_is_an_error():
 # --- precision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    "word, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_the_word_decides_the_type_of_the_products_and_whether_there_is_a_scaler(word, dtype):
     context = precision.autocast(CPU, word)
     for _ in range(2):  # the context is used again in every step
@@ -296,14 +318,20 @@ def test_a_growing_scale_is_no_skipped_step():
     scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     scaler.scale(weight.sum()).backward()
     before = scaler.get_scale()
-    assert precision.step(optimizer, scaler, [weight], 0.0)[1] is True and scaler.get_scale() == 2 * before
+    assert (
+        precision.step(optimizer, scaler, [weight], 0.0)[1] is True
+        and scaler.get_scale() == 2 * before
+    )
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_advice():
     counter = precision.StepCounter(limit=3)
     for taken in (False, False, False, True, False, False, False):
         counter(taken, 1)
-    with pytest.raises(FloatingPointError, match=r"4 times in a row up to step 17: .*precision=bf16.*optimizer\.clip"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"4 times in a row up to step 17: .*precision=bf16.*optimizer\.clip",
+    ):
         counter(False, 17)
 
 
@@ -329,7 +357,9 @@ def test_a_constant_student_is_approached_in_closed_form(momentum, n):
         teacher.update(student(1.0))
     remaining = math.prod(ramp(t, momentum) for t in range(1, n + 1))
     assert all((p - (1 - remaining)).abs().max() < 1e-12 for p in teacher.network.parameters())
-    if 1 - 1 / (n + 1) < momentum:  # during the ramp the teacher is the plain mean of what it has seen
+    if (
+        1 - 1 / (n + 1) < momentum
+    ):  # during the ramp the teacher is the plain mean of what it has seen
         assert remaining == pytest.approx(1 / (n + 1))
 
 
@@ -350,7 +380,9 @@ def test_the_teacher_is_in_eval_mode_without_gradients():
     teacher = Teacher(net, 0.9)
     teacher.update(net)
     assert not any(module.training for module in teacher.modules()) and net.training
-    assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in net.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters()) and all(
+        p.requires_grad for p in net.parameters()
+    )
 
 
 def test_a_resumed_teacher_goes_on_with_the_ramp():
@@ -389,22 +421,39 @@ def test_collectives_of_one_process_are_identities():
     assert torch.equal(total, tensor) and not total.requires_grad
     total += 1  # a new tensor: the original stays
     assert not torch.equal(total, tensor)
-    assert torch.equal(distributed.mean(tensor), tensor) and not distributed.mean(tensor).requires_grad
-    assert torch.autograd.grad((2 * distributed.synced_sum(tensor)).sum(), tensor)[0].tolist() == [2, 2, 2]
-    assert [distributed.any_process(flag) for flag in (True, False, 15, 0)] == [True, False, True, False]
+    assert (
+        torch.equal(distributed.mean(tensor), tensor) and not distributed.mean(tensor).requires_grad
+    )
+    assert torch.autograd.grad((2 * distributed.synced_sum(tensor)).sum(), tensor)[0].tolist() == [
+        2,
+        2,
+        2,
+    ]
+    assert [distributed.any_process(flag) for flag in (True, False, 15, 0)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert distributed.gather({"a": 1}) == [{"a": 1}]
 
 
 def test_compiling_keeps_results_and_names(monkeypatch):
     compiler, compiled = torch.compile, []
 
-    def without_code(function, **options):  # the whole way but for the code generator, which takes a minute
+    def without_code(
+        function, **options
+    ):  # the whole way but for the code generator, which takes a minute
         compiled.append(function)
         return compiler(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", without_code)
     network = nn.ModuleDict(
-        {"backbone": nn.Conv2d(3, 4, 3), "decoder": nn.BatchNorm2d(4), "classifier": nn.Conv2d(4, 2, 1)}
+        {
+            "backbone": nn.Conv2d(3, 4, 3),
+            "decoder": nn.BatchNorm2d(4),
+            "classifier": nn.Conv2d(4, 2, 1),
+        }
     )
     plain, x = copy.deepcopy(network), torch.rand(2, 3, 8, 8)
     expected = plain.decoder(plain.backbone(x))
@@ -419,7 +468,9 @@ def test_compiling_keeps_results_and_names(monkeypatch):
 def test_more_processes_than_devices_is_an_error_with_the_way_out(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"process 3 .* there are 2; lower --nproc_per_node or set device=cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"process 3 .* there are 2; lower --nproc_per_node or set device=cpu"
+    ):
         distributed.init("cuda")
 
 
@@ -470,6 +521,8 @@ print(faults(50), faults(20))
 @pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="needs glibc")
 def test_memory_that_is_freed_is_used_again_without_page_faults():
     # In a process of its own: what other tests have left in the heap decides where a tensor fits.
-    done = subprocess.run([sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True, check=True
+    )
     # The first few may lie so that the next, with its alignment, does not fit where they were.
     assert int(done.stdout.split()[1]) < 1000  # 20 x 16,384 pages of 4 KiB otherwise

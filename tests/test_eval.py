@@ -40,7 +40,15 @@ def result(folder, name="toy", checkpoint_name="best"):
 
 def test_a_run_folder_holds_what_the_readme_promises(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.yaml", "log.txt", "scalars.jsonl", "best.pt", "step_0000002.pt", "results.json", "eval"} <= names
+    assert {
+        "config.yaml",
+        "log.txt",
+        "scalars.jsonl",
+        "best.pt",
+        "step_0000002.pt",
+        "results.json",
+        "eval",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     results = json.loads((trained / "results.json").read_text())
     assert {"seed", "iters", "device", "command", "commit", "seconds"} <= set(results)
@@ -58,7 +66,11 @@ def test_eval_writes_tables_and_pictures_for_several_data_sets(trained, capsys):
     night = "data.test.night={name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}"
     evaluation.main([str(trained / "best.pt"), night])
     output = capsys.readouterr().out
-    assert "toy: 3 images, whole image, student" in output and "night: 2 images" in output and "Bicyclist" in output
+    assert (
+        "toy: 3 images, whole image, student" in output
+        and "night: 2 images" in output
+        and "Bicyclist" in output
+    )
     for name in ("toy", "night"):
         content = result(trained, name)
         rows = list(csv.reader((trained / "eval_best" / f"{name}.csv").open()))
@@ -92,7 +104,9 @@ def test_eval_of_a_checkpoint_with_other_classes_names_both_numbers(trained, tmp
 
 
 def test_eval_of_another_network_lists_the_keys(trained):
-    with pytest.raises(UserError, match=r"does not fit Segmentor.*missing \(backbone\.layer1\.0\.conv3"):
+    with pytest.raises(
+        UserError, match=r"does not fit Segmentor.*missing \(backbone\.layer1\.0\.conv3"
+    ):
         evaluation.main([str(trained / "best.pt"), "model.backbone.depth=50"])
 
 
@@ -123,8 +137,12 @@ def test_eval_needs_a_teacher_to_report_one(trained, tmp_path):
 def test_predict_labels_a_folder_of_pictures_of_any_kind(trained, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in" / "city").mkdir(parents=True)
-    Image.fromarray(rng.integers(0, 255, (40, 57, 3), dtype=np.uint8)).save(tmp_path / "in" / "a.jpg")
-    Image.fromarray(rng.integers(0, 255, (33, 48), dtype=np.uint8)).save(tmp_path / "in" / "city" / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (40, 57, 3), dtype=np.uint8)).save(
+        tmp_path / "in" / "a.jpg"
+    )
+    Image.fromarray(rng.integers(0, 255, (33, 48), dtype=np.uint8)).save(
+        tmp_path / "in" / "city" / "grey.png"
+    )
     predict.main([str(trained / "best.pt"), str(tmp_path / "in"), str(tmp_path / "out")])
     for name, size in (("a.png", (57, 40)), ("city/grey.png", (48, 33))):
         ids = Image.open(tmp_path / "out" / "ids" / name)
@@ -148,7 +166,16 @@ def adapted(tmp_path_factory):
     """Run folder of a source stage and a stage of BCL, two steps each, and what the console said."""
     folder = tmp_path_factory.mktemp("adapted")
     monitor = "data.monitor={name: toy.Toy, domain: real, split: val, length: 2, size: [48, 64]}"
-    train_uda.main([TINY_UDA, f"folder={folder}", *METHODS["BCL"], "train.iters=2", "checkpoint.every=2", monitor])
+    train_uda.main(
+        [
+            TINY_UDA,
+            f"folder={folder}",
+            *METHODS["BCL"],
+            "train.iters=2",
+            "checkpoint.every=2",
+            monitor,
+        ]
+    )
     return folder
 
 
@@ -160,14 +187,21 @@ def test_an_adaptation_ends_with_before_and_after(adapted):
     assert result(adapted, checkpoint_name="stage_source")["summary"] == results["before"]["toy"]
     evaluation.main([str(adapted / "step_0000004.pt")])
     assert result(adapted, checkpoint_name="step_0000004")["summary"] == results["results"]["toy"]
-    assert results["IoU"]["toy"]["Road"] == result(adapted, checkpoint_name="step_0000004")["IoU"][3]
+    assert (
+        results["IoU"]["toy"]["Road"] == result(adapted, checkpoint_name="step_0000004")["IoU"][3]
+    )
     width, height = Image.open(adapted / "eval" / "toy_before_after.png").size
     assert width > 4 * 200 and height > 192
 
 
 def test_the_command_line_overrides_what_a_stage_sets(adapted):
-    cfg = evaluation.load_network(adapted / "step_0000004.pt", ["uda.mixer={name: mixers.ClassMix}"])[1]
-    assert cfg.uda.mixer == {"name": "mixers.ClassMix"} and cfg.uda.labelers[0]["name"] == "bcl.StaticLabels"
+    cfg = evaluation.load_network(
+        adapted / "step_0000004.pt", ["uda.mixer={name: mixers.ClassMix}"]
+    )[1]
+    assert (
+        cfg.uda.mixer == {"name": "mixers.ClassMix"}
+        and cfg.uda.labelers[0]["name"] == "bcl.StaticLabels"
+    )
 
 
 def test_pseudo_labels_are_exported_with_their_settings(adapted):
@@ -176,11 +210,22 @@ def test_pseudo_labels_are_exported_with_their_settings(adapted):
     folder = adapted / "eval_step_0000004" / "pseudo_labels" / "toy"
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["labeler"]["name"] == "bcl.StaticLabels" and settings["images"] == 3
-    assert settings["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and settings["classes"][3] == "Road"
+    assert (
+        settings["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        and settings["classes"][3] == "Road"
+    )
     labels = [np.array(Image.open(p)) for p in sorted(folder.rglob("*.png"))]
-    truth = [Toy(domain="real", split="test", length=3, size=[48, 64])[i]["label"].numpy() for i in range(3)]
+    truth = [
+        Toy(domain="real", split="test", length=3, size=[48, 64])[i]["label"].numpy()
+        for i in range(3)
+    ]
     kept = np.stack(labels) != 255
-    assert len(labels) == 3 and Image.open(next(folder.rglob("*.png"))).mode == "P" and kept.any() and not kept.all()
+    assert (
+        len(labels) == 3
+        and Image.open(next(folder.rglob("*.png"))).mode == "P"
+        and kept.any()
+        and not kept.all()
+    )
     right = (np.stack(labels) == np.stack(truth))[kept].mean()
     assert settings["pseudo/share"] == pytest.approx(100 * kept.mean())
     assert settings["pseudo/accuracy"] == pytest.approx(100 * right)
@@ -229,29 +274,51 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
     reproduce.main([str(grid), *options])
     content = json.loads((tmp_path / "out" / "small.json").read_text())
     assert [(run["row"], run["seed"]) for run in content["runs"]] == [
-        ("plain", 0), ("CBP + OCCL", 0), ("plain", 1), ("CBP + OCCL", 1), ("once", 1),
-    ]  # fmt: skip
+        ("plain", 0),
+        ("CBP + OCCL", 0),
+        ("plain", 1),
+        ("CBP + OCCL", 1),
+        ("once", 1),
+    ]
     table = (tmp_path / "out" / "small.md").read_text()
-    assert "| CBP + OCCL | 2 |" in table and "±" in table and "| once | 1 |" in table and "seeds 0, 1" in table
+    assert (
+        "| CBP + OCCL | 2 |" in table
+        and "±" in table
+        and "| once | 1 |" in table
+        and "seeds 0, 1" in table
+    )
     values = [run["results"]["toy"]["mIoU"] for run in content["runs"] if run["row"] == "plain"]
     assert f"{sum(values) / 2:.2f}" in table
     ends = [run["scalars"]["train/loss"] for run in content["runs"] if run["row"] == "plain"]
-    logged = [json.loads(line) for line in (tmp_path / "runs/small/plain/seed1/scalars.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)
+        for line in (tmp_path / "runs/small/plain/seed1/scalars.jsonl").read_text().splitlines()
+    ]
     losses = [line["train/loss"] for line in logged if "train/loss" in line]
     assert len(losses) == 2 and ends[1] == [losses[0], losses[-1]]
     assert " to ".join(f"{sum(both) / 2:.3g}" for both in zip(*ends)) in table
     accuracies = [run["results"]["toy"]["mAcc"] for run in content["runs"] if run["row"] == "plain"]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    heads, cells = (next(row for row in reversed(rows) if row[0] == name) for name in ("| row", "| plain"))
+    heads, cells = (
+        next(row for row in reversed(rows) if row[0] == name) for name in ("| row", "| plain")
+    )
     assert dict(zip(heads, cells))["mAcc"] == f"{sum(accuracies) / 2:.1f}"
 
     def never(*_, **__):
         raise AssertionError("`table` must not start a run")
 
     monkeypatch.setattr(reproduce.subprocess, "Popen", never)
-    (tmp_path / "runs" / "small" / "once" / "seed1" / "results.json").unlink()  # as if it had been interrupted
-    todo = [job for job in reproduce.jobs(reproduce.load_grid(grid, options)) if not (job[2] / "results.json").exists()]
-    assert [(row, seed) for row, seed, _, _ in todo] == [("once", 1)] and "resume=auto" in todo[0][3]
+    (
+        tmp_path / "runs" / "small" / "once" / "seed1" / "results.json"
+    ).unlink()  # as if it had been interrupted
+    todo = [
+        job
+        for job in reproduce.jobs(reproduce.load_grid(grid, options))
+        if not (job[2] / "results.json").exists()
+    ]
+    assert [(row, seed) for row, seed, _, _ in todo] == [("once", 1)] and "resume=auto" in todo[0][
+        3
+    ]
     reproduce.main([str(grid), *options, "table"])
     assert "| once | 0 | not yet run |" in (tmp_path / "out" / "small.md").read_text()
 
@@ -264,7 +331,9 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeyp
     )
     monkeypatch.chdir(Path(TINY).parent.parent)
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
-        reproduce.main([str(grid), f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "threads=1"])
+        reproduce.main(
+            [str(grid), f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "threads=1"]
+        )
     assert "did you mean 'optimizer.lr'?" in capsys.readouterr().out
     assert "| wrong | 0 | not yet run |" in (tmp_path / "out" / "bad.md").read_text()
 
@@ -280,7 +349,10 @@ def test_a_row_waits_for_the_row_it_starts_from(tmp_path):
     todo = python_jobs(tmp_path, adapted=f"open({str(done)!r})", source=late)
     assert set(reproduce.execute(todo, 2, 1, {"adapted": "source"}).values()) == {0}
     done.unlink()
-    assert sorted(reproduce.execute(todo, 2, 1, {}).values()) == [0, 1]  # without it the order is that of the grid
+    assert sorted(reproduce.execute(todo, 2, 1, {}).values()) == [
+        0,
+        1,
+    ]  # without it the order is that of the grid
 
 
 def test_a_row_whose_start_failed_is_not_run(tmp_path, capsys):
@@ -314,13 +386,29 @@ def test_an_unknown_grid_key_is_an_error(tmp_path):
 
 def test_scripts_without_arguments_print_how_to_use_them():
     for script in ("train_supervised.py", "eval.py", "predict.py"):
-        result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(TINY).parent.parent)
-        assert result.returncode == 1 and f"python {script}" in result.stderr and "Traceback" not in result.stderr
+        result = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, cwd=Path(TINY).parent.parent
+        )
+        assert (
+            result.returncode == 1
+            and f"python {script}" in result.stderr
+            and "Traceback" not in result.stderr
+        )
 
 
 def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_path):
-    grid = {"name": "g", "folder": tmp_path, "seeds": [0, 1], "common": [], "threads": 0, "script": "s.py"}
-    grid |= {"rows": {row: {"config": "c.yaml"} for row in ("linear", "CBP", "unseen")}, "scalars": []}
+    grid = {
+        "name": "g",
+        "folder": tmp_path,
+        "seeds": [0, 1],
+        "common": [],
+        "threads": 0,
+        "script": "s.py",
+    }
+    grid |= {
+        "rows": {row: {"config": "c.yaml"} for row in ("linear", "CBP", "unseen")},
+        "scalars": [],
+    }
     grid |= {"metric": "mIoU", "pairs": None, "file": "g.yaml"}
     facts = {"step": 3, "iters": 3, "seconds": 60, "commit": "c", "device": "d", "torch": "t"}
 
@@ -329,9 +417,14 @@ def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_pa
         (folder / "eval_step_0000003").mkdir(parents=True)
         content = facts | {"seed": seed, "results": {"toy": {"mIoU": 50.0}}}
         (folder / "results.json").write_text(json.dumps(content))
-        groups = [{"classes": ["Pole"], "F1": 10.0 * (1 + seed)}, {"classes": ["Sky", "Road"], "F1": 90.0}]
+        groups = [
+            {"classes": ["Pole"], "F1": 10.0 * (1 + seed)},
+            {"classes": ["Sky", "Road"], "F1": 90.0},
+        ]
         found = {"CS": cs, "CS_abs": 2.0, "max_cos": 0.5, "norm_pixels": correlation}
-        found |= {"sets": {"toy": {"groups": groups, "pairs": {"Pole + Sky": None if seed else 101.5}}}}
+        found |= {
+            "sets": {"toy": {"groups": groups, "pairs": {"Pole + Sky": None if seed else 101.5}}}
+        }
         (folder / "eval_step_0000003" / "diagnostics.json").write_text(json.dumps(found))
 
     write("linear", 0, 4.0, 0.25), write("linear", 1, 6.0, 0.75), write("CBP", 0, -1e-6, None)
@@ -347,7 +440,8 @@ def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(
     (tmp_path / "grid.yaml").write_text(
         "name: g\npairs:\n  sets:\n"
         + "".join(
-            f"    {s}: {{train: {{name: toy.Toy, domain: {s}}}, test: {{name: toy.Toy}}}}\n" for s in ("a", "b", "c")
+            f"    {s}: {{train: {{name: toy.Toy, domain: {s}}}, test: {{name: toy.Toy}}}}\n"
+            for s in ("a", "b", "c")
         )
         + "  first: {config: first.yaml}\n"
         "  methods: {plain: {config: p.yaml, set: ['init=runs/g/{first}/seed{seed}/x.pt']}, TMT: {config: t.yaml}}\n"
@@ -356,7 +450,10 @@ def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(
     todo = {row: command for row, _, _, command in jobs(grid)}
     assert len(todo) == 3 + 6 * 2 and grid["rows"]["c to a, TMT"]["after"] == "c"
     command = todo["b to c, plain"]
-    assert "init=runs/g/b/seed4/x.pt" in command and 'data.train={"name": "toy.Toy", "domain": "c"}' in command
+    assert (
+        "init=runs/g/b/seed4/x.pt" in command
+        and 'data.train={"name": "toy.Toy", "domain": "c"}' in command
+    )
     assert 'data.target={"name": "toy.Toy", "domain": "b"}' in command
     table = {"a to b, plain": {"b": {4: {"mIoU": 10.0}}}, "a to b, TMT": {"b": {4: {"mIoU": 12.5}}}}
     text = markdown(grid, table | {"a": {"a": {4: {"mIoU": 1.0}}}}, [])

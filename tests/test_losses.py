@@ -42,7 +42,9 @@ def patches(batch, height, width, classes, seed=0):
 # --- category-basis prototypes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_classes, dim, length", [(1, 1, 1.0), (11, 128, 2.0), (19, 19, 0.3), (150, 256, 3.0)])
+@pytest.mark.parametrize(
+    "num_classes, dim, length", [(1, 1, 1.0), (11, 128, 2.0), (19, 19, 0.3), (150, 256, 3.0)]
+)
 def test_prototypes_are_orthogonal_and_of_one_length(num_classes, dim, length):
     w = CBP(num_classes=num_classes, in_channels=dim, length=length).means()
     torch.testing.assert_close(w @ w.T, length**2 * torch.eye(num_classes), atol=1e-5, rtol=1e-5)
@@ -110,8 +112,12 @@ def test_more_classes_than_channels_is_an_error_with_both_numbers():
 def test_logits_are_feature_length_times_prototype_length_times_cosine():
     classifier = CBP(num_classes=5, in_channels=16, length=1.5)
     features = torch.randn(2, 16, 6, 7)
-    cosine = torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(classifier.means(), dim=1))
-    torch.testing.assert_close(classifier(features), features.norm(dim=1, keepdim=True) * 1.5 * cosine)
+    cosine = torch.einsum(
+        "bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(classifier.means(), dim=1)
+    )
+    torch.testing.assert_close(
+        classifier(features), features.norm(dim=1, keepdim=True) * 1.5 * cosine
+    )
 
 
 def test_logits_follow_permutation_and_scale_of_the_prototypes():
@@ -127,7 +133,10 @@ def test_logits_follow_permutation_and_scale_of_the_prototypes():
 
 def naive_sums(features, labels, num_classes, weights):
     """Pixel by pixel in float64."""
-    sums, counts = torch.zeros(num_classes, features.shape[1]).double(), torch.zeros(num_classes).double()
+    sums, counts = (
+        torch.zeros(num_classes, features.shape[1]).double(),
+        torch.zeros(num_classes).double(),
+    )
     for b, y, x in np.ndindex(*labels.shape):
         if 0 <= labels[b, y, x] < num_classes:
             sums[labels[b, y, x]] += weights[b, y, x] * features[b, :, y, x]
@@ -142,16 +151,24 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("num_classes", [4, 90])
 def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, weighted, layout):
-    features = torch.randn(2, 5, 9, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    features = (
+        torch.randn(2, 5, 9, 6, dtype=torch.float64)
+        .contiguous(memory_format=layout)
+        .requires_grad_()
+    )
     labels = torch.randint(num_classes, (2, 9, 6))
     labels[0, :2], labels[1, 3], labels[1, 4] = IGNORE, -1, num_classes
     weights = torch.rand(2, 9, 6, dtype=torch.float64) if weighted else None
     sums, counts = class_sums(features, labels, num_classes, weights)
-    expected, expected_counts = naive_sums(features, labels, num_classes, weights if weighted else torch.ones(2, 9, 6))
+    expected, expected_counts = naive_sums(
+        features, labels, num_classes, weights if weighted else torch.ones(2, 9, 6)
+    )
     torch.testing.assert_close(sums, expected)
     torch.testing.assert_close(counts, expected_counts)
     direction = torch.randn_like(sums)
-    actual, wanted = (torch.autograd.grad((s * direction).sum(), features)[0] for s in (sums, expected))
+    actual, wanted = (
+        torch.autograd.grad((s * direction).sum(), features)[0] for s in (sums, expected)
+    )
     torch.testing.assert_close(actual, wanted)
     assert actual.is_contiguous(memory_format=layout)  # no copy is needed on the way back
 
@@ -204,7 +221,9 @@ def test_views_depend_only_on_seed_and_sample():
 
 @pytest.mark.parametrize("sample", [0, 1, 1000, 10**9])
 def test_views_are_mixed_in_space(sample):
-    view = halve(torch.zeros(1, 64, 64, dtype=torch.long), torch.tensor([sample]), 1, seed=0)[0].double()
+    view = halve(torch.zeros(1, 64, 64, dtype=torch.long), torch.tensor([sample]), 1, seed=0)[
+        0
+    ].double()
     assert view.mean() == 0.5
     blocks = view.view(8, 8, 8, 8).mean((1, 3))  # of 64 pixels each: standard deviation 0.0625
     assert (blocks - 0.5).abs().max() < 0.3
@@ -236,8 +255,13 @@ def naive_occl(features, labels, views, w, centroid=1.0, category=0.1, tau=TAU):
                 if j != c:
                     s = unit((mean_of(j) + mean_of(k + j)) / 2).detach()
                     others = others + torch.exp(v @ s / tau)
-            own, every = torch.exp(v @ unit(w[c]) / tau), sum(torch.exp(v @ unit(w[j]) / tau) for j in range(k))
-            loss = centroid * -torch.log(positive / (positive + others)) + category * -torch.log(own / every)
+            own, every = (
+                torch.exp(v @ unit(w[c]) / tau),
+                sum(torch.exp(v @ unit(w[j]) / tau) for j in range(k)),
+            )
+            loss = centroid * -torch.log(positive / (positive + others)) + category * -torch.log(
+                own / every
+            )
             total = total + loss / len(present)
     return total / 2
 
@@ -247,7 +271,10 @@ def occl(features, labels, classifier, samples=None, **options):
     term = OCCL(num_classes=len(classifier.means()), **options)
     samples = torch.arange(len(labels)) if samples is None else samples
     return term(
-        {"source": Output(None, features, {})}, {"source": labels}, {"source": samples}, {"classifier": classifier}
+        {"source": Output(None, features, {})},
+        {"source": labels},
+        {"source": samples},
+        {"classifier": classifier},
     )
 
 
@@ -260,7 +287,8 @@ def contrast(means, present=None, w=None, **options):
 
 
 @pytest.mark.parametrize(
-    "weights", [{"centroid": 1.0, "category": 0.1}, {"centroid": 0.4, "category": 0.0, "temperature": 0.2}]
+    "weights",
+    [{"centroid": 1.0, "category": 0.1}, {"centroid": 0.4, "category": 0.0, "temperature": 0.2}],
 )
 @pytest.mark.parametrize("classifier", [CBP, Linear])
 def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
@@ -274,7 +302,9 @@ def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
     expected = naive_occl(features, small, views, classifier.means(), **renamed)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     leaves = [features, *classifier.parameters()]
-    for a, b in zip(*(torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (actual, expected))):
+    for a, b in zip(
+        *(torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (actual, expected))
+    ):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
@@ -283,7 +313,9 @@ def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
 @pytest.mark.parametrize("std", [0.01, 0.177])
 def test_class_vectors_of_the_linear_classifier_start_as_long_as_they_are_told(std):
     classifier = Linear(num_classes=300, in_channels=128, **({} if std == 0.01 else {"std": std}))
-    assert float(classifier.means().detach().norm(dim=1).mean()) == pytest.approx(std * 128**0.5, rel=0.02)
+    assert float(classifier.means().detach().norm(dim=1).mean()) == pytest.approx(
+        std * 128**0.5, rel=0.02
+    )
     assert not classifier.conv.bias.any()
 
 
@@ -323,12 +355,20 @@ def test_centroid_loss_of_equal_centroids_is_the_logarithm_of_the_classes(k):
 def test_category_loss_on_the_prototypes_is_its_lower_limit(k):
     w = orthogonal_rows(k, 9, 2.0)
     expected = math.log(1 + (k - 1) * math.exp(-1 / TAU))
-    assert contrast(w.expand(2, -1, -1), w=w, centroid=0.0, category=1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert contrast(w.expand(2, -1, -1), w=w, centroid=0.0, category=1.0).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_centroid_loss_of_one_class_is_exactly_zero():
     features = torch.randn(2, 8, 6, 6, requires_grad=True)
-    value = occl(features, torch.full((2, 6, 6), 2), CBP(num_classes=5, in_channels=8), centroid=1.0, category=0.0)
+    value = occl(
+        features,
+        torch.full((2, 6, 6), 2),
+        CBP(num_classes=5, in_channels=8),
+        centroid=1.0,
+        category=0.0,
+    )
     value.backward()
     assert value == 0 and features.grad.isfinite().all()
     value = occl(features, torch.full((2, 6, 6), 2), CBP(num_classes=5, in_channels=8))
@@ -365,7 +405,8 @@ def test_classes_below_min_pixels_are_left_out():
 def test_absent_classes_do_not_change_the_centroid_loss():
     features, labels = torch.randn(2, 16, 12, 12), patches(2, 12, 12, range(3))
     values = [
-        occl(features, labels, CBP(num_classes=k, in_channels=16), centroid=1.0, category=0.0) for k in (3, 4, 15)
+        occl(features, labels, CBP(num_classes=k, in_channels=16), centroid=1.0, category=0.0)
+        for k in (3, 4, 15)
     ]
     torch.testing.assert_close(values[1:], values[:1] * 2)
 
@@ -375,7 +416,9 @@ def test_occl_does_not_depend_on_the_order_of_the_batch():
     features, labels = torch.randn(3, 8, 12, 12, dtype=torch.float64), patches(3, 12, 12, range(4))
     samples, order = torch.tensor([8, 2, 5]), torch.tensor([1, 2, 0])
     value = occl(features, labels, classifier, samples)
-    torch.testing.assert_close(occl(features[order], labels[order], classifier, samples[order]), value)
+    torch.testing.assert_close(
+        occl(features[order], labels[order], classifier, samples[order]), value
+    )
     assert not torch.isclose(occl(features, labels, classifier, samples + 1), value)
 
 
@@ -384,7 +427,10 @@ def test_occl_does_not_depend_on_the_order_of_the_batch():
 
 def pixel_loss(logits, labels, valid=None, weights=None, **options):
     valid = (labels != IGNORE).sum() if valid is None else torch.tensor(valid)
-    outputs, weights = {"source": Output(logits, None, {})}, {} if weights is None else {"source": weights}
+    outputs, weights = (
+        {"source": Output(logits, None, {})},
+        {} if weights is None else {"source": weights},
+    )
     return CrossEntropy(**options)(outputs, {"source": labels}, {"source": valid}, weights)
 
 
@@ -398,14 +444,21 @@ def upsampled(logits, size=(24, 20)):
 
 def test_cross_entropy_is_that_of_pytorch_at_the_size_of_the_labels():
     logits, labels = logits_and_labels()
-    value, expected = pixel_loss(logits, labels), F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE)
+    value, expected = (
+        pixel_loss(logits, labels),
+        F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE),
+    )
     torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (value, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, logits)[0] for loss in (value, expected))
+    )
 
 
 def test_cross_entropy_divides_by_the_pixels_of_the_whole_step():
     logits, labels = logits_and_labels()
-    torch.testing.assert_close(pixel_loss(logits, labels, valid=1000) * 1000, pixel_loss(logits, labels, valid=1))
+    torch.testing.assert_close(
+        pixel_loss(logits, labels, valid=1000) * 1000, pixel_loss(logits, labels, valid=1)
+    )
 
 
 def test_cross_entropy_weights_pixels():
@@ -413,7 +466,8 @@ def test_cross_entropy_weights_pixels():
     weights = torch.rand(labels.shape)
     loss = F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE, reduction="none")
     torch.testing.assert_close(
-        pixel_loss(logits, labels, weights=weights), (loss * weights).sum() / (labels != IGNORE).sum()
+        pixel_loss(logits, labels, weights=weights),
+        (loss * weights).sum() / (labels != IGNORE).sum(),
     )
 
 
@@ -458,7 +512,10 @@ def test_a_small_network_with_cbp_and_occl_learns_one_image_by_heart():
     colors = torch.rand(4, 3)
     image = (colors[labels].permute(0, 3, 1, 2) + 0.1 * torch.randn(1, 3, 32, 32)).clamp(0, 1)
     network = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
     )
     classifier = CBP(num_classes=4, in_channels=16)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
@@ -475,11 +532,15 @@ def test_a_small_network_with_cbp_and_occl_learns_one_image_by_heart():
 # --- ResNet and weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output_stride, dilated", [(32, (0, 0, 0)), (16, (0, 0, 1)), (8, (0, 1, 1))])
+@pytest.mark.parametrize(
+    "output_stride, dilated", [(32, (0, 0, 0)), (16, (0, 0, 1)), (8, (0, 1, 1))]
+)
 def test_output_stride_is_that_of_torchvision(output_stride, dilated):
     reference = resnet50(weights=None, replace_stride_with_dilation=dilated).eval()
     backbone = ResNet(depth=50, output_stride=output_stride, weights="none").eval()
-    backbone.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")})
+    backbone.load_state_dict(
+        {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    )
     image = torch.rand(1, 3, 65, 49)
     x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(backbone.normalize(image)))))
     assert backbone.strides == [min(stride, output_stride) for stride in (4, 8, 16, 32)]
@@ -488,7 +549,10 @@ def test_output_stride_is_that_of_torchvision(output_stride, dilated):
         for i, actual in enumerate(maps):
             x = getattr(reference, f"layer{i + 1}")(x)
             torch.testing.assert_close(actual, x, atol=1e-5, rtol=1e-5)
-            assert actual.shape[2:] == (-(-65 // backbone.strides[i]), -(-49 // backbone.strides[i]))
+            assert actual.shape[2:] == (
+                -(-65 // backbone.strides[i]),
+                -(-49 // backbone.strides[i]),
+            )
 
 
 def test_three_stages_leave_layer4_out():
@@ -502,7 +566,9 @@ def test_the_mean_colour_is_no_part_of_the_weights():
     assert not [key for key in backbone.state_dict() if key.startswith("normalize")]
     color = backbone.normalize.mean.expand(1, 3, 2, 2)
     torch.testing.assert_close(backbone.normalize(color), torch.zeros(1, 3, 2, 2))
-    torch.testing.assert_close(backbone.normalize(color + backbone.normalize.std), torch.ones(1, 3, 2, 2))
+    torch.testing.assert_close(
+        backbone.normalize(color + backbone.normalize.std), torch.ones(1, 3, 2, 2)
+    )
 
 
 @pytest.mark.parametrize("frozen", [[], ["backbone"], ["backbone", "decoder"]])
@@ -519,7 +585,10 @@ def test_frozen_batch_norm_keeps_statistics_and_affine_parameters(frozen):
         optimizer.step()
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            kept = all(torch.equal(value, before[f"{name}.{key}"]) for key, value in module.state_dict().items())
+            kept = all(
+                torch.equal(value, before[f"{name}.{key}"])
+                for key, value in module.state_dict().items()
+            )
             assert kept == (name.split(".")[0] in frozen), name
     assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
 
@@ -550,7 +619,9 @@ def test_weights_of_a_file_are_loaded_and_reported(torchvision_weights, stages, 
     assert f"{len(own)} keys loaded, 0 keep" in caplog.text
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}]
+)
 def test_wrapped_weights_are_unwrapped(torchvision_weights, wrap, tmp_path):
     torch.save(wrap(torchvision_weights[1]), tmp_path / "wrapped.pth")
     backbone = ResNet(depth=18, weights=str(tmp_path / "wrapped.pth"))
@@ -570,5 +641,8 @@ def test_weights_that_do_not_fit_are_an_error_unless_allowed(torchvision_weights
     with pytest.raises(WeightsError, match=r"1 unexpected \(layer9\.weight\)"):
         ResNet(depth=18, weights=path, allow_missing=["layer4.*"])
     torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
-    with pytest.raises(WeightsError, match=r"1 of another shape \(conv1\.weight \(64, 1, 7, 7\) -> \(64, 3, 7, 7\)\)"):
+    with pytest.raises(
+        WeightsError,
+        match=r"1 of another shape \(conv1\.weight \(64, 1, 7, 7\) -> \(64, 3, 7, 7\)\)",
+    ):
         ResNet(depth=18, stages=3, weights=path)

@@ -39,10 +39,15 @@ def test_three_classes_by_hand():
     assert values["Acc"].tolist() == pytest.approx([1 / 2, 1 / 2, 1])
     assert values["F1"].tolist() == pytest.approx([4 / 7, 1 / 2, 2 / 3])
     summary = matrix.summary()
-    assert summary == pytest.approx({
-        "mIoU": 100 * (2 / 5 + 1 / 3 + 1 / 2) / 3, "mAcc": 200 / 3, "aAcc": 400 / 7,
-        "mF1": 100 * (4 / 7 + 1 / 2 + 2 / 3) / 3, "ground": 100 * (2 / 5 + 1 / 3) / 2,
-    })  # fmt: skip
+    assert summary == pytest.approx(
+        {
+            "mIoU": 100 * (2 / 5 + 1 / 3 + 1 / 2) / 3,
+            "mAcc": 200 / 3,
+            "aAcc": 400 / 7,
+            "mF1": 100 * (4 / 7 + 1 / 2 + 2 / 3) / 3,
+            "ground": 100 * (2 / 5 + 1 / 3) / 2,
+        }
+    )
 
 
 @pytest.mark.parametrize("ignored", [255, 3, -1])
@@ -60,7 +65,11 @@ def test_a_class_that_does_not_occur_is_left_out_and_the_table_says_so():
     assert matrix.summary()["mIoU"] == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
     lines = matrix.table().splitlines()
     assert lines[3].split()[:4] == ["sky", "-", "-", "-"]
-    assert lines[1].split()[:2] == ["road", "75.00"] and "mIoU 77.50" in lines[-1] and "2 of 3 classes" in lines[-1]
+    assert (
+        lines[1].split()[:2] == ["road", "75.00"]
+        and "mIoU 77.50" in lines[-1]
+        and "2 of 3 classes" in lines[-1]
+    )
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():
@@ -73,33 +82,49 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
 
 def test_a_subset_with_an_unknown_class_is_an_error():
     with pytest.raises(
-        UserError, match=r"eval\.subsets\.mIoU2 names the class 'grass'; the data set has road, tree, sky"
+        UserError,
+        match=r"eval\.subsets\.mIoU2 names the class 'grass'; the data set has road, tree, sky",
     ):
         ConfusionMatrix(CLASSES, {"mIoU2": ["road", "grass"]})
 
 
 def test_classes_that_are_not_scored_have_no_values_but_predicting_them_is_an_error():
-    counts = [[3, 1, 2], [0, 4, 0], [0, 0, 0]]  # two pixels of road are taken for sky, which never occurs
-    plain, scored = filled(counts), filled(counts, scored=["road", "tree"], subsets={"top": ["tree", "sky"]})
+    counts = [
+        [3, 1, 2],
+        [0, 4, 0],
+        [0, 0, 0],
+    ]  # two pixels of road are taken for sky, which never occurs
+    plain, scored = (
+        filled(counts),
+        filled(counts, scored=["road", "tree"], subsets={"top": ["tree", "sky"]}),
+    )
     assert scored.matrix.tolist() == counts
     values, summary = scored.per_class(), scored.summary()
     assert all(math.isnan(values[name][2]) for name in ("IoU", "Acc", "F1"))
     assert values["IoU"][:2].tolist() == pytest.approx([3 / 6, 4 / 5])
     assert values["Acc"][:2].tolist() == pytest.approx([3 / 6, 1])
-    assert summary["mIoU"] == pytest.approx(100 * (3 / 6 + 4 / 5) / 2) and summary["top"] == pytest.approx(80)
+    assert summary["mIoU"] == pytest.approx(100 * (3 / 6 + 4 / 5) / 2) and summary[
+        "top"
+    ] == pytest.approx(80)
     assert plain.summary()["mIoU"] == pytest.approx(100 * (3 / 6 + 4 / 5 + 0) / 3)
     assert summary["aAcc"] == plain.summary()["aAcc"] == pytest.approx(70)
     lines = scored.table().splitlines()
-    assert lines[3].split()[:4] == ["sky", "-", "-", "-"] and "mean over 2 of 3 classes" in lines[-1]
+    assert (
+        lines[3].split()[:4] == ["sky", "-", "-", "-"] and "mean over 2 of 3 classes" in lines[-1]
+    )
     assert json.loads(json.dumps(scored.as_dict(), allow_nan=False))["IoU"][2] is None
 
 
 def test_a_class_that_is_not_scored_has_no_values_even_where_it_occurs():
-    assert filled([[1, 0, 0], [0, 1, 0], [0, 0, 1]], scored=["sky"]).per_class()["IoU"].isnan().tolist() == [1, 1, 0]
+    assert filled([[1, 0, 0], [0, 1, 0], [0, 0, 1]], scored=["sky"]).per_class()[
+        "IoU"
+    ].isnan().tolist() == [1, 1, 0]
 
 
 def test_an_unknown_class_to_score_is_an_error():
-    with pytest.raises(UserError, match=r"SCORED names the class 'grass'; the data set has road, tree, sky"):
+    with pytest.raises(
+        UserError, match=r"SCORED names the class 'grass'; the data set has road, tree, sky"
+    ):
         ConfusionMatrix(CLASSES, scored=["grass"])
 
 
@@ -166,7 +191,9 @@ class Position(nn.Module):
     """The column inside the window as the only logit: shows which windows a pixel was seen in."""
 
     def segment(self, image):
-        return Output(torch.arange(image.shape[-1], dtype=image.dtype).expand(1, 1, *image.shape[-2:]))
+        return Output(
+            torch.arange(image.shape[-1], dtype=image.dtype).expand(1, 1, *image.shape[-2:])
+        )
 
 
 def options(**changes):
@@ -200,13 +227,30 @@ def test_windows_have_the_crop_size_and_the_last_one_ends_at_the_border():
     network = Pointwise()
     predict(network, random_image(8, 19), options(mode="slide", crop=[8, 8], stride=[8, 8]))
     assert network.windows[0] == (8, 8) and len(network.windows) == 3
-    columns = predict(Position(), random_image(8, 12), options(mode="slide", stride=[4, 4]))[0, 0, 0]
-    assert columns.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7]  # windows at 0 and 4, averaged where both see
+    columns = predict(Position(), random_image(8, 12), options(mode="slide", stride=[4, 4]))[
+        0, 0, 0
+    ]
+    assert columns.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        2,
+        3,
+        4,
+        5,
+        4,
+        5,
+        6,
+        7,
+    ]  # windows at 0 and 4, averaged where both see
 
 
 def test_window_logits_are_resized_to_the_window():
     network = Pointwise(stride=2)
-    slide = predict(network, random_image(12, 20), options(mode="slide", crop=[8, 8], stride=[4, 6]))
+    slide = predict(
+        network, random_image(12, 20), options(mode="slide", crop=[8, 8], stride=[4, 6])
+    )
     assert slide.shape == (1, 3, 12, 20) and slide.isfinite().all()
 
 
@@ -246,7 +290,9 @@ class BorderAware(nn.Module):
 @pytest.mark.parametrize("mode", ["whole", "slide"])
 def test_several_scales_give_mean_probabilities_at_the_image_size(mode):
     network = Pointwise()
-    scores = predict(network, random_image(11, 15), options(scales=[0.5, 1.0, 1.75], flip=True, mode=mode))
+    scores = predict(
+        network, random_image(11, 15), options(scales=[0.5, 1.0, 1.75], flip=True, mode=mode)
+    )
     assert scores.shape == (1, 3, 11, 15) and (scores >= 0).all()
     torch.testing.assert_close(scores.sum(1), torch.ones(1, 11, 15))
     if mode == "whole":
@@ -260,7 +306,8 @@ def test_scales_are_averaged():
 
 
 @pytest.mark.parametrize(
-    "size, seen", [((20, 30), (10, 15)), ((30, 20), (15, 10)), ((5, 8), (10, 16)), ((10, 17), (10, 17))]
+    "size, seen",
+    [((20, 30), (10, 15)), ((30, 20), (15, 10)), ((5, 8), (10, 16)), ((10, 17), (10, 17))],
 )
 def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
     network = Pointwise()
@@ -303,7 +350,11 @@ def test_evaluate_counts_every_image_once_at_label_size_in_eval_mode(scale, trai
 def test_evaluate_scores_what_predict_says():
     network, dataset = Pointwise(), Labelled()
     matrix = evaluate(
-        network, dataset, options(subsets={"ground": ["road"]}), CPU, torch.autocast("cpu", enabled=False)
+        network,
+        dataset,
+        options(subsets={"ground": ["road"]}),
+        CPU,
+        torch.autocast("cpu", enabled=False),
     )
     expected = ConfusionMatrix(CLASSES)
     for i in range(len(dataset)):
@@ -318,4 +369,7 @@ def test_evaluate_scores_the_classes_that_the_data_set_names():
         SCORED = ("road", "sky")
 
     matrix = evaluate(Pointwise(), Two(), options(), CPU, contextlib.nullcontext())
-    assert matrix.per_class()["IoU"].isnan().tolist() == [False, True, False] and "2 of 3 classes" in matrix.table()
+    assert (
+        matrix.per_class()["IoU"].isnan().tolist() == [False, True, False]
+        and "2 of 3 classes" in matrix.table()
+    )

@@ -22,17 +22,27 @@ def batch(samples=(4, 9), size=SIZE, dtype=torch.float32):
     generator, count = torch.Generator().manual_seed(0), len(samples)
     label = torch.randint(0, 5, (count, *size), generator=generator)
     label[:, 0] = 255
-    images = {n: torch.rand(count, 3, *size, generator=generator, dtype=dtype) for n in ("source", "target")}
+    images = {
+        n: torch.rand(count, 3, *size, generator=generator, dtype=dtype)
+        for n in ("source", "target")
+    }
     return {
         "source": {"image": images["source"], "label": label},
-        "target": {"image": images["target"], "sample": torch.tensor(samples), "numbers": list(samples)},
+        "target": {
+            "image": images["target"],
+            "sample": torch.tensor(samples),
+            "numbers": list(samples),
+        },
     }
 
 
 def mixed(mixer, weights=(), **options):
     """A mixer on a batch whose target is labelled 7 throughout."""
     given = batch(**options)
-    labels = {"source": given["source"]["label"], "target": torch.full_like(given["source"]["label"], 7)}
+    labels = {
+        "source": given["source"]["label"],
+        "target": torch.full_like(given["source"]["label"], 7),
+    }
     return given, *mixer(given, labels, dict(weights))
 
 
@@ -47,19 +57,34 @@ MIXERS = {"Source": {}, "SourceTarget": {}, "ClassMix": {"target": True}, "Stron
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_what_a_mixer_is_given_passes_through_and_plain_views_are_the_images(name):
-    mixer = build("datasets", {"name": f"mixers.{name}", **MIXERS[name]}, seed=3, num_classes=5, in_channels=8)
+    mixer = build(
+        "datasets", {"name": f"mixers.{name}", **MIXERS[name]}, seed=3, num_classes=5, in_channels=8
+    )
     weights = {"source": torch.rand(2, *SIZE), "target": torch.rand(2, *SIZE)}
     given, views, labels, trust = mixed(mixer, weights)
     assert all(trust[view] is weights[view] for view in weights)
     assert labels["source"] is given["source"]["label"] and (labels["target"] == 7).all()
-    assert all(views[view] == (given[view]["image"], view) for view in ("source", "target") if view in views)
-    assert set(views) - {"source"} == {
-        "Source": set(), "SourceTarget": {"target"}, "ClassMix": {"mixed", "target"}, "Strong": {"target", "strong"},
-    }[name]  # fmt: skip
+    assert all(
+        views[view] == (given[view]["image"], view)
+        for view in ("source", "target")
+        if view in views
+    )
+    assert (
+        set(views) - {"source"}
+        == {
+            "Source": set(),
+            "SourceTarget": {"target"},
+            "ClassMix": {"mixed", "target"},
+            "Strong": {"target", "strong"},
+        }[name]
+    )
     new = {"ClassMix": {"mixed"}, "Strong": {"strong"}}.get(name, set())
     assert set(trust) == {"source", "target"} | new
     assert set(labels) == {"source", "target"} | ({"mixed"} if name == "ClassMix" else set())
-    assert all(domain == ("source" if view == "source" else "target") for view, (_, domain) in views.items())
+    assert all(
+        domain == ("source" if view == "source" else "target")
+        for view, (_, domain) in views.items()
+    )
 
 
 @pytest.mark.parametrize("mixer", [Source(), SourceTarget(), Strong()])
@@ -75,9 +100,15 @@ def test_class_mix_without_a_labeler_says_that_it_needs_one():
         ClassMix()(given, {"source": given["source"]["label"]}, {})
 
 
-@pytest.mark.parametrize("name, pasted, rest", [("source", 0.5, 1.0), ("target", 1.0, 0.5), ("neither", 1.0, 1.0)])
-def test_class_mix_weights_what_it_pastes_as_the_source_and_the_rest_as_the_target(name, pasted, rest):
-    _, views, labels, weights = mixed(ClassMix(), {} if name == "neither" else {name: constant(0.5)})
+@pytest.mark.parametrize(
+    "name, pasted, rest", [("source", 0.5, 1.0), ("target", 1.0, 0.5), ("neither", 1.0, 1.0)]
+)
+def test_class_mix_weights_what_it_pastes_as_the_source_and_the_rest_as_the_target(
+    name, pasted, rest
+):
+    _, views, labels, weights = mixed(
+        ClassMix(), {} if name == "neither" else {name: constant(0.5)}
+    )
     kept = labels["mixed"] == 7
     assert 0.2 < kept.float().mean() < 0.8
     assert (weights["mixed"][~kept] == pasted).all() and (weights["mixed"][kept] == rest).all()
@@ -97,7 +128,9 @@ def test_autocast_does_not_coarsen_the_images(mixer, dtype):
 
 @pytest.mark.parametrize("mixer", [ClassMix(color_p=1.0, blur_p=1.0), Strong(operations=8, p=1.0)])
 def test_mixers_leave_the_global_generators_alone(mixer, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded")
+    )
     before = torch.get_rng_state()
     mixed(mixer)
     assert torch.equal(before, torch.get_rng_state())
@@ -127,12 +160,19 @@ def test_the_cut_out_is_a_black_square_of_weight_0_inside_the_image(cutout, side
     assert torch.equal(image, target * kept[:, None]) and ((kept == 0) | (kept == 1)).all()
     corners = set()
     for mask in kept == 0:
-        rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
-        assert len(rows) == len(columns) == side and mask.sum() == side**2  # a full square, not cut by the border
+        rows, columns = (
+            mask.any(1).nonzero().flatten().tolist(),
+            mask.any(0).nonzero().flatten().tolist(),
+        )
+        assert (
+            len(rows) == len(columns) == side and mask.sum() == side**2
+        )  # a full square, not cut by the border
         corners.add((rows[0], columns[0]) if side else ())
     if 0 < side < 20:
         tops, lefts = (set(values) for values in zip(*corners))
-        assert {min(tops), max(tops)} == {0, 20 - side} and min(lefts) <= 1 and max(lefts) >= 29 - side
+        assert (
+            {min(tops), max(tops)} == {0, 20 - side} and min(lefts) <= 1 and max(lefts) >= 29 - side
+        )
 
 
 def test_outside_the_cut_out_only_colours_change():
@@ -143,7 +183,10 @@ def test_outside_the_cut_out_only_colours_change():
     for sample in range(40):
         result, kept = Strong(operations=4, p=1.0, cutout=0.0).augment(image, sample)
         assert (kept == 1).all() and result.shape == image.shape and result.isfinite().all()
-        for part in (result[..., :14], result[..., 20:]):  # sharpness mixes 3 x 3 pixels, at most four times
+        for part in (
+            result[..., :14],
+            result[..., 20:],
+        ):  # sharpness mixes 3 x 3 pixels, at most four times
             assert (part[..., 1:-1, :] - part[..., 8:9, 7:8]).abs().max() < 1e-6
         edge = (result[..., 8, 1:] - result[..., 8, :-1]).abs().sum(0)
         assert edge.max() == 0 or edge.argmax() == 16
@@ -170,7 +213,9 @@ def test_operations_have_the_ranges_of_fix_match():
     for tenths, levels in ((1, 16), (4, 32), (9, 128)):
         result = OPERATIONS["posterise"](image, tenths / 10)
         assert torch.equal(result, (image * levels).floor() / levels)
-    assert torch.equal(OPERATIONS["solarise"](image, 0.9), torch.where(image >= 0.1, 1 - image, image))
+    assert torch.equal(
+        OPERATIONS["solarise"](image, 0.9), torch.where(image >= 0.1, 1 - image, image)
+    )
     grey = OPERATIONS["colour"](image, 0.1).std(0)
     assert torch.allclose(grey, 0.14 * image.std(0), atol=1e-6)
 
@@ -185,10 +230,14 @@ def test_sharpness_is_that_of_torchvision(factor):
 def test_operations_are_applied_with_their_probability(operations, p):
     image, mixer = 0.05 + 0.9 * torch.rand(3, 8, 8), Strong(operations=operations, p=p, cutout=0.0)
     same = sum(torch.equal(mixer.augment(image, sample)[0], image) for sample in range(600)) / 600
-    assert same == pytest.approx((1 - p + p / 9) ** operations, abs=0.06)  # one of the nine is the identity
+    assert same == pytest.approx(
+        (1 - p + p / 9) ** operations, abs=0.06
+    )  # one of the nine is the identity
 
 
-@pytest.mark.parametrize("options", [{"operations": -1}, {"p": 1.5}, {"cutout": -0.1}, {"cutout": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"operations": -1}, {"p": 1.5}, {"cutout": -0.1}, {"cutout": 2.0}]
+)
 def test_impossible_options_of_strong_are_named(options):
     with pytest.raises(ValueError, match=f"must lie in 0..1, not .*{next(iter(options.values()))}"):
         Strong(**options)
@@ -219,9 +268,13 @@ def test_styles_stay_in_range_and_treat_every_image_of_the_batch_by_itself(style
     assert result.shape == source.shape and result.min() >= 0 and result.max() <= 1
     assert (result - source).abs().max() > 0.05
     for i in range(3):
-        torch.testing.assert_close(style(source[i : i + 1], target[i : i + 1])[0], result[i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            style(source[i : i + 1], target[i : i + 1])[0], result[i], rtol=0, atol=1e-6
+        )
     swapped = style(source, target.flip(0))
-    assert (swapped[1] - result[1]).abs().max() < 1e-6 and (swapped[0] - result[0]).abs().max() > 0.01
+    assert (swapped[1] - result[1]).abs().max() < 1e-6 and (
+        swapped[0] - result[0]
+    ).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -231,13 +284,19 @@ def test_styles_compute_in_float32_under_autocast_and_take_targets_of_another_si
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(style(source, target), expected)
     assert style(source.to(torch.bfloat16), target).dtype == torch.bfloat16
-    torch.testing.assert_close(style(source.double(), target.double()).float(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        style(source.double(), target.double()).float(), expected, rtol=0, atol=1e-5
+    )
 
 
 PUBLISHED = {  # sRGB: L, a, b
-    (1, 0, 0): (53.24, 80.09, 67.20), (0, 1, 0): (87.73, -86.18, 83.18), (0, 0, 1): (32.30, 79.19, -107.86),
-    (0, 0, 0): (0, 0, 0), (0.5, 0.5, 0.5): (53.39, 0, 0), (1, 1, 1): (100, 0, 0),
-}  # fmt: skip
+    (1, 0, 0): (53.24, 80.09, 67.20),
+    (0, 1, 0): (87.73, -86.18, 83.18),
+    (0, 0, 1): (32.30, 79.19, -107.86),
+    (0, 0, 0): (0, 0, 0),
+    (0.5, 0.5, 0.5): (53.39, 0, 0),
+    (1, 1, 1): (100, 0, 0),
+}
 
 
 def test_lab_has_the_published_values():
@@ -248,7 +307,9 @@ def test_lab_has_the_published_values():
 
 def test_lab_is_inverted_also_beyond_the_colours_of_srgb():
     wide = torch.rand(1, 3, 30, 30, dtype=torch.float64) * 2 - 0.5
-    torch.testing.assert_close(lab_to_rgb(rgb_to_lab(wide)), wide, rtol=0, atol=1e-3)  # sRGB's two pieces do not meet
+    torch.testing.assert_close(
+        lab_to_rgb(rgb_to_lab(wide)), wide, rtol=0, atol=1e-3
+    )  # sRGB's two pieces do not meet
     inside = torch.rand(1, 3, 30, 30, dtype=torch.float64)
     assert (lab_to_rgb(rgb_to_lab(inside)) - inside).abs().max() < 1e-6
 
@@ -265,7 +326,10 @@ def test_color_stats_gives_each_channel_of_lab_the_mean_and_deviation_of_the_tar
 
 
 def test_color_stats_reaches_rgb_and_keeps_the_structure():
-    source, target = 0.4 + 0.2 * scenes("real").double(), 0.3 + 0.2 * scenes("snow").double()  # nothing is cut off
+    source, target = (
+        0.4 + 0.2 * scenes("real").double(),
+        0.3 + 0.2 * scenes("snow").double(),
+    )  # nothing is cut off
     result = ColorStats()(source, target)
     for found, wanted in zip(moments(rgb_to_lab(result)), moments(rgb_to_lab(target))):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
@@ -283,12 +347,16 @@ def test_color_stats_goes_half_the_way_with_half_the_strength():
 def test_color_stats_of_a_flat_image_is_the_mean_colour_of_the_target():
     flat, target = torch.full((2, 3, 24, 40), 0.3), scenes("real")
     result = rgb_to_lab(ColorStats()(flat, target))
-    torch.testing.assert_close(result, rgb_to_lab(target).mean((2, 3), True).expand_as(result), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        result, rgb_to_lab(target).mean((2, 3), True).expand_as(result), rtol=0, atol=1e-3
+    )
 
 
 def noise(*size, seed=0):
     """Images of so little contrast that nothing is cut off."""
-    return 0.5 + 0.02 * torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 0.5 + 0.02 * torch.randn(
+        2, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def by_hand(source, target, beta):
@@ -308,14 +376,18 @@ def by_hand(source, target, beta):
 def test_fda_replaces_the_amplitudes_of_a_square_of_low_frequencies(size, beta):
     source, target = noise(*size), 0.1 + noise(*size, seed=1)
     expected = by_hand(source, target, beta)
-    torch.testing.assert_close(FDA(beta=beta).transfer(source, target), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        FDA(beta=beta).transfer(source, target), expected, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(FDA(beta=beta)(source, target), expected, rtol=0, atol=1e-12)
 
 
 def test_fda_with_beta_0_is_the_identity_and_with_beta_1_has_all_amplitudes_of_the_target():
     source, target = noise(24, 40), noise(24, 40, seed=1)
     assert torch.equal(FDA(beta=0.0)(source, target), source)
-    result, wanted, before = (torch.fft.fft2(x) for x in (FDA(beta=1.0)(source, target), target, source))
+    result, wanted, before = (
+        torch.fft.fft2(x) for x in (FDA(beta=1.0)(source, target), target, source)
+    )
     torch.testing.assert_close(result.abs(), wanted.abs(), rtol=0, atol=1e-10)
     turned = (result / before).angle().abs()
     assert (turned < 1e-6).all() and (wanted.abs() - before.abs()).abs().max() > 0.5
@@ -328,10 +400,13 @@ def test_a_beta_below_one_pixel_moves_the_mean_colour_alone():
     torch.testing.assert_close(moved, difference, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec, says", [
-    ({"name": "style.ColorStats", "strength": 1.5}, "strength must lie in 0..1, not 1.5"),
-    ({"name": "style.FDA", "beta": -0.1}, "beta must not be negative, it is -0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        ({"name": "style.ColorStats", "strength": 1.5}, "strength must lie in 0..1, not 1.5"),
+        ({"name": "style.FDA", "beta": -0.1}, "beta must not be negative, it is -0.1"),
+    ],
+)
 def test_impossible_options_of_styles_are_named(spec, says):
     with pytest.raises(UserError, match=says):
         build("datasets", spec, seed=0)

@@ -47,9 +47,9 @@ def planted(centres, batch=2, size=(30, 40), deviation=0.1, offset=0.0, seed=0):
 def corners(k=K, m=M, d=D):
     """Centres (K, M, D) that lie 1.4 or more apart."""
     generator = torch.Generator().manual_seed(5)
-    return 3 * torch.randn(k, m, d, generator=generator, dtype=torch.float64).sign() * torch.eye(d)[:m].double() + (
-        torch.arange(k)[:, None, None] * 2.0
-    )
+    return 3 * torch.randn(k, m, d, generator=generator, dtype=torch.float64).sign() * torch.eye(d)[
+        :m
+    ].double() + (torch.arange(k)[:, None, None] * 2.0)
 
 
 def rows(maps):
@@ -99,8 +99,12 @@ def test_unequal_variances_are_not_the_nearest_centroid():
     mixtures.component_weights.fill_(1)
     mixtures.component_means.copy_(torch.tensor([[[0.0, 0]], [[1.0, 0]]]))
     mixtures.component_variances.copy_(torch.tensor([1.0, 0.05])[:, None, None].expand(2, 1, 2))
-    scores = mixtures.score(torch.tensor([0.6, 0.0], dtype=torch.float64).view(1, 2, 1, 1)).flatten()
-    torch.testing.assert_close(scores, torch.tensor([-2.018, -0.442], dtype=torch.float64), rtol=0, atol=5e-4)
+    scores = mixtures.score(
+        torch.tensor([0.6, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
+    ).flatten()
+    torch.testing.assert_close(
+        scores, torch.tensor([-2.018, -0.442], dtype=torch.float64), rtol=0, atol=5e-4
+    )
     mixtures.component_means.copy_(torch.tensor([[[0.0, 0]], [[1.0, 0]]]))
     near = torch.tensor([0.45, 0.0], dtype=torch.float64).view(1, 2, 1, 1)  # nearer to the first
     mixtures.component_variances.copy_(torch.tensor([1.0, 0.2])[:, None, None].expand(2, 1, 2))
@@ -123,7 +127,9 @@ def test_the_order_of_components_does_not_matter():
     for buffer in ("component_weights", "component_means", "component_variances"):
         other.get_buffer(buffer).copy_(mixtures.get_buffer(buffer)[:, order])
     features = torch.randn(1, D, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(other.score(features), mixtures.score(features), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        other.score(features), mixtures.score(features), rtol=1e-13, atol=1e-13
+    )
     torch.testing.assert_close(other.means(), mixtures.means(), rtol=1e-13, atol=1e-13)
 
 
@@ -133,7 +139,9 @@ def test_an_offset_common_to_all_features_hardly_costs_precision(offset):
     mixtures = random_mixtures(d=64)
     mixtures.component_means.mul_(0.2).add_(offset)
     mixtures.component_variances.fill_(0.15**2)
-    features = mixtures.component_means[0, 0].view(1, 64, 1, 1) + 0.15 * torch.randn(1, 64, 9, 9).double()
+    features = (
+        mixtures.component_means[0, 0].view(1, 64, 1, 1) + 0.15 * torch.randn(1, 64, 9, 9).double()
+    )
     features, mixtures = features.float(), mixtures.float()
     exact = random_mixtures(d=64)
     exact.load_state_dict(mixtures.state_dict())
@@ -168,7 +176,8 @@ def test_an_absent_class_scores_lowest_and_stays_untouched():
 
 
 @pytest.mark.parametrize(
-    "scale, offset, start", [(1.0, 0.0, 1.0), (1.0, 0.0, 0.0), (1.0, 50.0, 1.0), (1.0, 50.0, 0.0), (0.1, 0.0, 0.0)]
+    "scale, offset, start",
+    [(1.0, 0.0, 1.0), (1.0, 0.0, 0.0), (1.0, 50.0, 1.0), (1.0, 50.0, 0.0), (0.1, 0.0, 0.0)],
 )
 def test_fit_finds_planted_clusters(scale, offset, start):
     features, labels, parts = planted(corners() * scale, deviation=0.1 * scale, offset=offset)
@@ -184,8 +193,12 @@ def test_fit_finds_planted_clusters(scale, offset, start):
                 mixtures.component_means[c, found], members.mean(0), rtol=1e-6, atol=1e-6 * scale
             )
             variance = members.var(0, correction=0).clamp_min(1e-6)
-            torch.testing.assert_close(mixtures.component_variances[c, found], variance, rtol=1e-4, atol=0)
-            torch.testing.assert_close(mixtures.component_weights[c, found], share, rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                mixtures.component_variances[c, found], variance, rtol=1e-4, atol=0
+            )
+            torch.testing.assert_close(
+                mixtures.component_weights[c, found], share, rtol=1e-6, atol=0
+            )
     assert (mixtures.score(features).argmax(1) == labels).all()
 
 
@@ -199,19 +212,29 @@ def test_weights_sum_to_one_and_variances_stay_above_the_floor(options):
         lambda: mixtures.update([(features, labels, None)]),
     ):
         learn()
-        torch.testing.assert_close(mixtures.component_weights.sum(1), torch.ones(K).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            mixtures.component_weights.sum(1), torch.ones(K).double(), rtol=0, atol=1e-12
+        )
         smallest = torch.full((K,), options.get("floor", 1e-6), dtype=torch.float64)
         if "relative_floor" in options:
-            total = [rows(features)[labels.flatten() == c].var(0, correction=0).mean() for c in range(K)]
+            total = [
+                rows(features)[labels.flatten() == c].var(0, correction=0).mean() for c in range(K)
+            ]
             smallest = 0.01 * torch.stack(total) * (1 - 1e-9)
         assert (mixtures.component_variances >= smallest[:, None, None]).all()
-        assert torch.isclose(mixtures.component_variances[..., 2], smallest[:, None], rtol=1e-2).all()
+        assert torch.isclose(
+            mixtures.component_variances[..., 2], smallest[:, None], rtol=1e-2
+        ).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_likelihood_never_falls_during_em(dtype):
     x = planted(corners(1), deviation=1.0, batch=1)[0].flatten(2)[0].to(dtype)
-    parameters = torch.full((M,), 1 / M).double(), torch.randn(M, D).double(), torch.ones(M, D).double()
+    parameters = (
+        torch.full((M,), 1 / M).double(),
+        torch.randn(M, D).double(),
+        torch.ones(M, D).double(),
+    )
     history = []
     for _ in range(60):
         sums = expectation(x, *parameters)
@@ -229,7 +252,10 @@ def test_one_step_of_em_is_the_loop_over_components():
         torch.randn(M, D).double(),
         torch.rand(M, D).double() + 0.1,
     )
-    densities = [weights[m] * Normal(means[m], variances[m].sqrt()).log_prob(x.T).sum(1).exp() for m in range(M)]
+    densities = [
+        weights[m] * Normal(means[m], variances[m].sqrt()).log_prob(x.T).sum(1).exp()
+        for m in range(M)
+    ]
     shares = torch.stack(densities) / sum(densities)
     sums = expectation(x, weights, means, variances)
     found = maximisation(sums[:, :-1], 1e-6)
@@ -246,7 +272,11 @@ def test_em_stops_where_the_gain_falls_below_the_tolerance(monkeypatch):
     calls = []
     monkeypatch.setattr(_em, "expectation", lambda *a: calls.append(1) or expectation(*a))
     counts = {}
-    for name, options in {"loose": {"tolerance": 1e9}, "paper": {}, "never": {"tolerance": -1.0}}.items():
+    for name, options in {
+        "loose": {"tolerance": 1e9},
+        "paper": {},
+        "never": {"tolerance": -1.0},
+    }.items():
         calls.clear()
         Mixtures(num_classes=K, in_channels=D, components=M, iterations=40, **options).fit(
             lambda: [(features.float(), labels, None)]
@@ -261,21 +291,28 @@ def test_em_starts_from_the_centres_of_k_means(start, monkeypatch):
     features, labels, parts = planted(corners())
     seen = []
     monkeypatch.setattr(_em, "expectation", lambda x, *p: seen.append(p) or expectation(x, *p))
-    Mixtures(num_classes=K, in_channels=D, components=M, start=start).double().fit(lambda: [(features, labels, None)])
+    Mixtures(num_classes=K, in_channels=D, components=M, start=start).double().fit(
+        lambda: [(features, labels, None)]
+    )
     weights, means, variances = seen[0]
     assert (weights == 1 / M).all()
     points, members = rows(features)[labels.flatten() == 0], parts[labels == 0]
     clusters = torch.stack([points[members == m].mean(0) for m in range(M)])
     distance = torch.cdist(means, clusters - points.mean(0))
     assert sorted(distance.argmin(1).tolist()) == [*range(M)] and (distance.amin(1) < 1e-9).all()
-    expected = torch.full((D,), start).double() if start else (points - clusters[members]).square().mean(0)
+    expected = (
+        torch.full((D,), start).double() if start else (points - clusters[members]).square().mean(0)
+    )
     torch.testing.assert_close(variances, expected.expand(M, D), rtol=1e-9, atol=0)
 
 
 def test_an_offset_hardly_costs_precision_in_fit():
     features, labels, _ = planted(corners(), offset=100.0)
     features = features.float()
-    single, double = (Mixtures(num_classes=K, in_channels=D, components=M).to(t) for t in (torch.float, torch.double))
+    single, double = (
+        Mixtures(num_classes=K, in_channels=D, components=M).to(t)
+        for t in (torch.float, torch.double)
+    )
     single.fit(lambda: [(features, labels, None)])
     double.fit(lambda: [(features.double(), labels, None)])
     error = (single.likelihood_quantiles - double.likelihood_quantiles).abs()
@@ -288,8 +325,12 @@ def test_an_empty_component_shares_the_largest_one(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     new = reseed(weights, means, variances, weights == 0, generator)
     torch.testing.assert_close(new[0], torch.tensor([0.2, 0.2, 0.4, 0.2]).double())
-    assert torch.equal(new[1][[0, 2]], means[[0, 2]]) and torch.equal(new[2][[1, 3]], variances[[0, 0]])
-    assert ((new[1][1] - means[0]).abs() < 3 * variances[0].sqrt()).all() and not torch.equal(new[1][1], new[1][3])
+    assert torch.equal(new[1][[0, 2]], means[[0, 2]]) and torch.equal(
+        new[2][[1, 3]], variances[[0, 0]]
+    )
+    assert ((new[1][1] - means[0]).abs() < 3 * variances[0].sqrt()).all() and not torch.equal(
+        new[1][1], new[1][3]
+    )
 
     features, labels, _ = planted(corners())
     points = torch.full((M, D), 1e3).double()
@@ -376,7 +417,9 @@ def test_fit_depends_on_the_seed_alone_and_not_on_the_order_of_vectors():
     assert torch.equal(first.component_means, fitted(features, labels, seed=1).component_means)
     other = fitted(features.flip(0, 3), labels.flip(0, 2), seed=1, chunk=100)
     torch.testing.assert_close(other.state_dict(), first.state_dict(), rtol=1e-9, atol=1e-9)
-    assert not torch.isclose(first.component_means, fitted(features, labels, seed=2).component_means).all()
+    assert not torch.isclose(
+        first.component_means, fitted(features, labels, seed=2).component_means
+    ).all()
 
 
 @pytest.mark.parametrize("batches", [[50] * 8, [400], [10] * 40, [3, 97, 200, 100]])
@@ -412,7 +455,9 @@ def test_a_full_pool_still_finds_the_clusters():
 
 def moments_of(mixtures):
     weights, means = mixtures.component_weights[..., None], mixtures.component_means
-    return torch.cat([weights, weights * means, weights * (mixtures.component_variances + means**2)], 2)
+    return torch.cat(
+        [weights, weights * means, weights * (mixtures.component_variances + means**2)], 2
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
@@ -424,13 +469,18 @@ def test_update_moves_the_moments_towards_one_step_of_em(momentum):
     for c in range(K):
         x = rows(features)[labels.flatten() == c].T
         sums = expectation(
-            x, mixtures.component_weights[c], mixtures.component_means[c], mixtures.component_variances[c]
+            x,
+            mixtures.component_weights[c],
+            mixtures.component_means[c],
+            mixtures.component_variances[c],
         )
         new[c] = sums[:, :-1] / x.shape[1]
     mixtures.update([(features, labels, None)])
     expected = momentum * old + (1 - momentum) * new
     torch.testing.assert_close(moments_of(mixtures), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(mixtures.means(), expected[..., 1 : 1 + D].sum(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        mixtures.means(), expected[..., 1 : 1 + D].sum(1), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_updates_in_a_row_raise_the_likelihood_and_keep_absent_classes_bit_identical():
@@ -439,7 +489,9 @@ def test_updates_in_a_row_raise_the_likelihood_and_keep_absent_classes_bit_ident
     mixtures.update([(features, labels, None)])
     assert mixtures.seen.tolist() == [True] * K + [False]
     expected = class_sums(features, labels, K)
-    torch.testing.assert_close(mixtures.means()[:K], expected[0] / expected[1][:, None], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        mixtures.means()[:K], expected[0] / expected[1][:, None], rtol=1e-10, atol=1e-10
+    )
     before = mixtures.score(features).amax(1).mean()
     state = {key: value[2].clone() for key, value in mixtures.state_dict().items()}
     for _ in range(30):
@@ -450,7 +502,9 @@ def test_updates_in_a_row_raise_the_likelihood_and_keep_absent_classes_bit_ident
 
 def test_state_comes_back_from_a_file(tmp_path):
     features, labels, _ = planted(corners())
-    mixtures, other = (Mixtures(num_classes=K, in_channels=D, components=M).double() for _ in range(2))
+    mixtures, other = (
+        Mixtures(num_classes=K, in_channels=D, components=M).double() for _ in range(2)
+    )
     mixtures.fit(lambda: [(features, labels, None)])
     torch.save(mixtures.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -483,9 +537,17 @@ def one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(learned(shared_batches()[rank::2]), f"{folder}/{rank}.pt")
-    mixtures = Mixtures(num_classes=1, in_channels=1, components=1, pool=50)  # of 300 zeros here, 100 ones there
+    mixtures = Mixtures(
+        num_classes=1, in_channels=1, components=1, pool=50
+    )  # of 300 zeros here, 100 ones there
     mixtures.fit(
-        lambda: [(torch.full((1, 1, 1, 300 - 200 * rank), float(rank)), torch.zeros(1, 1, 300 - 200 * rank), None)]
+        lambda: [
+            (
+                torch.full((1, 1, 1, 300 - 200 * rank), float(rank)),
+                torch.zeros(1, 1, 300 - 200 * rank),
+                None,
+            )
+        ]
     )
     assert abs(mixtures.means().item() - 0.25) < 1e-6
     assert (
@@ -532,7 +594,9 @@ print(size()[1] - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory as Linux counts it")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="measures memory as Linux counts it"
+)
 def test_working_memory_is_a_few_chunks():
     """8192 vectors x 128 are 4 MiB; a tensor N x M x D of them 32 MiB."""
     command = [sys.executable, "-c", MEMORY]
@@ -562,10 +626,19 @@ def test_pair_means_are_one_hot_products_divided_by_counts(layout):
     assert means.shape == (3, 5, D) and present.shape == (3, 5)
     one_hot = torch.eye(256).double()[labels.flatten(1)][..., :5]  # (B, N, K)
     counts = one_hot.sum(1)
-    expected = one_hot.transpose(1, 2) @ features.flatten(2).transpose(1, 2) / counts.clamp_min(1)[..., None]
+    expected = (
+        one_hot.transpose(1, 2)
+        @ features.flatten(2).transpose(1, 2)
+        / counts.clamp_min(1)[..., None]
+    )
     torch.testing.assert_close(means, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(present, counts > 0)
-    assert not means[~present].any() and not present[:, 4].any() and not present[2].any() and present[0, 0]
+    assert (
+        not means[~present].any()
+        and not present[:, 4].any()
+        and not present[2].any()
+        and present[0, 0]
+    )
     sums, numbers = class_sums(features, labels, 5)
     each, number = class_sums(features, labels, 5, per_image=True)
     torch.testing.assert_close((each.sum(0), number.sum(0)), (sums, numbers))
@@ -574,15 +647,21 @@ def test_pair_means_are_one_hot_products_divided_by_counts(layout):
 def test_pair_means_of_a_constant_map_are_that_constant():
     _, labels = images()
     constant = torch.randn(D).double()
-    means, present = Pair(num_classes=5, in_channels=D).pair_means(constant.view(1, D, 1, 1).expand(3, D, 5, 4), labels)
-    torch.testing.assert_close(means[present], constant.expand(int(present.sum()), D), rtol=1e-14, atol=1e-14)
+    means, present = Pair(num_classes=5, in_channels=D).pair_means(
+        constant.view(1, D, 1, 1).expand(3, D, 5, 4), labels
+    )
+    torch.testing.assert_close(
+        means[present], constant.expand(int(present.sum()), D), rtol=1e-14, atol=1e-14
+    )
 
 
 def test_pair_means_keep_the_graph_and_the_images_apart():
     features, labels = images()
     pair = Pair(num_classes=5, in_channels=D)
     state = {key: value.clone() for key, value in pair.state_dict().items()}
-    assert torch.autograd.gradcheck(lambda x: pair.pair_means(x, labels)[0], features.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: pair.pair_means(x, labels)[0], features.requires_grad_()
+    )
     means, _ = pair.pair_means(features, labels)
     (gradient,) = torch.autograd.grad(means[0].sum(), features)
     assert not gradient[1:].any() and (gradient[0][:, labels[0] != 255] > 0).all()

@@ -76,7 +76,9 @@ def test_segformer_has_its_published_size(size):
     assert parts[0].depths == STAGES[size][0]
 
 
-@pytest.mark.parametrize("size, encoder, total", [("b0", 3_319_392, 3_752_694), ("b5", 81_443_008, 82_007_382)])
+@pytest.mark.parametrize(
+    "size, encoder, total", [("b0", 3_319_392, 3_752_694), ("b5", 81_443_008, 82_007_382)]
+)
 def test_segformer_with_256_channels_has_exactly_these_parameters(size, encoder, total):
     parts = segformer(size, 256)
     assert (count(parts[0]), count(*parts)) == (encoder, total)
@@ -87,7 +89,16 @@ def expected_names(depths):
     names = set()
     for s, (depth, reduction) in enumerate(zip(depths, REDUCTIONS), 1):
         layers = [f"patch_embed{s}.proj", f"patch_embed{s}.norm", f"norm{s}"]
-        inner = ["norm1", "norm2", "attn.q", "attn.kv", "attn.proj", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2"]
+        inner = [
+            "norm1",
+            "norm2",
+            "attn.q",
+            "attn.kv",
+            "attn.proj",
+            "mlp.fc1",
+            "mlp.dwconv.dwconv",
+            "mlp.fc2",
+        ]
         inner += ["attn.sr", "attn.norm"] if reduction > 1 else []
         layers += [f"block{s}.{i}.{layer}" for i in range(depth) for layer in inner]
         names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -104,8 +115,12 @@ def test_mit_starts_as_the_release_does():
     state = MiT(size="b0", weights="none").state_dict()
     assert all((value == 0).all() for key, value in state.items() if key.endswith("bias"))
     assert state["block4.1.mlp.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-    assert state["block4.1.mlp.dwconv.dwconv.weight"].std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
-    assert state["patch_embed4.proj.weight"].std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.05)
+    assert state["block4.1.mlp.dwconv.dwconv.weight"].std().item() == pytest.approx(
+        math.sqrt(2 / 9), rel=0.05
+    )
+    assert state["patch_embed4.proj.weight"].std().item() == pytest.approx(
+        math.sqrt(2 / (9 * 256)), rel=0.05
+    )
 
 
 def plain_mit(state, image, depths=(2, 2, 2, 2)):
@@ -118,7 +133,10 @@ def plain_mit(state, image, depths=(2, 2, 2, 2)):
 
     def norm(name, x, eps):
         y = x - x.mean(-1, keepdim=True)
-        return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return (
+            y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
 
     def conv(name, x, **options):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
@@ -143,7 +161,11 @@ def plain_mit(state, image, depths=(2, 2, 2, 2)):
     def mlp(name, x, h, w):
         y = linear(f"{name}.fc1", x)
         b, _, c = y.shape
-        y = tokens(conv(f"{name}.dwconv.dwconv", y.transpose(1, 2).reshape(b, c, h, w), padding=1, groups=c))
+        y = tokens(
+            conv(
+                f"{name}.dwconv.dwconv", y.transpose(1, 2).reshape(b, c, h, w), padding=1, groups=c
+            )
+        )
         return linear(f"{name}.fc2", y * 0.5 * (1 + torch.erf(y / math.sqrt(2))))
 
     maps = []
@@ -153,7 +175,14 @@ def plain_mit(state, image, depths=(2, 2, 2, 2)):
         b, c, h, w = x.shape
         x = norm(f"patch_embed{s}.norm", tokens(x), 1e-5)
         for name in (f"block{s}.{i}" for i in range(depths[s - 1])):
-            x = x + attention(f"{name}.attn", norm(f"{name}.norm1", x, 1e-6), h, w, HEADS[s - 1], REDUCTIONS[s - 1])
+            x = x + attention(
+                f"{name}.attn",
+                norm(f"{name}.norm1", x, 1e-6),
+                h,
+                w,
+                HEADS[s - 1],
+                REDUCTIONS[s - 1],
+            )
             x = x + mlp(f"{name}.mlp", norm(f"{name}.norm2", x, 1e-6), h, w)
         x = norm(f"norm{s}", x, 1e-6).transpose(1, 2).reshape(b, c, h, w)
         maps.append(x)
@@ -166,7 +195,9 @@ def test_mit_is_the_plain_forward_pass(size):
     image = torch.rand(2, 3, *size).double()
     with torch.no_grad():
         maps, expected = backbone(image), plain_mit(backbone.state_dict(), image)
-    for x, y, channels, stride in zip(maps, expected, (32, 64, 160, 256), (4, 8, 16, 32), strict=True):
+    for x, y, channels, stride in zip(
+        maps, expected, (32, 64, 160, 256), (4, 8, 16, 32), strict=True
+    ):
         assert x.shape == (2, channels, *(math.ceil(n / stride) for n in size))
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
 
@@ -175,7 +206,9 @@ def test_mit_norms_have_the_eps_of_the_release():
     backbone = MiT(size="b0", weights="none")
     for name, module in backbone.named_modules():
         if isinstance(module, nn.LayerNorm):
-            assert module.eps == (1e-5 if "patch_embed" in name or "attn.norm" in name else 1e-6), name
+            assert module.eps == (1e-5 if "patch_embed" in name or "attn.norm" in name else 1e-6), (
+                name
+            )
 
 
 def nvidia_file(state):
@@ -187,7 +220,10 @@ def nvidia_segmentor_file(state):
     """A whole SegFormer, wrapped."""
     names = ("linear_c1.proj.weight", "linear_fuse.conv.weight", "linear_pred.weight")
     head = {f"decode_head.{name}": torch.zeros(1) for name in names}
-    return {"meta": {"epoch": 3}, "state_dict": {f"backbone.{k}": v for k, v in state.items()} | head}
+    return {
+        "meta": {"epoch": 3},
+        "state_dict": {f"backbone.{k}": v for k, v in state.items()} | head,
+    }
 
 
 def hugging_face(state, prefix):
@@ -207,7 +243,9 @@ def hugging_face(state, prefix):
     for s, (depth, reduction) in enumerate(zip((2, 2, 2, 2), REDUCTIONS)):
         for kind in ("bias", "weight"):
             renamed[f"patch_embeddings.{s}.proj.{kind}"] = state[f"patch_embed{s + 1}.proj.{kind}"]
-            renamed[f"patch_embeddings.{s}.layer_norm.{kind}"] = state[f"patch_embed{s + 1}.norm.{kind}"]
+            renamed[f"patch_embeddings.{s}.layer_norm.{kind}"] = state[
+                f"patch_embed{s + 1}.norm.{kind}"
+            ]
             renamed[f"layer_norm.{s}.{kind}"] = state[f"norm{s + 1}.{kind}"]
             for i in range(depth):
                 old, new = f"block{s + 1}.{i}", f"block.{s}.{i}"
@@ -228,7 +266,10 @@ def hugging_face_file(state):
 
 
 def hugging_face_segmentor_file(state):
-    head = {"decode_head.linear_c.0.proj.weight": torch.zeros(1), "decode_head.batch_norm.running_var": torch.zeros(1)}
+    head = {
+        "decode_head.linear_c.0.proj.weight": torch.zeros(1),
+        "decode_head.batch_norm.running_var": torch.zeros(1),
+    }
     return {"model": hugging_face(state, "module.segformer.encoder.") | head}
 
 
@@ -241,7 +282,15 @@ FILES = [
     lambda state: hugging_face(state, "encoder."),
     lambda state: hugging_face(state, ""),
 ]
-NAMES = ["own", "nvidia", "nvidia, whole", "hugging face", "hugging face, whole", "encoder.", "no prefix"]
+NAMES = [
+    "own",
+    "nvidia",
+    "nvidia, whole",
+    "hugging face",
+    "hugging face, whole",
+    "encoder.",
+    "no prefix",
+]
 
 
 @pytest.mark.parametrize("write", FILES, ids=NAMES)
@@ -262,10 +311,19 @@ def test_mit_weights_that_do_not_fit_are_an_error(mit, tmp_path):
     torch.save({k: v for k, v in state.items() if not k.startswith("block4.1.attn.q")}, path)
     with pytest.raises(WeightsError, match=r"2 missing \(block4\.1\.attn\.q\."):
         MiT(size="b0", weights=path)
-    torch.save(hugging_face(state, "") | {"encoder.block.4.0.mlp.dense1.weight": torch.zeros(1)}, path)
+    torch.save(
+        hugging_face(state, "") | {"encoder.block.4.0.mlp.dense1.weight": torch.zeros(1)}, path
+    )
     with pytest.raises(WeightsError, match=r"1 unexpected \(block5\.0\.mlp\.fc1\.weight\)"):
         MiT(size="b0", weights=path)
-    torch.save({k: v for k, v in hugging_face(state, "").items() if k != "block.0.0.attention.self.key.bias"}, path)
+    torch.save(
+        {
+            k: v
+            for k, v in hugging_face(state, "").items()
+            if k != "block.0.0.attention.self.key.bias"
+        },
+        path,
+    )
     with pytest.raises(WeightsError, match=r"block1\.0\.attn\.kv\.bias \(32,\) -> \(64,\)"):
         MiT(size="b0", weights=path)
     torch.save(state, path)
@@ -303,7 +361,11 @@ def test_mit_asks_for_the_bias_of_every_block_and_gives_it_to_that_one(mit):
     entered, got, calls, handles = [], [], [], []
     for s in range(1, 5):
         for block in getattr(mit, f"block{s}"):
-            handles.append(block.register_forward_pre_hook(lambda m, a: entered.append(a[0].permute(0, 3, 1, 2))))
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda m, a: entered.append(a[0].permute(0, 3, 1, 2))
+                )
+            )
             handles.append(block.attn.register_forward_pre_hook(lambda m, a: got.append(a[1])))
     given = {(3, 1): torch.zeros(1, 1, 1, 4), (4, 0): torch.ones(1, 1, 1, 6)}
 
@@ -315,7 +377,9 @@ def test_mit_asks_for_the_bias_of_every_block_and_gives_it_to_that_one(mit):
     for handle in handles:
         handle.remove()
     keys = [keys for _, keys in grids(mit, (70, 49))]
-    assert [(s, i, k) for s, i, _, k in calls] == [(s, i, keys[s - 1]) for s in range(1, 5) for i in range(2)]
+    assert [(s, i, k) for s, i, _, k in calls] == [
+        (s, i, keys[s - 1]) for s in range(1, 5) for i in range(2)
+    ]
     assert keys == [(2, 1), (2, 1), (2, 2), (3, 2)]
     assert all(torch.equal(x, y) for (_, _, x, _), y in zip(calls, entered, strict=True))
     assert all(value is given.get((s, i)) for (s, i, *_), value in zip(calls, got, strict=True))
@@ -327,7 +391,10 @@ def test_minus_infinity_hides_a_key(stage):
     attention = randomized(getattr(MiT(size="b0", weights="none"), f"block{stage}")[0]).attn
     heads, reduction = HEADS[stage - 1], REDUCTIONS[stage - 1]
     channels = attention.q.in_features
-    h, w = 3 * reduction + reduction // 2, 2 * reduction  # 3 x 2 keys; the rows at the bottom belong to none
+    h, w = (
+        3 * reduction + reduction // 2,
+        2 * reduction,
+    )  # 3 x 2 keys; the rows at the bottom belong to none
     x = torch.randn(2, h, w, channels)
     bias = torch.zeros(2, 1, 1, 6)
     bias[0, ..., 3] = -torch.inf  # row 1, column 1, first image only
@@ -337,7 +404,9 @@ def test_minus_infinity_hides_a_key(stage):
     assert masked.isfinite().all()
     elsewhere = torch.ones(h, w, dtype=torch.bool)
     elsewhere[reduction : 2 * reduction, reduction : 2 * reduction] = False
-    torch.testing.assert_close(masked[0][elsewhere], torch.zeros_like(masked[0][elsewhere]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        masked[0][elsewhere], torch.zeros_like(masked[0][elsewhere]), atol=1e-5, rtol=0
+    )
     assert (free[0][elsewhere].abs().amax(1) > 1e-3).float().mean() > 0.9
     torch.testing.assert_close(masked[1], free[1])
     # One head only: the channels of the other heads see the key.
@@ -357,7 +426,9 @@ def test_bias_multiplies_attention_weights_and_has_a_gradient():
     q, (k, v) = attention.q(x).flatten(1, 2), attention.kv(x).flatten(1, 2).split(256, -1)
     parts = []
     for head in torch.arange(256).chunk(8):
-        weights = (q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(32)).softmax(-1) * factor[:, 0]
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(32)).softmax(
+            -1
+        ) * factor[:, 0]
         parts.append(weights / weights.sum(-1, keepdim=True) @ v[..., head])
     torch.testing.assert_close(actual, attention.proj(torch.cat(parts, -1)).view_as(actual))
     single = attention.float()(x.float(), bias)  # a bias of another precision than the features
@@ -388,7 +459,11 @@ def test_mit_bias_follows_the_precision_of_the_attention_and_gradients_flow_thro
 
 def test_drop_path_grows_over_the_depth_and_is_inactive_in_eval():
     backbone = MiT(size="b2", drop_path=0.3, weights="none")
-    rates = [module.drop_path.p for name, module in backbone.named_modules() if hasattr(module, "drop_path")]
+    rates = [
+        module.drop_path.p
+        for name, module in backbone.named_modules()
+        if hasattr(module, "drop_path")
+    ]
     assert rates == pytest.approx([0.3 * i / 15 for i in range(16)])
     image = torch.rand(2, 3, 32, 32)
     backbone = randomized(MiT(size="b0", drop_path=1.0, weights="none"))
@@ -398,7 +473,9 @@ def test_drop_path_grows_over_the_depth_and_is_inactive_in_eval():
     backbone.train()
     x = torch.randn(2, 4, 4, 256)
     assert torch.equal(backbone.block4[1](x), x)  # the last block is always left out
-    assert not torch.equal(backbone.block1[0](y := torch.randn(2, 8, 8, 32)), y)  # the first one never
+    assert not torch.equal(
+        backbone.block1[0](y := torch.randn(2, 8, 8, 32)), y
+    )  # the first one never
 
 
 def test_drop_path_is_drawn_for_each_image():
@@ -454,7 +531,10 @@ def test_stems_start_equal_from_a_file_and_share_no_tensor(tmp_path):
     image = torch.rand(1, 3, 65, 49)
     shared = resnet("shared", str(tmp_path / "resnet18.pth")).eval()
     for domain in ("source", "target"):
-        assert all(torch.equal(x, y) for x, y in zip(backbone(image, domain), shared(image, domain), strict=True))
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(backbone(image, domain), shared(image, domain), strict=True)
+        )
 
 
 def test_domain_chooses_the_stem_and_its_statistics():
@@ -464,14 +544,20 @@ def test_domain_chooses_the_stem_and_its_statistics():
         expected = backbone(image, "target")
         for parameter in backbone.source.parameters():
             parameter.add_(0.1)
-        assert all(torch.equal(x, y) for x, y in zip(backbone(image), expected))  # target is the default
+        assert all(
+            torch.equal(x, y) for x, y in zip(backbone(image), expected)
+        )  # target is the default
         assert not any(torch.equal(x, y) for x, y in zip(backbone(image, "source"), expected))
         backbone.train()
         before = {key: value.clone() for key, value in backbone.state_dict().items()}
         backbone(image, "source")
-    moved = {key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert "source.bn1.running_mean" in moved and "source.layer1.0.bn1.running_var" in moved
-    assert "layer2.0.bn1.running_mean" in moved and not [key for key in moved if key.startswith(STEM)]
+    assert "layer2.0.bn1.running_mean" in moved and not [
+        key for key in moved if key.startswith(STEM)
+    ]
 
 
 def test_unknown_domain_is_an_error_where_stems_differ():
@@ -493,7 +579,11 @@ def test_a_step_with_both_views_reaches_every_parameter_and_each_stem_only_by_it
         model.zero_grad()
         outputs[domain].logits.square().sum().backward(retain_graph=True)
         without[domain] = {name for name, p in model.named_parameters() if p.grad is None}
-        names = {name for name, _ in model.named_parameters() if name.startswith(tuple(other + s for s in STEM))}
+        names = {
+            name
+            for name, _ in model.named_parameters()
+            if name.startswith(tuple(other + s for s in STEM))
+        }
         assert without[domain] == names
     assert not without["source"] & without["target"]
 
@@ -509,7 +599,9 @@ def test_deeplabv2_with_the_sum_is_the_head_of_the_release(rates):
     for conv in decoder.branches:
         nn.init.normal_(conv.bias)
     maps = [x.double() for x in maps]
-    classifier = BranchSum(in_channels=decoder.channels, num_classes=num_classes, branches=len(rates)).double()
+    classifier = BranchSum(
+        in_channels=decoder.channels, num_classes=num_classes, branches=len(rates)
+    ).double()
     head = [nn.Conv2d(16, num_classes, 3, padding=rate, dilation=rate).double() for rate in rates]
     for theirs, ours in zip(head, decoder.branches):
         theirs.load_state_dict(ours.state_dict())
@@ -520,7 +612,9 @@ def test_deeplabv2_with_the_sum_is_the_head_of_the_release(rates):
     assert features.shape == (2, len(rates) * num_classes, 20, 15)
     torch.testing.assert_close(classifier(features), logits, rtol=1e-12, atol=1e-12)
     # The class vectors are what the sum multiplies by.
-    assert {*classifier.means().unique().tolist()} == {0.0, 1.0} and (classifier.means().sum(1) == len(rates)).all()
+    assert {*classifier.means().unique().tolist()} == {0.0, 1.0} and (
+        classifier.means().sum(1) == len(rates)
+    ).all()
     product = torch.einsum("kd,bdhw->bkhw", classifier.means(), features)
     torch.testing.assert_close(product, logits, rtol=1e-12, atol=1e-12)
 
@@ -530,14 +624,18 @@ def test_deeplabv2_of_bcl_has_76_channels_and_starts_small():
     assert decoder.channels == 76
     assert [conv.dilation for conv in decoder.branches] == [(6, 6), (12, 12), (18, 18), (24, 24)]
     weights = torch.cat([conv.weight.flatten() for conv in decoder.branches])
-    assert weights.std().item() == pytest.approx(0.01, rel=0.01) and abs(weights.mean().item()) < 1e-4
+    assert (
+        weights.std().item() == pytest.approx(0.01, rel=0.01) and abs(weights.mean().item()) < 1e-4
+    )
     assert all((conv.bias == 0).all() for conv in decoder.branches)
 
 
 def test_branch_sum_needs_the_channels_of_its_branches_and_has_no_state():
     message = r"4 x 19 = 76 feature channels, and the decoder has 256: set model\.decoder\.width=19"
     with pytest.raises(ConfigError, match=message):
-        build("models.classifiers", {"name": "branch_sum.BranchSum"}, in_channels=256, num_classes=19)
+        build(
+            "models.classifiers", {"name": "branch_sum.BranchSum"}, in_channels=256, num_classes=19
+        )
     classifier = BranchSum(in_channels=76, num_classes=19)
     assert not list(classifier.parameters()) and not classifier.state_dict()
 
@@ -557,7 +655,10 @@ def test_daformer_decoder_has_its_published_size():
 
 
 def test_daformer_features_have_the_size_of_the_finest_map():
-    maps = [torch.randn(2, c, *size) for c, size in ((8, (25, 17)), (16, (13, 9)), (24, (7, 5)), (32, (4, 3)))]
+    maps = [
+        torch.randn(2, c, *size)
+        for c, size in ((8, (25, 17)), (16, (13, 9)), (24, (7, 5)), (32, (4, 3)))
+    ]
     decoder = DAFormer(in_channels=[8, 16, 24, 32], width=12).eval()
     assert decoder(maps).shape == (2, 12, 25, 17) and decoder.channels == 12
 
@@ -574,7 +675,11 @@ def test_daformer_context_reaches_as_far_as_its_largest_rate():
 
 # --- configurations --------------------------------------------------------------------------------------------------
 
-NETWORKS = [("deeplabv2_r101", 19, 76, 8), ("mit_b5_daformer", 19, 256, 4), ("mit_b0_segformer", 150, 256, 4)]
+NETWORKS = [
+    ("deeplabv2_r101", 19, 76, 8),
+    ("mit_b5_daformer", 19, 256, 4),
+    ("mit_b0_segformer", 150, 256, 4),
+]
 
 
 @pytest.mark.parametrize("name, num_classes, channels, stride", NETWORKS)
@@ -597,7 +702,9 @@ def test_only_the_named_views_move_the_running_statistics():
         torch.manual_seed(1)
         backbone = ResNet(depth=18, stages=3, weights="none")
         decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
-        network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=bn_views)
+        network = Segmentor(
+            backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=bn_views
+        )
         outputs = network(given)
         return outputs, network.backbone.bn1
 
@@ -606,13 +713,17 @@ def test_only_the_named_views_move_the_running_statistics():
     assert torch.equal(norm.running_mean, expected.running_mean) and norm.momentum == 0.1
     assert not torch.equal(run([])[1].running_mean, expected.running_mean)
     assert torch.equal(outputs["target"].logits, alone["target"].logits)
-    with pytest.raises(UserError, match=r"model\.bn_views names strong; the views are source, target"):
+    with pytest.raises(
+        UserError, match=r"model\.bn_views names strong; the views are source, target"
+    ):
         run(["strong"])
 
 
 def test_a_resnet_for_weights_of_plain_pixels_does_not_normalise():
     state = resnet18().state_dict()
-    nets = [ResNet(depth=18, weights="none", normalize=kind).eval() for kind in ("none", "imagenet")]
+    nets = [
+        ResNet(depth=18, weights="none", normalize=kind).eval() for kind in ("none", "imagenet")
+    ]
     for net in nets:
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc")})
     image = torch.rand(1, 3, 32, 32)
@@ -629,7 +740,9 @@ def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
     one = {"source": View(torch.rand(1, 3, 32, 32), "source")}
     network.eval()(one)
     monkeypatch.setattr("engine.distributed.world_size", lambda: 2)
-    with pytest.raises(UserError, match="per_domain on several processes needs views of both domains"):
+    with pytest.raises(
+        UserError, match="per_domain on several processes needs views of both domains"
+    ):
         network(one)
     network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
 
@@ -642,19 +755,29 @@ def test_ibn_takes_plain_weights_and_its_own(tmp_path):
     for value in plain.state_dict().values():
         if value.is_floating_point():
             value.uniform_(0.5, 1.5)
-    torch.save({"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "a.pt")
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}},
+        tmp_path / "a.pt",
+    )
     network = ResNet(depth=18, ibn="a", weights=str(tmp_path / "a.pt"))
     norm = network.layer2[0].bn1
     assert isinstance(norm, IBN) and not isinstance(network.layer4[0].bn1, IBN)
     expected = plain.layer2[0].bn1
-    assert torch.equal(norm.IN.weight, expected.weight[:64]) and torch.equal(norm.BN.bias, expected.bias[64:])
+    assert torch.equal(norm.IN.weight, expected.weight[:64]) and torch.equal(
+        norm.BN.bias, expected.bias[64:]
+    )
     assert torch.equal(norm.BN.running_var, expected.running_var[64:])
     x = torch.randn(2, 128, 5, 6)
     found = norm.eval()(x)
     torch.testing.assert_close(found[:, 64:], expected.eval()(x)[:, 64:])
-    mean, deviation = x[:, :64].mean((2, 3), keepdim=True), x[:, :64].std((2, 3), keepdim=True, correction=0)
+    mean, deviation = (
+        x[:, :64].mean((2, 3), keepdim=True),
+        x[:, :64].std((2, 3), keepdim=True, correction=0),
+    )
     scaled = (x[:, :64] - mean) / (deviation**2 + 1e-5).sqrt() * norm.IN.weight[:, None, None]
     torch.testing.assert_close(found[:, :64], scaled + norm.IN.bias[:, None, None])
     torch.save(network.state_dict(), tmp_path / "b.pt")
     again = ResNet(depth=18, ibn="a", weights=str(tmp_path / "b.pt"))
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items()
+    )

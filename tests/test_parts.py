@@ -35,19 +35,30 @@ ROOT = Path(__file__).parent.parent
 def write_camvid(root):
     """Two frames in the layout images/<split>/, labels/<split>/."""
     for i in range(2):
-        write_pair(root / "images" / "train" / f"{i}.jpg", root / "labels" / "train" / f"{i}.png", classes=11)
+        write_pair(
+            root / "images" / "train" / f"{i}.jpg",
+            root / "labels" / "train" / f"{i}.png",
+            classes=11,
+        )
     return {"root": str(root)}
 
 
 def write_folder(root):
     for i in range(2):
-        write_pair(root / "images" / "train" / f"{i}.jpg", root / "labels" / "train" / f"{i}.png", classes=3)
+        write_pair(
+            root / "images" / "train" / f"{i}.jpg",
+            root / "labels" / "train" / f"{i}.png",
+            classes=3,
+        )
     return {"root": str(root), "classes": ["road", "car", "sky"]}
 
 
 def write_cityscapes(root):
     for i in range(2):
-        image, label = f"leftImg8bit/train/ulm/{i}_leftImg8bit.png", f"gtFine/train/ulm/{i}_gtFine_labelIds.png"
+        image, label = (
+            f"leftImg8bit/train/ulm/{i}_leftImg8bit.png",
+            f"gtFine/train/ulm/{i}_gtFine_labelIds.png",
+        )
         write_pair(root / image, root / label, classes=34)
     return {"root": str(root)}
 
@@ -70,14 +81,19 @@ def write_synthia(root):
 
 def write_acdc(root):
     for condition in ("fog", "night", "rain", "snow"):
-        image, label = f"{condition}/train/GP1/1_rgb_anon.png", f"{condition}/train/GP1/1_gt_labelTrainIds.png"
+        image, label = (
+            f"{condition}/train/GP1/1_rgb_anon.png",
+            f"{condition}/train/GP1/1_gt_labelTrainIds.png",
+        )
         write_pair(root / "rgb_anon" / image, root / "gt" / label, classes=19)
     return {"root": str(root)}
 
 
 def write_bdd100k(root):
     for i in range(2):
-        write_pair(root / f"images/train/{i}.jpg", root / f"labels/train/{i}_train_id.png", classes=19)
+        write_pair(
+            root / f"images/train/{i}.jpg", root / f"labels/train/{i}_train_id.png", classes=19
+        )
     return {"root": str(root)}
 
 
@@ -85,7 +101,9 @@ def write_mapillary(root):
     for i in range(2):
         label = root / f"training/labels/{i}.png"
         write_pair(root / f"training/images/{i}.jpg", label, classes=65)
-        Image.fromarray(np.array(Image.open(label)).clip(max=65)).save(label)  # 65 is its unlabelled
+        Image.fromarray(np.array(Image.open(label)).clip(max=65)).save(
+            label
+        )  # 65 is its unlabelled
     return {"root": str(root)}
 
 
@@ -115,7 +133,9 @@ def write_cocostuff10k(root):
 
 def write_cocostuff164k(root):
     for i in range(2):
-        write_pair(root / f"images/val2017/{i}.jpg", root / f"stuffthingmaps/val2017/{i}.png", classes=11)
+        write_pair(
+            root / f"images/val2017/{i}.jpg", root / f"stuffthingmaps/val2017/{i}.png", classes=11
+        )
     return {"root": str(root), "split": "val2017"}
 
 
@@ -146,10 +166,18 @@ def write_pair(image, label, classes, size=(48, 70)):
 TINY = Path(tempfile.mkdtemp())
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 for model, tower in {  # the smallest CLIPs
-    "tiny-RN": {"image_size": 64, "layers": [1, 1, 1, 2], "width": 16, "head_width": 64, "patch_size": None},
+    "tiny-RN": {
+        "image_size": 64,
+        "layers": [1, 1, 1, 2],
+        "width": 16,
+        "head_width": 64,
+        "patch_size": None,
+    },
     "tiny-ViT": {"image_size": 64, "layers": 6, "width": 32, "head_width": 16, "patch_size": 16},
 }.items():
-    (TINY / f"{model}.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": TEXT}))
+    (TINY / f"{model}.json").write_text(
+        json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": TEXT})
+    )
 open_clip.add_model_config(TINY)
 torch.save({"vectors": torch.randn(5, 20), "classes": list("abcde")}, TINY / "text.pt")
 
@@ -168,7 +196,10 @@ SMALL = {
     "upernet.UPerNet": {"width": 20},
     "queries.Queries": {"layers": 2, "heads": 2},
     "protoseg.ProtoSeg": {"per_class": 2},
-    "gmmseg.GMMSeg": {"components": 2, "width": 20},  # as many channels as features: means() lie in its own space
+    "gmmseg.GMMSeg": {
+        "components": 2,
+        "width": 20,
+    },  # as many channels as features: means() lie in its own space
     "camvid.CamVid": write_camvid,
     "folder.Folder": write_folder,
     "cityscapes.Cityscapes": write_cityscapes,
@@ -226,7 +257,9 @@ KINDS = {
 
 def modules(package):
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
-    return [m.name for m in found if f"{package}.{m.name}" not in HELPERS and not m.name.startswith("_")]
+    return [
+        m.name for m in found if f"{package}.{m.name}" not in HELPERS and not m.name.startswith("_")
+    ]
 
 
 def parts(package, module=None):
@@ -234,8 +267,16 @@ def parts(package, module=None):
     names = []
     for name in [module] if module else modules(package):
         members = vars(importlib.import_module(f"{package}.{name}"))
-        own = [c for c in members.values() if inspect.isclass(c) and c.__module__ == f"{package}.{name}"]
-        names += [f"{name}.{c.__name__}" for c in own if not c.__name__.startswith("_") and KINDS[package](c)]
+        own = [
+            c
+            for c in members.values()
+            if inspect.isclass(c) and c.__module__ == f"{package}.{name}"
+        ]
+        names += [
+            f"{name}.{c.__name__}"
+            for c in own
+            if not c.__name__.startswith("_") and KINDS[package](c)
+        ]
     return names
 
 
@@ -276,7 +317,10 @@ K, D = 5, 20  # every decoder has D channels: branch_sum.BranchSum needs 4 K
 
 def random_maps(size, strides, batch=2, dtype=torch.float32):
     channels = [8 * 2**i for i in range(len(strides))]
-    return [torch.randn(batch, c, -(-size[0] // s), -(-size[1] // s), dtype=dtype) for c, s in zip(channels, strides)]
+    return [
+        torch.randn(batch, c, -(-size[0] // s), -(-size[1] // s), dtype=dtype)
+        for c, s in zip(channels, strides)
+    ]
 
 
 def network_cases():
@@ -302,7 +346,9 @@ def network_cases():
         )
 
 
-CASES = [pytest.param(build_network, inputs, id=name) for name, build_network, inputs in network_cases()]
+CASES = [
+    pytest.param(build_network, inputs, id=name) for name, build_network, inputs in network_cases()
+]
 
 
 def flat(output):
@@ -329,7 +375,9 @@ def test_backbone_maps_agree_with_channels_and_strides(name, size):
 @pytest.mark.parametrize("name", parts("models.decoders"))
 def test_decoder_gives_one_map_of_its_channels(name, strides, size):
     maps = random_maps(size, strides)
-    decoder = make("models.decoders", name, in_channels=[x.shape[1] for x in maps], strides=list(strides))
+    decoder = make(
+        "models.decoders", name, in_channels=[x.shape[1] for x in maps], strides=list(strides)
+    )
     features = decoder(maps)
     assert features.shape[:2] == (2, decoder.channels)
     assert features.shape[-2:] in [x.shape[-2:] for x in maps]
@@ -343,7 +391,9 @@ def test_classifier_gives_logits_and_class_vectors(name):
 
 
 @pytest.mark.parametrize("build_network, inputs", CASES)
-def test_network_gradients_reach_every_trainable_parameter_with_a_batch_of_one(build_network, inputs):
+def test_network_gradients_reach_every_trainable_parameter_with_a_batch_of_one(
+    build_network, inputs
+):
     network = build_network().train()
     x = inputs(1, torch.float32)
     leaves = [leaf.requires_grad_() for leaf in flat(x)]
@@ -356,7 +406,9 @@ def test_network_gradients_reach_every_trainable_parameter_with_a_batch_of_one(b
 
 
 @pytest.mark.parametrize("build_network, inputs", CASES)
-def test_network_in_eval_mode_is_deterministic_and_survives_a_state_dict_round_trip(build_network, inputs, tmp_path):
+def test_network_in_eval_mode_is_deterministic_and_survives_a_state_dict_round_trip(
+    build_network, inputs, tmp_path
+):
     network = build_network()
     x = inputs(2, torch.float32)
     network.train()(x)  # so that batch statistics differ from their initial values
@@ -392,12 +444,18 @@ def test_network_can_be_built_without_memory(build_network, inputs):
 
 
 @pytest.mark.parametrize(
-    "backbone, decoder", list(itertools.product(parts("models.backbones"), parts("models.decoders")))
+    "backbone, decoder",
+    list(itertools.product(parts("models.backbones"), parts("models.decoders"))),
 )
 def test_every_backbone_fits_every_decoder_and_classifier(backbone, decoder):
     backbone = make("models.backbones", backbone)
-    decoder = make("models.decoders", decoder, in_channels=backbone.channels, strides=backbone.strides)
-    views = {"source": View(torch.rand(2, 3, 64, 96)), "target": View(torch.rand(1, 3, 65, 97), "target")}
+    decoder = make(
+        "models.decoders", decoder, in_channels=backbone.channels, strides=backbone.strides
+    )
+    views = {
+        "source": View(torch.rand(2, 3, 64, 96)),
+        "target": View(torch.rand(1, 3, 65, 97), "target"),
+    }
     for name in parts("models.classifiers"):
         classifier = make("models.classifiers", name, in_channels=decoder.channels, num_classes=K)
         model = Segmentor(backbone, decoder, classifier)
@@ -436,7 +494,9 @@ def labelled(classes, batch=2, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(classes)[torch.randint(len(classes), (batch, 9, 7), generator=generator)]
     labels[:, 0] = 255
-    features = torch.randn(batch, D, 9, 7, generator=generator) + 2 * torch.eye(K, D)[labels % K].permute(0, 3, 1, 2)
+    features = torch.randn(batch, D, 9, 7, generator=generator) + 2 * torch.eye(K, D)[
+        labels % K
+    ].permute(0, 3, 1, 2)
     return features.to(dtype), labels
 
 
@@ -456,7 +516,11 @@ def test_prototypes_have_the_shapes_of_the_family(name):
     assert prototypes.score(features).shape == (2, K, 9, 7)
     assert prototypes.score(features).isfinite().all()
     assert prototypes.means().shape == (K, D)
-    assert prototypes.seen.shape == (K,) and prototypes.seen.dtype == torch.bool and prototypes.seen.all()
+    assert (
+        prototypes.seen.shape == (K,)
+        and prototypes.seen.dtype == torch.bool
+        and prototypes.seen.all()
+    )
 
 
 @MEMBERS
@@ -469,7 +533,9 @@ def test_prototype_scores_have_a_gradient_and_keep_float64(name):
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
     score = prototypes.double().score(features.double())
     assert score.dtype == torch.float64
-    torch.testing.assert_close(score.float(), prototypes.float().score(features), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        score.float(), prototypes.float().score(features), rtol=1e-4, atol=1e-4
+    )
 
 
 @MEMBERS
@@ -482,7 +548,9 @@ def test_prototype_state_lies_in_buffers_of_at_least_float32(name):
     assert not list(prototypes.parameters())
     assert {key for key, _ in prototypes.named_buffers()} == {*prototypes.state_dict()}
     floating = [b for b in prototypes.buffers() if b.is_floating_point()]
-    assert floating and all(b.dtype in (torch.float32, torch.float64) and b.isfinite().all() for b in floating)
+    assert floating and all(
+        b.dtype in (torch.float32, torch.float64) and b.isfinite().all() for b in floating
+    )
     assert not any(b.requires_grad for b in prototypes.buffers())
 
 
@@ -567,30 +635,65 @@ def evaluate(name, classes, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     outputs, labels, samples, leaves = {}, {}, {}, []
     for number, view in enumerate(("source", "target", "strong")):
-        logits = torch.randn(2, K, 9, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        features = torch.randn(2, D, 9, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        logits = (
+            torch.randn(2, K, 9, 7, generator=generator, dtype=torch.float64)
+            .to(dtype)
+            .requires_grad_()
+        )
+        features = (
+            torch.randn(2, D, 9, 7, generator=generator, dtype=torch.float64)
+            .to(dtype)
+            .requires_grad_()
+        )
         ids = torch.tensor(classes)[torch.randint(len(classes), (2, 18, 14), generator=generator)]
         ids[:, :4] = 255
-        aux = {"embedding": F.normalize(features, dim=1), "prototypes": logits[:, :, :4, :5].flatten(2)}
+        aux = {
+            "embedding": F.normalize(features, dim=1),
+            "prototypes": logits[:, :, :4, :5].flatten(2),
+        }
         aux |= {"domain": logits[:, 0, :2, :3], "auxiliary": logits[:, :, ::2, ::2]}
-        aux |= dict.fromkeys(("cosines", "densities"), logits[:, :, None] * logits.new_tensor([1, -1])[:, None, None])
+        aux |= dict.fromkeys(
+            ("cosines", "densities"), logits[:, :, None] * logits.new_tensor([1, -1])[:, None, None]
+        )
         outputs[view], labels[view] = Output(logits, features, aux), ids
         samples[view] = torch.tensor([4, 9]) + number
         leaves += [logits, features]
     valid = {view: (ids != 255).sum() for view, ids in labels.items()}
     kept = {"strong": (labels["strong"] != 255).to(dtype)}
-    drawn = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(dtype) for leaf in leaves[:2]]
+    drawn = [
+        torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(dtype)
+        for leaf in leaves[:2]
+    ]
     teacher = Output(*drawn, {})
-    members = {"classifier": make("models.classifiers", "linear.Linear", in_channels=D, num_classes=K).to(dtype)}
+    members = {
+        "classifier": make("models.classifiers", "linear.Linear", in_channels=D, num_classes=K).to(
+            dtype
+        )
+    }
     peer = make("models.classifiers", "protoseg.ProtoSeg", in_channels=D, num_classes=K)
-    members["classifier"].assign = peer.assign  # what losses ask of a classifier with several components per class
-    members |= {name: make("models.prototypes", "basis.OrthogonalBasis", in_channels=D, num_classes=K).to(dtype)
-                for name in ("text", "visual")}  # fmt: skip
+    members[
+        "classifier"
+    ].assign = peer.assign  # what losses ask of a classifier with several components per class
+    members |= {
+        name: make("models.prototypes", "basis.OrthogonalBasis", in_channels=D, num_classes=K).to(
+            dtype
+        )
+        for name in ("text", "visual")
+    }
     loss = make("losses", name, num_classes=K, in_channels=D, seed=0)
     value = call(
-        loss, outputs=outputs, labels=labels, weights=kept, valid=valid, samples=samples, prototypes=members, step=5,
-        teacher=teacher, iters=10, tower=drawn[1],
-    )  # fmt: skip
+        loss,
+        outputs=outputs,
+        labels=labels,
+        weights=kept,
+        valid=valid,
+        samples=samples,
+        prototypes=members,
+        step=5,
+        teacher=teacher,
+        iters=10,
+        tower=drawn[1],
+    )
     return value, leaves
 
 
@@ -636,11 +739,20 @@ def test_loss_of_a_single_class_is_finite(name):
     assert value.isfinite() and all(g.isfinite().all() for g in gradients(value, leaves))
 
 
-WAITING = {"item", "nonzero", "unique", "tolist", "cpu", "numpy"}  # methods that make the CPU wait for a GPU
+WAITING = {
+    "item",
+    "nonzero",
+    "unique",
+    "tolist",
+    "cpu",
+    "numpy",
+}  # methods that make the CPU wait for a GPU
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*(ROOT / "losses").glob("*.py"), ROOT / "engine" / "statistics.py"]), ids=lambda p: p.name
+    "path",
+    sorted([*(ROOT / "losses").glob("*.py"), ROOT / "engine" / "statistics.py"]),
+    ids=lambda p: p.name,
 )
 def test_losses_never_wait_for_the_gpu(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
@@ -678,7 +790,9 @@ def test_dataset_samples_keep_the_contract(name, tmp_path):
         assert ((label < len(data.CLASSES)) | (label == 255)).all() and (label != 255).any()
         assert sample["index"] == sample["sample"] == i
     assert data[0, 17]["index"] == 0 and data[0, 17]["sample"] == 17
-    assert torch.equal(data[0]["image"], samples[0]["image"]) and torch.equal(data[0]["label"], samples[0]["label"])
+    assert torch.equal(data[0]["image"], samples[0]["image"]) and torch.equal(
+        data[0]["label"], samples[0]["label"]
+    )
 
 
 @DATASETS
@@ -686,7 +800,9 @@ def test_dataset_augmentation_is_a_function_of_the_sample_number(name, tmp_path)
     data = dataset(name, tmp_path, augment=Augment(crop=[32, 40], color=[0.3, 0.3, 0.3, 0.05]))
     first, again, other = data[0, 5], data[0, 5], data[0, 6]
     assert first["image"].shape == (3, 32, 40) and first["label"].shape == (32, 40)
-    assert torch.equal(first["image"], again["image"]) and torch.equal(first["label"], again["label"])
+    assert torch.equal(first["image"], again["image"]) and torch.equal(
+        first["label"], again["label"]
+    )
     assert not torch.equal(first["image"], other["image"])
     assert default_collate([first, other])["image"].shape == (2, 3, 32, 40)
 
@@ -737,12 +853,19 @@ def files(*packages):
     return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", files("models", "losses", "datasets"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", files("models", "losses", "datasets"), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_parts_import_only_their_own_folder_and_the_leaves_of_the_engine(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     package = module.rpartition(".")[0]
     allowed = [package] if package != "models" else []
-    allowed += [*LEAVES, *itertools.chain.from_iterable(names for key, names in EXTRA.items() if under(module, [key]))]
+    allowed += [
+        *LEAVES,
+        *itertools.chain.from_iterable(
+            names for key, names in EXTRA.items() if under(module, [key])
+        ),
+    ]
     assert not [name for name in imports(path, lazy=True) if not under(name, allowed)]
 
 

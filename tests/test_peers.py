@@ -21,12 +21,30 @@ from tests.runs import as_two_processes, assert_same_state, last, train
 
 K, M, D = 4, 3, 12
 PEERS = {
-    "ProtoSeg": lambda **o: ProtoSeg(**{"in_channels": D, "num_classes": K, "per_class": M, "momentum": 0.9} | o),
+    "ProtoSeg": lambda **o: ProtoSeg(
+        **{"in_channels": D, "num_classes": K, "per_class": M, "momentum": 0.9} | o
+    ),
     "DNC": lambda **o: ProtoSeg(
-        **{"in_channels": D, "num_classes": K, "per_class": M, "momentum": 0.5, "memory": 3, "pixels": 8} | o
+        **{
+            "in_channels": D,
+            "num_classes": K,
+            "per_class": M,
+            "momentum": 0.5,
+            "memory": 3,
+            "pixels": 8,
+        }
+        | o
     ),
     "GMMSeg": lambda **o: GMMSeg(
-        **{"in_channels": D, "num_classes": K, "components": M, "width": 8, "momentum": 0.5, "update_every": 2} | o
+        **{
+            "in_channels": D,
+            "num_classes": K,
+            "components": M,
+            "width": 8,
+            "momentum": 0.5,
+            "update_every": 2,
+        }
+        | o
     ),
     "GMMSeg, queue": lambda **o: PEERS["GMMSeg"](**{"queue": 30, "pixels": 8} | o),
 }
@@ -44,7 +62,9 @@ def build(name, **options):
 def scene(classes=range(K), batch=4, seed=0, size=(12, 10)):
     """Features (B, D, h, w) that differ between classes, and labels (B, h, w), some ignored."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(list(classes))[torch.randint(len(classes), (batch, *size), generator=generator)]
+    labels = torch.tensor(list(classes))[
+        torch.randint(len(classes), (batch, *size), generator=generator)
+    ]
     noise = torch.randn(batch, D, *size, generator=generator, dtype=torch.float64)
     features = noise + 3 * torch.eye(K, D, dtype=torch.float64)[labels].permute(0, 3, 1, 2)
     labels[:, 0] = 255
@@ -66,7 +86,9 @@ def evaluate(term, part, features, labels, valid=None):
     aux = {}
     logits = part(features, aux=aux)
     valid = {"source": (labels != 255).sum() if valid is None else valid}
-    return term({"source": Output(logits, features, aux)}, {"source": labels}, valid, {"classifier": part})
+    return term(
+        {"source": Output(logits, features, aux)}, {"source": labels}, valid, {"classifier": part}
+    )
 
 
 def terms(part):
@@ -219,7 +241,9 @@ def test_logits_do_not_depend_on_the_order_of_classes():
     for _ in range(2):
         torch.testing.assert_close(other(features), part(features)[:, order])
         for term in terms(part):
-            torch.testing.assert_close(evaluate(term, other, features, renamed), evaluate(term, part, features, labels))
+            torch.testing.assert_close(
+                evaluate(term, other, features, renamed), evaluate(term, part, features, labels)
+            )
         part.update([(features, labels, None)], step=0)
         other.update([(features, renamed, None)], step=0)
         torch.testing.assert_close(other.vectors, part.vectors[order])
@@ -268,7 +292,8 @@ def test_losses_count_every_labelled_pixel_alike():
     for term in terms(part):
         once = evaluate(term, part, features, labels)
         assert torch.isclose(
-            evaluate(term, part, features, labels, valid=torch.tensor(7)) * 7, once * 4 * (labels < K).sum()
+            evaluate(term, part, features, labels, valid=torch.tensor(7)) * 7,
+            once * 4 * (labels < K).sum(),
         )
         fine = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
         assert torch.equal(resize_labels(fine, labels.shape[-2:]), labels)
@@ -288,7 +313,10 @@ def test_occl_refuses_vectors_of_another_space(name):
     features, labels = scene()
     term = OCCL(num_classes=K)
     with pytest.raises(UserError, match="embedding of its own"):
-        outputs, samples = {"source": Output(None, features, {})}, {"source": torch.arange(len(labels))}
+        outputs, samples = (
+            {"source": Output(None, features, {})},
+            {"source": torch.arange(len(labels))},
+        )
         term(outputs, {"source": labels}, samples, {"classifier": build(name)})
 
 
@@ -320,7 +348,11 @@ def test_the_memory_takes_as_many_pixels_of_each_class_and_step():
     for step in range(5):
         part.update([(*scene(seed=step, classes=[0, 1] if step == 1 else range(K)), None)], step)
         assert torch.equal(part.vectors, first) == (step < 2)
-    assert part.memory.count.tolist() == [40, 40, 32, 32] and part.memory.rows.shape == (K, 24, D + 1)
+    assert part.memory.count.tolist() == [40, 40, 32, 32] and part.memory.rows.shape == (
+        K,
+        24,
+        D + 1,
+    )
     assert part.memory.held().all()
 
 
@@ -337,7 +369,9 @@ def test_densities_are_those_of_torch_distributions():
     part, (features, _), aux = random_gaussians(), scene(), {}
     logits = part(features, aux=aux)
     z = part.embed(features)
-    expected = Independent(Normal(part.vectors, part.variances.sqrt()), 1).log_prob(z[:, None, None])  # (N, K, M)
+    expected = Independent(Normal(part.vectors, part.variances.sqrt()), 1).log_prob(
+        z[:, None, None]
+    )  # (N, K, M)
     found = aux["densities"].permute(0, 3, 4, 1, 2).reshape(-1, K, M)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     logits = logits.permute(0, 2, 3, 1).reshape(-1, K)
@@ -350,7 +384,9 @@ def test_densities_are_those_of_torch_distributions():
 def test_the_outlier_score_grows_with_the_distance():
     part = build("GMMSeg", width=D)
     part.embed = unit_rows
-    away = torch.linalg.qr(part.vectors.flatten(0, 1).T, mode="complete").Q[:, -1]  # orthogonal to all means
+    away = torch.linalg.qr(part.vectors.flatten(0, 1).T, mode="complete").Q[
+        :, -1
+    ]  # orthogonal to all means
     part.vectors[0, 0] = F.normalize(part.vectors.flatten(0, 1).sum(0), dim=0)
     angles = torch.linspace(0, 1.5, 30).double()
     line = angles.cos()[:, None] * part.vectors[0, 0] + angles.sin()[:, None] * away
@@ -360,10 +396,14 @@ def test_the_outlier_score_grows_with_the_distance():
 
 @pytest.mark.parametrize("options", [{}, {"queue": 3000, "pixels": 3000}], ids=["moments", "queue"])
 def test_the_m_step_recovers_planted_directions_and_spreads(options):
-    part = build("GMMSeg", num_classes=1, width=D, momentum=0.0, update_every=1, **options)  # one class: all correct
+    part = build(
+        "GMMSeg", num_classes=1, width=D, momentum=0.0, update_every=1, **options
+    )  # one class: all correct
     part.embed = unit_rows
     generator = torch.Generator().manual_seed(1)
-    truth = F.normalize(part.vectors[0] + 0.15 * torch.randn(M, D, generator=generator, dtype=torch.float64), dim=1)
+    truth = F.normalize(
+        part.vectors[0] + 0.15 * torch.randn(M, D, generator=generator, dtype=torch.float64), dim=1
+    )
     spread_ = torch.linspace(0.01, 0.1, D).double()
     which = torch.arange(3000) % M
     z = truth[which] + spread_ * torch.randn(3000, D, generator=generator, dtype=torch.float64)
@@ -392,7 +432,11 @@ def test_pixels_are_shared_out_by_log_densities_over_the_largest_of_their_class(
 
 @pytest.mark.parametrize("options", [{}, {"queue": 500, "pixels": 500}], ids=["moments", "queue"])
 def test_the_m_step_is_that_of_the_correct_pixels_about_their_direction(options):
-    part, (features, labels), aux = build("GMMSeg", momentum=0.3, update_every=1, **options), scene(), {}
+    part, (features, labels), aux = (
+        build("GMMSeg", momentum=0.3, update_every=1, **options),
+        scene(),
+        {},
+    )
     right = part(features, aux=aux).argmax(1) == labels
     targets, z = part.assign(aux["densities"], labels)[right], part.embed(features)[right.flatten()]
     before = part.vectors.clone().flatten(0, 1)
@@ -413,10 +457,15 @@ def test_variances_never_fall_below_the_floor(options):
     part = build("GMMSeg", width=D, momentum=0.0, update_every=1, **options)
     part.embed = unit_rows
     features = torch.zeros(1, D, 6, 8, dtype=torch.float64)
-    features[:, :K] = torch.eye(K, dtype=torch.float64).repeat(1, 12).view(1, K, 6, 8)  # each class in one point
+    features[:, :K] = (
+        torch.eye(K, dtype=torch.float64).repeat(1, 12).view(1, K, 6, 8)
+    )  # each class in one point
     part.vectors[:] = F.normalize(torch.eye(K, D).double()[:, None] + 0.01 * part.vectors, dim=2)
     part.update([(features, features.argmax(1), None)], step=0)
-    assert part.variances.sqrt().min() >= 0.1 and torch.isclose(part.variances, torch.tensor(0.01).double()).any()
+    assert (
+        part.variances.sqrt().min() >= 0.1
+        and torch.isclose(part.variances, torch.tensor(0.01).double()).any()
+    )
 
 
 def test_running_sums_that_do_not_fade_are_a_queue_that_is_not_full():
@@ -449,9 +498,15 @@ def test_a_step_weighs_as_many_pixels_as_the_queue_would_take():
 @pytest.mark.parametrize("options", [{}, {"queue": 400, "pixels": 400}], ids=["moments", "queue"])
 def test_loss_does_not_depend_on_the_order_in_which_pixels_enter(options):
     values, (features, labels) = [], scene()
-    for order in (torch.arange(120), torch.randperm(120, generator=torch.Generator().manual_seed(3))):
+    for order in (
+        torch.arange(120),
+        torch.randperm(120, generator=torch.Generator().manual_seed(3)),
+    ):
         part = build("GMMSeg", update_every=1, **options)
-        shuffled = features.flatten(2)[..., order].view_as(features), labels.flatten(1)[:, order].view_as(labels)
+        shuffled = (
+            features.flatten(2)[..., order].view_as(features),
+            labels.flatten(1)[:, order].view_as(labels),
+        )
         part.update([(*shuffled, None)], step=0)
         values.append(evaluate(gmmseg.Contrast(), part, features, labels))
     assert (values[0] - evaluate(gmmseg.Contrast(), build("GMMSeg"), features, labels)).abs() > 1e-3
@@ -475,9 +530,15 @@ def test_updates_move_unit_vectors_of_the_classes_that_occur(name):
     part.update([(*scene([1, 3], seed=2), None)], step=1)
     torch.testing.assert_close(part.vectors.norm(dim=2), torch.ones(K, M).double())
     for key, value in part.state_dict().items():
-        if value.shape and value.shape[0] == K and key.split(".")[0] not in ("norm", "calibration", "project"):
+        if (
+            value.shape
+            and value.shape[0] == K
+            and key.split(".")[0] not in ("norm", "calibration", "project")
+        ):
             same = (value == state[key]).view(K, -1).all(1)
-            if name != "DNC" or "memory" in key:  # a memory keeps what it has seen: all classes follow it
+            if (
+                name != "DNC" or "memory" in key
+            ):  # a memory keeps what it has seen: all classes follow it
                 assert same.tolist() == [True, False, True, False], key
 
 
@@ -490,7 +551,9 @@ def test_an_update_without_labels_changes_nothing_and_losses_are_zero(name):
     state, nothing = state_of(part), torch.full_like(labels, 255)
     part.update([(features, nothing, None)], step=1)
     part.update([(features, labels, torch.zeros(labels.shape))], step=2)
-    assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())  # batch norm too
+    assert all(
+        torch.equal(value, state[key]) for key, value in part.state_dict().items()
+    )  # batch norm too
     for term in terms(part):
         leaf = features.clone().requires_grad_()
         value = evaluate(term, part, leaf, nothing)
@@ -504,7 +567,11 @@ def test_a_memory_without_new_pixels_is_unchanged(name):
     learned(part, [(*scene(seed=1), None)])
     state, (features, labels) = state_of(part), scene(seed=2)
     part.update([(features, torch.full_like(labels, 255), None)], step=1)
-    kept = [key for key in state if key.startswith(("memory", "queue", "mass", "first", "second", "variances"))]
+    kept = [
+        key
+        for key in state
+        if key.startswith(("memory", "queue", "mass", "first", "second", "variances"))
+    ]
     assert all(torch.equal(part.state_dict()[key], state[key]) for key in kept)
     assert name == "ProtoSeg" or len(kept) > 1
 
@@ -556,7 +623,9 @@ def test_a_resumed_run_is_bitwise_the_same(name):
     fresh.vectors.normal_()
     fresh.load_state_dict(learned(part, batches[:3]))
     torch.rand(5)  # what is drawn elsewhere plays no part
-    assert all(torch.equal(value, expected[key]) for key, value in learned(fresh, batches[3:], 3).items())
+    assert all(
+        torch.equal(value, expected[key]) for key, value in learned(fresh, batches[3:], 3).items()
+    )
 
 
 @EVERY
@@ -571,10 +640,14 @@ def test_half_precision_is_lifted_before_anything_is_added_up(name):
         value = evaluate(terms(part)[0], part, half, labels)
     single.update([(half.float(), labels, None)], step=0)
     assert logits.dtype == aux[part.leaves].dtype == value.dtype == torch.float32
-    assert all(b.dtype in (torch.float32, torch.long) and b.isfinite().all() for b in part.buffers())
+    assert all(
+        b.dtype in (torch.float32, torch.long) and b.isfinite().all() for b in part.buffers()
+    )
     for key in ("vectors", "variances"):
         if key in part.state_dict():
-            torch.testing.assert_close(part.get_buffer(key), single.get_buffer(key), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                part.get_buffer(key), single.get_buffer(key), rtol=1e-5, atol=1e-6
+            )
 
 
 @EVERY
@@ -616,10 +689,18 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_reports_and_resumes_bitwise(name, tmp_path):
     classifier, losses = RUNS[name]
-    options = [f"model.classifier={classifier}", f"losses=[{CROSS}, {losses}]", "eval.pictures=0", "checkpoint.every=2"]
+    options = [
+        f"model.classifier={classifier}",
+        f"losses=[{CROSS}, {losses}]",
+        "eval.pictures=0",
+        "checkpoint.every=2",
+    ]
     steps = train(tmp_path / "whole", *options, "train.iters=4", "train.accumulate=2")
     assert len(steps) == 4 and all(value > 0 for key, value in steps[4].items() if "loss" in key)
-    assert json.loads((tmp_path / "whole" / "results.json").read_text())["results"]["toy"]["mIoU"] is not None
+    assert (
+        json.loads((tmp_path / "whole" / "results.json").read_text())["results"]["toy"]["mIoU"]
+        is not None
+    )
     (tmp_path / "part").mkdir()
     (tmp_path / "whole" / "step_0000002.pt").rename(tmp_path / "part" / "step_0000002.pt")
     train(tmp_path / "part", *options, "train.iters=4", "train.accumulate=2")

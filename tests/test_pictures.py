@@ -48,7 +48,9 @@ def test_strip_brings_panels_to_one_height_without_new_colours():
     bar = picture.shape[0] - 40
     assert bar > 0 and picture.shape[1] > 60 + 40
     assert np.array_equal(picture[bar:, :60], random_picture(40, 60))
-    assert {tuple(color) for color in picture[bar:, -40:].reshape(-1, 3)} == set(map(tuple, PALETTE))
+    assert {tuple(color) for color in picture[bar:, -40:].reshape(-1, 3)} == set(
+        map(tuple, PALETTE)
+    )
     assert strip([("image", random_picture(40, 60))], height=20).shape == (bar + 20, 30, 3)
 
 
@@ -70,13 +72,17 @@ def test_heatmap_shows_low_high_and_missing_values():
     def middle_of_cell(value, **options):
         one = heatmap([[value]], [""], [""], text=None, **options)
         other = heatmap([[0.5]], [""], [""], text=None, **options)
-        changed = np.argwhere((one != other).any(axis=-1))  # the two pictures differ in their only cell
+        changed = np.argwhere(
+            (one != other).any(axis=-1)
+        )  # the two pictures differ in their only cell
         return one[tuple(changed.min(axis=0))]
 
     assert middle_of_cell(1.0).mean() > middle_of_cell(0.0).mean() + 50
     assert np.array_equal(middle_of_cell(7.0), middle_of_cell(1.0))
     assert np.array_equal(middle_of_cell(np.nan), GREY)
-    blue, red = (middle_of_cell(value, low=-1.0, diverging=True).astype(int) for value in (-1.0, 1.0))
+    blue, red = (
+        middle_of_cell(value, low=-1.0, diverging=True).astype(int) for value in (-1.0, 1.0)
+    )
     assert blue[2] > blue[0] + 50 and red[0] > red[2] + 50
 
 
@@ -84,14 +90,26 @@ def test_heatmap_writes_numbers_where_they_fit():
     plain = heatmap(np.full((3, 3), np.nan), NAMES, NAMES, text=None)
     assert plain.dtype == np.uint8 and has(plain, GREY) and has(plain, WHITE)
     zeros = np.zeros((2, 3))
-    assert heatmap(zeros, NAMES[:2], NAMES).shape[1] < heatmap(zeros, NAMES[:2], NAMES, text="{:.6f}").shape[1]
+    assert (
+        heatmap(zeros, NAMES[:2], NAMES).shape[1]
+        < heatmap(zeros, NAMES[:2], NAMES, text="{:.6f}").shape[1]
+    )
 
 
 @pytest.mark.parametrize("rows, columns", [(171, 171), (1, 5), (11, 330)])
 def test_heatmap_of_any_size_stays_a_sensible_picture(rows, columns):
     matrix = np.random.default_rng(0).random((rows, columns))
-    names = [f"a rather long name of a class, number {i}, with its synonyms" for i in range(max(rows, columns))]
-    picture = heatmap(matrix, names[:rows], names[:columns], title="rows: truth, columns: prediction", text="{:.0%}")
+    names = [
+        f"a rather long name of a class, number {i}, with its synonyms"
+        for i in range(max(rows, columns))
+    ]
+    picture = heatmap(
+        matrix,
+        names[:rows],
+        names[:columns],
+        title="rows: truth, columns: prediction",
+        text="{:.0%}",
+    )
     assert max(picture.shape) < 1600
 
 
@@ -100,7 +118,10 @@ def test_heatmap_of_any_size_stays_a_sensible_picture(rows, columns):
     [
         (lambda: colorize(np.zeros((2, 2)), PALETTE), r"float64 \(2, 2\)"),
         (lambda: colorize(np.zeros((2, 2), int), PALETTE / 255), r"float64 \(3, 3\)"),
-        (lambda: overlay(random_picture(4, 6), np.zeros((6, 4), int), PALETTE), r"\(4, 6, 3\).*\(6, 4\)"),
+        (
+            lambda: overlay(random_picture(4, 6), np.zeros((6, 4), int), PALETTE),
+            r"\(4, 6, 3\).*\(6, 4\)",
+        ),
         (lambda: strip([("image", np.zeros((4, 6, 3)))]), r"float64 \(4, 6, 3\)"),
         (lambda: stack([]), "got 0"),
         (lambda: legend(NAMES[:2], PALETTE, 100), r"2 names.*\(3, 3\)"),

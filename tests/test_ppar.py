@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from engine.errors import UserError
 from engine.statistics import pure_labels
 from losses.cross_entropy import CrossEntropy
-from losses.ppar import Alignment, FrozenFeatures, Reweight, TextFidelity, at_labels, balanced, class_means
+from losses.ppar import (
+    Alignment,
+    FrozenFeatures,
+    Reweight,
+    TextFidelity,
+    at_labels,
+    balanced,
+    class_means,
+)
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
 from models.prototypes.visual_text import VisualText, blended
 from models.segmentor import Output
@@ -42,7 +50,9 @@ def members(easy=None, hard=None, seen=None):
 def align(loss, embedding, labels, prototypes, step=100, iters=100, weights=None, **aux):
     samples = {"source": torch.arange(len(labels))}
     given = {"source": weights} if weights is not None else {}
-    return loss(outputs(embedding, **aux), {"source": labels}, given, prototypes, samples, step, iters)
+    return loss(
+        outputs(embedding, **aux), {"source": labels}, given, prototypes, samples, step, iters
+    )
 
 
 # --- visual-text prototypes ------------------------------------------------------------------------------------------
@@ -62,11 +72,15 @@ def test_classes_that_were_not_seen_keep_the_text_and_do_not_move_the_centre():
     visual[1] = 1e6
     result = blended(text, visual, seen, 0.5, True)
     assert torch.equal(result[1], text[1])
-    torch.testing.assert_close(result[seen], blended(text[seen], visual[seen], seen[seen], 0.5, True))
+    torch.testing.assert_close(
+        result[seen], blended(text[seen], visual[seen], seen[seen], 0.5, True)
+    )
 
 
 def test_the_mean_is_weighted_by_agreement_with_the_text():
-    member = VisualText(num_classes=K, in_channels=D, temperature=0.1, blend=1.0, center=False, momentum=0.5).double()
+    member = VisualText(
+        num_classes=K, in_channels=D, temperature=0.1, blend=1.0, center=False, momentum=0.5
+    ).double()
     prototypes, features = members(), unit(1, D, 3, 3)
     labels = torch.tensor([[[0, 0, 0], [1, 1, 255], [0, 255, 1]]])
     text = prototypes["text"].vectors
@@ -89,7 +103,9 @@ def test_the_running_average_has_no_bias_towards_its_start():
     member = VisualText(num_classes=K, in_channels=D, momentum=0.9).double()
     prototypes, first, second = members(), unit(K, D), unit(K, D)
     for rows in (first, second):
-        member.update([(rows.T[None, :, None], torch.arange(K)[None, None], None)], prototypes, 5, 10)
+        member.update(
+            [(rows.T[None, :, None], torch.arange(K)[None, None], None)], prototypes, 5, 10
+        )
     visual = member.average / member.mass[:, None]
     torch.testing.assert_close(visual, (0.9 * first + second) / 1.9)
 
@@ -126,19 +142,29 @@ def test_omega_and_the_kept_share_grow_from_their_start_to_one():
     omegas, shares = [loss.omega(s) for s in steps], [loss.kept(s) for s in steps]
     assert omegas == sorted(omegas) and shares == sorted(shares)
     assert (loss.omega(0.2), loss.omega(0.5), loss.omega(0.8)) == pytest.approx((0, 0.5, 1))
-    assert (loss.kept(0), loss.kept(0.3), loss.kept(0.6), loss.kept(1)) == pytest.approx((0.5, 0.75, 1, 1))
+    assert (loss.kept(0), loss.kept(0.3), loss.kept(0.6), loss.kept(1)) == pytest.approx(
+        (0.5, 0.75, 1, 1)
+    )
 
 
 def test_prototypes_go_from_easy_to_hard_or_back():
     prototypes = members(unit(K, D), unit(K, D))
     easy, hard = prototypes["visual"].vectors, prototypes["text"].vectors
-    forth, back = (Alignment(num_classes=K, order=order) for order in ("easy_to_hard", "hard_to_easy"))
+    forth, back = (
+        Alignment(num_classes=K, order=order) for order in ("easy_to_hard", "hard_to_easy")
+    )
     for loss, first, last in ((forth, easy, hard), (back, hard, easy)):
         torch.testing.assert_close(loss.targets(None, prototypes, 0.0), [first])
         torch.testing.assert_close(loss.targets(None, prototypes, 1.0), [last])
-        torch.testing.assert_close(loss.targets(None, prototypes, 0.5), [F.normalize(easy + hard, dim=1)])
-    torch.testing.assert_close(Alignment(num_classes=K, order="both").targets(None, prototypes, 0.3), [easy, hard])
-    torch.testing.assert_close(Alignment(num_classes=K, order="hard").targets(None, prototypes, 0.0), [hard])
+        torch.testing.assert_close(
+            loss.targets(None, prototypes, 0.5), [F.normalize(easy + hard, dim=1)]
+        )
+    torch.testing.assert_close(
+        Alignment(num_classes=K, order="both").targets(None, prototypes, 0.3), [easy, hard]
+    )
+    torch.testing.assert_close(
+        Alignment(num_classes=K, order="hard").targets(None, prototypes, 0.0), [hard]
+    )
 
 
 def test_classes_without_an_easy_prototype_take_the_hard_one():
@@ -195,7 +221,9 @@ def test_scores_are_taken_at_the_label_of_each_pixel():
 
 def weigh(embedding, labels, prototypes, step=100, tower=None, **options):
     part = Reweight(**options)
-    return part.after(outputs(embedding), {"source": labels}, prototypes, step, 100, tower)[1]["source"]
+    return part.after(outputs(embedding), {"source": labels}, prototypes, step, 100, tower)[1][
+        "source"
+    ]
 
 
 def test_weights_have_mean_one_in_each_class_and_none_where_ignored():
@@ -226,7 +254,9 @@ def test_alpha_0_and_the_first_step_weigh_all_pixels_alike_so_that_cross_entropy
     assert torch.equal(weigh(embedding, labels, members(), step=0), ones)
     result, valid = outputs(embedding), {"source": (labels != IGNORE).sum()}
     plain = CrossEntropy()(result, {"source": labels}, valid, {})
-    assert CrossEntropy(by_weights=True)(result, {"source": labels}, valid, {"source": ones}) == plain
+    assert (
+        CrossEntropy(by_weights=True)(result, {"source": labels}, valid, {"source": ones}) == plain
+    )
 
 
 def test_cross_entropy_is_divided_by_the_sum_of_the_weights():
@@ -245,14 +275,18 @@ def test_weights_of_images_have_mean_one_over_the_batch():
     labels = torch.randint(0, K, (3, 12, 16))
     weights = weigh(unit(3, D, 3, 4), labels, members(), level="image")
     first = weights[:, 0, 0]
-    assert torch.equal(weights, first[:, None, None].expand_as(weights)) and float(first.mean()) == pytest.approx(1)
+    assert torch.equal(weights, first[:, None, None].expand_as(weights)) and float(
+        first.mean()
+    ) == pytest.approx(1)
     assert first.std() > 0
 
 
 def test_class_means_are_those_of_a_loop():
     values, labels = torch.rand(2, 5, 6, dtype=torch.float64), torch.randint(0, K - 1, (2, 5, 6))
     means = class_means(values, labels, K)
-    torch.testing.assert_close(means[:3], torch.stack([values[labels == c].mean() for c in range(3)]))
+    torch.testing.assert_close(
+        means[:3], torch.stack([values[labels == c].mean() for c in range(3)])
+    )
     assert means[3] == 1
 
 
@@ -265,7 +299,11 @@ def test_alignment_is_the_weighted_mean_of_the_pixels_that_are_kept():
     prototypes, weights = members(), torch.rand(2, 3, 4, dtype=torch.float64)
     loss = Alignment(num_classes=K, order="hard", temperature=0.2, ramp=0.0)
     found = align(loss, embedding, labels, prototypes, weights=weights)
-    rows, ids, w = embedding.permute(0, 2, 3, 1)[labels != IGNORE], labels[labels != IGNORE], weights[labels != IGNORE]
+    rows, ids, w = (
+        embedding.permute(0, 2, 3, 1)[labels != IGNORE],
+        labels[labels != IGNORE],
+        weights[labels != IGNORE],
+    )
     each = F.cross_entropy(rows @ prototypes["text"].vectors.T / 0.2, ids, reduction="none")
     torch.testing.assert_close(found, (each * w).sum() / w.sum())
 
@@ -286,11 +324,16 @@ def test_coarse_to_fine_starts_with_class_means_and_ends_with_pixels():
     coarse = Alignment(num_classes=K, granularity="coarse_to_fine", ramp=0.0)
     fine = Alignment(num_classes=K, ramp=0.0)
     torch.testing.assert_close(
-        align(coarse, embedding, labels, prototypes, 100), align(fine, embedding, labels, prototypes, 100)
+        align(coarse, embedding, labels, prototypes, 100),
+        align(fine, embedding, labels, prototypes, 100),
     )
-    only = Alignment(num_classes=K, granularity="coarse_to_fine", curriculum=1.0, ramp=0.0, order="hard")
+    only = Alignment(
+        num_classes=K, granularity="coarse_to_fine", curriculum=1.0, ramp=0.0, order="hard"
+    )
     means = torch.stack([embedding.permute(0, 2, 3, 1)[labels == c].mean(0) for c in range(K)])
-    expected = F.cross_entropy(F.normalize(means, dim=1) @ prototypes["text"].vectors.T / 0.1, torch.arange(K))
+    expected = F.cross_entropy(
+        F.normalize(means, dim=1) @ prototypes["text"].vectors.T / 0.1, torch.arange(K)
+    )
     torch.testing.assert_close(align(only, embedding, labels, prototypes, 0), expected)
 
 
@@ -301,13 +344,24 @@ def test_all_ignored_and_single_class_batches_are_finite_and_keep_the_graph(labe
     embedding = unit(2, D, 3, 3).requires_grad_()
     prototypes = members()
     weights = weigh(embedding, ids, prototypes)
-    loss = align(Alignment(num_classes=K, granularity=granularity), embedding, ids, prototypes, 50, weights=weights)
+    loss = align(
+        Alignment(num_classes=K, granularity=granularity),
+        embedding,
+        ids,
+        prototypes,
+        50,
+        weights=weights,
+    )
     result = outputs(embedding)
     loss = loss + CrossEntropy(by_weights=True)(
         result, {"source": ids}, {"source": torch.tensor(1)}, {"source": weights}
     )
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(embedding.grad).all() and torch.isfinite(weights).all()
+    assert (
+        torch.isfinite(loss)
+        and torch.isfinite(embedding.grad).all()
+        and torch.isfinite(weights).all()
+    )
     assert (float(loss.detach()) == 0) == (labels == IGNORE)
 
 
@@ -321,7 +375,14 @@ def test_the_loss_grows_over_its_ramp():
 def test_what_is_missing_is_named():
     embedding, labels = unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
     bare = {"source": Output(embedding, embedding, {})}
-    given = ({"source": labels}, {}, members(), {"source": torch.zeros(1, dtype=torch.int64)}, 1, 10)
+    given = (
+        {"source": labels},
+        {},
+        members(),
+        {"source": torch.zeros(1, dtype=torch.int64)},
+        1,
+        10,
+    )
     with pytest.raises(UserError, match=r"set model\.projector\.channels"):
         Alignment(num_classes=K)(bare, *given)
     with pytest.raises(UserError, match="needs the prototypes 'clip'; there are text, visual"):
@@ -361,11 +422,19 @@ def test_attention_starts_from_the_text_and_is_held_there():
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, K))
     prototypes = members(hard=text.double())
     near, far = (
-        TextFidelity()(outputs(unit(2, D, 2, 2), prototypes=x.double()), prototypes) for x in (rows, rows.roll(1, 1))
+        TextFidelity()(outputs(unit(2, D, 2, 2), prototypes=x.double()), prototypes)
+        for x in (rows, rows.roll(1, 1))
     )
     assert near < far
     loss = Alignment(num_classes=K, easy="attention", order="easy")
-    given = ({"source": torch.randint(0, K, (2, 3, 3))}, {}, prototypes, {"source": torch.arange(2)}, 50, 100)
+    given = (
+        {"source": torch.randint(0, K, (2, 3, 3))},
+        {},
+        prototypes,
+        {"source": torch.arange(2)},
+        50,
+        100,
+    )
     loss(outputs(unit(2, D, 3, 3), prototypes=rows.double()), *given).backward()
     assert attention.gamma.grad.abs().sum() > 0
 

@@ -29,7 +29,9 @@ def network():
 def preparation(folder, augment=None):
     source = Toy(domain="synthetic", length=3, size=[32, 48], augment=augment)
     target = Toy(domain="real", length=2, size=[32, 48], labels=False, augment=augment)
-    return Preparation(network(), source, target, {}, folder, torch.device("cpu"), contextlib.nullcontext())
+    return Preparation(
+        network(), source, target, {}, folder, torch.device("cpu"), contextlib.nullcontext()
+    )
 
 
 def shade(index, image, label):
@@ -46,7 +48,11 @@ def test_a_stored_map_comes_back_with_the_geometry_of_its_image(tmp_path):
         assert ((grey * 255).byte().int() - item["extra"]["shade"].int()).abs().max() <= 1
     assert made.training["target"].extra == {} and made.source.extra == {}
     settings = json.loads((tmp_path / "maps" / "source" / "shade" / "settings.json").read_text())
-    assert settings["rule"] == "brightness" and settings["images"] == 3 and settings["classes"][0] == "Sky"
+    assert (
+        settings["rule"] == "brightness"
+        and settings["images"] == 3
+        and settings["classes"][0] == "Sky"
+    )
 
 
 def test_labels_are_stored_as_palette_pictures(tmp_path):
@@ -66,7 +72,11 @@ def test_the_network_labels_in_eval_mode_and_the_target_has_no_labels(tmp_path):
     assert not made.network.training
     before = {k: v.clone() for k, v in made.network.state_dict().items()}
     for _, image, label in made.images(made.target):
-        assert (label == 255).all() and image.shape == (1, 3, 32, 48) and not made.segment(image).logits.requires_grad
+        assert (
+            (label == 255).all()
+            and image.shape == (1, 3, 32, 48)
+            and not made.segment(image).logits.requires_grad
+        )
     assert all(torch.equal(before[k], v) for k, v in made.network.state_dict().items())
 
 
@@ -89,7 +99,10 @@ def test_maps_appear_as_a_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         made.store("shade", made.source, fail, {})
-    assert not (tmp_path / "maps" / "source" / "shade").exists() and made.training["source"].extra == {}
+    assert (
+        not (tmp_path / "maps" / "source" / "shade").exists()
+        and made.training["source"].extra == {}
+    )
     made.store("shade", made.source, shade, {})  # again, over what was left
     assert not list((tmp_path / "maps").rglob("*partial*"))
     assert len(list((tmp_path / "maps" / "source" / "shade").rglob("*.png"))) == 3
@@ -101,7 +114,10 @@ def test_an_interrupted_stage_finds_its_maps_or_says_that_they_are_gone(tmp_path
     second = preparation(tmp_path / "maps")
     second.attach(first.stored())
     assert first.stored() == second.stored() == ["source/shade"]
-    assert torch.equal(first.training["source"][1]["extra"]["shade"], second.training["source"][1]["extra"]["shade"])
+    assert torch.equal(
+        first.training["source"][1]["extra"]["shade"],
+        second.training["source"][1]["extra"]["shade"],
+    )
     with pytest.raises(UserError, match=r"maps .*pseudo_labels of the interrupted stage are gone"):
         second.attach(["target/pseudo_labels"])
 
@@ -115,6 +131,8 @@ def test_a_map_that_is_lost_while_training_is_named(tmp_path):
 
 
 def test_a_backbone_for_maps_is_frozen(tmp_path):
-    encoder = preparation(tmp_path).backbone({"name": "resnet.ResNet", "depth": 18, "weights": "none"})
+    encoder = preparation(tmp_path).backbone(
+        {"name": "resnet.ResNet", "depth": 18, "weights": "none"}
+    )
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert prepare.KINDS == ("source", "target")

@@ -31,14 +31,18 @@ def one_layer():
     torch.manual_seed(0)
     part = Queries(in_channels=D, num_classes=K, layers=1, heads=2).double().eval()
     vectors = F.normalize(part.means().detach(), dim=1)
-    columns = torch.linalg.pinv(vectors) * 50  # (D, K): logits of 50 / |v| for the class of the column
+    columns = (
+        torch.linalg.pinv(vectors) * 50
+    )  # (D, K): logits of 50 / |v| for the class of the column
     return part, columns[None, :, None].repeat(1, 1, 4, 1)  # (1, D, 4, K)
 
 
 def test_a_query_sees_only_the_pixels_of_its_class():
     part, features = one_layer()
     seen = []
-    part.layers[0].cross.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
+    part.layers[0].cross.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[3])
+    )
     part(features)
     own = torch.eye(K, dtype=torch.bool).repeat(1, 4)  # (K, 4 K)
     assert torch.equal(seen[0][0], own)
@@ -59,7 +63,9 @@ def test_a_query_without_a_pixel_sees_all_of_them():
     part, features = one_layer()
     features[..., 2] = features[..., 1]  # nothing belongs to class 2
     seen = []
-    part.layers[0].cross.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
+    part.layers[0].cross.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[3])
+    )
     logits = part(features)
     assert seen[0][0, 2].all() and not seen[0][0, 1].all() and logits.isfinite().all()
 
@@ -68,7 +74,9 @@ def test_opened_pixels_are_seen_by_every_query():
     part, features = one_layer()
     seen, corner = [], torch.zeros(1, 4, K, dtype=torch.bool)
     corner[:, 0, 3] = True
-    part.layers[0].cross.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
+    part.layers[0].cross.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[3])
+    )
     opened = part(features, opens=lambda logits: corner)
     own = torch.eye(K, dtype=torch.bool).repeat(1, 4)
     assert torch.equal(seen[0][0], own | corner.flatten(1))
@@ -108,8 +116,13 @@ def test_every_parameter_learns_where_all_layers_are_scored():
     labels = {"source": torch.randint(K, (2, 32, 40))}
     outputs = model({"source": View(torch.rand(2, 3, 32, 40))})
     valid = {"source": torch.tensor(labels["source"].numel())}
-    sum(CrossEntropy(head=head)(outputs, labels, valid, {}) for head in ("logits", "query0", "query1")).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    sum(
+        CrossEntropy(head=head)(outputs, labels, valid, {})
+        for head in ("logits", "query0", "query1")
+    ).backward()
+    silent = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert silent == []
 
 
@@ -118,7 +131,9 @@ def test_tmt_opens_its_share_of_the_pixels_where_priority_is_highest():
     seen, logits = [], []
     layer = model.classifier.layers[1]
     layer.cross.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
-    model.classifier.layers[0].register_forward_hook(lambda module, arguments, output: logits.append(output))
+    model.classifier.layers[0].register_forward_hook(
+        lambda module, arguments, output: logits.append(output)
+    )
     output = model.segment(image)
     before = torch.einsum("bkd,bdhw->bkhw", model.classifier.vectors(logits[0]), output.features)
     priority = ((1 - output.aux["transferability"]) * uncertainty(before)).flatten(1)
@@ -127,15 +142,23 @@ def test_tmt_opens_its_share_of_the_pixels_where_priority_is_highest():
     assert 0.24 < opened.double().mean() < 0.27
     assert torch.equal(seen[0][0] | opened, seen[0][0])  # every query sees what is opened
     drawn = {}
-    log = type("Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})})()
+    log = type(
+        "Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})}
+    )()
     draw_regions(log, 1, model, image)
     assert drawn["regions"].shape[1] > 3 * 64 and drawn["regions"].std() > 10
 
 
 def test_opening_nothing_is_the_plain_decoder():
     torch.manual_seed(0)
-    guided, plain, image = network(REGION, "model.region.opened=0").eval(), network().eval(), torch.rand(2, 3, 32, 40)
-    plain.load_state_dict({k: v for k, v in guided.state_dict().items() if not k.startswith("region")})
+    guided, plain, image = (
+        network(REGION, "model.region.opened=0").eval(),
+        network().eval(),
+        torch.rand(2, 3, 32, 40),
+    )
+    plain.load_state_dict(
+        {k: v for k, v in guided.state_dict().items() if not k.startswith("region")}
+    )
     assert torch.equal(guided.segment(image).logits, plain.segment(image).logits)
 
 

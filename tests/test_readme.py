@@ -35,7 +35,9 @@ def test_files_that_the_readme_names_exist(path):
 def contains(whole, part):
     """Is every key of `part` in `whole` with the same value?"""
     if isinstance(part, dict):
-        return isinstance(whole, dict) and all(key in whole and contains(whole[key], part[key]) for key in part)
+        return isinstance(whole, dict) and all(
+            key in whole and contains(whole[key], part[key]) for key in part
+        )
     return whole == part
 
 
@@ -50,7 +52,9 @@ def test_the_recipe_for_own_data_loads(tmp_path):
     recipe = next(block for block in blocks("yaml") if "configs/mine.yaml" in block)
     (tmp_path / "mine.yaml").write_text(recipe.replace("[base/", f"[{ROOT}/configs/base/"))
     cfg = load(tmp_path / "mine.yaml")
-    assert cfg.data.train["classes"] == ["field", "water", "forest"] and cfg.data.val["split"] == "val"
+    assert (
+        cfg.data.train["classes"] == ["field", "water", "forest"] and cfg.data.val["split"] == "val"
+    )
 
 
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.name)

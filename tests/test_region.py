@@ -32,10 +32,23 @@ from tests.runs import TINY_UDA
 
 D, K = 6, 4
 OPTIONS = {
-    "channels": D, "num_classes": K, "depth": 3, "variant": "bias", "stage": 2, "blocks": 1, "regions": "adaptive",
-    "cell": 4, "kappa": 10.0, "rounds": 3, "strength": 1.0, "opened": 0.1, "detach": True, "ramp": 0,
-    "reverse": True, "dropout": 0.5,
-}  # fmt: skip
+    "channels": D,
+    "num_classes": K,
+    "depth": 3,
+    "variant": "bias",
+    "stage": 2,
+    "blocks": 1,
+    "regions": "adaptive",
+    "cell": 4,
+    "kappa": 10.0,
+    "rounds": 3,
+    "strength": 1.0,
+    "opened": 0.1,
+    "detach": True,
+    "ramp": 0,
+    "reverse": True,
+    "dropout": 0.5,
+}
 
 
 def maps(height=16, width=20, batch=2):
@@ -70,7 +83,9 @@ def naive(x, cell, kappa, rounds):
             for j in range(w):
                 for r in range(max(i // cell - 1, 0), min(i // cell + 2, rows)):
                     for c in range(max(j // cell - 1, 0), min(j // cell + 2, columns)):
-                        a[i, j, r, c] = math.exp(kappa * float(F.cosine_similarity(f[r, c], x[:, i, j], dim=0)))
+                        a[i, j, r, c] = math.exp(
+                            kappa * float(F.cosine_similarity(f[r, c], x[:, i, j], dim=0))
+                        )
                 a[i, j] /= a[i, j].sum()
 
 
@@ -88,7 +103,9 @@ def test_grouping_is_that_of_the_equations():
 def test_assignments_sum_to_one_over_at_most_nine_regions():
     assignment, means = group(maps(), 4, 10.0, 3)
     assert assignment.shape == (2, 4, 5, 9, 16) and means.shape == (2, D, 4, 5)
-    torch.testing.assert_close(assignment.sum(3), torch.ones(2, 4, 5, 16).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        assignment.sum(3), torch.ones(2, 4, 5, 16).double(), rtol=0, atol=1e-6
+    )
     full = dense(assignment, 4, (16, 20))
     count = (full > 0).sum(1)
     assert count[:, 0, 0].eq(4).all() and count[:, 0, 8].eq(6).all() and count[:, 8, 8].eq(9).all()
@@ -138,7 +155,9 @@ def test_grouping_follows_a_mirror_and_looks_only_at_directions():
     mirrored = other.flip(-1).unflatten(1, (4, 5)).flip(2).flatten(1, 2)
     torch.testing.assert_close(one, mirrored)
     means = F.avg_pool2d(x, 4)
-    unit, scaled = (F.normalize(to_cells(y, 4), dim=3) for y in (x, x * torch.rand(2, 1, 16, 20).double()))
+    unit, scaled = (
+        F.normalize(to_cells(y, 4), dim=3) for y in (x, x * torch.rand(2, 1, 16, 20).double())
+    )
     torch.testing.assert_close(assign(means, unit, 10.0), assign(means, scaled, 10.0))
 
 
@@ -168,9 +187,14 @@ def test_dense_transferability_lies_between_that_of_the_regions():
     x = maps()
     means = group(x, 4, 10.0, 3)[1]
     tau, found = part.transferability(means), part.look(x, 0)
-    assert found["transferability"].min() >= tau.min() - 1e-12 and found["transferability"].max() <= tau.max() + 1e-12
+    assert (
+        found["transferability"].min() >= tau.min() - 1e-12
+        and found["transferability"].max() <= tau.max() + 1e-12
+    )
     assert (found["priority"] >= 0).all() and (found["priority"] <= 1).all()
-    torch.testing.assert_close(found["priority"], (1 - found["transferability"]) * found["uncertainty"])
+    torch.testing.assert_close(
+        found["priority"], (1 - found["transferability"]) * found["uncertainty"]
+    )
 
 
 def test_uncertainty_is_one_for_equal_logits_and_zero_for_a_certain_one():
@@ -181,7 +205,9 @@ def test_uncertainty_is_one_for_equal_logits_and_zero_for_a_certain_one():
 
 
 def test_the_reversal_grows_with_the_step_and_turns_the_gradient():
-    assert [reversal(step, 10000) for step in (0, 1000, 5000)] == pytest.approx([0, 0.4621, 0.9866], abs=1e-4)
+    assert [reversal(step, 10000) for step in (0, 1000, 5000)] == pytest.approx(
+        [0, 0.4621, 0.9866], abs=1e-4
+    )
     assert reversal(3, 0) == 1 and reversal(10**6, 100) == reversal(100, 100)
     x = torch.ones(3, requires_grad=True)
     (Reversal.apply(x, 0.25) * torch.arange(3.0)).sum().backward()
@@ -245,13 +271,21 @@ def test_the_head_of_the_regions_learns_as_cross_entropy_does():
     logits, labels = torch.randn(2, K, 4, 5), torch.randint(0, K, (2, 8, 10))
     labels[0, :3] = 255
     outputs = {"source": Output(None, None, {"region": logits})}
-    found = CrossEntropy(head="region")(outputs, {"source": labels}, {"source": (labels != 255).sum()}, {})
+    found = CrossEntropy(head="region")(
+        outputs, {"source": labels}, {"source": (labels != 255).sum()}, {}
+    )
     big = F.interpolate(logits, (8, 10), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, F.cross_entropy(big, labels, ignore_index=255))
     for loss in (CrossEntropy(head="region"), RegionAdversarial(target="source")):
         with pytest.raises(UserError, match=r"model\.region\.stage"):
             bare = {"source": Output(logits, logits, {})}
-            call(loss, outputs=bare, labels={"source": labels}, valid={"source": labels.sum()}, weights={})
+            call(
+                loss,
+                outputs=bare,
+                labels={"source": labels},
+                valid={"source": labels.sum()},
+                weights={},
+            )
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -288,7 +322,9 @@ def test_the_bias_is_multiplication_and_normalisation():
     for strength in (1.0, 2.5):
         weights = attention(guided(priority, strength=strength))[0]
         expected = plain * ((0.5 + 0.5 * priority.flatten(1)) ** strength)[:, None, None]
-        torch.testing.assert_close(weights, expected / expected.sum(3, keepdim=True), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            weights, expected / expected.sum(3, keepdim=True), rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(weights.sum(3), torch.ones(2, 3, 7).double())
 
 
@@ -340,15 +376,18 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     stage = {"mit.MiT": 3, "vit.ViT": 1}[backbone]
     changes = [
         f"model.backbone={ {'name': backbone, 'weights': 'none', 'drop_path': 0.0, **spec} }",
-        "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}", "model.classifier={name: linear.Linear}",
+        "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}",
+        "model.classifier={name: linear.Linear}",
         f"model.region={ {'stage': stage, 'cell': 2, 'variant': variant} }",
-    ]  # fmt: skip
+    ]
     network = build_segmentor(load(TINY_UDA, changes).model, 4, pretrained=False).eval()
     image = torch.rand(1, 3, 64, 96)
     guided = network.segment(image)
     assert guided.aux["priority"].shape == guided.aux["transferability"].shape == (1, 4, 6)
     drawn = {}
-    log = type("Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})})()
+    log = type(
+        "Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})}
+    )()
     draw_regions(log, 1, network, image)
     assert drawn["regions"].shape[1] > 6 * 96 and drawn["regions"].std() > 10
     network.region = None
@@ -375,5 +414,7 @@ def test_a_shift_in_one_part_of_the_picture_is_found_by_a_probe():
         optimizer.zero_grad()
         RegionAdversarial()(outputs).backward()
         optimizer.step()
-    found = part.eval().look(layout + 0.3 * torch.randn(1, 32, 16, 20).double() + moved, 0)["transferability"]
+    found = part.eval().look(layout + 0.3 * torch.randn(1, 32, 16, 20).double() + moved, 0)[
+        "transferability"
+    ]
     assert area_under_curve(1 - found.detach().flatten(), shift.flatten()) > 0.8

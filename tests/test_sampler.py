@@ -27,7 +27,12 @@ def steps(length, *, accumulate=1, world_size=1, **options):
     ]
     count = len(ranks[0]) // accumulate
     return [
-        [pair for m in range(s * accumulate, (s + 1) * accumulate) for rank in ranks for pair in rank[m]]
+        [
+            pair
+            for m in range(s * accumulate, (s + 1) * accumulate)
+            for rank in ranks
+            for pair in rank[m]
+        ]
         for s in range(count)
     ]
 
@@ -58,14 +63,18 @@ def test_resuming_goes_on_where_the_stream_was(start):
 @pytest.mark.parametrize("world_size, accumulate", [(2, 1), (1, 2), (2, 2), (4, 2)])
 def test_processes_and_micro_batches_share_the_steps_of_one_process(world_size, accumulate):
     options = {"batch_size": 8, "stop": 7, "seed": 3}
-    assert steps(11, world_size=world_size, accumulate=accumulate, **options) == steps(11, **options)
+    assert steps(11, world_size=world_size, accumulate=accumulate, **options) == steps(
+        11, **options
+    )
 
 
 def test_a_data_set_smaller_than_the_batch_repeats():
     (batch,) = micro_batches(3, batch_size=8, stop=1)
     indices = [index for index, _ in batch]
     assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2]
-    assert len({sample for _, sample in batch}) == 8  # so that repeated images are augmented differently
+    assert (
+        len({sample for _, sample in batch}) == 8
+    )  # so that repeated images are augmented differently
 
 
 def test_length_is_the_number_of_micro_batches():
@@ -74,7 +83,9 @@ def test_length_is_the_number_of_micro_batches():
 
 
 def test_a_batch_that_does_not_divide_names_the_numbers():
-    with pytest.raises(ValueError, match=r"batch_size 6 does not divide into 2 processes x 2 micro-batches"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 6 does not divide into 2 processes x 2 micro-batches"
+    ):
         StreamSampler(10, batch_size=6, accumulate=2, world_size=2, stop=1)
 
 
@@ -85,7 +96,9 @@ class Echo(torch.utils.data.Dataset):
 
 def test_the_loader_yields_the_samples_and_leaves_the_global_generator_alone():
     sampler, before = StreamSampler(10, batch_size=4, stop=3), torch.get_rng_state()
-    batches = [list(zip(b["index"].tolist(), b["sample"].tolist())) for b in make_loader(Echo(), sampler)]
+    batches = [
+        list(zip(b["index"].tolist(), b["sample"].tolist())) for b in make_loader(Echo(), sampler)
+    ]
     assert batches == list(sampler)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -108,7 +121,9 @@ def drawn(counts, samples=4000, **options):
 def test_classes_are_drawn_with_the_chance_that_their_rarity_gives(temperature):
     expected = np.exp((1 - SHARES) / temperature)
     frequency = drawn(ALONE, temperature=temperature, min_pixels=0)
-    assert np.abs(frequency[:3] - expected / expected.sum()).max() < 0.025  # three standard deviations
+    assert (
+        np.abs(frequency[:3] - expected / expected.sum()).max() < 0.025
+    )  # three standard deviations
     assert frequency[3] == 0
 
 
@@ -130,7 +145,9 @@ def test_a_class_that_no_image_shows_enough_of_is_drawn_from_all_that_hold_it():
 
 
 @pytest.mark.parametrize("world_size, accumulate", [(2, 1), (1, 2), (2, 2)])
-def test_rare_class_draws_are_the_same_after_a_restart_and_for_any_number_of_processes(world_size, accumulate):
+def test_rare_class_draws_are_the_same_after_a_restart_and_for_any_number_of_processes(
+    world_size, accumulate
+):
     options = {"make": RareClassSampler, "batch_size": 8, "seed": 3, "temperature": 0.5}
     one = steps(ALONE, stop=7, **options)
     assert steps(ALONE, stop=7, world_size=world_size, accumulate=accumulate, **options) == one
@@ -138,7 +155,9 @@ def test_rare_class_draws_are_the_same_after_a_restart_and_for_any_number_of_pro
     assert [sample for step in one for _, sample in step] == list(range(56))
     assert steps(ALONE, stop=7, **{**options, "seed": 4}) != one
     sampler = RareClassSampler(ALONE, batch_size=8, stop=7, seed=3, temperature=0.5)
-    assert [sampler.index(s) for s in reversed(range(56))] == [i for step in one for i, _ in step][::-1]
+    assert [sampler.index(s) for s in reversed(range(56))] == [i for step in one for i, _ in step][
+        ::-1
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,11 @@ def test_rare_class_draws_are_the_same_after_a_restart_and_for_any_number_of_pro
     [
         (ALONE, {"temperature": 0.0}, "temperature .* must be positive, not 0.0"),
         (0 * ALONE, {}, "no pixel of the data set is labelled"),
-        (ALONE, {"batch_size": 6, "world_size": 4}, "batch_size 6 does not divide into 4 processes"),
+        (
+            ALONE,
+            {"batch_size": 6, "world_size": 4},
+            "batch_size 6 does not divide into 4 processes",
+        ),
     ],
 )
 def test_rare_class_sampling_that_cannot_be_is_named(counts, options, says):
@@ -163,7 +186,10 @@ class Files(SegmentationData):
     CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
 
     def pairs(self):
-        return [(p, self.root / "labels" / f"{p.stem}.png") for p in sorted((self.root / "images").glob("*"))]
+        return [
+            (p, self.root / "labels" / f"{p.stem}.png")
+            for p in sorted((self.root / "images").glob("*"))
+        ]
 
 
 def save(path, array):
@@ -190,7 +216,9 @@ TRUE = [label(i)[1] for i in range(5)]
 
 def unread(monkeypatch):
     """From now on no label may be read."""
-    monkeypatch.setattr(SegmentationData, "load_label", lambda self, index: pytest.fail("a label was read"))
+    monkeypatch.setattr(
+        SegmentationData, "load_label", lambda self, index: pytest.fail("a label was read")
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -216,7 +244,9 @@ def test_counts_follow_labels_and_options(tmp_path):
     path = tmp_path / "data" / "labels" / "1.png"
     save(path, np.ones((6, 8)))
     assert count()[1] == [0, 48, 0]
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000_000))  # as if written again: the content may differ
+    os.utime(
+        path, ns=(0, path.stat().st_mtime_ns + 1_000_000_000)
+    )  # as if written again: the content may differ
     count()
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
@@ -229,7 +259,9 @@ def test_counts_tell_ids_from_colours_in_one_file(tmp_path):
     image.putpalette([0, 9, 0, 9, 0, 0])  # index 0 has the colour of class 1
     image.save(tmp_path / "labels" / "train" / "a.png")
     options = {"root": tmp_path, "classes": ["x", "y"], "palette": [[9, 0, 0], [0, 9, 0]]}
-    counts = [class_counts(Folder(color_labels=c, **options), tmp_path / "cache") for c in (False, True)]
+    counts = [
+        class_counts(Folder(color_labels=c, **options), tmp_path / "cache") for c in (False, True)
+    ]
     assert [c.tolist() for c in counts] == [[[48, 0]], [[0, 48]]]
 
 
@@ -238,7 +270,9 @@ def test_toy_counts_are_those_of_its_pictures(tmp_path, monkeypatch):
     counts = class_counts(data, tmp_path, workers=2)
     expected = [np.bincount(data.load(i)[1].ravel(), minlength=11).tolist() for i in range(4)]
     assert counts.tolist() == expected and counts.shape == (4, 11)
-    assert class_counts(Toy(domain="real", length=3, size=[24, 32]), tmp_path).tolist() == expected[:3]
+    assert (
+        class_counts(Toy(domain="real", length=3, size=[24, 32]), tmp_path).tolist() == expected[:3]
+    )
     assert class_counts(Toy(domain="fog", length=4, size=[24, 32]), tmp_path).tolist() != expected
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -249,7 +283,10 @@ def test_a_damaged_cache_is_counted_anew(tmp_path):
     (path,) = (tmp_path / "cache").iterdir()
     for content in (path.read_bytes()[:100], b"", b"no array"):
         path.write_bytes(content)
-        assert class_counts(dataset, tmp_path / "cache").tolist() == TRUE and np.load(path).tolist() == TRUE
+        assert (
+            class_counts(dataset, tmp_path / "cache").tolist() == TRUE
+            and np.load(path).tolist() == TRUE
+        )
 
 
 def test_labels_that_cannot_be_counted_are_named_and_leave_no_cache(tmp_path):
@@ -257,7 +294,9 @@ def test_labels_that_cannot_be_counted_are_named_and_leave_no_cache(tmp_path):
     save(tmp_path / "data" / "labels" / "3.png", np.full((6, 8), 9))
     with pytest.raises(DataError, match=r"labels/3.png holds the ids \[9\]"):
         class_counts(dataset, tmp_path / "cache", workers=2)
-    with pytest.raises(DataError, match="classes of Files train cannot be counted: it has no labels"):
+    with pytest.raises(
+        DataError, match="classes of Files train cannot be counted: it has no labels"
+    ):
         class_counts(Files(root=tmp_path / "data", labels=False), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -29,7 +29,10 @@ class Files(SegmentationData):
     CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
 
     def pairs(self):
-        return [(p, self.root / "labels" / f"{p.stem}.png") for p in sorted((self.root / "images").glob("*"))]
+        return [
+            (p, self.root / "labels" / f"{p.stem}.png")
+            for p in sorted((self.root / "images").glob("*"))
+        ]
 
 
 class Others(Files):
@@ -66,12 +69,18 @@ def test_samples_are_those_of_the_parts_one_after_the_other(tmp_path):
     data = Several(parts)
     expected = [part[i] for part in parts for i in range(len(part))]
     assert len(data) == len(expected) == 5 and [data.place(i) for i in range(5)] == [
-        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1),
-    ]  # fmt: skip
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+    ]
     for index, sample in enumerate(data):  # ends at the last
         assert same(sample, expected[index]) and sample["index"] == sample["sample"] == index
         image, label = data.load(index)
-        assert np.array_equal(image, sample["image"].permute(1, 2, 0)) and np.array_equal(label, sample["label"])
+        assert np.array_equal(image, sample["image"].permute(1, 2, 0)) and np.array_equal(
+            label, sample["label"]
+        )
         assert np.array_equal(data.load_label(index), label)
     assert data.samples == parts[0].samples + parts[1].samples
     for outside in (5, -1):
@@ -85,7 +94,10 @@ def test_augmentation_is_a_function_of_the_seed_and_the_sample_in_the_whole_stre
     data = Several(parts)
     for sample in range(6):
         drawn = data[(4, sample)]
-        assert same(drawn, parts[1][(1, sample)]) and (drawn["index"], drawn["sample"]) == (4, sample)
+        assert same(drawn, parts[1][(1, sample)]) and (drawn["index"], drawn["sample"]) == (
+            4,
+            sample,
+        )
     assert not same(data[(4, 0)], data[(4, 1)]) and data.seed == 3
     plain = data.without_augmentation()
     assert plain[4]["image"].shape == (3, *SIZE) and data[4]["image"].shape == (3, 6, 6)
@@ -95,12 +107,21 @@ def test_augmentation_is_a_function_of_the_seed_and_the_sample_in_the_whole_stre
 def test_classes_are_those_that_the_parts_share(tmp_path):
     parts = [both(tmp_path)[0], Others(root=tmp_path / "two")]
     data = Several(parts)
-    assert (data.CLASSES, data.PALETTE, data.labels, data.SCORED) == (Files.CLASSES, Files.PALETTE, True, ())
+    assert (data.CLASSES, data.PALETTE, data.labels, data.SCORED) == (
+        Files.CLASSES,
+        Files.PALETTE,
+        True,
+        (),
+    )
     assert data.split == "Files train + Others train"
     other = Files(root=tmp_path / "one", label_space={"a": ["a"], "c": ["c"], "b": ["b"]})
-    with pytest.raises(DataError, match=r"need the same classes: Files has a, b, c; Files has a, c, b$"):
+    with pytest.raises(
+        DataError, match=r"need the same classes: Files has a, b, c; Files has a, c, b$"
+    ):
         Several([*parts, other])
-    with pytest.raises(DataError, match=r"labels in all of them or in none: Files train \+ Others train$"):
+    with pytest.raises(
+        DataError, match=r"labels in all of them or in none: Files train \+ Others train$"
+    ):
         Several([parts[0], Others(root=tmp_path / "two", labels=False)])
     with pytest.raises(DataError, match="the list is empty"):
         Several([])
@@ -108,7 +129,10 @@ def test_classes_are_those_that_the_parts_share(tmp_path):
 
 def test_a_class_is_scored_where_any_part_scores_it(tmp_path):
     def scored(*spaces):
-        made = [Files(root=files(tmp_path, 1, 0), label_space=dict(zip("xyz", space))) for space in spaces]
+        made = [
+            Files(root=files(tmp_path, 1, 0), label_space=dict(zip("xyz", space)))
+            for space in spaces
+        ]
         return Several(made).SCORED
 
     assert scored((["a"], [], []), (["b"], [], ["c"])) == ("x", "z")
@@ -119,7 +143,10 @@ def test_a_class_is_scored_where_any_part_scores_it(tmp_path):
 def test_parts_may_be_drawn_and_may_be_several_themselves(tmp_path):
     toys = [Toy(domain=domain, length=2, size=[24, 32]) for domain in ("synthetic", "fog", "night")]
     data = Several([Several(toys[:2]), toys[2]])
-    assert len(data) == 6 and [data.stem(i) for i in (3, 4)] == ["0/1/fog/train/00001", "1/night/train/00000"]
+    assert len(data) == 6 and [data.stem(i) for i in (3, 4)] == [
+        "0/1/fog/train/00001",
+        "1/night/train/00000",
+    ]
     assert same(data[3], toys[1][1]) and data[3]["index"] == 3 and same(data[5], toys[2][1])
     assert data.split == "Several Toy train + Toy train + Toy train"
 
@@ -141,7 +168,9 @@ def test_stems_are_distinct_and_lead_to_the_maps_of_each_part(tmp_path):
     assert [int(data[i]["extra"]["number"].unique()) for i in range(5)] == [0, 1, 2, 3, 4]
     assert data.without_augmentation()[0]["extra"] == {} and parts[0].extra == parts[1].extra == {}
     (tmp_path / "maps" / "1" / "images" / "0.png").unlink()
-    with pytest.raises(DataError, match=r"two/images/0.png has no map 'number': there is no file .*maps/1/images/0"):
+    with pytest.raises(
+        DataError, match=r"two/images/0.png has no map 'number': there is no file .*maps/1/images/0"
+    ):
         data[3]
 
 
@@ -166,12 +195,24 @@ class Shades:
 
 def test_what_a_stage_stores_comes_back_with_the_geometry_of_its_image(tmp_path):
     augment = Augment(crop=[6, 6], scale=[1.0, 1.0], flip=0.5)
-    source, target = (Several(both(tmp_path / name, augment=augment, labels=labels))
-                      for name, labels in (("s", True), ("t", False)))  # fmt: skip
-    made = Preparation(Shades(), source, target, {}, tmp_path / "maps", torch.device("cpu"), contextlib.nullcontext())
+    source, target = (
+        Several(both(tmp_path / name, augment=augment, labels=labels))
+        for name, labels in (("s", True), ("t", False))
+    )
+    made = Preparation(
+        Shades(),
+        source,
+        target,
+        {},
+        tmp_path / "maps",
+        torch.device("cpu"),
+        contextlib.nullcontext(),
+    )
     for dataset in (made.source, made.target):
         made.store("red", dataset, lambda index, image, label: (255 * image[0, 0]).byte(), {})
-    made.store("labels", made.target, lambda index, image, label: torch.full(SIZE, index), {}, palette=True)
+    made.store(
+        "labels", made.target, lambda index, image, label: torch.full(SIZE, index), {}, palette=True
+    )
     assert made.stored() == ["source/red", "target/red", "target/labels"]
     for data in (source, target):
         (batch,) = make_loader(data, StreamSampler(5, batch_size=5, stop=1), workers=2)
@@ -199,14 +240,25 @@ def test_counts_and_rare_class_sampling_cover_all_parts(tmp_path):
     counts = class_counts(Several(parts), tmp_path / "cache", workers=2)
     rows = [1, 2, 3, 1, 2]
     assert counts.tolist() == [[12 * (8 - n), 0, 12 * n] for n in rows]
-    assert counts.tolist() == [c for part in parts for c in class_counts(part, tmp_path / "cache").tolist()]
-    assert class_counts(Several(parts[::-1]), tmp_path / "cache").tolist() == counts[[3, 4, 0, 1, 2]].tolist()
+    assert counts.tolist() == [
+        c for part in parts for c in class_counts(part, tmp_path / "cache").tolist()
+    ]
+    assert (
+        class_counts(Several(parts[::-1]), tmp_path / "cache").tolist()
+        == counts[[3, 4, 0, 1, 2]].tolist()
+    )
     assert len(list((tmp_path / "cache").iterdir())) == 4
     sampler = RareClassSampler(counts, temperature=1e-3, min_pixels=20, batch_size=1, stop=1)
-    assert {sampler.index(sample) for sample in range(100)} == {1, 2, 4}  # at least two rows of the rare class
+    assert {sampler.index(sample) for sample in range(100)} == {
+        1,
+        2,
+        4,
+    }  # at least two rows of the rare class
     unlabelled = Several(both(tmp_path / "data", labels=False))
     assert unlabelled.load_label(0) is None and not unlabelled.labels
-    with pytest.raises(DataError, match=r"classes of Several Files train \+ Files train cannot be counted"):
+    with pytest.raises(
+        DataError, match=r"classes of Several Files train \+ Files train cannot be counted"
+    ):
         class_counts(unlabelled, tmp_path / "cache")
 
 
@@ -216,14 +268,23 @@ def test_evaluation_over_several_sets_adds_their_pixels(tmp_path):
 
     parts = both(tmp_path)
     arguments = (Options, torch.device("cpu"), contextlib.nullcontext())
-    one, two, all_of_them = (evaluate(Shades(), data, *arguments).matrix for data in (*parts, Several(parts)))
-    assert torch.equal(one + two, all_of_them) and all_of_them.sum() == 5 * 96 and one.diag().sum() > 0
+    one, two, all_of_them = (
+        evaluate(Shades(), data, *arguments).matrix for data in (*parts, Several(parts))
+    )
+    assert (
+        torch.equal(one + two, all_of_them) and all_of_them.sum() == 5 * 96 and one.diag().sum() > 0
+    )
 
 
 def test_check_walks_over_several_sets_and_reports_what_is_left_out(tmp_path, capsys):
     sets = [both(tmp_path)[0], Others(root=tmp_path / "two")]
-    text = "\n".join(check.describe(Several(sets), "train", *check.measure(Several(sets), "train", 0)))
-    assert "train: Several Files train + Others train, 4 images" in text and "two/images/1.png (for a test)" in text
+    text = "\n".join(
+        check.describe(Several(sets), "train", *check.measure(Several(sets), "train", 0))
+    )
+    assert (
+        "train: Several Files train + Others train, 4 images" in text
+        and "two/images/1.png (for a test)" in text
+    )
     config = """
     data:
       workers: 0

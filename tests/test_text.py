@@ -30,13 +30,21 @@ def vectors(rows=4, seed=0):
 def write(folder, values=None, names=NAMES, **more):
     """A file as the command makes it."""
     path = folder / "text.pt"
-    torch.save({"vectors": vectors() if values is None else values, "classes": list(names), **more}, path)
+    torch.save(
+        {"vectors": vectors() if values is None else values, "classes": list(names), **more}, path
+    )
     return str(path)
 
 
 def make(file, classes=NAMES, in_channels=D, **options):
     spec = {"name": "text.Text", "file": str(file), **options}
-    return build("models.prototypes", spec, num_classes=len(classes), in_channels=in_channels, classes=classes)
+    return build(
+        "models.prototypes",
+        spec,
+        num_classes=len(classes),
+        in_channels=in_channels,
+        classes=classes,
+    )
 
 
 def units(x):
@@ -86,7 +94,9 @@ def test_mapped_classes_are_the_mean_of_unit_rows(tmp_path):
     mapping = {"road": ["street"], "Car": ["van", "car"], "Traffic Light": "signal"}
     actual = make(file, map=mapping, center=False).means()
     rows = units(values)
-    torch.testing.assert_close(actual, units(torch.stack([rows[0], (rows[1] + rows[2]) / 2, rows[3], rows[4]])))
+    torch.testing.assert_close(
+        actual, units(torch.stack([rows[0], (rows[1] + rows[2]) / 2, rows[3], rows[4]]))
+    )
 
 
 def test_score_is_the_cosine_and_nothing_changes_the_rows(tmp_path):
@@ -106,12 +116,16 @@ def test_plain_arrays_take_names_from_a_list_or_a_file(tmp_path):
     np.save(tmp_path / "rows.npy", vectors().numpy().astype(np.float16))
     torch.save(vectors(), tmp_path / "rows.pt")
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in NAMES) + "\n")
-    (tmp_path / "columns.txt").write_text("".join(f"{i}\t7\t{name}\ta photo of it\n" for i, name in enumerate(NAMES)))
+    (tmp_path / "columns.txt").write_text(
+        "".join(f"{i}\t7\t{name}\ta photo of it\n" for i, name in enumerate(NAMES))
+    )
     expected = make(write(tmp_path))
     for file in ("rows.npy", "rows.pt"):
         for rows in (str(tmp_path / "names.txt"), str(tmp_path / "columns.txt"), list(NAMES)):
             actual = make(tmp_path / file, rows=rows).means()
-            torch.testing.assert_close(actual, expected.means(), rtol=0, atol=2e-3 if "npy" in file else 1e-6)
+            torch.testing.assert_close(
+                actual, expected.means(), rtol=0, atol=2e-3 if "npy" in file else 1e-6
+            )
 
 
 # --- mismatches ------------------------------------------------------------------------------------------------------
@@ -120,7 +134,11 @@ def test_plain_arrays_take_names_from_a_list_or_a_file(tmp_path):
 @pytest.mark.parametrize(
     "names, options, message",
     [
-        (["Road", "Car", "Sky", "signal"], {}, r"no row for traffic light.*its rows are road, car, sky, signal.*map: "),
+        (
+            ["Road", "Car", "Sky", "signal"],
+            {},
+            r"no row for traffic light.*its rows are road, car, sky, signal.*map: ",
+        ),
         (["Road", "Car", "Sky"], {}, "4 rows and there are 3 names"),
         (["Road", "car", "CAR", "Sky"], {}, "several rows are called car"),
         (NAMES, {"map": {"Raod": ["Car"]}}, r"map names the class 'raod'.*did you mean 'road'"),
@@ -142,7 +160,9 @@ def test_mismatches_name_what_is_wrong_and_what_to_do(names, options, message, t
 
 
 def test_files_that_cannot_be_used_say_why(tmp_path):
-    with pytest.raises(ConfigError, match=r"no file .*none\.pt; make it: python -m models\.prototypes\.text out="):
+    with pytest.raises(
+        ConfigError, match=r"no file .*none\.pt; make it: python -m models\.prototypes\.text out="
+    ):
         make(tmp_path / "none.pt")
     np.save(tmp_path / "rows.npy", vectors().numpy())
     with pytest.raises(ConfigError, match="does not name its rows: give rows"):
@@ -155,13 +175,25 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
         make(tmp_path / "rows.npy", rows=list(NAMES))
     with pytest.raises(ConfigError, match="4 classes and 3 names"):
         build(
-            "models.prototypes", {"name": "text.Text", "file": write(tmp_path)}, num_classes=4, in_channels=D,
+            "models.prototypes",
+            {"name": "text.Text", "file": write(tmp_path)},
+            num_classes=4,
+            in_channels=D,
             classes=NAMES[:3],
-        )  # fmt: skip
-    for values in (vectors().index_fill(0, torch.tensor([1]), 0.0), vectors()[:1].expand(4, D), vectors() * torch.nan):
+        )
+    for values in (
+        vectors().index_fill(0, torch.tensor([1]), 0.0),
+        vectors()[:1].expand(4, D),
+        vectors() * torch.nan,
+    ):
         with pytest.raises(ConfigError, match="zero, not finite, or the same"):
             make(write(tmp_path, values.clone()))
-    assert make(write(tmp_path, vectors()[:1].expand(4, D).clone()), center=False).means().isfinite().all()
+    assert (
+        make(write(tmp_path, vectors()[:1].expand(4, D).clone()), center=False)
+        .means()
+        .isfinite()
+        .all()
+    )
 
 
 def test_the_file_is_read_without_open_clip(tmp_path):
@@ -179,9 +211,11 @@ def test_the_file_is_read_without_open_clip(tmp_path):
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no CLIP text embeddings in {REAL}")
 CONCEPTS = {
-    "Pavement": ["sidewalk"], "SignSymbol": ["traffic sign", "traffic light"], "Pedestrian": ["person", "pedestrian"],
+    "Pavement": ["sidewalk"],
+    "SignSymbol": ["traffic sign", "traffic light"],
+    "Pedestrian": ["person", "pedestrian"],
     "Bicyclist": ["cyclist"],
-}  # fmt: skip
+}
 
 
 WALL = {"wall": ["individual standing wall, which is not part of a building"]}
@@ -217,7 +251,9 @@ def test_real_names_are_read_from_their_column():
 
 @needs_real
 def test_centring_takes_away_what_the_rows_of_camvid_share():
-    member = make(REAL / "camvid11_ViT-B-16.npy", CamVid.CLASSES, 512, rows=str(REAL / "camvid11_prompts.txt"))
+    member = make(
+        REAL / "camvid11_ViT-B-16.npy", CamVid.CLASSES, 512, rows=str(REAL / "camvid11_prompts.txt")
+    )
     apart = ~torch.eye(11, dtype=torch.bool)
     raw, centred = ((rows @ rows.T)[apart] for rows in (member.text, member.vectors))
     assert raw.min() > 0.73 and 0.88 < raw.max() < 0.89
@@ -228,7 +264,12 @@ def test_centring_takes_away_what_the_rows_of_camvid_share():
 def test_rows_of_two_sources_agree_by_class():
     """Two groups made these arrays independently: every row is nearest to its own class of the other."""
     one, two = (
-        make(REAL / f"cityscapes_{kind}.npy", Cityscapes.CLASSES, 512, rows=str(REAL / "cityscapes_classes.txt"))
+        make(
+            REAL / f"cityscapes_{kind}.npy",
+            Cityscapes.CLASSES,
+            512,
+            rows=str(REAL / "cityscapes_classes.txt"),
+        )
         for kind in ("single", "maskclip_ViT-B-16")
     )
     for rows, others in ((one.text, two.text), (one.vectors, two.vectors)):
@@ -239,7 +280,10 @@ def test_rows_of_two_sources_agree_by_class():
 
 
 def test_lists_are_those_of_the_data_sets():
-    assert tuple(CLASSES["camvid"]) == CamVid.CLASSES and tuple(CLASSES["cityscapes"]) == Cityscapes.CLASSES
+    assert (
+        tuple(CLASSES["camvid"]) == CamVid.CLASSES
+        and tuple(CLASSES["cityscapes"]) == Cityscapes.CLASSES
+    )
     assert len({*TEMPLATES["ensemble"]}) == 8 and TEMPLATES["single"][0] in TEMPLATES["ensemble"]
     assert CLASSES["cityscapes"]["vegetation"] == ["vegetation", "tree", "bush"]
 
@@ -250,7 +294,10 @@ def test_classes_are_a_list_a_mapping_or_a_file_of_either(tmp_path):
     (tmp_path / "classes.yaml").write_text("Car: [car, van]\nno: [no]\n")
     assert read_classes(str(tmp_path / "classes.yaml")) == {"Car": ["car", "van"], "no": ["no"]}
     (tmp_path / "classes.txt").write_text("0\troad\n1\ttraffic light\n")
-    assert read_classes(str(tmp_path / "classes.txt")) == {"road": ["road"], "traffic light": ["traffic light"]}
+    assert read_classes(str(tmp_path / "classes.txt")) == {
+        "road": ["road"],
+        "traffic light": ["traffic light"],
+    }
     with pytest.raises(UserError, match="classes=cityscape is neither cityscapes nor camvid"):
         read_classes("cityscape")
 
@@ -286,17 +333,31 @@ def by_hand(open_clip, network, model, prompts):
 def test_the_command_makes_a_file_of_open_clips_own_embeddings(clip, tmp_path):
     open_clip, network, weights = clip
     out = tmp_path / "new" / "text.pt"
-    arguments = [f"out={out}", "model=small", f"pretrained={weights}", "classes={Car: [car, van], Sky: sky}"]
+    arguments = [
+        f"out={out}",
+        "model=small",
+        f"pretrained={weights}",
+        "classes={Car: [car, van], Sky: sky}",
+    ]
     main([*arguments, "templates=['a {} at night.', 'a {}.']"])
     content = torch.load(out, weights_only=True)
-    prompts = {"Car": ["a car at night.", "a car.", "a van at night.", "a van."], "Sky": ["a sky at night.", "a sky."]}
+    prompts = {
+        "Car": ["a car at night.", "a car.", "a van at night.", "a van."],
+        "Sky": ["a sky at night.", "a sky."],
+    }
     assert content["classes"] == ["Car", "Sky"] and content["prompts"] == prompts
-    assert (content["model"], content["pretrained"], content["activation"]) == ("small", weights, "GELU")
+    assert (content["model"], content["pretrained"], content["activation"]) == (
+        "small",
+        weights,
+        "GELU",
+    )
     expected = by_hand(open_clip, network, "small", prompts.values())
     assert content["vectors"].dtype == torch.float32
     torch.testing.assert_close(content["vectors"], expected, rtol=1e-5, atol=1e-5)
     assert [path.name for path in out.parent.iterdir()] == ["text.pt"]  # nothing unfinished is left
-    torch.testing.assert_close(make(out, ("sky", "car"), 24, center=False).means(), content["vectors"].flip(0))
+    torch.testing.assert_close(
+        make(out, ("sky", "car"), 24, center=False).means(), content["vectors"].flip(0)
+    )
     main([*arguments, "templates=['a {} at night.', 'a {}.']"])
     assert torch.equal(torch.load(out, weights_only=True)["vectors"], content["vectors"])
 
@@ -319,7 +380,9 @@ def test_weights_of_openai_get_quickgelu(clip, tmp_path, monkeypatch):
     quick = open_clip.create_model("small-quickgelu").eval()
     quick.load_state_dict(network.state_dict())
     expected = by_hand(open_clip, quick, "small", [["a photo of a car."]])
-    assert (expected - by_hand(open_clip, network, "small", [["a photo of a car."]])).abs().max() > 1e-3
+    assert (
+        expected - by_hand(open_clip, network, "small", [["a photo of a car."]])
+    ).abs().max() > 1e-3
     state = network.state_dict()
     marked = tmp_path / "openai.pt"
     numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(20)}
@@ -328,7 +391,15 @@ def test_weights_of_openai_get_quickgelu(clip, tmp_path, monkeypatch):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tag)
     out = tmp_path / "text.pt"
     for model, source in [("small", marked), ("small-quickgelu", weights), ("small", "openai")]:
-        main([f"out={out}", f"model={model}", f"pretrained={source}", "classes=[car]", "templates=single"])
+        main(
+            [
+                f"out={out}",
+                f"model={model}",
+                f"pretrained={source}",
+                "classes=[car]",
+                "templates=single",
+            ]
+        )
         content = torch.load(out, weights_only=True)
         assert content["activation"] == "QuickGELU"
         torch.testing.assert_close(content["vectors"], expected, rtol=1e-5, atol=1e-5)
@@ -343,8 +414,14 @@ def test_weights_of_openai_get_quickgelu(clip, tmp_path, monkeypatch):
         (["out=x.pt", "classes=[a"], "not valid YAML"),
         (["out=x.pt", "classes=[a]", "templates=ensembel"], "templates must be single or ensemble"),
         (["out=x.pt", "classes=[a]", "templates=[a photo]"], "templates must be"),
-        (["out=x.pt", "classes=[a]", "model=ViT-B16"], "open_clip has no model 'ViT-B16'; did you mean"),
-        (["out=x.pt", "classes=[a]", "pretrained=opnai"], r"no file opnai, and the weights .* of ViT-B-16 are: openai"),
+        (
+            ["out=x.pt", "classes=[a]", "model=ViT-B16"],
+            "open_clip has no model 'ViT-B16'; did you mean",
+        ),
+        (
+            ["out=x.pt", "classes=[a]", "pretrained=opnai"],
+            r"no file opnai, and the weights .* of ViT-B-16 are: openai",
+        ),
     ],
 )
 def test_wrong_arguments_give_one_clear_message(arguments, message, tmp_path, monkeypatch):
@@ -359,6 +436,8 @@ def test_wrong_arguments_give_one_clear_message(arguments, message, tmp_path, mo
 def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "models.prototypes.text"]
     usage = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert usage.returncode == 1 and "out=prototypes/cityscapes.pt classes=cityscapes" in usage.stderr
+    assert (
+        usage.returncode == 1 and "out=prototypes/cityscapes.pt classes=cityscapes" in usage.stderr
+    )
     wrong = subprocess.run([*command, "out=x.pt"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: out=PATH and classes=")

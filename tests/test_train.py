@@ -23,7 +23,9 @@ from tests.runs import ROOT, assert_same_state, command, last, leaves, run, scal
 @pytest.mark.parametrize("workers", [0, 2])
 def test_six_steps_equal_three_and_a_new_process_and_three(tmp_path, workers):
     straight = train(tmp_path / "straight")
-    code, output = run(tmp_path / "parts", "train.iters=6", f"data.workers={workers}", "checkpoint.every=3")
+    code, output = run(
+        tmp_path / "parts", "train.iters=6", f"data.workers={workers}", "checkpoint.every=3"
+    )
     assert code == 0, output
     for path in checkpoint.list_steps(tmp_path / "parts")[:1]:
         path.unlink()  # as if the queue had killed the run after step 3
@@ -31,11 +33,16 @@ def test_six_steps_equal_three_and_a_new_process_and_three(tmp_path, workers):
     assert code == 0 and "resumed at step 3" in output, output
     assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"))
     assert all(
-        torch.equal(a, b) for a, b in zip(*(leaves(last(tmp_path / f)["rng"]).values() for f in ("straight", "parts")))
+        torch.equal(a, b)
+        for a, b in zip(
+            *(leaves(last(tmp_path / f)["rng"]).values() for f in ("straight", "parts"))
+        )
     )
     resumed = scalars(tmp_path / "parts")
     assert list(resumed) == [1, 2, 3, 4, 5, 6]
-    assert [resumed[step]["train/loss"] for step in resumed] == [straight[step]["train/loss"] for step in straight]
+    assert [resumed[step]["train/loss"] for step in resumed] == [
+        straight[step]["train/loss"] for step in straight
+    ]
 
 
 def test_a_finished_run_trains_no_further_and_reports_again(tmp_path):
@@ -85,7 +92,9 @@ def start_and_wait(folder, text, *overrides):
 
 def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000", "data.workers=1")
+    process = start_and_wait(
+        folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000", "data.workers=1"
+    )
     while not scalars(folder):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the loader process too
@@ -102,7 +111,9 @@ def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path):
 
 def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    process = start_and_wait(folder, "step_0000002.pt", "train.iters=100000", "checkpoint.every=1", "checkpoint.keep=2")
+    process = start_and_wait(
+        folder, "step_0000002.pt", "train.iters=100000", "checkpoint.every=1", "checkpoint.keep=2"
+    )
     for _ in range(2000):  # a save is under way whenever a temporary file lies there
         if list(folder.glob("*.tmp.*")):
             break
@@ -116,27 +127,47 @@ def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
 
 # --- several processes ---------------------------------------------------------------------------------------------
 
-EXACT = ("model.frozen_bn=[backbone, decoder]", "model.decoder.dropout=0.0", "train.iters=3", "checkpoint.every=1")
-EXACT += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}", "schedule.warmup=0")
+EXACT = (
+    "model.frozen_bn=[backbone, decoder]",
+    "model.decoder.dropout=0.0",
+    "train.iters=3",
+    "checkpoint.every=1",
+)
+EXACT += (
+    "optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",
+    "schedule.warmup=0",
+)
 
 
 @pytest.mark.parametrize("losses", ["all", "cross-entropy"])
 def test_two_processes_equal_one(tmp_path, losses):
     """float64: after one step SGD's momentum is the gradient; three data-dependent steps, uneven ignored pixels and
     shards."""
-    options = [*EXACT, *(["losses.occl.weight=0", "model.classifier={name: linear.Linear}"] if losses != "all" else [])]
+    options = [
+        *EXACT,
+        *(
+            ["losses.occl.weight=0", "model.classifier={name: linear.Linear}"]
+            if losses != "all"
+            else []
+        ),
+    ]
     for name, processes in (("one", 1), ("two", 2)):
         code, output = run(tmp_path / name, *options, processes=processes, double=True)
         assert code == 0, output
     for step in (1, 3):
-        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        one, two = (
+            checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two")
+        )
         assert one["model"]["decoder.join.0.weight"].dtype == torch.float64
         assert_same_state(one, two, 1e-10, ("model", "teacher", "prototypes", "optimizer"))
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for step in (1, 2, 3):
         for key in ("train/loss", "train/loss_cross_entropy", "train/loss_occl", "train/grad_norm"):
             assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
-    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    matrices = [
+        json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"]
+        for name in ("one", "two")
+    ]
     assert matrices[0] == matrices[1] and sum(map(sum, matrices[0])) > 0
 
 
@@ -146,11 +177,19 @@ def test_accumulating_equals_one_batch_for_cross_entropy_prototypes_and_metrics(
         code, output = run(tmp_path / name, *options, f"train.accumulate={accumulate}", double=True)
         assert code == 0, output
     assert_same_state(
-        last(tmp_path / "one"), last(tmp_path / "two"), 1e-10, ("model", "teacher", "prototypes", "optimizer")
+        last(tmp_path / "one"),
+        last(tmp_path / "two"),
+        1e-10,
+        ("model", "teacher", "prototypes", "optimizer"),
     )
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
-    assert all(one[s]["train/loss"] == pytest.approx(two[s]["train/loss"], rel=0, abs=1e-10) for s in one)
-    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    assert all(
+        one[s]["train/loss"] == pytest.approx(two[s]["train/loss"], rel=0, abs=1e-10) for s in one
+    )
+    matrices = [
+        json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"]
+        for name in ("one", "two")
+    ]
     assert matrices[0] == matrices[1]
 
 
@@ -160,10 +199,17 @@ def test_accumulated_occl_is_the_mean_over_micro_batches(tmp_path):
     code, output = run(tmp_path / "two", *only, "train.accumulate=2", double=True)
     assert code == 0, output
     code, output = run(
-        tmp_path / "first", *only, "train.batch_size=2", "train.iters=2", "optimizer.lr=0.0", double=True
+        tmp_path / "first",
+        *only,
+        "train.batch_size=2",
+        "train.iters=2",
+        "optimizer.lr=0.0",
+        double=True,
     )
     assert code == 0, output
-    halves = scalars(tmp_path / "first")  # at learning rate 0 steps 1 and 2 are the two micro-batches
+    halves = scalars(
+        tmp_path / "first"
+    )  # at learning rate 0 steps 1 and 2 are the two micro-batches
     mean = (halves[1]["train/loss"] + halves[2]["train/loss"]) / 2
     assert scalars(tmp_path / "two")[1]["train/loss"] == pytest.approx(mean, rel=0, abs=1e-10)
 
@@ -181,7 +227,9 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
     arguments = command(folder, "train.iters=100000", "checkpoint.every=100000", processes=2)
     arguments[arguments.index(str(ROOT / "train_supervised.py"))] = str(script)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert last(folder)["step"] > 0 and len(last(folder)["rng"]) == 2
 
@@ -192,10 +240,18 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_on_the_cpu(tmp_path, precision):
     values = train(
-        tmp_path / "run", f"precision={precision}", "train.iters=4", "data.train.length=4", "model.channels_last=true"
+        tmp_path / "run",
+        f"precision={precision}",
+        "train.iters=4",
+        "data.train.length=4",
+        "model.channels_last=true",
     )
     assert values[4]["train/loss_cross_entropy"] < values[1]["train/loss_cross_entropy"]
-    assert all(v.dtype == torch.float32 for v in last(tmp_path / "run")["prototypes"].values() if v.is_floating_point())
+    assert all(
+        v.dtype == torch.float32
+        for v in last(tmp_path / "run")["prototypes"].values()
+        if v.is_floating_point()
+    )
     assert ("train/amp_scale" in values[4]) == (precision == "fp16")
 
 
@@ -204,7 +260,9 @@ def test_a_step_that_fp16_skips_leaves_teacher_and_prototypes_alone(tmp_path, mo
     scaler = {}
 
     def overflowing(device, precision):
-        scaler["it"] = torch.amp.GradScaler(device.type, init_scale=2.0**120)  # every gradient overflows
+        scaler["it"] = torch.amp.GradScaler(
+            device.type, init_scale=2.0**120
+        )  # every gradient overflows
         return scaler["it"]
 
     monkeypatch.setattr(train_supervised.precision, "make_scaler", overflowing)
@@ -227,14 +285,22 @@ def test_all_ignored_and_single_class_batches_train_on(tmp_path, monkeypatch, va
     values = train(tmp_path / "run", "train.iters=3")
     assert all(abs(values[step]["train/loss"]) < float("inf") for step in values)
     assert (values[1]["train/loss"] == 0) == (value == 255)
-    assert all(v.isfinite().all() for v in last(tmp_path / "run")["model"].values() if v.is_floating_point())
+    assert all(
+        v.isfinite().all()
+        for v in last(tmp_path / "run")["model"].values()
+        if v.is_floating_point()
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"train/loss.*up to step.*checkpoints before are intact"):
+    with pytest.raises(
+        FloatingPointError, match=r"train/loss.*up to step.*checkpoints before are intact"
+    ):
         train(tmp_path / "run", "optimizer={name: SGD, lr: 1e30}", "schedule.warmup=0")
     kept = checkpoint.find(tmp_path / "run", "auto")
-    assert kept is None or all(v.isfinite().all() for v in kept["model"].values() if v.is_floating_point())
+    assert kept is None or all(
+        v.isfinite().all() for v in kept["model"].values() if v.is_floating_point()
+    )
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -246,17 +312,23 @@ def test_classes_of_test_and_training_data_must_agree(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
     Image.new("L", (8, 8)).save(tmp_path / "labels" / "a.png")
     spec = f"{{name: folder.Folder, root: {tmp_path}, image_dir: images, label_dir: labels, classes: [one, two]}}"
-    with pytest.raises(ValueError, match=r"data\.test\.mine has 2 classes \(one, two\) and data\.train has 11"):
+    with pytest.raises(
+        ValueError, match=r"data\.test\.mine has 2 classes \(one, two\) and data\.train has 11"
+    ):
         train(tmp_path / "run", f"data.test.mine={spec}")
 
 
 def test_too_few_feature_channels_for_cbp_names_both_numbers(tmp_path):
-    with pytest.raises(ValueError, match=r"cbp\.CBP: 11 classes need at least 11 feature channels.*has 8"):
+    with pytest.raises(
+        ValueError, match=r"cbp\.CBP: 11 classes need at least 11 feature channels.*has 8"
+    ):
         train(tmp_path / "run", "model.decoder.width=8")
 
 
 def test_batch_that_does_not_divide_names_the_numbers(tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size 4 does not divide into 1 processes x 3 micro-batches"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 4 does not divide into 1 processes x 3 micro-batches"
+    ):
         train(tmp_path / "run", "train.accumulate=3")
 
 
@@ -279,7 +351,9 @@ def test_averages_name_the_loss_that_is_not_finite():
     averages = Averages()
     for value in (1.0, 2.0):
         averages.add({"train/loss": torch.tensor(value), "train/loss_occl": torch.tensor(3.0)})
-    assert averages.take(2) == {"train/loss": 1.5, "train/loss_occl": 3.0} and averages.take(3) == {}
+    assert (
+        averages.take(2) == {"train/loss": 1.5, "train/loss_occl": 3.0} and averages.take(3) == {}
+    )
     averages.add({"train/loss_occl": torch.tensor(float("nan"))})
     with pytest.raises(FloatingPointError, match=r"train/loss_occl became nan .* up to step 4"):
         averages.take(4)

@@ -14,7 +14,9 @@ COLORS = torch.tensor([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=
 
 def blocks(height, width, side=24):
     """Image (3, H, W) of coloured squares and label (H, W): the colour of a pixel is COLORS[its label]."""
-    rows, columns = torch.meshgrid(torch.arange(height) // side, torch.arange(width) // side, indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(height) // side, torch.arange(width) // side, indexing="ij"
+    )
     label = ((rows * 5 + columns * 3 + rows * columns) % 4).to(torch.uint8)
     return tv_tensors.Image(COLORS[label.long()].permute(2, 0, 1)), tv_tensors.Mask(label)
 
@@ -51,7 +53,10 @@ def test_borders_of_image_and_label_do_not_shift_when_resized(scale):
     for edge in range(8, 23):
         if edge * scale % 1 == 0.5:
             continue  # the edge runs through the middle of a pixel: either side is right
-        image, label = torch.zeros(3, 30, 30, dtype=torch.uint8), torch.zeros(30, 30, dtype=torch.uint8)
+        image, label = (
+            torch.zeros(3, 30, 30, dtype=torch.uint8),
+            torch.zeros(30, 30, dtype=torch.uint8),
+        )
         image[..., edge:], label[:, edge:] = 250, 1
         augment = Augment(crop=crop, scale=[scale, scale], flip=0.0)
         resized, ids = augment(tv_tensors.Image(image), tv_tensors.Mask(label))
@@ -62,7 +67,9 @@ def test_borders_of_image_and_label_do_not_shift_when_resized(scale):
 @pytest.mark.parametrize("scale", [[0.5, 0.5], [1.0, 1.0], [2.3, 2.3], [0.5, 2.0]])
 def test_result_has_the_size_of_the_crop_whatever_the_image(size, scale):
     torch.manual_seed(0)
-    image, label = Augment(crop=[64, 48], scale=scale, color=[0.3, 0.3, 0.3, 0.05], blur=1.0)(*blocks(*size))
+    image, label = Augment(crop=[64, 48], scale=scale, color=[0.3, 0.3, 0.3, 0.05], blur=1.0)(
+        *blocks(*size)
+    )
     assert image.shape == (3, 64, 48) and label.shape == (64, 48)
     assert image.dtype == label.dtype == torch.uint8
 
@@ -84,7 +91,9 @@ def test_without_scale_and_flip_the_result_is_an_exact_window_that_moves():
     for seed in range(20):
         torch.manual_seed(seed)
         part, ids = augment(image, label)
-        candidates = (label.unfold(0, 16, 1).unfold(1, 24, 1) == ids).all(-1).all(-1).nonzero().tolist()
+        candidates = (
+            (label.unfold(0, 16, 1).unfold(1, 24, 1) == ids).all(-1).all(-1).nonzero().tolist()
+        )
         assert len(candidates) == 1
         top, left = candidates[0]
         assert torch.equal(part, image[:, top : top + 16, left : left + 24])
@@ -112,7 +121,9 @@ def test_all_maps_get_the_treatment_of_the_label_and_change_nothing_about_it(see
     assert len(drawn) == 4 and torch.equal(drawn[0], alone[0])
     assert torch.equal(drawn[1], alone[1]) and torch.equal(drawn[3], alone[1])
     padding = drawn[1] == 255
-    assert (drawn[2][padding] == 255).all() and torch.equal(drawn[2][~padding], 200 - drawn[1][~padding])
+    assert (drawn[2][padding] == 255).all() and torch.equal(
+        drawn[2][~padding], 200 - drawn[1][~padding]
+    )
     torch.manual_seed(seed)
     (bare,) = augment(image)
     assert torch.equal(bare, alone[0])
@@ -120,7 +131,9 @@ def test_all_maps_get_the_treatment_of_the_label_and_change_nothing_about_it(see
 
 def test_colour_and_blur_leave_the_label_alone():
     image, label = noise(16, 24)
-    changed, ids = Augment(crop=[16, 24], scale=[1, 1], flip=0.0, color=[0.5, 0.5, 0.5, 0.1], blur=1.0)(image, label)
+    changed, ids = Augment(
+        crop=[16, 24], scale=[1, 1], flip=0.0, color=[0.5, 0.5, 0.5, 0.1], blur=1.0
+    )(image, label)
     assert torch.equal(ids, label) and not torch.equal(changed, image)
 
 
@@ -145,7 +158,10 @@ def test_bad_options_are_named(options):
         ({"cat_max_ratio": 0.0}, "cat_max_ratio is a share up to 1"),
         ({"cat_max_ratio": 1.5}, "cat_max_ratio is a share up to 1"),
         ({"short_side": -1}, "short_side at least 0"),
-        ({"photometric": True, "color": [0.3, 0.3, 0.3, 0.05]}, "photometric and color both change colours"),
+        (
+            {"photometric": True, "color": [0.3, 0.3, 0.3, 0.05]},
+            "photometric and color both change colours",
+        ),
     ],
 )
 def test_options_that_cannot_be_meant_are_named(options, says):
@@ -168,7 +184,9 @@ def drew(count, seed):
     return torch.equal(now, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("options", [{}, {"cat_max_ratio": 1.0, "photometric": False, "short_side": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cat_max_ratio": 1.0, "photometric": False, "short_side": 0}]
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_without_the_options_scale_two_starts_flip_and_blur_are_drawn_in_this_order(seed, options):
     image, label = noise(40, 60)
@@ -178,7 +196,10 @@ def test_without_the_options_scale_two_starts_flip_and_blur_are_drawn_in_this_or
     torch.manual_seed(seed)
     _, rows, columns, flip, _ = rand(5)
     top, left = round(24 * rows), round(36 * columns)
-    window, expected = image[:, top : top + 16, left : left + 24], label[top : top + 16, left : left + 24]
+    window, expected = (
+        image[:, top : top + 16, left : left + 24],
+        label[top : top + 16, left : left + 24],
+    )
     assert torch.equal(part, window.flip(-1) if flip < 0.5 else window)
     assert torch.equal(ids, expected.flip(-1) if flip < 0.5 else expected)
 
@@ -206,7 +227,9 @@ def test_crops_are_drawn_again_until_the_share_is_small_enough():
         for seed in range(300):
             torch.manual_seed(seed)
             part, ids = augment(image, label)
-            assert torch.equal(ids, (part[0] >= 160).to(torch.uint8))  # the label belongs to the image still
+            assert torch.equal(
+                ids, (part[0] >= 160).to(torch.uint8)
+            )  # the label belongs to the image still
             shares.append(share(ids))
         found[ratio] = sum(value <= 0.6 for value in shares) / 300
     chance = 9 / 161  # 9 of the 161 places have a share of at most 0.6
@@ -279,9 +302,14 @@ def distorted(pixel, seed):
     """The definition for one pixel of three bytes, in Python's own HSV, from the same draws."""
     torch.manual_seed(seed)
     bright, contrast, saturation, hue, late = [number < 0.5 for number in torch.rand(5).tolist()]
-    shift, factor, color, turn = (low + (high - low) * u for u, (low, high) in zip(
-        rand(4), ((-32 / 255, 32 / 255), (0.5, 1.5), (0.5, 1.5), (-36 / 360, 36 / 360)), strict=True
-    ))  # fmt: skip
+    shift, factor, color, turn = (
+        low + (high - low) * u
+        for u, (low, high) in zip(
+            rand(4),
+            ((-32 / 255, 32 / 255), (0.5, 1.5), (0.5, 1.5), (-36 / 360, 36 / 360)),
+            strict=True,
+        )
+    )
     x = [value / 255 for value in pixel]
     x = [min(max(value + shift * bright, 0), 1) for value in x]
     x = [min(value * factor, 1) for value in x] if contrast and not late else x
@@ -297,7 +325,11 @@ def test_photometric_distortion_is_that_of_its_definition():
     for seed in range(120):
         torch.manual_seed(seed)
         result = distort(tv_tensors.Image(image))
-        assert type(result) is tv_tensors.Image and result.dtype == torch.uint8 and result.shape == image.shape
+        assert (
+            type(result) is tv_tensors.Image
+            and result.dtype == torch.uint8
+            and result.shape == image.shape
+        )
         for y, x in ((0, 0), (1, 3), (3, 5)):
             expected, applied = distorted(image[:, y, x].tolist(), seed)
             assert np.abs(result[:, y, x].numpy() - np.array(expected)).max() < 0.51 + 0.1

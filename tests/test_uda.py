@@ -48,7 +48,8 @@ KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
 
 
 @pytest.mark.parametrize(
-    ("steps", "method"), [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP"), (4, "TMT")]
+    ("steps", "method"),
+    [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP"), (4, "TMT")],
 )
 def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
     """Killed within the first stage, at its end, within the second; the rest in a new process."""
@@ -65,28 +66,46 @@ def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
     one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     resumed = scalars(tmp_path / "parts")
-    assert {s: v["train/loss"] for s, v in resumed.items()} == {s: v["train/loss"] for s, v in straight.items()}
-    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("straight", "parts")]
+    assert {s: v["train/loss"] for s, v in resumed.items()} == {
+        s: v["train/loss"] for s, v in straight.items()
+    }
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text())["results"]
+        for name in ("straight", "parts")
+    ]
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(tmp_path, method):
-    exact = ("model.frozen_bn=[backbone, decoder]", "model.decoder.dropout=0.0", "schedule.warmup=0")
+    exact = (
+        "model.frozen_bn=[backbone, decoder]",
+        "model.decoder.dropout=0.0",
+        "schedule.warmup=0",
+    )
     exact += ("optimizer={name: SGD, lr: 1e-3, head_lr_factor: 1.0, momentum: 0.9}",)
     for name, processes in (("one", 1), ("two", 2)):
         options = (*METHODS[method], *exact)
-        code, output = run(tmp_path / name, *options, processes=processes, double=True, config=TINY_UDA)
+        code, output = run(
+            tmp_path / name, *options, processes=processes, double=True, config=TINY_UDA
+        )
         assert code == 0, output
     for step in (3, 4, 6):
-        one, two = (checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two"))
+        one, two = (
+            checkpoint.load(tmp_path / name / f"step_{step:07d}.pt") for name in ("one", "two")
+        )
         averaged = ("teacher",) * (step > 3 and method != "BCL")
-        assert_same_state(one, two, 1e-10, ("model", "prototypes", "labelers", "optimizer", *averaged))
+        assert_same_state(
+            one, two, 1e-10, ("model", "prototypes", "labelers", "optimizer", *averaged)
+        )
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for step in one:
         for key in (key for key in one[step] if key.startswith(("train/loss", "uda/"))):
             assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
-    matrices = [json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"] for name in ("one", "two")]
+    matrices = [
+        json.loads((tmp_path / name / "eval" / "toy.json").read_text())["matrix"]
+        for name in ("one", "two")
+    ]
     assert matrices[0] == matrices[1]
 
 
@@ -94,7 +113,12 @@ def test_the_second_stage_starts_from_the_first_and_moves_the_teacher(tmp_path):
     train(tmp_path / "run", "optimizer.lr=0.0", "optimizer.weight_decay=0.0", config=TINY_UDA)
     first, second = (checkpoint.load(tmp_path / "run" / f"step_000000{n}.pt") for n in (3, 6))
     assert "teacher" not in first and second["teacher"]["updates"] == 3
-    assert (first["stage"], first["stage_step"], second["stage"], second["stage_step"]) == (0, 3, 1, 3)
+    assert (first["stage"], first["stage_step"], second["stage"], second["stage_step"]) == (
+        0,
+        3,
+        1,
+        3,
+    )
     weights = {k: v for k, v in first["model"].items() if "running" not in k and "tracked" not in k}
     assert all(torch.equal(value, second["model"][name]) for name, value in weights.items())
 
@@ -131,7 +155,12 @@ def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
 
 
 def test_stages_override_repeat_and_scale_the_learning_rate():
-    cfg = load(TINY_UDA, ["stages=[{name: a, iters: 2}, {name: b, repeat: 3, lr_scale: 0.5, train: {batch_size: 2}}]"])
+    cfg = load(
+        TINY_UDA,
+        [
+            "stages=[{name: a, iters: 2}, {name: b, repeat: 3, lr_scale: 0.5, train: {batch_size: 2}}]"
+        ],
+    )
     result = stages(cfg)
     assert [stage.stage.name for stage in result] == ["a", "b1", "b2", "b3"]
     assert [stage.optimizer.lr for stage in result] == [1e-3, 1e-3, 5e-4, 2.5e-4]
@@ -160,7 +189,9 @@ def test_teacher_confidence_weights_by_the_share_of_confident_pixels():
     logits = torch.zeros(2, 3, 4, 4)
     logits[:, 1, :2], logits[:, 2, 2:] = 10.0, 0.1  # the upper half is confident
     batch = {"target": {"image": torch.zeros(2, 3, 4, 4)}}
-    labels, weights = TeacherConfidence(threshold=0.968, ignore_top=1).before(batch, Output(logits, logits, {}))
+    labels, weights = TeacherConfidence(threshold=0.968, ignore_top=1).before(
+        batch, Output(logits, logits, {})
+    )
     assert (labels["target"][:, :2] == 1).all() and (labels["target"][:, 2:] == 2).all()
     assert (weights["target"][:, 0] == 0).all() and (weights["target"][:, 1:] == 0.5).all()
 
@@ -177,7 +208,13 @@ def mix(samples=(0, 1), **options):
     }
     labels = {"source": label, "target": torch.full((2, 6, 6), 7)}
     mixer = ClassMix(color_p=0.0, blur_p=0.0, **options)
-    return source, target, *mixer({"source": source, "target": target}, labels, {"target": torch.full((2, 6, 6), 0.25)})
+    return (
+        source,
+        target,
+        *mixer(
+            {"source": source, "target": target}, labels, {"target": torch.full((2, 6, 6), 0.25)}
+        ),
+    )
 
 
 def test_class_mix_pastes_whole_classes_with_their_labels_and_weights():
@@ -190,14 +227,18 @@ def test_class_mix_pastes_whole_classes_with_their_labels_and_weights():
         assert kept < present and len(kept) == (len(present) + 1) // 2
         assert torch.equal(pasted, torch.isin(source["label"][i], torch.tensor(sorted(kept))))
         assert torch.equal(image[i], torch.where(pasted, source["image"][i], target["image"][i]))
-        assert (weights["mixed"][i][pasted] == 1).all() and (weights["mixed"][i][~pasted] == 0.25).all()
+        assert (weights["mixed"][i][pasted] == 1).all() and (
+            weights["mixed"][i][~pasted] == 0.25
+        ).all()
     assert domain == "target" and views["source"][1] == "source" and (labels["mixed"] != 255).all()
 
 
 def test_class_mix_depends_on_the_sample_alone():
     one, again, other = mix()[3], mix()[3], mix(samples=(2, 3))[3]
     swapped = ClassMix().choose(torch.flip(mix()[3]["source"], [0]), torch.tensor([1, 0]))
-    assert torch.equal(one["mixed"], again["mixed"]) and not torch.equal(one["mixed"], other["mixed"])
+    assert torch.equal(one["mixed"], again["mixed"]) and not torch.equal(
+        one["mixed"], other["mixed"]
+    )
     assert torch.equal(swapped.flip(0), one["mixed"] != 7)
 
 

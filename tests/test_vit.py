@@ -73,20 +73,29 @@ def test_dinov2_has_the_size_that_timm_gives_it(size, name):
     options = {"size": size, "patch": 14, "positions": 518, "layer_scale": True, "weights": "none"}
     with torch.device("meta"):
         expected = count(timm.create_model(f"vit_{name}_patch14_dinov2", pretrained=False))
-        with_registers = count(timm.create_model(f"vit_{name}_patch14_reg4_dinov2", pretrained=False))
+        with_registers = count(
+            timm.create_model(f"vit_{name}_patch14_reg4_dinov2", pretrained=False)
+        )
         plain, registers = ViT(**options), ViT(**options, registers=4)
     assert count(plain) == expected
-    assert count(registers) == with_registers + plain.channels[0]  # timm adds the position to the class token there
+    assert (
+        count(registers) == with_registers + plain.channels[0]
+    )  # timm adds the position to the class token there
 
 
 def test_names_and_shapes_are_those_of_torchvision():
     with torch.device("meta"):
         theirs = torchvision.models.vit_b_16().state_dict()
         ours = ViT(size="b", weights="none")
-    old = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in theirs.items()}
+    old = {
+        k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v
+        for k, v in theirs.items()
+    }
     assert old.keys() != theirs.keys()
     for state in (theirs, old):
-        state = {k: v.shape for k, v in vit.our_names(state, ours).items() if not k.startswith("heads.")}
+        state = {
+            k: v.shape for k, v in vit.our_names(state, ours).items() if not k.startswith("heads.")
+        }
         assert state == {k: v.shape for k, v in ours.state_dict().items()}
 
 
@@ -95,7 +104,10 @@ def dinov2_names(depth, registers):
     names = {"cls_token", "pos_embed", "mask_token"} | ({"register_tokens"} if registers else set())
     layers = ["patch_embed.proj", "norm"]
     for i in range(depth):
-        layers += [f"blocks.{i}.{n}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
+        layers += [
+            f"blocks.{i}.{n}"
+            for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        ]
         names |= {f"blocks.{i}.ls1.gamma", f"blocks.{i}.ls2.gamma"}
     return names | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
@@ -103,13 +115,17 @@ def dinov2_names(depth, registers):
 @pytest.mark.parametrize("registers", [0, 4])
 def test_names_are_those_of_dinov2(registers):
     with torch.device("meta"):
-        state = ViT(patch=14, positions=518, layer_scale=True, registers=registers, weights="none").state_dict()
+        state = ViT(
+            patch=14, positions=518, layer_scale=True, registers=registers, weights="none"
+        ).state_dict()
     assert {*state, "mask_token"} == dinov2_names(12, registers)
     assert state["pos_embed"].shape == (1, 1 + 37 * 37, 768)
 
 
 def torchvision_tiny(image_size=32):
-    model = torchvision.models.VisionTransformer(image_size, 16, DEPTH, HEADS, C, 4 * C, num_classes=7)
+    model = torchvision.models.VisionTransformer(
+        image_size, 16, DEPTH, HEADS, C, 4 * C, num_classes=7
+    )
     return randomized(model)
 
 
@@ -131,7 +147,10 @@ def test_every_key_of_a_file_is_explained(tiny, tmp_path, caplog):
         options, state = dinov2_file(path, registers=4)
         other = ViT(**options)
     keys = [record.message.partition("weights.pth: ")[2] for record in caplog.records]
-    assert keys == [f"{n} keys loaded, 0 keep their initial values" for n in (4 + 12 * DEPTH + 2, 5 + 14 * DEPTH + 2)]
+    assert keys == [
+        f"{n} keys loaded, 0 keep their initial values"
+        for n in (4 + 12 * DEPTH + 2, 5 + 14 * DEPTH + 2)
+    ]
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
     with pytest.raises(WeightsError, match=r"12 missing \(blocks\.0\.ls1\.gamma"):
         torch.save(model.state_dict(), path)
@@ -147,7 +166,9 @@ def test_every_key_of_a_file_is_explained(tiny, tmp_path, caplog):
 
 
 def test_what_cannot_be_built_is_an_error_that_says_why(tiny):
-    with pytest.raises(WeightsError, match=r"not of ViT-S/16: give model\.backbone\.weights=PATH.*DeiT"):
+    with pytest.raises(
+        WeightsError, match=r"not of ViT-S/16: give model\.backbone\.weights=PATH.*DeiT"
+    ):
         ViT(size="s")
     with pytest.raises(WeightsError, match=r"not of ViT-B/14"):
         ViT(size="b", patch=14)
@@ -189,13 +210,17 @@ def test_maps_are_those_of_torchvision(tiny, norm, tmp_path):
 
 
 @torch.no_grad()
-def test_maps_of_another_size_are_those_of_torchvision_where_positions_need_no_interpolation(tiny, tmp_path):
+def test_maps_of_another_size_are_those_of_torchvision_where_positions_need_no_interpolation(
+    tiny, tmp_path
+):
     """torchvision has a fixed size and resizes tables of positions with aligned corners; ours are sampled as timm's."""
     small, large = torchvision_tiny(), torchvision_tiny(48)
     table = small.encoder.pos_embedding
     table[:, 1:] = table[:, 1:2]  # the same for all patches
     torch.save(small.state_dict(), tmp_path / "weights.pth")
-    state = small.state_dict() | {"encoder.pos_embedding": torch.cat([table, table[:, 1:2].expand(1, 5, C)], 1)}
+    state = small.state_dict() | {
+        "encoder.pos_embedding": torch.cat([table, table[:, 1:2].expand(1, 5, C)], 1)
+    }
     large.load_state_dict(state)
     backbone = ViT(**{**TINY, "weights": str(tmp_path / "weights.pth")}, norm=False).eval()
     image = torch.rand(2, 3, 48, 48)
@@ -207,12 +232,22 @@ def test_maps_of_another_size_are_those_of_torchvision_where_positions_need_no_i
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
 def test_maps_are_those_of_timms_dinov2_at_any_size(tiny, registers, tmp_path):
-    transformers = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
+    transformers = pytest.importorskip(
+        "timm.models.vision_transformer", reason="timm is not installed"
+    )
     options, state = dinov2_file(tmp_path / "weights.pth", registers)
     model = transformers.VisionTransformer(
-        img_size=56, patch_size=14, embed_dim=C, depth=DEPTH, num_heads=HEADS, num_classes=0, init_values=1.0,
-        reg_tokens=registers, no_embed_class=registers > 0, dynamic_img_size=True,
-    ).eval()  # fmt: skip
+        img_size=56,
+        patch_size=14,
+        embed_dim=C,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=0,
+        init_values=1.0,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+        dynamic_img_size=True,
+    ).eval()
     model.load_state_dict(transformers.checkpoint_filter_fn(dict(state), model))
     backbone = ViT(**options).eval()
     for size in [(56, 56), (28, 98), (112, 70)]:
@@ -243,7 +278,9 @@ def test_any_size_is_enlarged_to_whole_patches(tiny):
 
 def test_drop_path_grows_over_the_depth_and_is_inactive_in_eval(tiny):
     backbone = randomized(ViT(**TINY, drop_path=1.0))
-    assert [block.drop_path.p for block in backbone.blocks] == pytest.approx([i / 5 for i in range(6)])
+    assert [block.drop_path.p for block in backbone.blocks] == pytest.approx(
+        [i / 5 for i in range(6)]
+    )
     still = ViT(**TINY, drop_path=0.0).train()
     still.load_state_dict(backbone.state_dict())
     image = torch.rand(2, 3, 32, 48)
@@ -289,7 +326,9 @@ def captured(module, image, **options):
     """Inputs and outputs (B, 3 + N, C) of every block, beside the maps."""
     tokens, handles = [], []
     for block in module.blocks:
-        handles.append(block.register_forward_hook(lambda m, a, output: tokens.append((a[0], output))))
+        handles.append(
+            block.register_forward_hook(lambda m, a, output: tokens.append((a[0], output)))
+        )
     maps = module(image, **options)
     for handle in handles:
         handle.remove()
@@ -315,17 +354,23 @@ def test_none_leaves_a_block_to_the_kernel_without_a_mask(backbone, image, monke
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     assert same(backbone(image, bias=lambda *call: None), expected) and masks == [None] * DEPTH
     masks.clear()
-    backbone(image, bias=lambda stage, block, x, keys: torch.zeros(1, 1, 1, N) if block == 5 else None)
+    backbone(
+        image, bias=lambda stage, block, x, keys: torch.zeros(1, 1, 1, N) if block == 5 else None
+    )
     assert masks[:5] == [None] * 5 and masks[5].shape == (1, 1, 1, PREFIX + N)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("taps, ran", [([], 6), ([1, 3], 4)])
-def test_bias_is_asked_for_before_every_block_with_the_patches_that_enter_it(tiny, image, taps, ran):
+def test_bias_is_asked_for_before_every_block_with_the_patches_that_enter_it(
+    tiny, image, taps, ran
+):
     backbone = randomized(ViT(**TINY, registers=2, taps=taps)).double()
     calls = []
     _, tokens = captured(backbone, image, bias=lambda *call: calls.append(call))
-    assert [(stage, block, keys) for stage, block, _, keys in calls] == [(1, i, GRID) for i in range(ran)]
+    assert [(stage, block, keys) for stage, block, _, keys in calls] == [
+        (1, i, GRID) for i in range(ran)
+    ]
     for (*_, x, _), (entered, _) in zip(calls, tokens, strict=True):
         assert x.shape == (2, C, *GRID) and torch.equal(x.flatten(2).mT, entered[:, PREFIX:])
 
@@ -345,11 +390,16 @@ def test_minus_infinity_is_as_if_the_patch_were_not_there(backbone, image):
         close(x.flatten(2)[..., others], y, 1e-9)
         assert (x - free).flatten(2)[..., others].abs().amax(1).min() > 1e-3
     # All patches hidden: the class token and the registers are left, and nothing is undefined.
-    assert all(x.isfinite().all() for x in backbone(image, bias=lambda *call: torch.full((1, 1, 1, N), -torch.inf)))
+    assert all(
+        x.isfinite().all()
+        for x in backbone(image, bias=lambda *call: torch.full((1, 1, 1, N), -torch.inf))
+    )
 
 
 @torch.no_grad()
-def test_class_token_and_registers_have_no_bias_as_keys_and_see_that_of_all_queries(backbone, image):
+def test_class_token_and_registers_have_no_bias_as_keys_and_see_that_of_all_queries(
+    backbone, image
+):
     """Logits written out: one bias for all queries reaches the first tokens too, one for each query does not."""
     one, each = torch.randn(2, HEADS, 1, N).double(), torch.randn(2, HEADS, N, N).double()
     block = backbone.blocks[0]
@@ -391,10 +441,14 @@ def test_gradients_flow_through_the_bias(backbone, image, queries):
             return value + x.mean(1).flatten(1)[:, None, None]
 
     def last():
-        return backbone(image, bias=bias)[-1].square().mul(torch.linspace(0, 1, C).view(C, 1, 1)).sum()
+        return (
+            backbone(image, bias=bias)[-1].square().mul(torch.linspace(0, 1, C).view(C, 1, 1)).sum()
+        )
 
     loss = last()
-    gradients = torch.autograd.grad(loss, [value, entered[0]])  # that of what entered comes through the bias alone
+    gradients = torch.autograd.grad(
+        loss, [value, entered[0]]
+    )  # that of what entered comes through the bias alone
     assert all(g.isfinite().all() and g.abs().min() > 0 for g in gradients)
     step = torch.zeros_like(value)
     step[1, 0, -1, 5] = 1e-5
@@ -408,10 +462,15 @@ def test_gradients_flow_through_the_bias(backbone, image, queries):
 
 def test_bias_follows_the_precision_of_the_attention(tiny):
     backbone = randomized(ViT(**TINY, drop_path=0.0))
-    image, value = torch.rand(1, 3, 48, 64), torch.randn(1, 1, 1, N, dtype=torch.float64, requires_grad=True)
+    image, value = (
+        torch.rand(1, 3, 48, 64),
+        torch.randn(1, 1, 1, N, dtype=torch.float64, requires_grad=True),
+    )
     expected = backbone(image, bias=lambda *call: value)
     with torch.autocast("cpu", torch.bfloat16):
         low = backbone(image, bias=lambda *call: value)
     close(low[-1].float(), expected[-1], 0.3)
     (gradient,) = torch.autograd.grad(low[-1].float().square()[:, : C // 2].sum(), value)
-    assert gradient.dtype == torch.float64 and gradient.isfinite().all() and gradient.abs().amax() > 0
+    assert (
+        gradient.dtype == torch.float64 and gradient.isfinite().all() and gradient.abs().amax() > 0
+    )

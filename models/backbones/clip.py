@@ -29,14 +29,20 @@ from models.blocks import Normalize
 logger = logging.getLogger("engine")
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers that only OpenAI's files hold
+OPENAI = {
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+}  # numbers that only OpenAI's files hold
 
 
 def library():
     try:
         import open_clip.pretrained
     except ImportError as error:
-        raise UserError(f"CLIP needs the package open_clip: pip install open_clip_torch ({error})") from None
+        raise UserError(
+            f"CLIP needs the package open_clip: pip install open_clip_torch ({error})"
+        ) from None
     return open_clip
 
 
@@ -46,11 +52,15 @@ def build_trunk(model, wanted):
     config = open_clip.get_model_config(model)
     if config is None:
         near = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"open_clip has no model '{model}'; did you mean {' or '.join(near) or 'RN50'}?")
+        raise ValueError(
+            f"open_clip has no model '{model}'; did you mean {' or '.join(near) or 'RN50'}?"
+        )
     vision, quick = config["vision_cfg"], config.get("quick_gelu", False)
     kind = "ViT" if isinstance(vision.get("layers", 12), int) else "ResNet"
     if vision.get("timm_model_name") or vision.get("attentional_pool") or kind != wanted:
-        raise ValueError(f"{model} is not a plain clip.{wanted}; there are clip.ResNet, clip.ViT and timm.Timm")
+        raise ValueError(
+            f"{model} is not a plain clip.{wanted}; there are clip.ResNet, clip.ViT and timm.Timm"
+        )
     trunk = open_clip.model._build_vision_tower(config["embed_dim"], vision, quick)
     return trunk, config["embed_dim"], "QuickGELU" if quick else "GELU"
 
@@ -62,30 +72,55 @@ def load(tower, weights, model, activation=None, drop=()):
     pretrained, path = library().pretrained, weights
     if tag := pretrained.get_pretrained_cfg(model, weights):
         if tuple(tag["mean"]) != MEAN:
-            raise WeightsError(f"{weights} of {model} needs images of mean {tag['mean']}, not CLIP's {MEAN}")
+            raise WeightsError(
+                f"{weights} of {model} needs images of mean {tag['mean']}, not CLIP's {MEAN}"
+            )
         try:
             path = pretrained.download_pretrained(tag)
         except (OSError, RuntimeError) as error:
-            raise WeightsError(f"could not download {weights} ({error}); give a copy by weights=PATH") from None
+            raise WeightsError(
+                f"could not download {weights} ({error}); give a copy by weights=PATH"
+            ) from None
     elif not Path(path).is_file():
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model))
-        raise WeightsError(f"there is no file {path}, and the weights that open_clip has of {model} are: {tags}")
+        raise WeightsError(
+            f"there is no file {path}, and the weights that open_clip has of {model} are: {tags}"
+        )
     state = unwrap(read(path))
-    trained = "QuickGELU" if tag.get("quick_gelu") or OPENAI & state.keys() else "GELU" if tag else None
+    trained = (
+        "QuickGELU" if tag.get("quick_gelu") or OPENAI & state.keys() else "GELU" if tag else None
+    )
     if activation and not trained:
-        logger.info(f"{weights} does not say if it was trained with GELU or QuickGELU; {model} has {activation}")
+        logger.info(
+            f"{weights} does not say if it was trained with GELU or QuickGELU; {model} has {activation}"
+        )
     elif activation and trained != activation:
         needed = model.removesuffix("-quickgelu") + "-quickgelu" * (trained == "QuickGELU")
-        raise WeightsError(f"{weights} was trained with {trained}, and {model} has {activation}: take model: {needed}")
+        raise WeightsError(
+            f"{weights} was trained with {trained}, and {model} has {activation}: take model: {needed}"
+        )
     whole = any(key.startswith("visual.") for key in state)
-    state = {key if whole else f"visual.{key}": value for key, value in state.items() if key not in OPENAI}
-    load_into(tower, {k: v for k, v in state.items() if k.startswith("visual.")}, source=weights, drop=drop)
+    state = {
+        key if whole else f"visual.{key}": value
+        for key, value in state.items()
+        if key not in OPENAI
+    }
+    load_into(
+        tower,
+        {k: v for k, v in state.items() if k.startswith("visual.")},
+        source=weights,
+        drop=drop,
+    )
 
 
 def whole_patches(image, patch):
     """Images enlarged, by less than a patch, to whole patches: every cell is then the same share of the image."""
     size = [-(-n // patch) * patch for n in image.shape[-2:]]
-    return image if size == [*image.shape[-2:]] else F.interpolate(image, size, mode="bilinear", align_corners=False)
+    return (
+        image
+        if size == [*image.shape[-2:]]
+        else F.interpolate(image, size, mode="bilinear", align_corners=False)
+    )
 
 
 class ResNet(nn.Module):
@@ -99,7 +134,9 @@ class ResNet(nn.Module):
     `joint` is D of `dense`. Of the attention pool only what dense needs is kept, and not trained.
     """
 
-    def __init__(self, *, model: str = "RN50", output_stride: Literal[16, 32] = 32, weights: str = "openai"):
+    def __init__(
+        self, *, model: str = "RN50", output_stride: Literal[16, 32] = 32, weights: str = "openai"
+    ):
         super().__init__()
         self.normalize = Normalize(MEAN, STD)
         self.visual, self.joint, _ = build_trunk(model, "ResNet")
@@ -110,7 +147,9 @@ class ResNet(nn.Module):
                 module.ceil_mode = True  # any size; nothing changes for multiples of 32
         if output_stride == 16:
             first, *later = self.visual.layer4
-            first.avgpool = nn.Sequential(nn.ReplicationPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, stride=1))
+            first.avgpool = nn.Sequential(
+                nn.ReplicationPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, stride=1)
+            )
             first.downsample[0] = first.avgpool
             for block in later:
                 block.conv2.dilation = block.conv2.padding = (2, 2)
@@ -144,15 +183,22 @@ class ViT(nn.Module):
     embeddings interpolated to their grid as open_clip does.
     """
 
-    def __init__(self, *, model: str = "ViT-B-16-quickgelu", taps: list = (), weights: str = "openai"):
+    def __init__(
+        self, *, model: str = "ViT-B-16-quickgelu", taps: list = (), weights: str = "openai"
+    ):
         super().__init__()
         self.normalize = Normalize(MEAN, STD)
         self.visual, self.joint, activation = build_trunk(model, "ViT")
         blocks, self.patch = self.visual.transformer.resblocks, self.visual.patch_size[0]
         self.taps = list(taps) or sorted({max(len(blocks) * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
         if self.taps != sorted({*self.taps} & {*range(len(blocks))}):
-            raise ValueError(f"taps must ascend, from 0 to {len(blocks) - 1} at most in {model}, not {self.taps}")
-        self.channels, self.strides = [self.visual.transformer.width] * len(self.taps), [self.patch] * len(self.taps)
+            raise ValueError(
+                f"taps must ascend, from 0 to {len(blocks) - 1} at most in {model}, not {self.taps}"
+            )
+        self.channels, self.strides = (
+            [self.visual.transformer.width] * len(self.taps),
+            [self.patch] * len(self.taps),
+        )
         for part in (self.visual.proj, self.visual.ln_post, *blocks[self.taps[-1] + 1 :]):
             part.requires_grad_(False)
         load(self, weights, model, activation)
@@ -170,7 +216,9 @@ class ViT(nn.Module):
         """(B, 3, H, W) -> outputs (B, 1 + h w, C) of these blocks, the class token first, and the grid (h, w)."""
         x, outputs = self.visual.conv1(self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])
-        x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], 1) + self._positions(grid)
+        x = torch.cat(
+            [self.visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], 1
+        ) + self._positions(grid)
         x = self.visual.ln_pre(x)
         for i, block in enumerate(self.visual.transformer.resblocks[: blocks[-1] + 1]):
             x = block(x)

@@ -17,7 +17,9 @@ from torchvision.models.convnext import ConvNeXt as Network
 from engine.weights import load_pretrained, rename
 from models.blocks import Normalize, anchored, pad_to, run
 
-SIZES = dict(t=("tiny", 96, (3, 3, 9, 3)), s=("small", 96, (3, 3, 27, 3)), b=("base", 128, (3, 3, 27, 3)))
+SIZES = dict(
+    t=("tiny", 96, (3, 3, 9, 3)), s=("small", 96, (3, 3, 27, 3)), b=("base", 128, (3, 3, 27, 3))
+)
 DROP_PATH = dict(t=0.4, s=0.3, b=0.4)  # with UPerNet on ADE20K
 
 OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this order -> torchvision's
@@ -62,27 +64,40 @@ class ConvNeXt(nn.Module):
     """
 
     def __init__(
-        self, *, size: Literal["t", "s", "b"] = "t", width: int = 0, depths: list = (), drop_path: float | None = None,
-        checkpointing: bool = False, weights: str = "imagenet",
-    ):  # fmt: skip
+        self,
+        *,
+        size: Literal["t", "s", "b"] = "t",
+        width: int = 0,
+        depths: list = (),
+        drop_path: float | None = None,
+        checkpointing: bool = False,
+        weights: str = "imagenet",
+    ):
         super().__init__()
         name, base, blocks = SIZES[size]
         width, blocks = width or base, list(depths) or blocks
         if len(blocks) != 4 or width < 1 or not all(isinstance(n, int) and n > 0 for n in blocks):
-            raise ValueError(f"depths={blocks} must be four numbers of blocks and width={width} positive")
+            raise ValueError(
+                f"depths={blocks} must be four numbers of blocks and width={width} positive"
+            )
         self.normalize, self.checkpointing = Normalize(), checkpointing
         self.channels, self.strides = [width * 2**i for i in range(4)], [4, 8, 16, 32]
         settings = [
-            CNBlockConfig(c, after, n) for c, after, n in zip(self.channels, [*self.channels[1:], None], blocks)
+            CNBlockConfig(c, after, n)
+            for c, after, n in zip(self.channels, [*self.channels[1:], None], blocks)
         ]
         rate = DROP_PATH[size] if drop_path is None else drop_path
         self.features = Network(settings, stochastic_depth_prob=rate, num_classes=1).features
         for i, channels in enumerate(self.channels):
             setattr(self, f"norm{i}", LayerNorm2d(channels, eps=1e-6))
         load_pretrained(
-            self, weights, get_model_weights(f"convnext_{name}").IMAGENET1K_V1.url, allow_missing=["norm[0-3].*"],
-            drop=["classifier.*", "head.*", "norm.*", "layernorm.*"], adapt=torchvision_names,
-        )  # fmt: skip
+            self,
+            weights,
+            get_model_weights(f"convnext_{name}").IMAGENET1K_V1.url,
+            allow_missing=["norm[0-3].*"],
+            drop=["classifier.*", "head.*", "norm.*", "layernorm.*"],
+            adapt=torchvision_names,
+        )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
@@ -94,4 +109,6 @@ class ConvNeXt(nn.Module):
             for block in self.features[2 * i + 1]:
                 x = run(block, self.checkpointing, x)
             maps.append(getattr(self, f"norm{i}")(x))
-        return anchored(maps, [getattr(self, f"norm{i}") for i in range(4)]) if self.training else maps
+        return (
+            anchored(maps, [getattr(self, f"norm{i}") for i in range(4)]) if self.training else maps
+        )

@@ -19,8 +19,18 @@ from engine.weights import WeightsError, load_pretrained, rename
 from models.blocks import Normalize, guided, run
 
 Size = Literal["b0", "b1", "b2", "b3", "b4", "b5"]
-DEPTHS = dict(b0=(2, 2, 2, 2), b1=(2, 2, 2, 2), b2=(3, 4, 6, 3), b3=(3, 4, 18, 3), b4=(3, 8, 27, 3), b5=(3, 6, 40, 3))
-HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)  # per stage; a reduction is the stride of keys and values
+DEPTHS = dict(
+    b0=(2, 2, 2, 2),
+    b1=(2, 2, 2, 2),
+    b2=(3, 4, 6, 3),
+    b3=(3, 4, 18, 3),
+    b4=(3, 8, 27, 3),
+    b5=(3, 6, 40, 3),
+)
+HEADS, REDUCTIONS = (
+    (1, 2, 5, 8),
+    (8, 4, 2, 1),
+)  # per stage; a reduction is the stride of keys and values
 
 HUGGING_FACE = {  # names inside a stage in the files of the Hugging Face hub: NVIDIA's
     ".attention.output.dense.": ".attn.proj.",
@@ -49,16 +59,28 @@ MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm
 def nvidia_names(state, module):
     """A state dict with the names of NVIDIA, Hugging Face or MMSegmentation -> with NVIDIA's."""
     state = rename(state, {r"^((segformer|encoder)\.)+": "", **MMSEGMENTATION})
-    for key in [key for key in state if ".attn.attn.in_proj_" in key]:  # rows of queries, keys and values
+    for key in [
+        key for key in state if ".attn.attn.in_proj_" in key
+    ]:  # rows of queries, keys and values
         value, key = state.pop(key), key.replace(".attn.attn.in_proj_", ".attn.{}.")
-        state[key.format("q")], state[key.format("kv")] = value.split([len(value) // 3, len(value) - len(value) // 3])
+        state[key.format("q")], state[key.format("kv")] = value.split(
+            [len(value) // 3, len(value) - len(value) // 3]
+        )
     renamed = {}
     for key, value in sorted(state.items()):
-        value = value[..., 0, 0] if ".mlp.fc" in key and value.ndim == 4 else value  # 1x1 convolutions
-        key = re.sub(r"^(?:layer_)?(patch_embed|block|norm)(?:dings)?\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", key)
+        value = (
+            value[..., 0, 0] if ".mlp.fc" in key and value.ndim == 4 else value
+        )  # 1x1 convolutions
+        key = re.sub(
+            r"^(?:layer_)?(patch_embed|block|norm)(?:dings)?\.(\d)",
+            lambda m: f"{m[1]}{int(m[2]) + 1}",
+            key,
+        )
         for old, new in HUGGING_FACE.items():
             key = key.replace(old, new)
-        renamed[key] = torch.cat([renamed[key], value]) if key in renamed else value  # kv: sorted, keys first
+        renamed[key] = (
+            torch.cat([renamed[key], value]) if key in renamed else value
+        )  # kv: sorted, keys first
     return renamed
 
 
@@ -73,7 +95,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, 2 * stride - 1, stride, stride - 1)
-        self.norm = nn.LayerNorm(channels)  # eps 1e-5 here and in Attention, 1e-6 elsewhere, as in the release
+        self.norm = nn.LayerNorm(
+            channels
+        )  # eps 1e-5 here and in Attention, 1e-6 elsewhere, as in the release
 
     def forward(self, x):
         return self.norm(conv(x, self.proj))
@@ -92,7 +116,9 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(channels)
 
     def split(self, x):
-        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, h w, C / heads)
+        return (
+            x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        )  # (B, heads, h w, C / heads)
 
     def project(self, x):
         """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values (B, heads, M, C / heads)."""
@@ -159,18 +185,32 @@ class MiT(nn.Module):
     """
 
     def __init__(
-        self, *, size: Size = "b0", drop_path: float = 0.1, checkpointing: bool = False, weights: str = "imagenet"
+        self,
+        *,
+        size: Size = "b0",
+        drop_path: float = 0.1,
+        checkpointing: bool = False,
+        weights: str = "imagenet",
     ):
         super().__init__()
         self.checkpointing = checkpointing
         self.channels = [32, 64, 160, 256] if size == "b0" else [64, 128, 320, 512]
-        self.strides, self.depths, self.heads, self.reductions = [4, 8, 16, 32], DEPTHS[size], HEADS, REDUCTIONS
+        self.strides, self.depths, self.heads, self.reductions = (
+            [4, 8, 16, 32],
+            DEPTHS[size],
+            HEADS,
+            REDUCTIONS,
+        )
         self.normalize = Normalize()
         rates = iter([drop_path * i / (sum(self.depths) - 1) for i in range(sum(self.depths))])
         stages = zip([3, *self.channels], self.channels, self.depths, HEADS, REDUCTIONS)
         for s, (before, width, depth, heads, reduction) in enumerate(stages, 1):
             setattr(self, f"patch_embed{s}", PatchEmbed(before, width, stride=4 if s == 1 else 2))
-            setattr(self, f"block{s}", nn.ModuleList(Block(width, heads, reduction, next(rates)) for _ in range(depth)))
+            setattr(
+                self,
+                f"block{s}",
+                nn.ModuleList(Block(width, heads, reduction, next(rates)) for _ in range(depth)),
+            )
             setattr(self, f"norm{s}", nn.LayerNorm(width, eps=1e-6))
         self.apply(initialize)
         if weights == "imagenet":
@@ -178,7 +218,13 @@ class MiT(nn.Module):
                 "ImageNet weights of MiT have no stable public address: give model.backbone.weights=PATH, a file of "
                 "NVIDIA's SegFormer (mit_b0.pth) or Hugging Face (nvidia/mit-b0), non-commercial licence; or none"
             )
-        load_pretrained(self, weights, None, drop=["head.*", "classifier.*", "decode_head.*"], adapt=nvidia_names)
+        load_pretrained(
+            self,
+            weights,
+            None,
+            drop=["head.*", "classifier.*", "decode_head.*"],
+            adapt=nvidia_names,
+        )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
@@ -195,7 +241,12 @@ class MiT(nn.Module):
             x = getattr(self, f"patch_embed{s}")(x)
             keys = tuple(n // self.reductions[s - 1] for n in x.shape[1:3])
             for i, block in enumerate(getattr(self, f"block{s}")):
-                x = run(block, self.checkpointing, x, bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None)
+                x = run(
+                    block,
+                    self.checkpointing,
+                    x,
+                    bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None,
+                )
             x = getattr(self, f"norm{s}")(x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps

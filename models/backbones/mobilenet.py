@@ -17,7 +17,9 @@ from models.blocks import Normalize, dilate, run
 
 def halves(block):
     """Whether a block halves its input."""
-    return any(isinstance(module, nn.Conv2d) and module.stride == (2, 2) for module in block.modules())
+    return any(
+        isinstance(module, nn.Conv2d) and module.stride == (2, 2) for module in block.modules()
+    )
 
 
 class MobileNet(nn.Module):
@@ -33,12 +35,19 @@ class MobileNet(nn.Module):
     """
 
     def __init__(
-        self, *, version: Literal["v2", "v3_large", "v3_small"] = "v2", width: float = 1.0,
-        output_stride: Literal[8, 16, 32] = 32, checkpointing: bool = False, weights: str = "imagenet",
-    ):  # fmt: skip
+        self,
+        *,
+        version: Literal["v2", "v3_large", "v3_small"] = "v2",
+        width: float = 1.0,
+        output_stride: Literal[8, 16, 32] = 32,
+        checkpointing: bool = False,
+        weights: str = "imagenet",
+    ):
         super().__init__()
         if weights == "imagenet" and width != 1.0:
-            raise WeightsError(f"torchvision has ImageNet weights of width 1.0, not {width}: give weights=PATH or none")
+            raise WeightsError(
+                f"torchvision has ImageNet weights of width 1.0, not {width}: give weights=PATH or none"
+            )
         self.normalize, self.checkpointing = Normalize(), checkpointing
         name, drop = f"mobilenet_{version}", ["classifier.*"]
         self.features = get_model(name, weights=None, width_mult=width).features
@@ -47,7 +56,10 @@ class MobileNet(nn.Module):
             self.features = self.features[:-1]
         halved = [i for i, block in enumerate(self.features) if halves(block)]
         bounds = [*halved[2:], len(self.features)]  # of the blocks at strides 4, 8, 16, 32
-        self.taps, self.strides = [end - 1 for end in bounds], [min(s, output_stride) for s in (4, 8, 16, 32)]
+        self.taps, self.strides = (
+            [end - 1 for end in bounds],
+            [min(s, output_stride) for s in (4, 8, 16, 32)],
+        )
         for stride, start, end in zip((8, 16, 32), bounds, bounds[1:]):
             if stride > output_stride:
                 dilate(self.features[start:end], stride // output_stride)
@@ -57,7 +69,9 @@ class MobileNet(nn.Module):
 
     @staticmethod
     def _channels(block):
-        return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][-1].num_features
+        return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][
+            -1
+        ].num_features
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""

@@ -23,7 +23,10 @@ class IBN(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.half = channels // 2
-        self.IN, self.BN = nn.InstanceNorm2d(self.half, affine=True), nn.BatchNorm2d(channels - self.half)
+        self.IN, self.BN = (
+            nn.InstanceNorm2d(self.half, affine=True),
+            nn.BatchNorm2d(channels - self.half),
+        )
 
     def forward(self, x):
         first, second = x.split([self.half, x.shape[1] - self.half], 1)
@@ -32,7 +35,11 @@ class IBN(nn.Module):
 
 def split_norms(state, module):
     """The state dict of a plain ResNet as one of a ResNet with IBN: each norm's values go to its two halves."""
-    for name in [name for name, part in module.named_modules() if isinstance(part, IBN) and f"{name}.weight" in state]:
+    for name in [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, IBN) and f"{name}.weight" in state
+    ]:
         half = module.get_submodule(name).half
         for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             value = state.pop(f"{name}.{kind}", None)
@@ -46,7 +53,11 @@ def split_norms(state, module):
 def deep_stem_of(width=64):
     """Three 3x3 convolutions, the first of stride 2, in place of the 7x7 one (ResNetV1c: He et al., Bag of tricks for
     image classification, CVPR 2019)."""
-    layers = [*conv_bn_relu(3, width // 2), *conv_bn_relu(width // 2, width // 2), *conv_bn_relu(width // 2, width)]
+    layers = [
+        *conv_bn_relu(3, width // 2),
+        *conv_bn_relu(width // 2, width // 2),
+        *conv_bn_relu(width // 2, width),
+    ]
     layers[0].stride = (2, 2)
     for layer in layers[::3]:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -55,8 +66,14 @@ def deep_stem_of(width=64):
 
 def adapt(state, module):
     """A state dict for this ResNet's norms, if it has the same stem."""
-    if module.deep_stem != ("stem.0.weight" in state) and {"stem.0.weight", "conv1.weight"} & {*state}:
-        theirs, ours = ("one 7x7 convolution", "three of 3x3") if module.deep_stem else ("a deep stem", "one of 7x7")
+    if module.deep_stem != ("stem.0.weight" in state) and {"stem.0.weight", "conv1.weight"} & {
+        *state
+    }:
+        theirs, ours = (
+            ("one 7x7 convolution", "three of 3x3")
+            if module.deep_stem
+            else ("a deep stem", "one of 7x7")
+        )
         raise WeightsError(
             f"the weights are of a ResNet whose stem is {theirs}, and this one has {ours}: set "
             f"model.backbone.deep_stem={str(not module.deep_stem).lower()}, or take weights of the other kind "
@@ -130,7 +147,9 @@ class ResNet(nn.Module):
         self.source = None
         if stem == "per_domain":
             names = ("stem", "layer1") if deep_stem else ("conv1", "bn1", "layer1")
-            self.source = copy.deepcopy(nn.ModuleDict({name: getattr(self, name) for name in names}))
+            self.source = copy.deepcopy(
+                nn.ModuleDict({name: getattr(self, name) for name in names})
+            )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
@@ -141,7 +160,9 @@ class ResNet(nn.Module):
             ValueError: per_domain stems and a domain that is neither "source" nor "target".
         """
         if self.source is not None and domain not in ("source", "target"):
-            raise ValueError(f"per_domain stems are for the domains source and target, not '{domain}'")
+            raise ValueError(
+                f"per_domain stems are for the domains source and target, not '{domain}'"
+            )
         first = self.source if self.source is not None and domain == "source" else self
         x = self.normalize(image)
         x = self.maxpool(first.stem(x) if self.deep_stem else self.relu(first.bn1(first.conv1(x))))

@@ -46,10 +46,14 @@ def torchvision_names(state, module):
     """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and shapes."""
     merged = unfolded if any(".w_msa." in key for key in state) else lambda value: value
     state = rename(state, OTHERS)
-    for key in [key for key in state if ".attn.q." in key]:  # Hugging Face has three layers in place of one
+    for key in [
+        key for key in state if ".attn.q." in key
+    ]:  # Hugging Face has three layers in place of one
         names = [key.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
         if {*names} <= {*state}:
-            state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(name) for name in names])
+            state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
+                [state.pop(name) for name in names]
+            )
     places = ("features.2.", "features.4.", "features.6.")
     return {key: merged(value) if key.startswith(places) else value for key, value in state.items()}
 
@@ -70,31 +74,65 @@ class Swin(nn.Module):
     """
 
     def __init__(
-        self, *, size: Literal["t", "s", "b"] = "t", width: int = 0, depths: list = (), window: int = 7,
-        drop_path: float = 0.3, checkpointing: bool = False, weights: str = "imagenet",
-    ):  # fmt: skip
+        self,
+        *,
+        size: Literal["t", "s", "b"] = "t",
+        width: int = 0,
+        depths: list = (),
+        window: int = 7,
+        drop_path: float = 0.3,
+        checkpointing: bool = False,
+        weights: str = "imagenet",
+    ):
         super().__init__()
         base, blocks = SIZES[size]
         width, blocks = width or base, list(depths) or blocks
-        if len(blocks) != 4 or width % 32 or width < 32 or not all(isinstance(n, int) and n > 0 for n in blocks):
-            raise ValueError(f"depths={blocks} must be four numbers of blocks and width={width} a multiple of 32")
+        if (
+            len(blocks) != 4
+            or width % 32
+            or width < 32
+            or not all(isinstance(n, int) and n > 0 for n in blocks)
+        ):
+            raise ValueError(
+                f"depths={blocks} must be four numbers of blocks and width={width} a multiple of 32"
+            )
         self.normalize, self.checkpointing = Normalize(), checkpointing
         self.channels, self.strides = [width * 2**i for i in range(4)], [4, 8, 16, 32]
         heads = [channels // 32 for channels in self.channels]
         network = SwinTransformer(
-            [4, 4], width, blocks, heads, [window, window], stochastic_depth_prob=drop_path, num_classes=1
+            [4, 4],
+            width,
+            blocks,
+            heads,
+            [window, window],
+            stochastic_depth_prob=drop_path,
+            num_classes=1,
         )
         self.features = network.features
         for module in self.features.modules():
-            if isinstance(module, ShiftedWindowAttention):  # implied by the window, and not in all files
-                module.register_buffer("relative_position_index", module.relative_position_index, persistent=False)
+            if isinstance(
+                module, ShiftedWindowAttention
+            ):  # implied by the window, and not in all files
+                module.register_buffer(
+                    "relative_position_index", module.relative_position_index, persistent=False
+                )
         for i, channels in enumerate(self.channels):
             setattr(self, f"norm{i}", nn.LayerNorm(channels))
         load_pretrained(
-            self, weights, get_model_weights(f"swin_{size}").IMAGENET1K_V1.url, allow_missing=["norm[0-3].*"],
-            drop=["norm.*", "layernorm.*", "head.*", "classifier.*", "*.attn_mask", "*.relative_position_index"],
+            self,
+            weights,
+            get_model_weights(f"swin_{size}").IMAGENET1K_V1.url,
+            allow_missing=["norm[0-3].*"],
+            drop=[
+                "norm.*",
+                "layernorm.*",
+                "head.*",
+                "classifier.*",
+                "*.attn_mask",
+                "*.relative_position_index",
+            ],
             adapt=torchvision_names,
-        )  # fmt: skip
+        )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
@@ -104,4 +142,6 @@ class Swin(nn.Module):
             for block in self.features[2 * i + 1]:
                 x = run(block, self.checkpointing, x)
             maps.append(getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2))
-        return anchored(maps, [getattr(self, f"norm{i}") for i in range(4)]) if self.training else maps
+        return (
+            anchored(maps, [getattr(self, f"norm{i}") for i in range(4)]) if self.training else maps
+        )

@@ -20,10 +20,14 @@ def create(model, **options):
         raise UserError(f"timm.Timm needs the package timm: pip install timm ({error})") from None
     if not timm.is_model(model):
         near = timm.list_models(f"*{model.split('.')[0][:8]}*")[:5]
-        raise ValueError(f"timm has no model '{model}'; similar: {', '.join(near) or 'resnet50, convnext_tiny'}")
+        raise ValueError(
+            f"timm has no model '{model}'; similar: {', '.join(near) or 'resnet50, convnext_tiny'}"
+        )
     try:
         return timm.create_model(model, **options)
-    except Exception as error:  # of many types: no features, no such tag or option, no weights, no connection
+    except (
+        Exception
+    ) as error:  # of many types: no features, no such tag or option, no weights, no connection
         if isinstance(error, TypeError) and options.pop("dynamic_img_size", False):
             return create(model, **options)  # only some vision transformers know it
         raise ValueError(f"timm cannot make {model}: {type(error).__name__}: {error}") from error
@@ -43,9 +47,20 @@ class Timm(nn.Module):
     they are rounded as the network does.
     """
 
-    def __init__(self, *, model: str, weights: str = "pretrained", out_indices: list = (), options: dict | None = None):
+    def __init__(
+        self,
+        *,
+        model: str,
+        weights: str = "pretrained",
+        out_indices: list = (),
+        options: dict | None = None,
+    ):
         super().__init__()
-        settings = {"features_only": True, "out_indices": tuple(out_indices) or 4, "pretrained": weights != "none"}
+        settings = {
+            "features_only": True,
+            "out_indices": tuple(out_indices) or 4,
+            "pretrained": weights != "none",
+        }
         options = options or {}
         if weights not in ("pretrained", "none"):
             whole = create(model, num_classes=0, **options)
@@ -57,7 +72,10 @@ class Timm(nn.Module):
         for module in self.net.modules():  # timm keeps a second copy of given weights there
             getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
         self.normalize = Normalize(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
-        self.channels, self.strides = self.net.feature_info.channels(), self.net.feature_info.reduction()
+        self.channels, self.strides = (
+            self.net.feature_info.channels(),
+            self.net.feature_info.reduction(),
+        )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]; `domain` and `bias` have no effect."""

@@ -21,7 +21,9 @@ from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.clip import whole_patches
 from models.blocks import Guide, Normalize, guided, run
 
-SIZES = dict(t=(192, 12, 3), s=(384, 12, 6), b=(768, 12, 12), l=(1024, 24, 16))  # channels, blocks, heads
+SIZES = dict(
+    t=(192, 12, 3), s=(384, 12, 6), b=(768, 12, 12), l=(1024, 24, 16)
+)  # channels, blocks, heads
 URLS = {  # torchvision's IMAGENET1K_V1
     ("b", 16): "https://download.pytorch.org/models/vit_b_16-c867db91.pth",
     ("l", 16): "https://download.pytorch.org/models/vit_l_16-852ce7e3.pth",
@@ -83,8 +85,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels, eps=1e-6), nn.LayerNorm(channels, eps=1e-6)
         fc1, fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-        self.attn, self.mlp = Attention(channels, heads), nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-        self.ls1, self.ls2 = [LayerScale(channels) if layer_scale else nn.Identity() for _ in range(2)]
+        self.attn, self.mlp = (
+            Attention(channels, heads),
+            nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2)),
+        )
+        self.ls1, self.ls2 = [
+            LayerScale(channels) if layer_scale else nn.Identity() for _ in range(2)
+        ]
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x, bias=None):
@@ -118,10 +125,19 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, *, size: Literal["t", "s", "b", "l"] = "b", patch: Literal[14, 16] = 16, positions: int = 224,
-        registers: int = 0, layer_scale: bool = False, drop_path: float = 0.1, taps: list = (), norm: bool = True,
-        checkpointing: bool = False, weights: str = "imagenet",
-    ):  # fmt: skip
+        self,
+        *,
+        size: Literal["t", "s", "b", "l"] = "b",
+        patch: Literal[14, 16] = 16,
+        positions: int = 224,
+        registers: int = 0,
+        layer_scale: bool = False,
+        drop_path: float = 0.1,
+        taps: list = (),
+        norm: bool = True,
+        checkpointing: bool = False,
+        weights: str = "imagenet",
+    ):
         super().__init__()
         self.checkpointing = checkpointing
         if weights == "imagenet" and (size, patch) not in URLS:
@@ -132,17 +148,25 @@ class ViT(nn.Module):
         channels, depth, heads = SIZES[size]
         self.patch, self.table = patch, positions // patch
         if positions < patch or positions % patch:
-            raise ValueError(f"positions={positions} are not whole patches of {patch}; 224 and DINOv2's 518 fit 14")
+            raise ValueError(
+                f"positions={positions} are not whole patches of {patch}; 224 and DINOv2's 518 fit 14"
+            )
         self.taps = list(taps) or sorted({max(depth * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
         if self.taps != sorted({*self.taps} & {*range(depth)}):
-            raise ValueError(f"taps must ascend, from 0 to {depth - 1} at most in ViT-{size.upper()}, not {self.taps}")
+            raise ValueError(
+                f"taps must ascend, from 0 to {depth - 1} at most in ViT-{size.upper()}, not {self.taps}"
+            )
         self.channels, self.strides = [channels] * len(self.taps), [patch] * len(self.taps)
         self.depths, self.heads, self.reductions = [self.taps[-1] + 1], [heads], [1]
         self.normalize, self.prefix = Normalize(), 1 + registers  # tokens before the patches
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, channels, patch, patch)})
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, channels))
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + self.table**2, channels), std=0.02))
-        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, channels)) if registers else None
+        self.pos_embed = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 1 + self.table**2, channels), std=0.02)
+        )
+        self.register_tokens = (
+            nn.Parameter(1e-6 * torch.randn(1, registers, channels)) if registers else None
+        )
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(channels, heads, layer_scale, rate) for rate in rates)
         self.norm, self.normed = nn.LayerNorm(channels, eps=1e-6), norm
@@ -170,9 +194,17 @@ class ViT(nn.Module):
         The other tokens' values keep the factor 1.
         """
         if isinstance(bias, Guide):
-            values = None if bias.values is None else F.pad(bias.values, (0, 0, self.prefix, 0), value=1.0)
+            values = (
+                None
+                if bias.values is None
+                else F.pad(bias.values, (0, 0, self.prefix, 0), value=1.0)
+            )
             return Guide(self._bias(bias.bias), values)
-        return None if bias is None else F.pad(bias, (self.prefix, 0, self.prefix * (bias.shape[-2] > 1), 0))
+        return (
+            None
+            if bias is None
+            else F.pad(bias, (self.prefix, 0, self.prefix * (bias.shape[-2] > 1), 0))
+        )
 
     def forward(self, image, domain="target", bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up; `domain` has no effect here.
@@ -187,11 +219,18 @@ class ViT(nn.Module):
         x, maps = self.patch_embed["proj"](self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])
         first, others = self._positions(grid).split([1, grid[0] * grid[1]], 1)
-        prefix = [self.cls_token + first] + ([] if self.register_tokens is None else [self.register_tokens])
+        prefix = [self.cls_token + first] + (
+            [] if self.register_tokens is None else [self.register_tokens]
+        )
         prefix = [token.expand(len(x), -1, -1) for token in prefix]
         x = torch.cat([*prefix, x.flatten(2).mT + others], 1)  # (B, 1 + registers + h w, C)
         for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
-            x = run(block, self.checkpointing, x, self._bias(bias(1, i, self._map(x, grid), grid)) if bias else None)
+            x = run(
+                block,
+                self.checkpointing,
+                x,
+                self._bias(bias(1, i, self._map(x, grid), grid)) if bias else None,
+            )
             if i in self.taps:
                 maps.append(self._map(self.norm(x) if self.normed else x, grid))
         return maps

@@ -37,11 +37,15 @@ def spread(groups, num_groups, count):
     everywhere = of_all(counts)
     total, before = everywhere.sum(0), everywhere[: distributed.rank()].sum(0)
     order = groups.argsort(stable=True)
-    within = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
+    within = (
+        torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
+    )
     place = torch.empty_like(within).scatter_(0, order, within) + before[groups]
     chosen, total = total.clamp_max(count), total.clamp_min(1)
     number, previous = (p * chosen[groups] // total[groups] for p in (place, place - 1))
-    taken = (number != previous) & (groups < num_groups)  # the first of each run of equal numbers; -1 // n is -1
+    taken = (number != previous) & (
+        groups < num_groups
+    )  # the first of each run of equal numbers; -1 // n is -1
     return torch.where(taken, number, -1), chosen[:-1]
 
 
@@ -67,11 +71,15 @@ class Ring(nn.Module):
         size, length, width = self.rows.shape
         numbers, entered = spread(groups, size, self.pixels)
         places = torch.where(numbers >= 0, groups * self.pixels + numbers, size * self.pixels)
-        fresh = self.rows.new_zeros(size * self.pixels + 1, width).index_add_(0, places, rows.to(self.rows))
+        fresh = self.rows.new_zeros(size * self.pixels + 1, width).index_add_(
+            0, places, rows.to(self.rows)
+        )
         fresh = distributed.all_reduce(fresh)[:-1].view(size, self.pixels, width)
         number = torch.arange(self.pixels, device=groups.device)
         places = ((self.count[:, None] + number) % length)[..., None].expand_as(fresh)
-        fresh = torch.where((number < entered[:, None])[..., None], fresh, self.rows.gather(1, places))
+        fresh = torch.where(
+            (number < entered[:, None])[..., None], fresh, self.rows.gather(1, places)
+        )
         self.rows.scatter_(1, places, fresh)
         self.count += entered
         return entered
@@ -90,7 +98,9 @@ class Components(nn.Module):
     """
 
     leaves = ""  # name in `aux` of the scores (B, K, M, h, w), which losses read in training
-    space = "embedding"  # that of means(); other classifiers have theirs in the space of the features
+    space = (
+        "embedding"  # that of means(); other classifiers have theirs in the space of the features
+    )
 
     def __init__(self, num_classes, components, width, sharpness, rounds):
         super().__init__()
@@ -101,7 +111,9 @@ class Components(nn.Module):
             )
         self.sharpness, self.rounds = sharpness, rounds
         self.norm, self.calibration = nn.LayerNorm(width), nn.LayerNorm(num_classes)
-        self.register_buffer("vectors", F.normalize(torch.randn(num_classes, components, width), dim=2))
+        self.register_buffer(
+            "vectors", F.normalize(torch.randn(num_classes, components, width), dim=2)
+        )
 
     def means(self):
         """Mean of the components of each class, (K, E), in the space of the embedding: not vectors to compare with
@@ -143,7 +155,9 @@ class Components(nn.Module):
 
     def share_out(self, scores, classes):
         """Own scores (N, M), classes (N) in 0..K -> the component of each pixel (N); a collective."""
-        return balanced(self.scaled(scores, classes), classes, len(self.vectors), self.sharpness, self.rounds)
+        return balanced(
+            self.scaled(scores, classes), classes, len(self.vectors), self.sharpness, self.rounds
+        )
 
     def assign(self, scores, labels):
         """The component that each pixel belongs to, by balanced assignment within its class; a collective.
@@ -163,5 +177,12 @@ class Components(nn.Module):
             with torch.autocast(features.device.type, enabled=False), still(self):
                 rows = self.embed(precise(features))
                 scores = self.compare(rows)
-                seen.append((rows, classes, self.own(scores, classes), self.classify(scores).argmax(1) == classes))
+                seen.append(
+                    (
+                        rows,
+                        classes,
+                        self.own(scores, classes),
+                        self.classify(scores).argmax(1) == classes,
+                    )
+                )
         return tuple(torch.cat(parts) for parts in zip(*seen))

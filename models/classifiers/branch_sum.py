@@ -25,7 +25,9 @@ class BranchSum(nn.Module):
                 f"model.decoder.width={num_classes}"
             )
         self.blocks = (branches, num_classes)
-        self.register_buffer("vectors", torch.eye(num_classes).repeat(1, branches), persistent=False)
+        self.register_buffer(
+            "vectors", torch.eye(num_classes).repeat(1, branches), persistent=False
+        )
 
     def means(self):
         """The matrix (K, D) of zeros and ones by which the sum multiplies."""

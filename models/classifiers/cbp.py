@@ -64,19 +64,31 @@ class CBP(nn.Module):
             contradict each other.
     """
 
-    # fmt: off
     def __init__(
-        self, *, in_channels, num_classes, classes=(), length: float = 2.0,
-        update: Literal["frozen", "gradient", "ema", "penalty"] = "frozen", momentum: float = 0.999,
-        equal: bool = True, ortho: bool = True, init: str = "random", rows: str | list | None = None,
-        map: dict | None = None, fallback: Literal["none", "project", "polar", "etf"] = "none", per_class: int = 1,
-        pool: Literal["max", "logsumexp"] = "max", assign: Literal["argmax", "sinkhorn"] = "argmax",
+        self,
+        *,
+        in_channels,
+        num_classes,
+        classes=(),
+        length: float = 2.0,
+        update: Literal["frozen", "gradient", "ema", "penalty"] = "frozen",
+        momentum: float = 0.999,
+        equal: bool = True,
+        ortho: bool = True,
+        init: str = "random",
+        rows: str | list | None = None,
+        map: dict | None = None,
+        fallback: Literal["none", "project", "polar", "etf"] = "none",
+        per_class: int = 1,
+        pool: Literal["max", "logsumexp"] = "max",
+        assign: Literal["argmax", "sinkhorn"] = "argmax",
     ):
-        # fmt: on
         super().__init__()
         count = num_classes * per_class
         if per_class < 1 or (per_class > 1 and init != "random"):
-            raise ValueError(f"per_class is {per_class}: it must be at least 1, and 1 with a file of rows as init")
+            raise ValueError(
+                f"per_class is {per_class}: it must be at least 1, and 1 with a file of rows as init"
+            )
         if ortho and count > in_channels and fallback == "none":
             what = f"{num_classes} classes" + f" with {per_class} prototypes each" * (per_class > 1)
             raise ValueError(
@@ -84,7 +96,9 @@ class CBP(nn.Module):
                 f"{in_channels}: raise model.decoder.width, or set model.classifier.fallback=polar"
             )
         if not equal and (update == "penalty" or (ortho and count > in_channels)):
-            raise ValueError("update: penalty and a fallback make all prototypes equally long: they need equal: true")
+            raise ValueError(
+                "update: penalty and a fallback make all prototypes equally long: they need equal: true"
+            )
         self.per_class, self.length, self.momentum, self.pool = per_class, length, momentum, pool
         self.unit, self.by_sinkhorn = update == "penalty", assign == "sinkhorn"
         if init == "random":
@@ -99,11 +113,15 @@ class CBP(nn.Module):
             vectors = basis.frame(drawn, fallback) * length
             if not vectors.is_meta:
                 about = f"{count} prototypes in {in_channels} channels ({fallback})"
-                logger.info(f"cbp.CBP: {about}: the largest |cosine| of two is {float(basis.coherence(vectors)):.3f}")
+                logger.info(
+                    f"cbp.CBP: {about}: the largest |cosine| of two is {float(basis.coherence(vectors)):.3f}"
+                )
         if not vectors.is_meta and not vectors.norm(dim=1).min() > 1e-6 * length:
             raise ValueError(f"{init} has a row that is zero or not finite")
         self.prototypes = basis._Rows(vectors, learned=update in ("gradient", "penalty"))
-        if update == "ema":  # a frozen classifier has no `update`, which the scripts would gather features for
+        if (
+            update == "ema"
+        ):  # a frozen classifier has no `update`, which the scripts would gather features for
             self.update = self._follow
 
     def components(self):
@@ -115,7 +133,11 @@ class CBP(nn.Module):
     def means(self):
         """The prototypes (K, D); of several per class the direction of their mean, with length T."""
         vectors = self.components()
-        return vectors[:, 0] if self.per_class == 1 else F.normalize(vectors.mean(1), dim=1) * self.length
+        return (
+            vectors[:, 0]
+            if self.per_class == 1
+            else F.normalize(vectors.mean(1), dim=1) * self.length
+        )
 
     def forward(self, features, aux=None):
         """`aux`: gets "cosines" (B, K, M, h, w) of several prototypes per class."""
@@ -137,7 +159,11 @@ class CBP(nn.Module):
         count = scores.shape[1]
 
         def choose(rows, classes):
-            return balanced(rows, classes, count, sharpness=0.05, rounds=3) if self.by_sinkhorn else rows.argmax(1)
+            return (
+                balanced(rows, classes, count, sharpness=0.05, rounds=3)
+                if self.by_sinkhorn
+                else rows.argmax(1)
+            )
 
         return numbered(scores, labels, choose)
 

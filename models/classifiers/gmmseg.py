@@ -56,15 +56,29 @@ class GMMSeg(Components):
 
     leaves = "densities"
 
-    # fmt: off
     def __init__(
-        self, *, in_channels, num_classes, components: int = 5, width: int = 64, momentum: float = 0.999,
-        sharpness: float = 0.05, rounds: int = 3, update_every: int = 5, floor: float = 0.01, decay: float = 0.999,
-        queue: int = 0, pixels: int = 20,
+        self,
+        *,
+        in_channels,
+        num_classes,
+        components: int = 5,
+        width: int = 64,
+        momentum: float = 0.999,
+        sharpness: float = 0.05,
+        rounds: int = 3,
+        update_every: int = 5,
+        floor: float = 0.01,
+        decay: float = 0.999,
+        queue: int = 0,
+        pixels: int = 20,
     ):
-        # fmt: on
         super().__init__(num_classes, components, width, sharpness, rounds)
-        if not (0 <= momentum <= 1 and 0 <= decay <= 1) or floor <= 0 or update_every < 1 or pixels < 1:
+        if (
+            not (0 <= momentum <= 1 and 0 <= decay <= 1)
+            or floor <= 0
+            or update_every < 1
+            or pixels < 1
+        ):
             raise ValueError(
                 f"momentum={momentum} and decay={decay} must be in [0, 1], floor={floor} above 0, "
                 f"update_every={update_every} and pixels={pixels} at least 1"
@@ -83,9 +97,14 @@ class GMMSeg(Components):
 
     def compare(self, rows):
         """Log-densities: rows (N, E) -> (K, M, N)."""
-        means, variances = self.vectors.flatten(0, 1).double(), self.variances.flatten(0, 1).double()
+        means, variances = (
+            self.vectors.flatten(0, 1).double(),
+            self.variances.flatten(0, 1).double(),
+        )
         weights = torch.ones_like(means[:, 0])  # equal within a class, and no prior
-        return log_joint(rows.T, rows.T.square(), weights, means, variances).unflatten(0, self.vectors.shape[:2])
+        return log_joint(rows.T, rows.T.square(), weights, means, variances).unflatten(
+            0, self.vectors.shape[:2]
+        )
 
     def outlier(self, features):
         """How unlike all classes a pixel is: -max_c s_c, in nats, (B, D, h, w) -> (B, h, w)."""
@@ -95,7 +114,9 @@ class GMMSeg(Components):
 
     def scaled(self, scores, classes):
         """Divided by the largest |log-density| of the class, over all processes."""
-        largest = scores.new_zeros(len(self.vectors) + 1).scatter_reduce_(0, classes, scores.abs().amax(1), "amax")
+        largest = scores.new_zeros(len(self.vectors) + 1).scatter_reduce_(
+            0, classes, scores.abs().amax(1), "amax"
+        )
         return scores / of_all(largest).amax(0).clamp_min(1e-30)[classes, None]
 
     def sums(self):
@@ -118,7 +139,9 @@ class GMMSeg(Components):
         else:
             both = torch.cat([torch.ones_like(rows[:, :1]), rows, rows.square()], 1).double()
             step_sums = both.new_zeros(k * m + 1, 1 + 2 * width).index_add_(0, groups, both)
-            number, first, second = distributed.all_reduce(step_sums)[:-1].view(k, m, -1).split([1, width, width], 2)
+            number, first, second = (
+                distributed.all_reduce(step_sums)[:-1].view(k, m, -1).split([1, width, width], 2)
+            )
             weight = number.clamp_max(self.pixels) / number.clamp_min(1)
             for buffer, fresh in ((self.mass, number), (self.first, first), (self.second, second)):
                 faded = self.decay * buffer + weight * fresh

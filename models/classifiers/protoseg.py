@@ -65,12 +65,20 @@ class ProtoSeg(Components):
 
     leaves = "cosines"
 
-    # fmt: off
     def __init__(
-        self, *, in_channels, num_classes, per_class: int = 10, width: int = 0, momentum: float = 0.999,
-        sharpness: float = 0.05, rounds: int = 3, memory: int = 0, pixels: int = 20, update_every: int = 1,
+        self,
+        *,
+        in_channels,
+        num_classes,
+        per_class: int = 10,
+        width: int = 0,
+        momentum: float = 0.999,
+        sharpness: float = 0.05,
+        rounds: int = 3,
+        memory: int = 0,
+        pixels: int = 20,
+        update_every: int = 1,
     ):
-        # fmt: on
         width = width or in_channels
         super().__init__(num_classes, per_class, width, sharpness, rounds)
         if not 0 <= momentum <= 1 or memory < 0 or pixels < 1 or update_every < 1:
@@ -85,7 +93,9 @@ class ProtoSeg(Components):
 
     def compare(self, rows):
         """Cosines: rows (N, E) -> (K, M, N)."""
-        return (self.vectors.flatten(0, 1).to(rows.dtype) @ rows.T).unflatten(0, self.vectors.shape[:2])
+        return (self.vectors.flatten(0, 1).to(rows.dtype) @ rows.T).unflatten(
+            0, self.vectors.shape[:2]
+        )
 
     def remembered(self):
         """Sums (K, M, E) of the memory's pixels that were classified correctly."""
@@ -118,5 +128,7 @@ class ProtoSeg(Components):
             sums = distributed.all_reduce(sums)[:-1].view(k, m, width)
         sums = sums.to(self.vectors)
         length = sums.norm(dim=2, keepdim=True)
-        moved = F.normalize(torch.lerp(F.normalize(sums, dim=2), self.vectors, self.momentum), dim=2)
+        moved = F.normalize(
+            torch.lerp(F.normalize(sums, dim=2), self.vectors, self.momentum), dim=2
+        )
         self.vectors.copy_(torch.where((length > 0) & length.isfinite(), moved, self.vectors))

@@ -23,9 +23,14 @@ def positions(height, width, channels, device):
     """Sines and cosines of the place of each pixel, (h w, D), as in DETR: half of the channels for y, half for x."""
     count = math.ceil(channels / 4)
     rates = 10000 ** (-torch.arange(count, device=device) / count)
-    ends = (torch.linspace(0, 2 * math.pi, n + 1, device=device)[1:, None] * rates for n in (height, width))
+    ends = (
+        torch.linspace(0, 2 * math.pi, n + 1, device=device)[1:, None] * rates
+        for n in (height, width)
+    )
     y, x = (torch.cat([angles.sin(), angles.cos()], 1) for angles in ends)
-    return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], 2).flatten(0, 1)[:, :channels]
+    return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], 2).flatten(
+        0, 1
+    )[:, :channels]
 
 
 class Attention(nn.Module):
@@ -35,13 +40,17 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.v, self.proj = (nn.Linear(channels, channels) for _ in range(3))
-        self.k = nn.Linear(channels, channels, bias=False)  # a constant on all keys would change nothing
+        self.k = nn.Linear(
+            channels, channels, bias=False
+        )  # a constant on all keys would change nothing
 
     def forward(self, queries, keys, values, mask=None):
         """`mask` (B, K, N) bool, true where a query sees a key."""
         q, k, v = self.q(queries), self.k(keys), self.v(values)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask[:, None]
+        )
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -51,7 +60,9 @@ class Layer(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.cross, self.own = Attention(channels, heads), Attention(channels, heads)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.ReLU(), nn.Linear(4 * channels, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.ReLU(), nn.Linear(4 * channels, channels)
+        )
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
     def forward(self, queries, names, keys, values, mask):
@@ -76,7 +87,9 @@ class Queries(nn.Module):
         super().__init__()
         if in_channels % heads:
             raise ValueError(f"heads={heads} must divide the {in_channels} feature channels")
-        self.queries, self.names = (nn.Parameter(torch.randn(num_classes, in_channels)) for _ in range(2))
+        self.queries, self.names = (
+            nn.Parameter(torch.randn(num_classes, in_channels)) for _ in range(2)
+        )
         self.norm, self.layers = (
             nn.LayerNorm(in_channels),
             nn.ModuleList(Layer(in_channels, heads) for _ in range(layers)),
@@ -99,7 +112,9 @@ class Queries(nn.Module):
             aux: dict that is filled with the logits of the layers before.
         """
         pixels = features.flatten(2).mT  # (B, N, D)
-        keys = pixels + positions(*features.shape[2:], features.shape[1], features.device).to(pixels.dtype)
+        keys = pixels + positions(*features.shape[2:], features.shape[1], features.device).to(
+            pixels.dtype
+        )
         queries = self.queries.expand(len(features), -1, -1)
         for i, layer in enumerate(self.layers):
             logits = torch.einsum("bkd,bdhw->bkhw", self.vectors(queries), features)

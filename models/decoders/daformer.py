@@ -18,7 +18,15 @@ from models.blocks import conv_bn_relu
 def separable(in_channels, out_channels, dilation):
     """Depthwise dilated 3x3 convolution, then 1x1; the size stays."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False),
+        nn.Conv2d(
+            in_channels,
+            in_channels,
+            3,
+            padding=dilation,
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
+        ),
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),
         conv_bn_relu(in_channels, out_channels, 1),
@@ -34,12 +42,15 @@ class DAFormer(nn.Module):
         dropout: of whole feature channels, before the classifier.
     """
 
-    def __init__(self, *, in_channels, width: int = 256, rates: list = (1, 6, 12, 18), dropout: float = 0.1):
+    def __init__(
+        self, *, in_channels, width: int = 256, rates: list = (1, 6, 12, 18), dropout: float = 0.1
+    ):
         super().__init__()
         self.embed = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         stack = width * len(in_channels)
         self.branches = nn.ModuleList(
-            conv_bn_relu(stack, width, 1) if rate == 1 else separable(stack, width, rate) for rate in rates
+            conv_bn_relu(stack, width, 1) if rate == 1 else separable(stack, width, rate)
+            for rate in rates
         )
         self.fuse = conv_bn_relu(width * len(rates), width)
         self.dropout = nn.Dropout2d(dropout)
@@ -47,5 +58,7 @@ class DAFormer(nn.Module):
 
     def forward(self, maps):
         size = maps[0].shape[-2:]
-        x = torch.cat([resize_logits(embed(x), size) for embed, x in zip(self.embed, maps, strict=True)], 1)
+        x = torch.cat(
+            [resize_logits(embed(x), size) for embed, x in zip(self.embed, maps, strict=True)], 1
+        )
         return self.dropout(self.fuse(torch.cat([branch(x) for branch in self.branches], 1)))

@@ -20,9 +20,12 @@ class ASPP(nn.Module):
     def __init__(self, in_channels, width, rates):
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_bn_relu(in_channels, width, 1)] + [conv_bn_relu(in_channels, width, 3, rate) for rate in rates]
+            [conv_bn_relu(in_channels, width, 1)]
+            + [conv_bn_relu(in_channels, width, 3, rate) for rate in rates]
         )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1), nn.ReLU(inplace=True))
+        self.pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1), nn.ReLU(inplace=True)
+        )
         self.fuse = conv_bn_relu(width * (len(rates) + 2), width, 1)
 
     def forward(self, x):
@@ -41,13 +44,22 @@ class DeepLabV3Plus(nn.Module):
     """
 
     def __init__(
-        self, *, in_channels, strides, width: int = 256, low_width: int = 48, rates: list = (), dropout: float = 0.1
+        self,
+        *,
+        in_channels,
+        strides,
+        width: int = 256,
+        low_width: int = 48,
+        rates: list = (),
+        dropout: float = 0.1,
     ):
         super().__init__()
         rates = list(rates) or [r * (2 if strides[-1] == 8 else 1) for r in (6, 12, 18)]
         self.aspp = ASPP(in_channels[-1], width, rates)
         self.low = conv_bn_relu(in_channels[0], low_width, 1)
-        self.fuse = nn.Sequential(conv_bn_relu(width + low_width, width), conv_bn_relu(width, width))
+        self.fuse = nn.Sequential(
+            conv_bn_relu(width + low_width, width), conv_bn_relu(width, width)
+        )
         self.dropout = nn.Dropout2d(dropout)
         self.channels = width
 

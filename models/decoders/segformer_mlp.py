@@ -28,5 +28,7 @@ class SegFormerMLP(nn.Module):
 
     def forward(self, maps):
         size = maps[0].shape[-2:]
-        maps = [resize_logits(linear(x), size) for linear, x in zip(self.linears, maps, strict=True)]
+        maps = [
+            resize_logits(linear(x), size) for linear, x in zip(self.linears, maps, strict=True)
+        ]
         return self.dropout(self.fuse(torch.cat(maps[::-1], 1)))

@@ -22,7 +22,9 @@ class PooledNorm(nn.BatchNorm2d):
     def forward(self, x):
         if x.numel() > x.shape[1]:
             return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 class UPerNet(nn.Module):
@@ -34,11 +36,14 @@ class UPerNet(nn.Module):
         dropout: of whole feature channels, before the classifier.
     """
 
-    def __init__(self, *, in_channels, width: int = 512, pools: list = (1, 2, 3, 6), dropout: float = 0.1):
+    def __init__(
+        self, *, in_channels, width: int = 512, pools: list = (1, 2, 3, 6), dropout: float = 0.1
+    ):
         super().__init__()
         *finer, coarsest = in_channels
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), *conv_bn_relu(coarsest, width, 1)) for side in pools
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), *conv_bn_relu(coarsest, width, 1))
+            for side in pools
         )
         for side, pool in zip(pools, self.pools):
             if side == 1:
@@ -60,4 +65,6 @@ class UPerNet(nn.Module):
             x = lateral(y) + resize_logits(x, y.shape[-2:])
             joined.append(smooth(x))
         size = maps[0].shape[-2:]
-        return self.dropout(self.fuse(torch.cat([resize_logits(y, size) for y in reversed(joined)], 1)))
+        return self.dropout(
+            self.fuse(torch.cat([resize_logits(y, size) for y in reversed(joined)], 1))
+        )

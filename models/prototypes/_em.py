@@ -19,7 +19,9 @@ def log_joint(x, square, weights, means, variances):
     """log(pi_m N(x_n; mu_m, sigma_m^2)): x (D, N), its square, parameters (M), (M, D), (M, D) -> (M, N)."""
     precisions = 1 / variances
     linear = means * precisions
-    constant = weights.log() - 0.5 * (means * linear + variances.log() + math.log(2 * math.pi)).sum(1)
+    constant = weights.log() - 0.5 * (means * linear + variances.log() + math.log(2 * math.pi)).sum(
+        1
+    )
     joint = torch.addmm(constant[:, None].to(x), linear.to(x), x)
     return torch.addmm(joint, precisions.to(x), square, alpha=-0.5)
 
@@ -60,8 +62,13 @@ def maximisation(sums, floor):
 
 def reseed(weights, means, variances, empty, generator):
     """Let empty components share the weight of the largest, each half a deviation away from it at random."""
-    largest, noise = weights.argmax(), torch.randn(means.shape, generator=generator, dtype=torch.float64).to(means)
-    means = torch.where(empty[:, None], means[largest] + 0.5 * variances[largest].sqrt() * noise, means)
+    largest, noise = (
+        weights.argmax(),
+        torch.randn(means.shape, generator=generator, dtype=torch.float64).to(means),
+    )
+    means = torch.where(
+        empty[:, None], means[largest] + 0.5 * variances[largest].sqrt() * noise, means
+    )
     variances = torch.where(empty[:, None], variances[largest], variances)
     weights = torch.where(empty, 0, weights)
     sharing = empty | (torch.arange(len(empty), device=empty.device) == largest)
@@ -76,7 +83,9 @@ def distances(x, centres):
 
 def cluster(x, centres):
     """Moments (M, 1 + 2 D) of the vectors x (D, N) nearest to each centre."""
-    members = distances(x, centres).argmin(0) == torch.arange(len(centres), device=x.device)[:, None]
+    members = (
+        distances(x, centres).argmin(0) == torch.arange(len(centres), device=x.device)[:, None]
+    )
     return moments(x, x.square(), members.to(x))
 
 
@@ -85,13 +94,23 @@ def draw(pool, components, scale, chunk, generator):
 
     A draw takes the vectors with the smallest hashes, so it does not depend on the order and the process they lie in.
     """
-    hashes = torch.randn(DRAWS, pool.shape[1], generator=generator, dtype=torch.float64).to(pool.device) * 1e6 / scale
+    hashes = (
+        torch.randn(DRAWS, pool.shape[1], generator=generator, dtype=torch.float64).to(pool.device)
+        * 1e6
+        / scale
+    )
     found = []
     for x in pool.split(chunk):
-        keys, index = (hashes @ x.T.double()).frac().abs().topk(min(components, len(x)), largest=False)
+        keys, index = (
+            (hashes @ x.T.double()).frac().abs().topk(min(components, len(x)), largest=False)
+        )
         found.append((keys.cpu(), x[index].cpu()))
-    keys, vectors = (torch.cat(parts, 1) for parts in zip(*itertools.chain(*distributed.gather(found))))
-    order = keys.argsort(1)[:, torch.arange(components) % keys.shape[1]]  # fewer vectors than components repeat
+    keys, vectors = (
+        torch.cat(parts, 1) for parts in zip(*itertools.chain(*distributed.gather(found)))
+    )
+    order = keys.argsort(1)[
+        :, torch.arange(components) % keys.shape[1]
+    ]  # fewer vectors than components repeat
     return vectors[torch.arange(DRAWS)[:, None], order].to(pool.device)
 
 
@@ -99,7 +118,9 @@ class Pool:
     """A uniform sample of at most `size` vectors of a stream, in memory that is reserved once."""
 
     def __init__(self, size, like, generator):
-        self.rows = like.new_empty(size, like.shape[-1])  # on the CPU a page takes memory when it is first written
+        self.rows = like.new_empty(
+            size, like.shape[-1]
+        )  # on the CPU a page takes memory when it is first written
         self.generator, self.count = generator, 0
 
     def add(self, maps, index):
@@ -110,7 +131,9 @@ class Pool:
         self.count += len(index)
         if len(rest):
             number = len(rest) * size / self.count + torch.rand((), generator=self.generator).item()
-            chosen = torch.randperm(len(rest), generator=self.generator)[: int(number)].to(rest.device)
+            chosen = torch.randperm(len(rest), generator=self.generator)[: int(number)].to(
+                rest.device
+            )
             slots = torch.randperm(size, generator=self.generator)[: len(chosen)].to(rest.device)
             self.rows[slots] = maps[rest[chosen].unbind(1)].to(self.rows.dtype)
 
@@ -124,7 +147,15 @@ def kmeans(total, pool, components, iterations, chunk, generator):
     low, *_, high = sorted(itertools.chain(*ends))
     scale = max(high - low, 1e-30)
     starts = draw(pool, components, scale, chunk, generator)
-    costs = total(lambda x: distances(x, starts.flatten(0, 1)).unflatten(0, starts.shape[:2]).amin(1).sum(1).double())
+    costs = total(
+        lambda x: (
+            distances(x, starts.flatten(0, 1))
+            .unflatten(0, starts.shape[:2])
+            .amin(1)
+            .sum(1)
+            .double()
+        )
+    )
     centres = starts[costs.argmin()]
     for _ in range(iterations):
         sums = total(cluster, centres)
@@ -149,7 +180,9 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
     """
 
     def total(function, *arguments):
-        return distributed.all_reduce(share * sum(function(x.T, *arguments) for x in pool.split(chunk)))
+        return distributed.all_reduce(
+            share * sum(function(x.T, *arguments) for x in pool.split(chunk))
+        )
 
     _, centre, _ = maximisation(total(whole), 0)
     pool -= centre.to(pool)
@@ -157,7 +190,11 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
     means, sums = kmeans(total, pool, components, iterations, chunk, generator)
     weights, _, variances = maximisation(sums, 0)
     within = weights @ variances if start == 0 else torch.full_like(means[0], start)
-    parameters = torch.full_like(weights, 1 / components), means, within.maximum(floor).expand_as(means)
+    parameters = (
+        torch.full_like(weights, 1 / components),
+        means,
+        within.maximum(floor).expand_as(means),
+    )
 
     before, reseeded, needed = -math.inf, 0, 1e-3 * min(1, sums[:, 0].sum().item() / components)
     for _ in range(iterations):
@@ -174,11 +211,19 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
         else:
             before = likelihood
 
-    values = torch.cat([log_joint(x.T, x.T.square(), *parameters).logsumexp(0) for x in pool.split(chunk)]).cpu()
+    values = torch.cat(
+        [log_joint(x.T, x.T.square(), *parameters).logsumexp(0) for x in pool.split(chunk)]
+    ).cpu()
     parts = distributed.gather((values, torch.full_like(values, share, dtype=torch.float64)))
     values, shares = (torch.cat(part) for part in zip(*parts))
     values, order = values.sort()
     below = shares[order].cumsum(0)
     index = torch.searchsorted(below, below[-1] * torch.linspace(0, 1, LEVELS, dtype=below.dtype))
     weights, means, variances = parameters
-    return weights, means + centre.to(pool), variances, values[index.clamp_max(len(values) - 1)], reseeded
+    return (
+        weights,
+        means + centre.to(pool),
+        variances,
+        values[index.clamp_max(len(values) - 1)],
+        reseeded,
+    )

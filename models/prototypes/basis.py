@@ -42,7 +42,9 @@ def gram_schmidt(rows, equal=True):
     q, r = torch.linalg.qr(rows.T)  # (D, K), (K, K)
     left = r.diagonal().abs()
     if not rows.is_meta and not left.min() > 1e-6 * left.max():
-        raise ValueError("rows that depend on each other, or are zero or not finite, cannot be made orthogonal")
+        raise ValueError(
+            "rows that depend on each other, or are zero or not finite, cannot be made orthogonal"
+        )
     return (q * (r.diagonal().sign() if equal else r.diagonal())).T
 
 
@@ -100,14 +102,22 @@ def frame(rows, kind):
                 f"{dim}: set model.classifier.fallback=polar"
             )
         center = torch.eye(count, dtype=rows.dtype) - 1 / count
-        plane = torch.linalg.eigh(center).eigenvectors[:, 1:]  # (K, K - 1): all but the direction of ones
+        plane = torch.linalg.eigh(center).eigenvectors[
+            :, 1:
+        ]  # (K, K - 1): all but the direction of ones
         return math.sqrt(count / (count - 1)) * plane @ nearest_frame(plane.T @ rows)
     unit = F.normalize(nearest_frame(rows), dim=1)
     own = torch.eye(count, dtype=torch.bool)
     for step in range(STEPS if kind == "polar" and not rows.is_meta else 0):
         cosines = unit @ unit.T
         sharp = 10 ** (2 + 3 * step / STEPS)
-        worst = (sharp * cosines.square()).masked_fill(own, -math.inf).flatten().softmax(0).view_as(cosines)
+        worst = (
+            (sharp * cosines.square())
+            .masked_fill(own, -math.inf)
+            .flatten()
+            .softmax(0)
+            .view_as(cosines)
+        )
         slope = (worst * cosines) @ unit
         slope = slope - (slope * unit).sum(1, keepdim=True) * unit  # along the sphere
         slope = slope / slope.norm(dim=1).amax().clamp_min(1e-12)
@@ -163,4 +173,6 @@ class RandomDirections(_Rows):
     without the text (an ablation)."""
 
     def __init__(self, *, num_classes, in_channels):
-        super().__init__(F.normalize(torch.randn(num_classes, in_channels, dtype=torch.float64), dim=1))
+        super().__init__(
+            F.normalize(torch.randn(num_classes, in_channels, dtype=torch.float64), dim=1)
+        )

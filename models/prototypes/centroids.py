@@ -37,7 +37,10 @@ class Centroids(nn.Module):
     def _means_of(self, batches):
         """All-reduced class means (K, D) of some batches, and which classes occur."""
         total = torch.zeros(
-            len(self.seen), self.vectors.shape[1] + 1, dtype=self.vectors.dtype, device=self.vectors.device
+            len(self.seen),
+            self.vectors.shape[1] + 1,
+            dtype=self.vectors.dtype,
+            device=self.vectors.device,
         )
         for features, labels, weights in batches:
             sums, counts = class_sums(features, labels, len(self.seen), weights)
@@ -50,7 +53,9 @@ class Centroids(nn.Module):
     def update(self, batches):
         """Move the classes that occur in the batches of a step; the others stay as they are."""
         means, present = self._means_of(batches)
-        moved = torch.where(self.seen[:, None], torch.lerp(means, self.vectors, self.momentum), means)
+        moved = torch.where(
+            self.seen[:, None], torch.lerp(means, self.vectors, self.momentum), means
+        )
         self.vectors.copy_(torch.where(present[:, None], moved, self.vectors))
         self.seen |= present
 

@@ -39,11 +39,15 @@ def main(arguments):
 
     centroids.fit(batches)
     if missing := [name for name, seen in zip(names, centroids.seen.tolist()) if not seen]:
-        raise UserError(f"no cell of the training set is labelled {', '.join(missing)}: these classes have no mean")
+        raise UserError(
+            f"no cell of the training set is labelled {', '.join(missing)}: these classes have no mean"
+        )
     if distributed.is_main():
         out = Path(targets[-1])
         write_rows(out, centroids.means().cpu(), names, config=str(path))
-        print(f"{out}: {len(names)} rows of {centroids.means().shape[1]} channels, {len(dataset)} images")
+        print(
+            f"{out}: {len(names)} rows of {centroids.means().shape[1]} channels, {len(dataset)} images"
+        )
 
 
 if __name__ == "__main__":

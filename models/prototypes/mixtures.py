@@ -67,14 +67,31 @@ class Mixtures(nn.Module):
         chunk: int = 8192,
     ):
         super().__init__()
-        self.seed, self.pool, self.iterations, self.tolerance, self.start = seed, pool, iterations, tolerance, start
-        self.floor, self.relative_floor, self.momentum, self.chunk = floor, relative_floor, momentum, chunk
-        self.register_buffer("component_weights", torch.full((num_classes, components), 1 / components))
+        self.seed, self.pool, self.iterations, self.tolerance, self.start = (
+            seed,
+            pool,
+            iterations,
+            tolerance,
+            start,
+        )
+        self.floor, self.relative_floor, self.momentum, self.chunk = (
+            floor,
+            relative_floor,
+            momentum,
+            chunk,
+        )
+        self.register_buffer(
+            "component_weights", torch.full((num_classes, components), 1 / components)
+        )
         self.register_buffer("component_means", torch.zeros(num_classes, components, in_channels))
-        self.register_buffer("component_variances", torch.ones(num_classes, components, in_channels))
+        self.register_buffer(
+            "component_variances", torch.ones(num_classes, components, in_channels)
+        )
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("likelihood_quantiles", torch.full((num_classes, LEVELS), ABSENT))
-        self.register_buffer("reseeded", torch.zeros(num_classes, dtype=torch.long))  # empty components met by `fit`
+        self.register_buffer(
+            "reseeded", torch.zeros(num_classes, dtype=torch.long)
+        )  # empty components met by `fit`
 
     def means(self):
         """(K, D), sum_m pi_m mu_m; zero rows for classes not seen yet."""
@@ -93,14 +110,18 @@ class Mixtures(nn.Module):
         x = x - self._origin()[:, None].to(x)
         square, means = x.square(), self.component_means - self._origin()
         weights, variances = self.component_weights.double(), self.component_variances.double()
-        joint = log_joint(x, square, weights.flatten(), means.flatten(0, 1), variances.flatten(0, 1))
+        joint = log_joint(
+            x, square, weights.flatten(), means.flatten(0, 1), variances.flatten(0, 1)
+        )
         return joint.unflatten(0, weights.shape), x, square
 
     def components(self, features):
         """log(pi_cm N_cm), (B, D, h, w) -> (B, K, M, h, w), for diagnosis: its softmax over M are responsibilities."""
         with torch.autocast(features.device.type, enabled=False):
             maps = precise(features.flatten(2))
-            return torch.stack([self._log_joint(x)[0] for x in maps]).unflatten(3, features.shape[2:])
+            return torch.stack([self._log_joint(x)[0] for x in maps]).unflatten(
+                3, features.shape[2:]
+            )
 
     def score(self, features):
         """Log-likelihoods log p(x|c) in nats, -1e8 for classes not seen: (B, D, h, w) -> (B, K, h, w)."""
@@ -123,7 +144,9 @@ class Mixtures(nn.Module):
         """Write the parameters of the classes where (K) is set."""
         for name, new in (("weights", weights), ("means", means), ("variances", variances)):
             buffer = self.get_buffer(f"component_{name}")
-            buffer.copy_(torch.where(where.view(-1, *[1] * (new.dim() - 1)), new.to(buffer), buffer))
+            buffer.copy_(
+                torch.where(where.view(-1, *[1] * (new.dim() - 1)), new.to(buffer), buffer)
+            )
 
     @torch.no_grad()
     def update(self, batches):
@@ -139,7 +162,9 @@ class Mixtures(nn.Module):
                 for image in zip(features.flatten(2), labels.flatten(1), weights.flatten(1)):
                     for x, ids, factors in zip(*(part.split(self.chunk, -1) for part in image)):
                         joint, x, square = self._log_joint(precise(x))
-                        members = (ids == torch.arange(k, device=ids.device)[:, None]) * factors.to(x)  # (K, N)
+                        members = (ids == torch.arange(k, device=ids.device)[:, None]) * factors.to(
+                            x
+                        )  # (K, N)
                         shares = joint.softmax(1) * members[:, None]
                         sums += moments(x, square, shares.flatten(0, 1)).unflatten(0, (k, m))
         sums, origin = distributed.all_reduce(sums), self._origin()
@@ -148,15 +173,21 @@ class Mixtures(nn.Module):
         new = sums / torch.where(count > 0, count, 1)
 
         weights, means = self.component_weights[..., None].double(), self.component_means - origin
-        old = torch.cat([weights, weights * means, weights * (self.component_variances + means.square())], 2)
+        old = torch.cat(
+            [weights, weights * means, weights * (self.component_variances + means.square())], 2
+        )
         merged = torch.lerp(new, old, self.momentum)
         weights, means, variances = maximisation(merged, self._floor(merged))
         self._store(present & self.seen, weights, means + origin, variances)
 
         _, centre, variances = maximisation(new.sum(1, keepdim=True), self._floor(new))  # (K, 1, D)
-        noise = torch.randn(m, d, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).to(new)
+        noise = torch.randn(
+            m, d, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
+        ).to(new)
         means = centre + 0.5 * variances.sqrt() * (noise - noise.mean(0))
-        self._store(present & ~self.seen, torch.full_like(weights, 1 / m), means + origin, variances)
+        self._store(
+            present & ~self.seen, torch.full_like(weights, 1 / m), means + origin, variances
+        )
         self.seen |= present
 
     @torch.no_grad()
@@ -168,7 +199,9 @@ class Mixtures(nn.Module):
         generator = torch.Generator().manual_seed(self.seed + distributed.rank())
         pools = [Pool(self.pool, self.component_means, generator) for _ in self.seen]
         for features, labels, weights in batches():
-            valid = features.sum(1, dtype=torch.promote_types(features.dtype, torch.float32)).isfinite()
+            valid = features.sum(
+                1, dtype=torch.promote_types(features.dtype, torch.float32)
+            ).isfinite()
             labels = torch.where(valid if weights is None else valid & (weights > 0), labels, -1)
             for c, pool in enumerate(pools):
                 pool.add(features.permute(0, 2, 3, 1), (labels == c).nonzero())

@@ -34,24 +34,52 @@ from engine.weights import load_into, read, unwrap
 TEMPLATES = {
     "single": ["a photo of a {}."],
     "ensemble": [
-        "a photo of a {}.", "a photo of the {} in a city street.", "a driving scene with a {}.", "a {} in the rain.",
-        "a {} at night.", "a {} in the snow.", "a {} in fog.", "a rendering of a {}.",
+        "a photo of a {}.",
+        "a photo of the {} in a city street.",
+        "a driving scene with a {}.",
+        "a {} in the rain.",
+        "a {} at night.",
+        "a {} in the snow.",
+        "a {} in fog.",
+        "a rendering of a {}.",
     ],
-}  # fmt: skip
+}
 CLASSES = {  # names to average, by the names of the classes in datasets/
     "cityscapes": {
-        "road": ["road"], "sidewalk": ["sidewalk"], "building": ["building"], "wall": ["wall"], "fence": ["fence"],
-        "pole": ["pole"], "traffic light": ["traffic light"], "traffic sign": ["traffic sign"],
-        "vegetation": ["vegetation", "tree", "bush"], "terrain": ["terrain", "grass"], "sky": ["sky"],
-        "person": ["person", "pedestrian"], "rider": ["rider", "cyclist"], "car": ["car"], "truck": ["truck"],
-        "bus": ["bus"], "train": ["train"], "motorcycle": ["motorcycle"], "bicycle": ["bicycle"],
+        "road": ["road"],
+        "sidewalk": ["sidewalk"],
+        "building": ["building"],
+        "wall": ["wall"],
+        "fence": ["fence"],
+        "pole": ["pole"],
+        "traffic light": ["traffic light"],
+        "traffic sign": ["traffic sign"],
+        "vegetation": ["vegetation", "tree", "bush"],
+        "terrain": ["terrain", "grass"],
+        "sky": ["sky"],
+        "person": ["person", "pedestrian"],
+        "rider": ["rider", "cyclist"],
+        "car": ["car"],
+        "truck": ["truck"],
+        "bus": ["bus"],
+        "train": ["train"],
+        "motorcycle": ["motorcycle"],
+        "bicycle": ["bicycle"],
     },
     "camvid": {
-        "Sky": ["sky"], "Building": ["building"], "Pole": ["pole"], "Road": ["road"],
-        "Pavement": ["sidewalk", "pavement"], "Tree": ["tree"], "SignSymbol": ["traffic sign", "traffic light"],
-        "Fence": ["fence"], "Car": ["car"], "Pedestrian": ["pedestrian"], "Bicyclist": ["cyclist", "bicyclist"],
+        "Sky": ["sky"],
+        "Building": ["building"],
+        "Pole": ["pole"],
+        "Road": ["road"],
+        "Pavement": ["sidewalk", "pavement"],
+        "Tree": ["tree"],
+        "SignSymbol": ["traffic sign", "traffic light"],
+        "Fence": ["fence"],
+        "Car": ["car"],
+        "Pedestrian": ["pedestrian"],
+        "Bicyclist": ["cyclist", "bicyclist"],
     },
-}  # fmt: skip
+}
 
 
 def near(name, known):
@@ -61,8 +89,13 @@ def near(name, known):
 
 def read_names(path):
     """One name per line; of columns between tabs, the first that is not a number."""
-    lines = [line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    return [next((c.strip() for c in columns if not c.strip().isdigit()), columns[-1]) for columns in lines]
+    lines = [
+        line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()
+    ]
+    return [
+        next((c.strip() for c in columns if not c.strip().isdigit()), columns[-1])
+        for columns in lines
+    ]
 
 
 def write_rows(path, vectors, classes, **about):
@@ -77,7 +110,9 @@ def read_rows(file, rows):
     """A file of text vectors -> vectors (N, D) float64, their names."""
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; make it: python -m models.prototypes.text out={path} classes=...")
+        raise ValueError(
+            f"there is no file {path}; make it: python -m models.prototypes.text out={path} classes=..."
+        )
     vectors = torch.from_numpy(np.load(path)) if path.suffix == ".npy" else read(path)
     if isinstance(vectors, dict):
         if rows or not {"vectors", "classes"} <= vectors.keys():
@@ -85,29 +120,45 @@ def read_rows(file, rows):
                 f"{path} must hold `vectors` and `classes`, which name its rows: leave out the option rows"
             )
         vectors, rows = vectors["vectors"], vectors["classes"]
-    if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
+    if (
+        not isinstance(vectors, torch.Tensor)
+        or vectors.ndim != 2
+        or not vectors.is_floating_point()
+    ):
         raise ValueError(f"{path} must hold one array of floating-point numbers, a row per name")
     if not rows:
-        raise ValueError(f"{path} does not name its rows: give rows: a list of names, or a text file of one per line")
+        raise ValueError(
+            f"{path} does not name its rows: give rows: a list of names, or a text file of one per line"
+        )
     names = read_names(rows) if isinstance(rows, str) else [str(name) for name in rows]
     if len(names) != len(vectors):
-        raise ValueError(f"{path} has {len(vectors)} rows and there are {len(names)} names for them")
+        raise ValueError(
+            f"{path} has {len(vectors)} rows and there are {len(names)} names for them"
+        )
     return vectors.double(), names
 
 
 def choose(names, classes, mapped, file):
     """Which rows each class takes -> lists of row numbers; `mapped` is the option map. Case makes no difference."""
     names, classes = [name.lower() for name in names], [name.lower() for name in classes]
-    mapped = {name.lower(): [rows] if isinstance(rows, str) else rows for name, rows in mapped.items()}
+    mapped = {
+        name.lower(): [rows] if isinstance(rows, str) else rows for name, rows in mapped.items()
+    }
     for what, words in (("rows", names), ("classes", classes)):
         if twice := sorted({word for word in words if words.count(word) > 1}):
-            raise ValueError(f"{file}: several {what} are called {', '.join(twice)}; each needs a name of its own")
+            raise ValueError(
+                f"{file}: several {what} are called {', '.join(twice)}; each needs a name of its own"
+            )
     for name, rows in mapped.items():
         if name not in classes:
-            raise ValueError(f"map names the class '{name}', which the data set does not have; {near(name, classes)}")
+            raise ValueError(
+                f"map names the class '{name}', which the data set does not have; {near(name, classes)}"
+            )
         if wrong := [str(row) for row in rows if str(row).lower() not in names] or not rows:
             wrong = wrong[0] if rows else "nothing"
-            raise ValueError(f"map.{name} names '{wrong}', which is no row of {file}; {near(wrong.lower(), names)}")
+            raise ValueError(
+                f"map.{name} names '{wrong}', which is no row of {file}; {near(wrong.lower(), names)}"
+            )
     if missing := [name for name in classes if name not in names and name not in mapped]:
         raise ValueError(
             f"{file} has no row for {', '.join(missing)}; its rows are {', '.join(names[:40])}. Say which to take: "
@@ -131,12 +182,17 @@ class Text(nn.Module):
     before centring; seen (K).
     """
 
-    # fmt: off
     def __init__(
-        self, *, num_classes, in_channels, classes, file: str, rows: str | list | None = None, map: dict | None = None,
+        self,
+        *,
+        num_classes,
+        in_channels,
+        classes,
+        file: str,
+        rows: str | list | None = None,
+        map: dict | None = None,
         center: bool = True,
     ):
-        # fmt: on
         super().__init__()
         vectors, names = read_rows(file, rows)
         if len(classes) != num_classes:
@@ -150,7 +206,9 @@ class Text(nn.Module):
         text = F.normalize(torch.stack([vectors[rows].mean(0) for rows in taken]), dim=1)
         centred = text - text.mean(0)
         if not (text.norm(dim=1) > 0.5).all() or (center and centred.norm(dim=1).min() < 1e-4):
-            raise ValueError(f"{file} has rows that are zero, not finite, or the same, which center does not work with")
+            raise ValueError(
+                f"{file} has rows that are zero, not finite, or the same, which center does not work with"
+            )
         self.register_buffer("vectors", (F.normalize(centred, dim=1) if center else text).float())
         self.register_buffer("text", text.float())
         self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
@@ -197,7 +255,9 @@ def load_clip(model, pretrained):
         load_into(network, {k: v for k, v in state.items() if k not in OPENAI}, source=pretrained)
     else:
         tags = ", ".join(open_clip.pretrained.list_pretrained_tags_by_model(model))
-        raise UserError(f"there is no file {pretrained}, and the weights that open_clip has of {model} are: {tags}")
+        raise UserError(
+            f"there is no file {pretrained}, and the weights that open_clip has of {model} are: {tags}"
+        )
     return network.eval(), open_clip.get_tokenizer(model), "QuickGELU" if quick else "GELU"
 
 
@@ -205,36 +265,67 @@ def read_classes(value):
     """The argument `classes` -> {class: [names]}."""
     if isinstance(value, str) and value not in CLASSES:
         if not Path(value).is_file():
-            raise UserError(f"classes={value} is neither {' nor '.join(CLASSES)} nor a file nor a list")
+            raise UserError(
+                f"classes={value} is neither {' nor '.join(CLASSES)} nor a file nor a list"
+            )
         yaml_file = Path(value).suffix in (".yaml", ".yml")
-        value = yaml.load(Path(value).read_text("utf-8"), yaml.BaseLoader) if yaml_file else read_names(value)
+        value = (
+            yaml.load(Path(value).read_text("utf-8"), yaml.BaseLoader)
+            if yaml_file
+            else read_names(value)
+        )
     value = CLASSES[value] if isinstance(value, str) else value
     value = value if isinstance(value, dict) else {name: [name] for name in value}
     return {name: [names] if isinstance(names, str) else names for name, names in value.items()}
 
 
 def main(arguments):
-    options = {"out": "", "model": "ViT-B-16", "pretrained": "openai", "classes": "", "templates": "ensemble"}
+    options = {
+        "out": "",
+        "model": "ViT-B-16",
+        "pretrained": "openai",
+        "classes": "",
+        "templates": "ensemble",
+    }
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in options or not equals:
-            raise UserError(f"'{argument}' is not of the form key=value; {near(key, list(options))}")
+            raise UserError(
+                f"'{argument}' is not of the form key=value; {near(key, list(options))}"
+            )
         try:
-            options[key] = yaml.load(value, yaml.BaseLoader)  # all that is not a list or a mapping is text
+            options[key] = yaml.load(
+                value, yaml.BaseLoader
+            )  # all that is not a list or a mapping is text
         except yaml.YAMLError as error:
             raise UserError(f"{argument} is not valid YAML: {error}") from None
     if not options["out"] or not options["classes"]:
         raise UserError("out=PATH and classes=... are needed")
-    templates = options["templates"] if isinstance(options["templates"], list) else TEMPLATES.get(options["templates"])
+    templates = (
+        options["templates"]
+        if isinstance(options["templates"], list)
+        else TEMPLATES.get(options["templates"])
+    )
     if not templates or any("{}" not in template for template in templates):
-        raise UserError(f"templates must be {' or '.join(TEMPLATES)}, or a list of texts that hold {{}}")
+        raise UserError(
+            f"templates must be {' or '.join(TEMPLATES)}, or a list of texts that hold {{}}"
+        )
     classes = read_classes(options["classes"])
-    prompts = {c: [t.replace("{}", name) for name in names for t in templates] for c, names in classes.items()}
+    prompts = {
+        c: [t.replace("{}", name) for name in names for t in templates]
+        for c, names in classes.items()
+    }
     model, tokenizer, activation = load_clip(options["model"], options["pretrained"])
     vectors, out = text_vectors(model, tokenizer, prompts), Path(options["out"])
-    about = {"model": options["model"], "pretrained": options["pretrained"], "activation": activation}
+    about = {
+        "model": options["model"],
+        "pretrained": options["pretrained"],
+        "activation": activation,
+    }
     write_rows(out, vectors, classes, prompts=prompts, **about)
-    print(f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with {activation}")
+    print(
+        f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with {activation}"
+    )
 
 
 if __name__ == "__main__":

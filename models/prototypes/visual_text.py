@@ -50,15 +50,24 @@ class VisualText(nn.Module):
     State: vectors (K, D), U, zero before the first update; average (K, D) and mass (K), whose ratio is V; seen (K).
     """
 
-    # fmt: off
     def __init__(
-        self, *, num_classes, in_channels, text: str = "text", temperature: float = 0.01, momentum: float = 0.99,
-        blend: float = 0.5, center: bool = True, start: float = 0.0, offline: int = 0,
+        self,
+        *,
+        num_classes,
+        in_channels,
+        text: str = "text",
+        temperature: float = 0.01,
+        momentum: float = 0.99,
+        blend: float = 0.5,
+        center: bool = True,
+        start: float = 0.0,
+        offline: int = 0,
     ):
-        # fmt: on
         super().__init__()
         if not 0 <= blend <= 1 or temperature <= 0:
-            raise ValueError(f"blend must lie in 0..1 and temperature above 0, not {blend} and {temperature}")
+            raise ValueError(
+                f"blend must lie in 0..1 and temperature above 0, not {blend} and {temperature}"
+            )
         self.text, self.temperature, self.momentum = text, temperature, momentum
         self.blend, self.center, self.start, self.offline = blend, center, start, offline
         self.register_buffer("vectors", torch.zeros(num_classes, in_channels))
@@ -99,7 +108,9 @@ class VisualText(nn.Module):
 
     def _rows(self, prototypes):
         if self.text not in prototypes:
-            raise UserError(f"VisualText needs the prototypes '{self.text}'; there are {', '.join(prototypes)}")
+            raise UserError(
+                f"VisualText needs the prototypes '{self.text}'; there are {', '.join(prototypes)}"
+            )
         return F.normalize(prototypes[self.text].means().to(self.average), dim=1, eps=1e-6)
 
     @torch.no_grad()
