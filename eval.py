@@ -33,15 +33,18 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from datasets.build import build_set
 from datasets.statistics import class_counts
 from engine import config, distributed, precision
-from engine.build import build, build_adaptation, build_members, build_set, present, restore
+from engine.build import build, present
 from engine.config import ConfigError
 from engine.diagnostics import checked_pairs, diagnose
-from engine.errors import run
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
+from engine.process import run
 from engine.report import domain_table, label_scalars, pseudo_label_quality, report
+from losses.build import build_adaptation
+from models.build import build_prototypes, joint_channels, restore
 
 logger = logging.getLogger("engine")
 OWN = ("export=", "diagnostics=", "pairs=")  # arguments that are no keys of the configuration
@@ -62,8 +65,8 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
         "seed": cfg.seed,
     }
     labelers, *_ = build_adaptation(cfg.uda, **context)
-    members, _ = build_members(
-        cfg.prototypes, cfg.model.projector.channels, classes=tuple(saved["classes"]), **context
+    members, *_ = build_prototypes(
+        cfg.prototypes, joint_channels(cfg.model), classes=tuple(saved["classes"]), **context
     )
     members.load_state_dict(saved["prototypes"])
     if labelers.state_dict().keys() != saved.get("labelers", {}).keys():

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from datasets.base import DataError, read_image
 from engine import inference, pictures, precision
-from engine.errors import run
 from engine.log import to_console
+from engine.process import run
 from eval import load_network
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}

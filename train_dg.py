@@ -4,65 +4,51 @@
     torchrun --nproc_per_node=4 train_dg.py configs/dg/gta5_ppar_resnet50.yaml optimizer.lr=0.02
 
 Supervised training (train_supervised.py) plus, each a key of the configuration: a joint space of text and images
-(model.projector), members of the prototype family in it, a frozen image tower, weights of the source's pixels, styles
-and strong colours. At test the network is backbone, decoder and classifier, as without them. Nothing is chosen on a
-test domain: `data.val` is a part of the source, and what is reported is the last checkpoint. The same command goes on
-where a killed run stopped.
+(model.heads.projector), members of the prototype family in it, a frozen image tower, weights of the source's pixels,
+styles and strong colours. At test the network is backbone, decoder and classifier, as without them. Nothing is chosen
+on a test domain: `data.val` is a part of the source, and what is reported is the last checkpoint. The same command goes
+on where a killed run stopped.
 """
 
-import contextlib
 import logging
-import time
-from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from tqdm import tqdm
 
-from datasets.base import IGNORE, to_device
-from engine import checkpoint, config, distributed, precision, schedule
-from engine.build import (
-    asks_for,
-    batches,
-    build_data,
-    build_generalisation,
-    build_losses,
-    build_members,
-    build_segmentor,
-    call,
-    learners,
-)
+from datasets.build import Stream, build_data
+from engine import config, distributed, precision, schedule
+from engine.build import build_any
 from engine.ema import Teacher
-from engine.errors import run
-from engine.log import Averages, Log, facts, to_console
-from engine.preempt import Preemption
+from engine.log import to_console
 from engine.prepare import images
+from engine.process import run as run_script
 from engine.report import draw_step, final_report, selected_on_target, validate
-from engine.statistics import pure_labels, resize_labels, unit
-from models.segmentor import View
+from engine.run import Run
+from engine.statistics import IGNORE, pure_labels, unit
+from engine.step import Batch, Step, View, withheld
+from losses.build import build_losses
+from models.build import build_prototypes, build_segmentor, build_tower, joint_channels
 
 logger = logging.getLogger("engine")
 
 
-def evidence(seen, view, space, teacher, tower, autocast):
+def evidence(steps, view, space, teacher, tower, autocast):
     """What updates a member of the prototype family: (features, labels, None) of every micro-batch of a step.
 
     view `source`: the student's features; `teacher`: the averaged network's, where it is right; `tower`: the image
     tower's, in cells that are nearly of one class.
     """
-    for batch, output in seen:
-        image, labels = batch["image"], batch["label"]
+    for step in steps:
+        image, labels, output = step.source.image, step.source.label, step.outputs.get("source")
         if view == "tower":
             dense = tower.dense(image)
-            yield dense, pure_labels(labels, dense.shape[-2:]), None
+            yield withheld(steps[-1], dense, pure_labels(labels, dense.shape[-2:]))
             continue
         if view == "teacher":
             with autocast:
-                output = teacher.network.segment(image, embed=True)
-        features = (
-            unit(output.aux["embedding"].detach()) if space == "joint" else output.features.detach()
-        )
-        labels = resize_labels(labels, features.shape[-2:])
+                output = teacher.network.segment(image, heads=True)
+        features = unit(output.embedding.detach()) if space == "joint" else output.features
+        features, labels, _ = withheld(steps[-1], features, labels)
         if view == "teacher":
             labels = torch.where(output.logits.argmax(1) == labels, labels, IGNORE)
         yield features, labels, None
@@ -73,214 +59,138 @@ def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
     device = distributed.setup(cfg)
     to_console()
-    world, folder = distributed.world_size(), Path(cfg.folder)
+    run = Run(cfg, device)
 
     # --- build ---
-    train_set, val_set, test_sets, *_ = build_data(cfg)
-    num_classes, joint = len(train_set.CLASSES), cfg.model.projector.channels
-    chosen = selected_on_target(cfg, val_set, test_sets)
-    saved = checkpoint.find(folder, cfg.resume)
-    if saved:
-        config.check_resume(saved["config"], cfg)
-    model = build_segmentor(cfg.model, num_classes, not saved, train_set.CLASSES)
+    data = build_data(cfg)
+    classes, joint = tuple(data.train.CLASSES), joint_channels(cfg.model)
+    model = build_segmentor(cfg.model, classes, pretrained=not run.saved)
     model = distributed.place(model, device, cfg.model.sync_bn)
-    context = {"num_classes": num_classes, "in_channels": model.decoder.channels, "seed": cfg.seed}
-    context["classes"] = tuple(train_set.CLASSES)
-    members, views = build_members(cfg.prototypes, joint, **context)
-    members, spaces = (
-        members.to(device),
-        {name: cfg.prototypes[name].get("space", "features") for name in members},
-    )
-    terms, factors = build_losses(cfg.losses, **context)
-    tower, reweight, style, strong = build_generalisation(cfg, **context)
-    tower = tower.to(device) if tower else None
+    context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
+    context |= {"classes": classes, "seed": cfg.seed}
+    members, view_of, space_of = build_prototypes(cfg.prototypes, joint, **context)
+    members = members.to(device)
+    prototypes = {"classifier": model.classifier, **members}
+    losses, factors = build_losses(cfg.losses, **context)
+    tower = build_tower(cfg.dg.tower, joint)
+    tower = tower and tower.to(device)
+    reweight = build_any("losses", cfg.dg.reweight, **context)
+    style, strong = (build_any("datasets", cfg.dg[key], **context) for key in ("style", "strong"))
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
-    for name, view in views.items():
-        needed = {"source": model, "none": model, "teacher": teacher, "tower": tower}
-        if not needed.get(view):
-            raise config.ConfigError(
-                f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or tower (with "
-                f"dg.tower), not {view!r}"
-            )
-    if model.text_attention and "text" not in members:
-        raise config.ConfigError(
-            "model.text_attention needs the rows that look at the image: prototypes.text"
-        )
+    parts = [*losses.values(), *([reweight] if reweight else [])]
+    text = "text_attention" in model.heads
+    needs_tower = any(part.needs_tower for part in parts)
+    check_parts(view_of, members, teacher, tower, needs_tower, text)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
     student = distributed.parallel(model, device, cfg.model.compile)
-    vectors = {"classifier": model.classifier, **members}
 
     # --- resume, or fit what is fitted once ---
-    stateful = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
-    stateful |= {"teacher": teacher} if teacher else {}
-    start, best, seconds = 0, -1.0, 0.0
-    if saved:
-        for name, item in stateful.items():
-            item.load_state_dict(saved[name])
-        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    else:
-        for name, member in members.items():
-            if views[name] == "tower" and getattr(member, "offline", 0):
-                plain = train_set.without_augmentation()
+    run.open(cfg.train.iters, train=data.train)
+    if selected_on_target(cfg, data.val, data.test):
+        run.about["selected_on_target"] = True
+    for name, member in members.items() if not run.saved else []:
+        if view_of.get(name) == "tower" and member.offline:
+            plain = data.train.without_augmentation()
 
-                def shown(plain=plain, count=member.offline):
-                    for _, image, label in images(plain, device, cfg.data.workers, count):
-                        yield {"image": image, "label": label}, None
+            def batches(plain=plain, count=member.offline):
+                for _, image, label in images(plain, device, cfg.data.workers, count):
+                    step = Step(0, cfg.train.iters, Batch(image, label, None, []))
+                    yield from evidence([step], "tower", "joint", None, tower, autocast)
 
-                logger.info(
-                    f"prototypes.{name}: from {min(member.offline, len(plain))} training images"
-                )
-                call(
-                    member.fit,
-                    prototypes=vectors,
-                    batches=lambda shown=shown: evidence(
-                        shown(), "tower", "joint", None, tower, autocast
-                    ),
-                )
-    log = Log(folder, start)
-    logger.info(
-        f"{folder}: {len(train_set)} images, {num_classes} classes, {'resumed' if saved else 'started'} at step {start}"
-    )
-    if distributed.is_main():
-        config.save(cfg, folder / "config.yaml")
-    about = facts(device) | {"seed": cfg.seed, "iters": cfg.train.iters}
-    about |= {"selected_on_target": True} if chosen else {}
-    logger.info(", ".join(f"{key} {value}" for key, value in about.items()))
-    distributed.seed_everything(
-        cfg.seed + distributed.rank()
-    )  # from here on dropout differs between processes
-    stream = batches(train_set, cfg, cfg.seed, start, device)
-    if saved:
-        checkpoint.set_rng_state(saved["rng"])
-    preemption, averages, overflow = Preemption(), Averages(), precision.StepCounter()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    guided = bool(tower) and (
-        any(
-            asks_for(part, "tower")
-            for part in [*terms.values(), *([reweight.after] if reweight else [])]
-        )
-        or bool(model.text_attention)
-    )
-    clock, stop = time.time(), False
+            logger.info(
+                f"prototypes.{name}: from {min(member.offline, len(plain))} training images"
+            )
+            member.fit(batches, prototypes)
+    states = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
+    run.begin(states | {"teacher": teacher}, data.train, cfg.train.iters, seed=cfg.seed)
+    stream = Stream(data.train, cfg, cfg.seed, run.done, device)
 
-    def content(step):
-        """What a checkpoint holds after `step` steps."""
-        spent = seconds + time.time() - clock
-        about = {"step": step, "best": best, "seconds": spent, "config": config.plain(cfg)}
-        return checkpoint.content(stateful, train_set, **about)
+    def check():
+        run.score(validate(reported, data.val, cfg.eval, autocast, run))
+
+    if run.pending and data.val:
+        check()
 
     # --- train ---
     model.train()
-    steps = range(start, cfg.train.iters)
-    bar = tqdm(
-        steps, "train", initial=start, total=cfg.train.iters, disable=not distributed.is_main()
-    )
-    for step in bar:
-        rates = schedule.set_lr(optimizer, schedule.factor(step, cfg.train.iters, cfg.schedule))
-        micro_batches = [to_device(next(stream), device) for _ in range(cfg.train.accumulate)]
-        labelled = sum((batch["label"] != IGNORE).sum() for batch in micro_batches)
-        valid = {"source": distributed.mean(labelled.double()) / cfg.train.accumulate}
+    for number in run.steps(train=stream):
+        rates = schedule.set_lr(optimizer, schedule.factor(number, cfg.train.iters, cfg.schedule))
+        batches = [Batch.load(next(stream), device) for _ in range(cfg.train.accumulate)]
+        # Every labelled pixel of the step weighs the same, in all processes and micro-batches.
+        labelled = sum((batch.label != IGNORE).sum() for batch in batches)
+        labelled = distributed.mean(labelled.double()) / len(batches)
 
-        seen = []
-        for i, batch in enumerate(micro_batches):
-            given = {
-                "batch": batch,
-                "prototypes": vectors,
-                "valid": valid,
-                "step": step,
-                "iters": cfg.train.iters,
-            }
-            given |= {
-                "labels": {"source": batch["label"]},
-                "samples": {"source": batch["sample"]},
-                "weights": {},
-            }
-            image = batch["image"]  # the image tower and the teacher see it without strong colours
+        steps = []
+        for batch in batches:
+            step = Step(number, cfg.train.iters, batch, prototypes=prototypes)
+            step.labels["source"] = batch.label
+            step.counts["source"] = labelled
+            image = batch.image  # the image tower and the teacher see it without strong colours
             with torch.no_grad(), autocast:
-                if guided:
-                    given["tower"] = tower.dense(image)
+                if needs_tower or (text and tower):
+                    step.tower = tower.dense(image)
                 image = style(image, image.roll(1, 0)) if style else image
-                image = strong(image, batch["numbers"]) if strong else image
-            text = vectors["text"].means() if model.text_attention else None
-            views_of = {"source": View(image, "source", text, given.get("tower"))}
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or world == 1 else student.no_sync():
+                image = strong(image, batch.numbers) if strong else image
+            rows = prototypes["text"].means() if text else None
+            step.views["source"] = View(image, "source", rows, step.tower)
+            with distributed.synced(student, batch is batches[-1]):
                 with autocast:
-                    given["outputs"] = outputs = student(views_of, step)
+                    step.outputs = student(step.views, number)
                 if reweight:
                     with torch.no_grad():
-                        given["weights"] = call(reweight.after, **given)[1]
-                losses = {name: call(term, **given) for name, term in terms.items()}
-                loss = (
-                    sum(factors[name] * value for name, value in losses.items())
-                    / cfg.train.accumulate
-                )
-                scaler.scale(loss).backward()
-            seen.append((batch, outputs["source"]))
-            named = {f"train/loss_{name}": value for name, value in losses.items()}
-            named |= {f"dg/weight_{name}": value.mean() for name, value in given["weights"].items()}
-            averages.add({"train/loss": loss * cfg.train.accumulate, **named})
+                        reweight.after(step)
+                terms = {name: loss(step) for name, loss in losses.items()}
+                loss = sum(factors[name] * term for name, term in terms.items())
+                scaler.scale(loss / len(batches)).backward()
+            run.add(
+                {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}},
+                **step.summary("dg"),
+            )
+            steps.append(step)
 
-        norm, taken = precision.step(optimizer, scaler, parameters, cfg.optimizer.clip)
-        optimizer.zero_grad(set_to_none=True)
-        overflow(taken, step)
-        if taken:
-            if teacher:
-                teacher.update(model)
-            for name, view, member in learners(members, model.classifier, views):
-                shown = evidence(seen, view, spaces.get(name, "features"), teacher, tower, autocast)
-                call(
-                    member.update,
-                    batches=shown,
-                    prototypes=vectors,
-                    step=step,
-                    iters=cfg.train.iters,
-                )
+        step.skipped = run.optimise(optimizer, scaler)
+        if teacher:
+            teacher.update(model, step.skipped)
+        for name, view in view_of.items():
+            shown = evidence(steps, view, space_of[name], teacher, tower, autocast)
+            prototypes[name].update(shown, step)
 
         # --- log, validate, save ---
-        done = step + 1
-        stop = preemption.requested()
-        final = done == cfg.train.iters
-        save = stop or final or done % cfg.checkpoint.every == 0
-        check = val_set and not stop and (final or (cfg.eval.every and done % cfg.eval.every == 0))
-        if save or check or done % cfg.log.every == 0:
-            values = averages.take(step)
-            log.training(done, values, rates, norm, scaler, cfg.train.batch_size, device)
-            bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
-        if (
-            distributed.is_main()
-            and cfg.log.images_every
-            and (done % cfg.log.images_every == 0 or step == start)
-        ):
-            draw_step(
-                log, done, views_of, given["labels"], given["weights"], outputs, vectors, train_set
-            )
-        if check:
-            score = validate(reported, val_set, cfg.eval, device, autocast, log, done)
-            if score > best:
-                best = score
-                checkpoint.save_light(folder / "best.pt", content(done))
-        if save:
-            checkpoint.save_step(folder, content(done), cfg.checkpoint.keep, final or stop)
-        if stop:
-            logger.info(
-                f"signal received: saved at step {done}; the same command goes on from there"
-            )
-            break
+        run.log(rates, scaler)
+        if run.draws():
+            draw_step(run, step, data.train)
+        if run.validates() and data.val:
+            check()
+        run.save()
 
-    if not stop:
-        about |= {
-            "step": cfg.train.iters,
-            "seconds": round(seconds + time.time() - clock),
-            "best_val": best,
-        }
-        tests = test_sets or {"val": val_set}
-        final_report(reported, tests, cfg.eval, device, autocast, folder, about, seen=cfg.data.seen)
-    log.close()
+    if not run.stopped:
+        final_report(
+            reported, data.test or {"val": data.val}, cfg.eval, autocast, run, seen=cfg.data.seen
+        )
+    run.close()
+    return run.exit_code
+
+
+def check_parts(view_of, members, teacher, tower, needs_tower, text):
+    """Raise ConfigError where a part needs another one that is not configured."""
+    for name, view in view_of.items():
+        if not {"source": True, "teacher": teacher, "tower": tower}.get(view):
+            raise config.ConfigError(
+                f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or tower (with "
+                f"dg.tower), not {view!r}"
+            )
+    if needs_tower and not tower:
+        raise config.ConfigError(
+            "a loss or dg.reweight needs the features of the frozen image tower: set dg.tower"
+        )
+    if text and "text" not in members:
+        raise config.ConfigError(
+            "model.heads.text_attention needs the rows that look at the image: prototypes.text"
+        )
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run_script(main, __doc__)

@@ -66,7 +66,7 @@ def train(seed, reverse, options):
     torch.manual_seed(seed)
     texts = [
         "model.bn_views=[]",
-        f"model.region={{stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}",
+        f"model.heads.region={{name: region.Region, stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}",
     ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
     model = build_segmentor(cfg.model, K).train()

@@ -26,18 +26,18 @@ K = 19
 HOSTS = {
     "MiT-B0": [
         "model.backbone={name: mit.MiT, size: b0, weights: none}",
-        "model.region={stage: 3, cell: 4}",
+        "model.heads.region={name: region.Region, stage: 3, cell: 4}",
     ],
     "ViT-S": [
         "model.backbone={name: vit.ViT, size: s, weights: none}",
-        "model.region={stage: 1, cell: 4}",
+        "model.heads.region={name: region.Region, stage: 1, cell: 4}",
     ],
 }
 ROWS = {
-    "network alone": ["model.region.stage=0"],
-    "and ACTE": ["model.region.variant=none"],
-    "and TMA": ["model.region.variant=bias"],
-    "TMA on equal patches": ["model.region.regions=patches"],
+    "network alone": ["model.heads.region={name: none}"],
+    "and ACTE": ["model.heads.region.variant=none"],
+    "and TMA": ["model.heads.region.variant=bias"],
+    "TMA on equal patches": ["model.heads.region.regions=patches"],
 }
 
 

@@ -48,7 +48,7 @@ import time
 from pathlib import Path
 
 from engine.config import ConfigError, read_yaml
-from engine.errors import run
+from engine.process import run
 
 KEYS = (
     "name",

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.base import IGNORE, DataError
-from engine.build import build, build_set
+from datasets.build import build_set
+from engine.build import build
 from engine.config import ConfigError, load
-from engine.errors import run
 from engine.pictures import colorize, legend, overlay, stack, strip
+from engine.process import run
 
 DRAWN, HEIGHT = 4, 240  # samples per picture, pixels of each
 

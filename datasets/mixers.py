@@ -2,11 +2,9 @@
 
     uda: {mixer: {name: mixers.ClassMix}}
 
-    mixer(batch, labels, weights) -> views {name: (image, domain)}, labels {name: (B, H, W)}, weights {name: (B, H, W)}
-
-`batch` is {"source": ..., "target": ...}; `labels` and `weights` are those of the labelers, `labels["source"]` is the
-truth. A mixer adds to labels and weights; what is there passes through. What is drawn depends on the sample's number
-alone, so it is the same on any number of processes.
+A mixer is called with the record of the micro-batch (engine/step.py). It fills `step.views`, and adds labels and
+weights of the views that it makes; those of the labelers are there, `step.labels["source"]` is the truth. What is drawn
+depends on the sample's number alone, so it is the same on any number of processes.
 """
 
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from datasets.base import drawing
 from engine.errors import UserError
 from engine.statistics import pixel_hash
+from engine.step import View
 
 
 @contextmanager
@@ -34,19 +33,16 @@ def changing(image, seed, sample):
 class Source:
     """The source alone: the lower bound of every comparison."""
 
-    def __call__(self, batch, labels, weights):
-        return {"source": (batch["source"]["image"], "source")}, labels, weights
+    def __call__(self, step):
+        step.views["source"] = View(step.source.image, "source")
 
 
 class SourceTarget:
     """Views "source" and "target", the images as they come."""
 
-    def __call__(self, batch, labels, weights):
-        return (
-            {name: (batch[name]["image"], name) for name in ("source", "target")},
-            labels,
-            weights,
-        )
+    def __call__(self, step):
+        step.views["source"] = View(step.source.image, "source")
+        step.views["target"] = View(step.target.image, "target")
 
 
 class ColorBlur:
@@ -55,8 +51,7 @@ class ColorBlur:
 
     Args:
         color: largest change of brightness, contrast, saturation, and shift of hue.
-        color_p, blur_p: probability of jitter and of blur for each image.
-        sigma: smallest and largest width of the blur, pixels.
+        color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each image.
     """
 
     def __init__(
@@ -66,10 +61,9 @@ class ColorBlur:
         color: list = (0.5, 0.5, 0.5, 0.3),
         color_p: float = 0.8,
         blur_p: float = 0.5,
-        sigma: list = (0.15, 1.15),
     ):
         self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
-        self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, tuple(sigma))
+        self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, (0.15, 1.15))
 
     def __call__(self, images, numbers):
         """Images (B, 3, H, W) in [0, 1] and the number of each sample -> the changed images."""
@@ -108,21 +102,23 @@ class ClassMix:
         self.seed, self.target = seed, target
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
 
-    def __call__(self, batch, labels, weights):
-        if "target" not in labels:
+    def __call__(self, step):
+        if "target" not in step.labels:
             raise UserError(
                 "mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers"
             )
-        source, target = batch["source"], batch["target"]
-        pasted = self.choose(source["label"], target["sample"])  # (B, H, W)
-        mixed = torch.where(pasted[:, None], source["image"], target["image"])
-        mixed = self.augment(mixed, target["numbers"])
+        source, target = step.source, step.target
+        pasted = self.choose(source.label, target.sample)  # (B, H, W)
+        mixed = torch.where(pasted[:, None], source.image, target.image)
+        mixed = self.augment(mixed, target.numbers)
+        step.views["source"] = View(source.image, "source")
+        step.views["mixed"] = View(mixed, "target")
+        if self.target:
+            step.views["target"] = View(target.image, "target")
+        step.labels["mixed"] = torch.where(pasted, source.label, step.labels["target"])
         ones = torch.ones_like(mixed[:, 0])
-        trust = torch.where(pasted, weights.get("source", ones), weights.get("target", ones))
-        labels = labels | {"mixed": torch.where(pasted, source["label"], labels["target"])}
-        views = {"source": (source["image"], "source"), "mixed": (mixed, "target")}
-        views |= {"target": (target["image"], "target")} if self.target else {}
-        return views, labels, weights | {"mixed": trust}
+        of_source, of_target = (step.weights.get(name, ones) for name in ("source", "target"))
+        step.weights["mixed"] = torch.where(pasted, of_source, of_target)
 
     def choose(self, label, samples, num_classes=256):
         """Pixels (B, H, W) of half of the classes, rounded up, that occur in each label (B, H, W)."""
@@ -187,14 +183,14 @@ class Strong:
             )
         self.seed, self.operations, self.p, self.cutout = seed, operations, p, cutout
 
-    def __call__(self, batch, labels, weights):
-        source, target = batch["source"], batch["target"]
-        changed = [
-            self.augment(image, number) for image, number in zip(target["image"], target["numbers"])
-        ]
+    def __call__(self, step):
+        target = step.target
+        changed = [self.augment(*pair) for pair in zip(target.image, target.numbers)]
         strong, kept = (torch.stack(part) for part in zip(*changed))
-        views = {"source": (source["image"], "source"), "target": (target["image"], "target")}
-        return views | {"strong": (strong, "target")}, labels, weights | {"strong": kept}
+        step.views["source"] = View(step.source.image, "source")
+        step.views["target"] = View(target.image, "target")
+        step.views["strong"] = View(strong, "target")
+        step.weights["strong"] = kept
 
     def augment(self, image, sample):
         """Image (3, H, W) and its number -> the changed image, and (H, W): 1, and 0 in the square."""

@@ -7,12 +7,11 @@ another number of processes the same step holds the same samples.
     data: {rare_classes: {temperature: 0.01, min_pixels: 3000}}
 """
 
-import signal
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from engine import process
 from engine.errors import UserError
 
 
@@ -37,6 +36,7 @@ class StreamSampler:
                 f"train.batch_size {batch_size} does not divide into {world_size} processes x {accumulate} "
                 "micro-batches"
             )
+        self._epoch = None
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
         self.start, self.stop, self.seed, self.rank, self.world_size = (
             start,
@@ -49,13 +49,18 @@ class StreamSampler:
     def index(self, sample):
         """Data set index of a sample of the stream."""
         epoch, position = divmod(sample, self.length)
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = (
                 epoch,
                 torch.randperm(self.length, generator=generator).tolist(),
             )
         return self._order[position]
+
+    def samples(self, step):
+        """(index, sample number) of all samples of a step, on all processes."""
+        first = step * self.batch_size
+        return [(self.index(sample), sample) for sample in range(first, first + self.batch_size)]
 
     def __len__(self):
         return (self.stop - self.start) * self.accumulate
@@ -127,13 +132,6 @@ class RareClassSampler(StreamSampler):
         return int(rng.choice(images))
 
 
-def swallow_signals(worker):
-    """A loader process survives the first SIGTERM and SIGINT: schedulers and terminals send them to every process of a
-    run, which then finishes its step, saves, and ends its loaders."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: signal.signal(received, signal.SIG_DFL))
-
-
 def make_loader(dataset, sampler, workers=0, pin_memory=False):
     """DataLoader over the sampler's batches. Its own generator keeps it from drawing from the global one."""
     return DataLoader(
@@ -142,6 +140,6 @@ def make_loader(dataset, sampler, workers=0, pin_memory=False):
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=False,
-        worker_init_fn=swallow_signals,
+        worker_init_fn=process.loader,
         generator=torch.Generator(),
     )

@@ -6,7 +6,7 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it
     stage stage_step labelers maps      (train_uda.py)
 """
 
-import errno
+import hashlib
 import logging
 import os
 import re
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from engine import distributed, weights
+from engine.config import difference, plain
 from engine.errors import UserError
 
 FORMAT = 1
@@ -25,7 +26,8 @@ logger = logging.getLogger("engine")
 def save(path, content, required=True):
     """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing.
 
-    A failure is an OSError if the file is `required`; otherwise it is a warning, and training goes on.
+    Raises:
+        UserError: the file is `required` and could not be written. Otherwise that is a warning, and training goes on.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -40,7 +42,7 @@ def save(path, content, required=True):
         free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
         message = f"could not write {path} ({error}); {free:.1f} GiB are free there"
         if required:
-            raise OSError(errno.EIO, message) from None
+            raise UserError(message) from None
         logger.warning(f"{message}; training continues")
 
 
@@ -56,6 +58,31 @@ def content(stateful, dataset, **about):
     }
 
 
+def first_nonfinite(state):
+    """The dotted name of a tensor in nested dicts that holds a NaN or an infinity; None if there is none.
+
+    Thresholds of labelers may be infinite: a class that was never predicted has no threshold.
+    """
+    found = {}
+
+    def collect(value, name):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                collect(item, f"{name}.{key}" if name else str(key))
+        elif torch.is_tensor(value) and value.is_floating_point():
+            bad = value.isnan() if name.startswith("labelers") else ~value.isfinite()
+            found[name] = bad.any()
+
+    collect(state, "")
+    devices = {flag.device for flag in found.values()}
+    for device in devices:  # one wait for each
+        names = [name for name, flag in found.items() if flag.device == device]
+        flags = torch.stack([found[name] for name in names]).tolist()
+        if any(flags):
+            return names[flags.index(True)]
+    return None
+
+
 def load(path):
     """Read a checkpoint of this project.
 
@@ -66,6 +93,32 @@ def load(path):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise weights.WeightsError(f"{path} is not a checkpoint of this project (format {FORMAT})")
     return content
+
+
+def fingerprint(dataset):
+    """[number of images, hash of their names]: changes when images are added, removed or renamed."""
+    names = "\n".join(dataset.stem(index) for index in range(len(dataset)))
+    return [len(dataset), hashlib.sha256(names.encode()).hexdigest()[:16]]
+
+
+def check_data(path, before, data, resume):
+    """Compare the training sets of a checkpoint with those of the run that is to go on from it.
+
+    Args:
+        before, data: {name of the set: fingerprint}, then and now.
+    Raises:
+        UserError: they differ, and the checkpoint was not named explicitly; otherwise that is a warning.
+    """
+    for name in before:
+        if data.get(name) != before[name]:
+            message = (
+                f"data.{name} is not what {path} was trained on: {before[name][0]} images then, {data[name][0]} now, or "
+                "other names"
+            )
+            if resume == "auto":
+                remedy = f"choose another folder=..., or go on all the same with resume={path}"
+                raise UserError(f"{message}; {remedy}")
+            logger.warning(message)
 
 
 def save_step(folder, content, keep, final=False):
@@ -80,7 +133,7 @@ def save_step(folder, content, keep, final=False):
             logger.warning(f"could not remove the old checkpoint {path} ({error})")
 
 
-def save_light(path, content):
+def save_light(path, content, required=False):
     """Write all but what only a resumed run needs; main process only."""
     if distributed.is_main():
         light = {
@@ -88,7 +141,7 @@ def save_light(path, content):
             for key, value in content.items()
             if key not in ("optimizer", "scaler", "rng")
         }
-        save(path, light, required=False)
+        save(path, light, required)
 
 
 def list_steps(folder):
@@ -99,32 +152,43 @@ def list_steps(folder):
     return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
-def find(folder, resume):
-    """The checkpoint to go on from, or None for a fresh start.
+def find(cfg):
+    """The checkpoint to go on from.
 
-    Args:
-        folder: run folder.
-        resume: "auto" takes the newest complete checkpoint, "none" starts anew, a path must exist.
+    `resume: auto` takes the newest complete one of the run folder, `none` starts anew. A path is taken, unless this
+    very configuration has gone on from it before, as when a queue starts a command again: then the newest that it wrote.
+
     Returns:
-        The checkpoint's content, or None.
+        (path, content), or (None, None) for a fresh start.
     """
+    folder, resume = cfg.folder, cfg.resume
     if resume == "none":
         if list_steps(folder):
             raise UserError(
                 f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto"
             )
-        return None
-    if resume != "auto":
-        return load(resume)
-    for path in Path(folder).glob("*.tmp.*"):
-        if distributed.is_main():
-            path.unlink(missing_ok=True)  # what a killed save left behind
+        return None, None
     for path in list_steps(folder):
         try:
-            return load(path)
+            saved = load(path)
         except weights.WeightsError as error:
             logger.warning(f"skipping a checkpoint: {error}")
-    return None
+            continue
+        if resume == "auto" or not difference(saved["config"], plain(cfg)):
+            return path, saved
+        break
+    return (None, None) if resume == "auto" else (Path(resume), load(resume))
+
+
+def tidy(folder, start, resume):
+    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later ones move to
+    `abandoned/`: they are neither lost nor taken for those of this run."""
+    for path in Path(folder).glob("*.tmp.*"):
+        path.unlink(missing_ok=True)
+    for path in list_steps(folder) if resume not in ("auto", "none") else []:
+        if int(path.stem[5:]) > start:
+            (Path(folder) / "abandoned").mkdir(exist_ok=True)
+            os.replace(path, Path(folder) / "abandoned" / path.name)
 
 
 def rng_state():

@@ -6,6 +6,7 @@ Everything here works unchanged on one process, so no other file asks whether it
     python train_supervised.py configs/...                           one process
 """
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -87,6 +88,11 @@ def parallel(network, device, compiled=False):
         return network
     devices = [device.index] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+
+
+def synced(network, last):
+    """The context of a micro-batch: DDP adds up the gradients of all processes at the last one of a step."""
+    return contextlib.nullcontext() if last or world_size() == 1 else network.no_sync()
 
 
 def close():

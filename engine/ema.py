@@ -22,15 +22,18 @@ class Teacher(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.network = copy.deepcopy(student).requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
+        device = next(student.parameters()).device
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         self.eval()
 
     @torch.no_grad()
-    def update(self, student):
-        """Call after each optimiser step that was taken."""
-        self.updates += 1
-        alpha = min(1 - 1 / (int(self.updates) + 1), self.momentum)
+    def update(self, student, skipped):
+        """Call after each optimiser step. Where `skipped` (0-dim bool) is true, only buffers are copied."""
+        self.updates += ~skipped
+        alpha = (1 - 1 / (self.updates.double() + 1)).clamp_max(self.momentum)
+        share = ((1 - alpha) * ~skipped).to(next(student.parameters()).dtype)
         mine, theirs = list(self.network.parameters()), list(student.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - alpha)
-        for own, other in zip(self.network.buffers(), student.buffers(), strict=True):
-            own.copy_(other)
+        change = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(mine, change)
+        torch._foreach_copy_(list(self.network.buffers()), list(student.buffers()))

@@ -9,8 +9,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +26,24 @@ from engine import distributed
 from engine.errors import UserError
 
 logger = logging.getLogger("engine")
+logging.raiseExceptions = False  # a full disk is said once, by `Log`, not by every line of log.txt
+
+
+def interactive():
+    """Whether somebody watches: then a bar shows the progress, otherwise lines do."""
+    return sys.stderr.isatty()
 
 
 class _Console(logging.Handler):
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)  # keeps the progress bar in one piece
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)  # keeps the progress bar in one piece
+            sys.stdout.flush()
+        except (OSError, ValueError):  # nobody reads any more, as when a terminal hangs up
+            logger.removeHandler(self)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            logger.warning("nobody reads the output any more")
+            os.kill(os.getpid(), signal.SIGHUP)
 
 
 def to_console():
@@ -40,16 +55,14 @@ def to_console():
     logger.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     handler = _Console()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: not (interactive() and getattr(record, "progress", False)))
     logger.addHandler(handler)
 
 
 def facts(device):
     """What a number depends on besides its configuration."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return {
         "command": " ".join(sys.argv),
         "commit": (_git("rev-parse", "--short", "HEAD") or "none")
@@ -68,8 +81,29 @@ def _git(*arguments):
     return ""
 
 
+def claim(folder):
+    """Lock a run folder against a second run -> the open lock, to be kept; None on other than the main process.
+
+    Raises:
+        UserError: another run has it.
+    """
+    if not distributed.is_main():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another run is writing to {folder}; choose another folder=...") from None
+    except OSError:
+        logger.warning(f"the file system of {folder} has no locks: do not start a second run there")
+    os.register_at_fork(after_in_child=lock.close)  # loaders that outlive the run would hold it
+    return lock
+
+
 class Averages:
-    """Means of scalar tensors over the steps since the last look. Adding never waits for the GPU."""
+    """Means of scalar tensors over the micro-batches since the last look. Adding never waits for the GPU."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -79,100 +113,105 @@ class Averages:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
-    def take(self, step):
-        """Averages over steps and processes -> {name: float}, the same on every process; starts anew.
-
-        Raises:
-            FloatingPointError: a loss was not finite. All processes see the same sums, so they stop together, before
-                the next checkpoint is written.
-        """
+    def take(self):
+        """Averages over steps and processes -> {name: float}, the same on every process; starts anew."""
         names, count = list(self.sums), max(self.count, 1)
         if not names:
             return {}
         values = distributed.mean(torch.stack([self.sums[name] for name in names])).tolist()
         self.sums, self.count = {}, 0
-        for name, value in zip(names, values):
-            if name.startswith("train/loss") and not abs(value) < float("inf"):
-                raise FloatingPointError(
-                    f"{name} became {value} in the {count} steps up to step {step}; the checkpoints before are intact. "
-                    "Lower optimizer.lr, set optimizer.clip=1, or use precision=fp32"
-                )
         return {name: value / count for name, value in zip(names, values)}
 
 
 class Log:
-    """The files of a run.
+    """The files of a run; only the main process has any.
 
     Args:
-        folder: run folder; made if needed and locked against a second run.
+        folder: run folder, which exists and is claimed.
         start: steps that are done already; later scalars of an interrupted run are dropped.
     """
 
     def __init__(self, folder, start=0):
         self.folder, self.writer = Path(folder), None
-        self.began, self.first = time.time(), start
         if not distributed.is_main():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run is writing to {self.folder}; choose another folder=..."
-            ) from None
-        self.handler = handler = logging.FileHandler(self.folder / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
+        self.handler = logging.FileHandler(self.folder / "log.txt")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(self.handler)
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
         path = self.folder / "scalars.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
         self.scalars_file = open(path, "a")  # noqa: SIM115
 
     def scalars(self, values, step):
         """Numbers by tag, such as {"train/loss": 0.7}."""
         if self.writer:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
-            self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
-            self.scalars_file.flush()
+            with self._writing():
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, step)
+                self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
+                self.scalars_file.flush()
 
-    def training(self, step, values, rates, norm, scaler, batch_size, device):
-        """After `step` steps: the averages of `Averages.take`, learning rates, gradient norm, the scale of mixed
-        precision, and the speed."""
-        values = (
-            values
-            | {f"train/lr_{name}": rate for name, rate in rates.items()}
-            | {"train/grad_norm": float(norm)}
-        )
-        values |= {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
-        self.scalars(values | self.speed(step - 1, batch_size, device), step)
+    def progress(self, step, total, values, pace, batch_size, device):
+        """The line and the scalars of a step.
+
+        Args:
+            values: averages since the last line.
+            pace: seconds per step.
+        Returns:
+            the time that is left, as text.
+        """
+        days, left = divmod(round((total - step) * pace), 86400)
+        eta = f"{days} d " * (days > 0) + time.strftime("%H:%M:%S", time.gmtime(left))
+        rate = max(value for name, value in values.items() if name.startswith("train/lr"))
+        text = f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}"
+        logger.info(f"{text}  {pace:.3f} s/step  eta {eta}", extra={"progress": True})
+        speed = {"train/images_per_sec": batch_size / pace, "train/samples": step * batch_size}
+        self.scalars(values | speed | {"train/max_mem_gb": peak_memory(device)}, step)
+        return eta
 
     def picture(self, tag, picture, step):
         """A picture (H, W, 3) uint8."""
         if self.writer:
-            self.writer.add_image(tag, picture, step, dataformats="HWC")
+            with self._writing():
+                self.writer.add_image(tag, picture, step, dataformats="HWC")
 
-    def speed(self, step, batch_size, device):
-        """Throughput since the start of this process, and its peak of memory: of the GPU, or of all on a CPU."""
-        images = (step + 1 - self.first) * batch_size / (time.time() - self.began)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # KiB on Linux
-        memory = (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-        ) / 2**30
-        return {
-            "train/images_per_sec": images,
-            "train/samples": (step + 1) * batch_size,
-            "train/max_mem_gb": memory,
-        }
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:  # TensorBoard's thread passes its errors on at the next call
+            raise UserError(
+                f"could not write the log in {self.folder} ({error}); the last checkpoint is complete"
+            ) from None
 
     def close(self):
         if self.writer:
             self.writer.close()
             self.scalars_file.close()
-            self.lock.close()
             logger.removeHandler(self.handler)
             self.handler.close()
             self.writer = None
+
+
+def _step(line):
+    """The step of a line of scalars.jsonl; infinite for one that a full disk or a power cut has damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def write_text(path, text):
+    """Write a file as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def peak_memory(device):
+    """GiB: of the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -266,3 +266,22 @@ def heatmap(
         region = picture[y : y + names.shape[0], x : x + names.shape[1]]
         np.minimum(region, names, out=region)
     return picture
+
+
+SMALLEST = 192  # pixels: smaller images are enlarged, so that they can be looked at
+
+
+def side_by_side(image, palette, **maps):
+    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image, weights are grey."""
+    rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    panels = [("image", rgb)]
+    for caption, values in maps.items():
+        values = values.detach().cpu()
+        if values.is_floating_point():
+            grey = (values.float().clamp(0, 1) * 255).byte().numpy()
+            panels.append(
+                (f"{caption}, mean {float(values.mean()):.2f}", grey[..., None].repeat(3, 2))
+            )
+        else:
+            panels.append((caption, overlay(rgb, values.numpy(), palette)))
+    return strip(panels, height=max(SMALLEST, len(rgb)))

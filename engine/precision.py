@@ -23,36 +23,22 @@ def make_scaler(device, precision):
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def step(optimizer, scaler, parameters, clip):
-    """Unscale, clip and step.
+def clip(optimizer, scaler, parameters, largest):
+    """Unscale the gradients and clip their norm -> the norm before clipping, 0-dim.
 
     Args:
         parameters: all trainable parameters.
-        clip: largest gradient norm; 0 measures the norm and leaves the gradients alone.
-    Returns:
-        (gradient norm, 0-dim tensor; whether the step was taken). fp16 skips a step whose gradients overflow; teacher
-        and prototypes must then stay as they are too.
+        largest: gradient norm; 0 measures the norm and leaves the gradients alone.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-    before = (
-        scaler.get_scale()
-    )  # waits for the GPU under fp16 alone, where scaler.step waits anyway
-    scaler.step(optimizer)
+    return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
+
+
+def step(optimizer, scaler, skipped):
+    """Step, unless `skipped` (0-dim bool on the device): fused optimisers read it there, so nobody waits.
+
+    This is what GradScaler.step does for a fused optimiser; the scale then follows the overflows that `clip` found.
+    """
+    optimizer.found_inf = skipped.to(torch.float32)
+    optimizer.step()
     scaler.update()
-    return norm, scaler.get_scale() >= before
-
-
-class StepCounter:
-    """Stop when fp16 skips too many steps in a row: the loss scale can no longer rescue the run."""
-
-    def __init__(self, limit=25):
-        self.limit, self.skipped = limit, 0
-
-    def __call__(self, taken, step):
-        self.skipped = 0 if taken else self.skipped + 1
-        if self.skipped > self.limit:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed {self.skipped} times in a row up to step {step}: use precision=bf16, "
-                "a lower optimizer.lr or optimizer.clip=1"
-            )

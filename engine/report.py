@@ -23,29 +23,11 @@ from engine.statistics import IGNORE, resize_logits
 
 logger = logging.getLogger("engine")
 
-SMALLEST = 192  # pixels: smaller images are enlarged, so that they can be looked at
-
 
 def similarity(vectors):
     """Cosines (K, K) between class vectors (K, D), for `pictures.heatmap`."""
     rows = torch.nn.functional.normalize(vectors.detach().float().cpu(), dim=1, eps=1e-6)
     return (rows @ rows.T).numpy().round(2) + 0.0  # + 0.0: no cell reads "-0.00"
-
-
-def side_by_side(image, palette, **maps):
-    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image, weights are grey."""
-    rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    panels = [("image", rgb)]
-    for caption, values in maps.items():
-        values = values.detach().cpu()
-        if values.is_floating_point():
-            grey = (values.float().clamp(0, 1) * 255).byte().numpy()
-            panels.append(
-                (f"{caption}, mean {float(values.mean()):.2f}", grey[..., None].repeat(3, 2))
-            )
-        else:
-            panels.append((caption, pictures.overlay(rgb, values.numpy(), palette)))
-    return pictures.strip(panels, height=max(SMALLEST, len(rgb)))
 
 
 def confusion_picture(matrix, title):
@@ -56,104 +38,49 @@ def confusion_picture(matrix, title):
     return pictures.heatmap(shares, matrix.classes, matrix.classes, title=title, text="{:.0%}")
 
 
-def draw_step(log, step, views, labels, weights, outputs, vectors, dataset):
+def draw_step(run, step, dataset):
     """TensorBoard: what a training step saw and where the prototypes are."""
-    draw_views(log, step, views, labels, weights, outputs, dataset)
-    draw_prototypes(log, step, vectors, dataset)
-    if "target" in labels:
-        log_label_shares(log, step, labels["target"], dataset)
+    number = run.offset + run.done
+    draw_views(run.writer, number, step, dataset)
+    draw_prototypes(run.writer, number, step.prototypes, dataset)
+    if "target" in step.labels:
+        log_label_shares(run.writer, number, step.labels["target"], dataset)
 
 
-def draw_views(log, step, views, labels, weights, outputs, dataset, count=2):
+def draw_views(log, number, step, dataset, count=2):
     """TensorBoard: the first images of every view of a training step, its labels, weights and the prediction."""
-    for name, view in views.items():
-        maps = {"labels": labels[name]} if name in labels else {}
-        maps |= {"weights": weights[name]} if name in weights else {}
-        logits = outputs[name].logits.detach()[:count].float()
+    for name, view in step.views.items():
+        maps = {"labels": step.labels[name]} if name in step.labels else {}
+        maps |= {"weights": step.weights[name]} if name in step.weights else {}
+        logits = step.outputs[name].logits.detach()[:count].float()
         maps["prediction"] = resize_logits(logits, view.image.shape[-2:]).argmax(1)
         rows = [
-            side_by_side(
+            pictures.side_by_side(
                 image, dataset.PALETTE, **{caption: values[i] for caption, values in maps.items()}
             )
             for i, image in enumerate(view.image[:count])
         ]
         rows.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, rows[0].shape[1]))
-        log.picture(f"images/{name}", pictures.stack(rows), step)
+        log.picture(f"images/{name}", pictures.stack(rows), number)
 
 
-def draw_prototypes(log, step, vectors, dataset):
-    """TensorBoard: cosines between the class vectors of the classifier and of each prototype member; of mixtures also
-    the likelihood quantiles of what they were fitted to and the mean responsibility of each component."""
+def draw_prototypes(log, number, prototypes, dataset):
+    """TensorBoard: cosines between the class vectors of each member of the family, and its tables."""
     names = dataset.CLASSES
-    for name, member in vectors.items():
+    for name, member in prototypes.items():
         picture = pictures.heatmap(
             similarity(member.means()), names, names, low=-1.0, diverging=True, title=name
         )
-        log.picture(f"prototypes/{name}", picture, step)
-        if not hasattr(member, "quantiles") or not member.seen.any():
-            continue
-        unseen = ~member.seen[:, None].cpu()
-        levels = (0.05, 0.25, 0.5, 0.75, 0.95)
-        table = torch.stack([member.quantiles(level) for level in levels], 1).double().cpu()
-        known = table[~unseen[:, 0]]
-        low, high, heads = (
-            float(known.min()),
-            float(known.max()) + 1e-6,
-            [f"{level:.0%}" for level in levels],
-        )
-        table = table.masked_fill(unseen, torch.nan).numpy()
-        title = "quantiles of the log-likelihood, nats"
-        picture = pictures.heatmap(
-            table, names, heads, low=low, high=high, title=title, text="{:.0f}"
-        )
-        log.picture(f"prototypes/{name}_likelihood", picture, step)
-        shares = member.component_weights.double().cpu().masked_fill(unseen, torch.nan).numpy()
-        heads = [str(number + 1) for number in range(shares.shape[1])]
-        picture = pictures.heatmap(
-            shares, names, heads, title="mean responsibility of each component", text="{:.0%}"
-        )
-        log.picture(f"prototypes/{name}_components", picture, step)
-
-
-@torch.no_grad()
-def draw_regions(log, step, network, image):
-    """TensorBoard: TMT's regions on one image (1, 3, H, W): their borders, transferability, uncertainty, priority, and
-    on a transformer the attention that the tokens get in the last guided block without and with it."""
-    from models.blocks import received
-    from models.region import labels_of
-
-    region, mode, inputs = network.region, network.training, []
-    if region.stage > 0:
-        blocks = getattr(network.backbone, f"block{region.stage}", None) or network.backbone.blocks
-        attention = blocks[region.last].attn
-        hook = attention.register_forward_pre_hook(
-            lambda module, arguments: inputs.append(arguments)
-        )
-    aux = network.eval().segment(image, step=step).aux
-    network.train(mode)
-    shown = {
-        name: aux[name] for name in ("transferability", "uncertainty", "priority") if name in aux
-    }
-    if inputs:
-        hook.remove()
-        x, guide = inputs[0]
-        q, k, _ = attention.project(x)
-        for name, given in (("attention before", None), ("attention after", guide)):
-            keys = aux["keys"]
-            values = received(q.float(), k.float(), given)[:, -keys[0] * keys[1] :].view(1, *keys)
-            shown[name] = values / values.amax()
-    size = image.shape[-2:]
-    shown = {
-        name: resize_logits(values[:, None].float(), size)[0, 0] for name, values in shown.items()
-    }
-    regions = labels_of(aux["assignment"], region.cell, aux["transferability"].shape[-2:])
-    regions = torch.nn.functional.interpolate(regions[None].double(), size)[0, 0]
-    border = torch.zeros(size, dtype=torch.bool, device=image.device)
-    border[:-1] |= regions.diff(dim=0) != 0
-    border[:, :-1] |= regions.diff(dim=1) != 0
-    log.picture(
-        "regions", side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown), step
-    )
+        log.picture(f"prototypes/{name}", picture, number)
+        for kind, (values, heads, title, text) in (
+            member.tables().items() if member.seen.any() else ()
+        ):
+            values = values.cpu().numpy()
+            low, high = min(0.0, np.nanmin(values)), max(1.0, np.nanmax(values) + 1e-6)
+            picture = pictures.heatmap(
+                values, names, heads, low=low, high=high, title=title, text=text
+            )
+            log.picture(f"prototypes/{name}_{kind}", picture, number)
 
 
 def log_label_shares(log, step, labels, dataset):
@@ -217,9 +144,10 @@ def report(network, datasets, options, device, autocast, folder, about):
     return matrices
 
 
-def validate(network, dataset, options, device, autocast, log, step):
+def validate(network, dataset, options, autocast, run):
     """Evaluate during training and log the table -> mIoU, which chooses best.pt."""
-    matrix = evaluate(network, dataset, options, device, autocast, title="val")
+    log, step = run.writer, run.offset + run.done
+    matrix = evaluate(network, dataset, options, run.device, autocast, title="val")
     score = matrix.summary()
     ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
     per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
@@ -287,14 +215,14 @@ def selected_on_target(cfg, val_set, test_sets):
     return True
 
 
-def final_report(
-    network, datasets, options, device, autocast, folder, about, before=None, seen=None
-):
+def final_report(network, datasets, options, autocast, run, before=None, seen=None):
     """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
 
     With `before`, the network that adaptation started from, both are compared class by class and in pictures. With
     `seen`, names of test sets from the training domain, a table over all domains comes last.
     """
+    device, folder = run.device, run.folder
+    about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
     matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
     results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
     results["IoU"] = {
@@ -352,7 +280,9 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
                     for network in (before, after)
                 ]
                 shown = dict(zip(("before", "after", "truth"), (*labels, sample["label"].long())))
-                strips.append(side_by_side(sample["image"] / 255, dataset.PALETTE, **shown))
+                strips.append(
+                    pictures.side_by_side(sample["image"] / 255, dataset.PALETTE, **shown)
+                )
             strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
             Image.fromarray(pictures.stack(strips)).save(folder / f"{name}_before_after.png")
     return old
@@ -374,7 +304,7 @@ def draw(network, dataset, index, options, device, autocast):
     sample = dataset[index]
     prediction = label(network, sample["image"], options, device, autocast)
     maps = {"truth": sample["label"].long(), "prediction": prediction}
-    row = side_by_side(sample["image"] / 255, dataset.PALETTE, **maps)
+    row = pictures.side_by_side(sample["image"] / 255, dataset.PALETTE, **maps)
     return pictures.stack([row, pictures.legend(dataset.CLASSES, dataset.PALETTE, row.shape[1])])
 
 
@@ -399,8 +329,9 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     return matrix.all_reduce(), distributed.all_reduce(truth)
 
 
-def log_pseudo_labels(network, labeler, prototypes, dataset, device, autocast, log, step):
+def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
+    device, log = run.device, run.writer
     matrix, truth = pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast)
     values = label_scalars(matrix, truth)
     log.scalars(values, step)

@@ -55,12 +55,17 @@ def parameter_groups(model, options):
 
 
 def make_optimizer(model, options):
-    """AdamW or SGD over `parameter_groups`."""
+    """AdamW or SGD over `parameter_groups`; fused, so that a step can be skipped on the device (precision.step)."""
     groups = parameter_groups(model, options)
     if options.name == "AdamW":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
+        return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas), fused=True)
     if options.name == "SGD":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+        for group in optimizer.param_groups if options.momentum else ():
+            for parameter in group["params"]:
+                # Otherwise PyTorch makes it at the first step, uninitialised if fp16 skips that one.
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     raise UserError(f"optimizer.name must be AdamW or SGD, not '{options.name}'")
 
 

@@ -86,6 +86,24 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
     return sums, counts
 
 
+def class_means(batches, like):
+    """Mean feature of each class over all batches of all processes, with one all-reduce and without a graph.
+
+    Args:
+        batches: iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None).
+        like: (K, D) tensor whose dtype and device the sums have.
+    Returns:
+        means (K, D), zero rows for classes that do not occur; which classes occur (K) bool.
+    """
+    total = like.new_zeros(len(like), like.shape[1] + 1)
+    for features, labels, weights in batches:
+        sums, counts = class_sums(features, labels, len(like), weights)
+        total += torch.cat([sums, counts[:, None]], 1).to(total.dtype)
+    total = distributed.all_reduce(total)
+    counts = total[:, -1:]
+    return total[:, :-1] / torch.where(counts > 0, counts, 1), counts[:, 0] > 0
+
+
 def precise(tensor):
     """At least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -36,18 +36,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine import distributed
-from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
+from losses.base import Labeler, Loss, member
 
 EPS = 1e-6  # vectors shorter than this have no direction
-LOW, HIGH, STEPS = (
-    -8,
-    120,
-    512,
-)  # range of the histograms of log-odds, bins per unit: a power of 2 has exact edges
+# Range of the histograms of log-odds, and bins per unit: a power of 2 has exact edges.
+LOW, HIGH, STEPS = -8, 120, 512
 
 
 def log_odds(logits, size):
@@ -65,7 +61,7 @@ def log_odds(logits, size):
         return top - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1), classes
 
 
-class StaticLabels(nn.Module):
+class StaticLabels(Labeler):
     """Labeler: arg max of the pixels that are sure for their class, and of those that are sure for their image.
 
     A class's threshold is what `share` of the pixels predicted as it reach in the whole target set (the code looks at
@@ -77,6 +73,9 @@ class StaticLabels(nn.Module):
 
     State: theta (K), thresholds in log-odds, to 1/512 and 120 at most; infinite for classes that were never predicted.
     """
+
+    stored = True
+    labels_images = True
 
     def __init__(self, *, num_classes, share: float = 0.1):
         super().__init__()
@@ -111,9 +110,8 @@ class StaticLabels(nn.Module):
     def select(self, sure, classes):
         """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
         chosen = sure >= self.theta.to(sure.dtype)[classes]
-        ranks = sure.flatten(1).argsort(
-            dim=1, descending=True, stable=True
-        )  # stable: a larger share only adds pixels
+        # Stable, so that a larger share only adds pixels.
+        ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)
         best = ranks[:, : max(1, round(self.share * ranks.shape[1]))]
         chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
         return torch.where(chosen, classes, IGNORE)
@@ -122,9 +120,9 @@ class StaticLabels(nn.Module):
         """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`."""
         return self.select(*log_odds(network.segment(image).logits, image.shape[-2:]))
 
-    def before(self, batch):
+    def before(self, step):
         """The stored labels, cut and mirrored with the image."""
-        return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}
+        step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
 
 def cosines(features, means, present):
@@ -132,25 +130,19 @@ def cosines(features, means, present):
     maps, means = features.flatten(2), F.normalize(means, dim=2, eps=EPS)
     # The order of the product decides the layout of its gradient: the features' own saves a fifth of the time.
     if features.is_contiguous(memory_format=torch.channels_last):
-        products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(
-            1, 2
-        )  # (B, K, N)
+        products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(1, 2)
     else:
-        products = torch.bmm(means, maps)
+        products = torch.bmm(means, maps)  # (B, K, N)
     products = products / maps.norm(dim=1, keepdim=True).clamp_min(EPS)
     return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
 
 
-def pair(outputs, views):
-    """Features of the two views, of at least float32; a ValueError unless these are pairs of images."""
-    features = [outputs[view].features for view in views]
-    if len(features[0]) != len(features[1]):
-        sizes = " and ".join(f"{view} has {len(x)} images" for view, x in zip(views, features))
-        raise ValueError(f"BCL needs pairs, but {sizes}: give both views the same batch size")
-    return [precise(x) for x in features]
+def pair(outputs):
+    """Features of source and target, of at least float32: the i-th images of both are a pair."""
+    return [precise(outputs[view].features) for view in ("source", "target")]
 
 
-class LabelTransfer(nn.Module):
+class LabelTransfer(Labeler):
     """Labeler [R]: pixels without a static label take the class of the nearest mean of their pair's source image.
 
     With features and means of unit length, and b as the last step left it,
@@ -170,7 +162,6 @@ class LabelTransfer(nn.Module):
         momentum: m.
         ramp: share of the stage's steps over which g rises from 0 to 1; 0: always 1.
         temperature: tau.
-        source_view, target_view: the views that form pairs.
 
     State: bias (K, D), and updates (K), the number of steps that moved each class.
     """
@@ -186,55 +177,37 @@ class LabelTransfer(nn.Module):
         momentum: float = 0.99,
         ramp: float = 0.0,
         temperature: float = 0.1,
-        source_view: str = "source",
-        target_view: str = "target",
     ):
         super().__init__()
         if not (0 <= momentum < 1 and 0 <= ramp <= 1):
             raise ValueError(f"momentum={momentum} must be in [0, 1), and ramp={ramp} in [0, 1]")
-        self.dynamic, self.calibration, self.views, self.step = (
-            dynamic,
-            calibration,
-            (source_view, target_view),
-            None,
-        )
-        self.confidence, self.momentum, self.ramp, self.temperature = (
-            confidence,
-            momentum,
-            ramp,
-            temperature,
-        )
+        self.dynamic, self.calibration = dynamic, calibration
+        self.confidence, self.momentum = confidence, momentum
+        self.ramp, self.temperature = ramp, temperature
         self.register_buffer("bias", torch.zeros(num_classes, in_channels))
         self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.long))
         # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in the last column.
         self.register_buffer("moves", torch.zeros(num_classes, in_channels + 1), persistent=False)
 
     @torch.no_grad()
-    def after(self, outputs, labels, step, iters):
-        """Labels (B, H, W) of both views (the target's may be missing) -> hybrid labels of the target view."""
-        if step != self.step:  # what is left is of a step that was skipped
-            self.step = step
-            self.moves.zero_()
-        truth = labels[self.views[0]]
-        static = labels.get(self.views[1], torch.full_like(truth, IGNORE))
+    def after(self, step):
+        """Hybrid labels of the target; without a labeler before it, dynamic ones alone."""
+        truth = step.labels["source"]
+        static = step.labels.get("target", torch.full_like(truth, IGNORE))
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = (F.normalize(x, dim=1, eps=EPS) for x in pair(outputs, self.views))
+            source, target = (F.normalize(x, dim=1, eps=EPS) for x in pair(step.outputs))
             means, known = self.unit_means(source, truth)
             if self.calibration == "ema":
                 reached, found = self.unit_means(target, static)
                 both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
-                self.moves += (
-                    torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
-                )
-            if self.dynamic == "off":
-                return {self.views[1]: static}, {}
-            strength = min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0
-            dynamic = self.nearest(target, means + strength * self.bias, known)
-        return {
-            self.views[1]: torch.where(
-                static == IGNORE, resize_labels(dynamic, static.shape[-2:]), static
-            )
-        }, {}
+                moves = torch.cat([(reached - means) * both, both], 2).sum(0)
+                self.moves += moves.to(self.moves.dtype)
+            if self.dynamic == "fill":
+                strength = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
+                dynamic = self.nearest(target, means + strength * self.bias, known)
+                dynamic = resize_labels(dynamic, static.shape[-2:])
+                static = torch.where(static == IGNORE, dynamic, static)
+        step.labels["target"] = static
 
     def unit_means(self, features, labels):
         """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur (B, K)."""
@@ -244,25 +217,19 @@ class LabelTransfer(nn.Module):
 
     def nearest(self, features, means, known):
         """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B, K)."""
-        confidence, classes = (
-            (cosines(features, means.to(features.dtype), known) / self.temperature)
-            .softmax(1)
-            .max(1)
-        )
-        chosen = (confidence > self.confidence) & known.gather(1, classes.flatten(1)).view_as(
-            classes
-        )
-        return torch.where(chosen, classes, IGNORE)
+        scores = cosines(features, means.to(features.dtype), known) / self.temperature
+        confidence, classes = scores.softmax(1).max(1)
+        real = known.gather(1, classes.flatten(1)).view_as(classes)
+        return torch.where((confidence > self.confidence) & real, classes, IGNORE)
 
     @torch.no_grad()
-    def update(self):
-        """After an optimiser step that was taken: move b by what `after` has summed, on all processes."""
-        total = distributed.all_reduce(self.moves)
+    def update(self, step):
+        """Move b by what `after` has summed, on all processes."""
+        total = distributed.all_reduce(self.moves).masked_fill(step.skipped, 0)
         moved = total[:, -1] > 0
         mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-        self.bias.copy_(
-            torch.where(moved[:, None], torch.lerp(mean, self.bias, self.momentum), self.bias)
-        )
+        bias = torch.lerp(mean, self.bias, self.momentum)
+        self.bias.copy_(torch.where(moved[:, None], bias, self.bias))
         self.updates += moved
         self.moves.zero_()
 
@@ -277,7 +244,7 @@ def pixels_of_cells(labels, size, num_classes):
     return counts.view(-1, num_classes + 1, *size)[:, :-1]
 
 
-class Contrast(nn.Module):
+class Contrast(Loss):
     """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty has 0.
 
     Args:
@@ -288,7 +255,6 @@ class Contrast(nn.Module):
             code both losses reach both.
         source, target: whose vectors are rho_S and rho_T: "pair", the means of each image, which needs no member of
             that name, or a member such as centroids or mixtures, whose `seen` classes then count as present.
-        source_view, target_view: the views that form pairs.
     """
 
     def __init__(
@@ -301,24 +267,18 @@ class Contrast(nn.Module):
         detach_prototypes: bool = False,
         source: str = "pair",
         target: str = "pair",
-        source_view: str = "source",
-        target_view: str = "target",
     ):
         super().__init__()
-        self.num_classes, self.temperature, self.detach_prototypes = (
-            num_classes,
-            temperature,
-            detach_prototypes,
-        )
+        self.num_classes, self.temperature = num_classes, temperature
         self.forward_weight, self.backward_weight = forward_weight, backward_weight
-        self.members, self.views = (source, target), (source_view, target_view)
+        self.detach_prototypes, self.members = detach_prototypes, (source, target)
 
-    def forward(self, outputs, labels, prototypes):
-        truth, pseudo = (labels[view] for view in self.views)
+    def forward(self, step):
+        truth, pseudo = step.labels["source"], step.labels["target"]
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = pair(outputs, self.views)
-            rho_s, in_source = self.vectors(self.members[0], prototypes, source, truth)
-            rho_t, in_target = self.vectors(self.members[1], prototypes, target, pseudo)
+            source, target = pair(step.outputs)
+            rho_s, in_source = self.vectors(self.members[0], step.prototypes, source, truth)
+            rho_t, in_target = self.vectors(self.members[1], step.prototypes, target, pseudo)
             both = in_source & in_target  # O, (B, K)
             forward = self.towards(rho_s, in_source, target, pseudo, both)
             backward = self.towards(rho_t, in_target, source, truth, both)
@@ -326,23 +286,15 @@ class Contrast(nn.Module):
 
     def vectors(self, name, prototypes, features, labels):
         """Vectors (B, K, D) of a member for each image, and which classes have one (B, K)."""
-        if name not in prototypes and name != "pair":
-            known = ", ".join(sorted({"pair", *prototypes}))
-            raise UserError(f"bcl.Contrast: there are no prototypes named '{name}', but {known}")
-        member, labels = prototypes.get(name), resize_labels(labels, features.shape[-2:])
-        if member is None:
-            means, counts = class_sums(
-                features, labels, self.num_classes, per_image=True
-            )  # a cosine divides by length
+        labels = resize_labels(labels, features.shape[-2:])
+        if name == "pair" and name not in prototypes:
+            # Sums stand for means, since a cosine divides by the length.
+            means, counts = class_sums(features, labels, self.num_classes, per_image=True)
             present = counts > 0
-        elif hasattr(member, "pair_means"):
-            means, present = member.pair_means(features, labels)
         else:
-            means = member.means().to(features.dtype).expand(len(features), -1, -1)
-            seen = getattr(
-                member, "seen", means.new_ones(self.num_classes, dtype=torch.bool)
-            )  # not of a classifier
-            present = seen.expand(len(features), -1)
+            prototype = member(prototypes, name, "bcl.Contrast")
+            means, present = prototype.pair_means(features, labels)
+            means = means.to(features.dtype)
         return means.detach() if self.detach_prototypes else means, present
 
     def towards(self, means, present, features, labels, both):
@@ -352,7 +304,6 @@ class Contrast(nn.Module):
         over pixels is one over cells that counts their pixels, and nothing of the labels' size needs a gradient.
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
-        pixels = (
-            pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
-        )
-        return -((log_p * pixels).sum((1, 2, 3)) / pixels.sum((1, 2, 3)).clamp_min(1)).mean()
+        counts = pixels_of_cells(labels, features.shape[-2:], self.num_classes)
+        counts = counts * both[..., None, None]
+        return -((log_p * counts).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()

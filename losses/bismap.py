@@ -44,38 +44,29 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
+from losses.base import Labeler, Loss, member
 
 
 def resized(logits, size):
     """Logits (B, K, h, w) -> (B, K, H, W) of at least float32."""
-    return (
-        precise(logits)
-        if logits.shape[-2:] == tuple(size)
-        else resize_logits(precise(logits), size)
-    )
+    logits = precise(logits)
+    return logits if logits.shape[-2:] == tuple(size) else resize_logits(logits, size)
 
 
 # --- source -> target: labels by likelihood --------------------------------------------------------------------------
 
-LEVELS = (
-    0.01,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-)  # quantiles of the source that the labeler keeps, to be looked at
+LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to look at
 SAMPLE = (
     20_000  # pixels of a class that quantiles are taken from, where a member has no `quantiles`
 )
 NEVER = 2**32  # above every hash
 
 
-class LikelihoodLabels(nn.Module):
+class LikelihoodLabels(Labeler):
     """Labeler: the class with the largest score, where the score of that class's prototype reaches its threshold.
 
     The prototypes are fitted to the source, to pixels that the network classifies correctly at feature size. Scores of
@@ -97,6 +88,9 @@ class LikelihoodLabels(nn.Module):
     State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct source pixels; both
     infinite for classes without a prototype.
     """
+
+    stored = True
+    labels_images = True
 
     def __init__(
         self,
@@ -122,27 +116,22 @@ class LikelihoodLabels(nn.Module):
         self.register_buffer("source_quantiles", torch.full((num_classes, len(LEVELS)), torch.inf))
 
     def member(self, prototypes):
-        if self.prototypes not in prototypes:
-            raise UserError(
-                f"bismap.LikelihoodLabels needs the prototypes '{self.prototypes}'; there are {', '.join(prototypes)}. "
-                "Add prototypes: {mixtures: {name: mixtures.Mixtures, view: none}}"
-            )
-        return prototypes[self.prototypes]
+        remedy = "Add prototypes.mixtures={name: mixtures.Mixtures, view: none}"
+        return member(prototypes, self.prototypes, "bismap.LikelihoodLabels", remedy)
 
     def scores(self, output, prototypes):
         """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a prototype."""
-        if (
-            self.prototypes == "classifier"
-        ):  # of the network that made the output: not always the one that is trained
+        if self.prototypes == "classifier":
+            # Of the network that made the output, which is not always the one that is trained.
             return precise(output.logits), torch.ones_like(self.threshold, dtype=torch.bool)
-        member = self.member(prototypes)
-        return precise(member.score(output.features)), member.seen
+        mixtures = self.member(prototypes)
+        return precise(mixtures.score(output.features)), mixtures.seen
 
     @torch.no_grad()
     def prepare(self, preparation):
         """Fit the member, find the thresholds, store the labels of the target."""
         prototypes = preparation.prototypes
-        member = None if self.prototypes == "classifier" else self.member(prototypes)
+        fitted = None if self.prototypes == "classifier" else self.member(prototypes)
 
         def correct():
             """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source image."""
@@ -151,41 +140,30 @@ class LikelihoodLabels(nn.Module):
                 label = resize_labels(label, output.logits.shape[-2:])
                 yield index, output, torch.where(output.logits.argmax(1) == label, label, IGNORE)
 
-        if self.fit and member is not None:
-            member.fit(lambda: ((output.features, label, None) for _, output, label in correct()))
+        if self.fit and fitted:
+            batches = lambda: ((out.features, label, None) for _, out, label in correct())  # noqa: E731
+            fitted.fit(batches, prototypes)
         levels = [*LEVELS, self.rule.get("source_quantile", 0.5)]
-        if self.fit and hasattr(member, "quantiles"):
-            quantiles = torch.stack([member.quantiles(level) for level in levels], 1)
-        else:
-            quantiles = self.measure(correct(), prototypes, levels)
-        bound = (
-            torch.full_like(self.threshold, self.rule["nats"])
-            if "nats" in self.rule
-            else quantiles[:, -1]
+        quantiles = [fitted.quantiles(q) if self.fit and fitted else None for q in levels]
+        known = all(values is not None for values in quantiles)
+        quantiles = (
+            torch.stack(quantiles, 1) if known else self.measure(correct(), prototypes, levels)
         )
-        seen = torch.ones_like(self.threshold, dtype=torch.bool) if member is None else member.seen
-        for state, found in (
-            (self.threshold, bound),
-            (self.source_quantiles.T, quantiles[:, :-1].T),
-        ):
+        bound = quantiles[:, -1]
+        if "nats" in self.rule:
+            bound = torch.full_like(self.threshold, self.rule["nats"])
+        seen = fitted.seen if fitted else torch.ones_like(self.threshold, dtype=torch.bool)
+        states = (self.threshold, bound), (self.source_quantiles.T, quantiles[:, :-1].T)
+        for state, found in states:
             state.copy_(torch.where(seen, found.to(state), torch.inf))
 
         def make(index, image, label):
             return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
 
         reached = [float(t) if t.isfinite() else None for t in self.threshold.to("cpu")]
-        settings = {
-            "labeler": "bismap.LikelihoodLabels",
-            "prototypes": self.prototypes,
-            "rule": self.rule,
-        }
-        preparation.store(
-            "pseudo_labels",
-            preparation.target,
-            make,
-            settings | {"threshold": reached},
-            palette=True,
-        )
+        settings = {"labeler": "bismap.LikelihoodLabels", "prototypes": self.prototypes}
+        settings |= {"rule": self.rule, "threshold": reached}
+        preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def measure(self, correct, prototypes, levels):
         """Quantiles (K, levels) of the true class's score, infinite for classes without a correct pixel.
@@ -198,9 +176,8 @@ class LikelihoodLabels(nn.Module):
         values = self.threshold.new_full(lots.shape, torch.inf)
         for index, output, labels in correct:
             scores, ids = self.scores(output, prototypes)[0], labels.flatten()
-            true = (
-                scores.gather(1, labels[:, None].clamp_max(len(classes) - 1)).flatten().to(values)
-            )  # (N)
+            own = labels[:, None].clamp_max(len(classes) - 1)
+            true = scores.gather(1, own).flatten().to(values)  # (N)
             drawn = pixel_hash(self.seed, torch.tensor([index], device=ids.device), len(ids))
             drawn = torch.where((ids == classes) & true.isfinite(), drawn, NEVER)  # (K, N)
             lots, place = torch.cat([lots, drawn], 1).topk(SAMPLE, largest=False)
@@ -210,9 +187,8 @@ class LikelihoodLabels(nn.Module):
         lots, place = lots.topk(SAMPLE, largest=False)
         values = values.gather(1, place).masked_fill(lots == NEVER, torch.inf).sort(1).values
         counts = (lots != NEVER).sum(1, keepdim=True)
-        return values.gather(
-            1, ((counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1).clamp_min(0)
-        )
+        ranks = (counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1
+        return values.gather(1, ranks.clamp_min(0))
 
     def choose(self, output, size, prototypes):
         """Output -> labels (B, H, W)."""
@@ -222,12 +198,12 @@ class LikelihoodLabels(nn.Module):
         return torch.where(best >= self.threshold.to(best.dtype)[classes], classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W); sensible for the network that `prepare` saw, and its like."""
+        """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was fitted to."""
         return self.choose(network.segment(image), image.shape[-2:], prototypes)
 
-    def before(self, batch):
-        """{"target": the stored labels (B, H, W)}, no weights."""
-        return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}
+    def before(self, step):
+        """The stored labels, cut and mirrored with the image."""
+        step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
 
 # --- target -> source: how much a source pixel looks like the target -------------------------------------------------
@@ -305,7 +281,7 @@ def pixel_weights(regions, labels, offset):
     return (resize_labels(regions, labels.shape[-2:]) + table[labels]).clamp(0, 1)
 
 
-class Transferability(nn.Module):
+class Transferability(Labeler):
     """Weights of the source's pixels: little where their region looks like nothing in the target.
 
         w(r) = 2^-(d(r) / mean d)^2        W(p) = clip(w(r(p)) + e_class(p), 0, 1)
@@ -350,12 +326,8 @@ class Transferability(nn.Module):
                 raise ValueError(
                     f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}"
                 )
-        self.num_classes, self.seed, self.clusters, self.entropy = (
-            num_classes,
-            seed,
-            clusters,
-            entropy,
-        )
+        self.num_classes, self.seed = num_classes, seed
+        self.clusters, self.entropy = clusters, entropy
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
 
     @torch.no_grad()
@@ -363,10 +335,9 @@ class Transferability(nn.Module):
         """Centres of the target, distances of the source, and its weights."""
         own = self.encoder.get("name") == "none"
         encoder = preparation.network.backbone if own else preparation.backbone(self.encoder)
-        of_target = preparation.images(preparation.target)
         regions = {
             index: np.asarray(self.regions(encoder, image).to("cpu"))
-            for index, image, _ in of_target
+            for index, image, _ in preparation.images(preparation.target)
         }
         centres = self.centres(regions).to(preparation.device)
 
@@ -381,27 +352,17 @@ class Transferability(nn.Module):
         sums, entropies = distributed.all_reduce(sums), distributed.all_reduce(entropies)
         mean = sums[0] / sums[1]
         released = ENTROPY.get(self.entropy, [0.0] * self.num_classes)
-        measured = self.entropy == "measured"
-        offset = class_offsets(
-            entropies[:, 0] / entropies[:, 1] if measured else entropies.new_tensor(released)
-        )
+        known = entropies[:, 0] / entropies[:, 1]
+        known = known if self.entropy == "measured" else entropies.new_tensor(released)
+        offset = class_offsets(known)
 
         def make(index, image, label):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {
-            "rule": "bismap.Transferability",
-            "encoder": self.encoder,
-            "size": self.size,
-            "grid": self.grid,
-        }
-        settings |= {
-            "clusters": len(centres),
-            "mean_distance": float(mean),
-            "entropy": self.entropy,
-        }
-        settings |= {"offsets": [float(e) for e in offset.to("cpu")]}
+        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "size": self.size}
+        settings |= {"grid": self.grid, "clusters": len(centres), "mean_distance": float(mean)}
+        settings |= {"entropy": self.entropy, "offsets": [float(e) for e in offset.to("cpu")]}
         preparation.store("transferability", preparation.source, make, settings)
 
     def regions(self, encoder, image):
@@ -420,11 +381,8 @@ class Transferability(nn.Module):
         if distributed.is_main():
             rows = np.concatenate([regions[index] for index in sorted(regions)]).astype(np.float32)
             cv2.setRNGSeed(SEED + self.seed)
-            stop = (
-                cv2.TERM_CRITERIA_COUNT,
-                100,
-                0,
-            )  # or when nothing moves: a distance would depend on the scale
+            # Or when nothing moves: a distance would depend on the scale.
+            stop = (cv2.TERM_CRITERIA_COUNT, 100, 0)
             clusters = min(self.clusters, len(rows))
             *_, centres = cv2.kmeans(rows, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)
         return torch.from_numpy(distributed.gather(centres)[0])
@@ -438,15 +396,16 @@ class Transferability(nn.Module):
         )
         return torch.cat([sums, counts[:, None]], 1).double()
 
-    def forward(self, batch):
-        """Weights (B, H, W) in [0, 1] of the source images of a batch."""
-        return batch["source"]["extra"]["transferability"].to(torch.get_default_dtype()) / 255
+    def before(self, step):
+        """Weights (B, H, W) in [0, 1] of the source's pixels."""
+        weights = step.source.extra["transferability"]
+        step.weights["source"] = weights.to(torch.get_default_dtype()) / 255
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-class SymmetricCrossEntropy(nn.Module):
+class SymmetricCrossEntropy(Loss):
     """sum_p w(p) (ce CE(p) + rce RCE(p)) / number of labelled pixels (Wang et al., ICCV 2019).
 
     RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at least `floor`. Of a
@@ -469,21 +428,20 @@ class SymmetricCrossEntropy(nn.Module):
             raise ValueError(f"floor={floor} must be above 0 and at most 1")
         self.view, self.ce, self.rce, self.floor = view, ce, rce, floor
 
-    def forward(self, outputs, labels, valid, weights):
-        logits, labels = outputs[self.view].logits, labels[self.view]
+    def forward(self, step):
+        logits, labels = step.outputs[self.view].logits, step.labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             logits = resized(logits, labels.shape[-2:])
-            ce = F.cross_entropy(
-                logits, labels, ignore_index=IGNORE, reduction="none"
-            )  # (B, H, W), 0 where ignored
+            # (B, H, W), 0 where ignored
+            ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
             rce = math.log(self.floor) * torch.expm1(-ce)  # 0 there too
             loss = self.ce * ce + self.rce * rce
-            if self.view in weights:
-                loss = loss * weights[self.view]
-            return loss.sum() / valid[self.view].to(loss.dtype).clamp_min(1)
+            if self.view in step.weights:
+                loss = loss * step.weights[self.view]
+            return loss.sum() / step.pixels(self.view).to(loss.dtype).clamp_min(1)
 
 
-class Consistency(nn.Module):
+class Consistency(Loss):
     """The student on the strong view follows the teacher on the plain target image, outside the cut-out:
 
         w(t) mean_p mean_c t_c (log t_c - log s_c)        w(t) = exp(-5 (1 - min(t, ramp) / ramp)^2)
@@ -498,6 +456,8 @@ class Consistency(nn.Module):
         UserError, from `forward`: there is no such view.
     """
 
+    needs_teacher = True
+
     def __init__(self, *, view: str = "strong", ramp: int = 4000):
         super().__init__()
         if ramp < 0:
@@ -508,29 +468,23 @@ class Consistency(nn.Module):
         """w(t)."""
         return math.exp(-5 * (1 - min(step, self.ramp) / self.ramp) ** 2) if self.ramp else 1.0
 
-    def forward(self, outputs, teacher, weights, step):
-        if self.view not in outputs or self.view not in weights:
+    def forward(self, step):
+        if self.view not in step.outputs or self.view not in step.weights:
             raise UserError(
                 f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}"
             )
-        logits, kept = outputs[self.view].logits, weights[self.view]
+        logits, kept = step.outputs[self.view].logits, step.weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            student, guide = (
-                resized(x, kept.shape[-2:]).log_softmax(1)
-                for x in (logits, teacher.logits.detach())
-            )
-            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(
-                1
-            )  # (B, H, W)
+            student = resized(logits, kept.shape[-2:]).log_softmax(1)
+            guide = resized(step.teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
+            divergence = F.kl_div(student, guide, reduction="none", log_target=True)
+            divergence = divergence.mean(1)  # (B, H, W)
             kept = kept.to(divergence.dtype)
-            return (
-                self.factor(step)
-                * (divergence * kept).sum()
-                / distributed.mean(kept.sum()).clamp_min(1)
-            )
+            pixels = distributed.mean(kept.sum()).clamp_min(1)
+            return self.factor(step.number) * (divergence * kept).sum() / pixels
 
 
-class Distillation(nn.Module):
+class Distillation(Loss):
     """The student follows a frozen teacher on the target; mean over pixels, at feature size, and classes.
 
     Args:
@@ -539,14 +493,16 @@ class Distillation(nn.Module):
             sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c. "kl" is the divergence [R].
     """
 
+    needs_teacher = True
+
     def __init__(self, *, view: str = "target", kd: Literal["linear", "kl"] = "linear"):
         super().__init__()
         self.view, self.kd = view, kd
 
-    def forward(self, outputs, teacher):
-        logits = outputs[self.view].logits
+    def forward(self, step):
+        logits = step.outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
             student = precise(logits).log_softmax(1)
-            guide = resized(teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)
+            guide = resized(step.teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)
             student = student.exp() if self.kd == "linear" else student
             return F.kl_div(student, guide, reduction="none", log_target=True).mean()

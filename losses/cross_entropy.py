@@ -11,20 +11,19 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine import distributed
-from engine.errors import UserError
 from engine.statistics import IGNORE, precise, resize_logits
+from losses.base import Loss
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Loss):
     """sum_p w(p) CE(p) / number of labelled pixels.
 
     Args:
         view: the view whose logits are scored.
-        head: "logits", or another map of class scores in the output's `aux`: "auxiliary" of model.auxiliary, "region"
-            of model.region.
+        head: "logits", or other class scores of the output: "auxiliary" and "region" of model.heads, "query0" ... of
+            the layers of queries.Queries.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
         by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
@@ -41,49 +40,32 @@ class CrossEntropy(nn.Module):
         by_weights: bool = False,
     ):
         super().__init__()
-        self.view, self.head, self.ohem, self.ohem_min, self.by_weights = (
-            view,
-            head,
-            ohem,
-            ohem_min,
-            by_weights,
-        )
+        self.view, self.head, self.by_weights = view, head, by_weights
+        self.ohem, self.ohem_min = ohem, ohem_min
 
-    def scores(self, output):
-        """Logits (B, K, h, w) of the head."""
-        if self.head == "logits":
-            return output.logits
-        if self.head not in output.aux:
-            raise UserError(
-                f"cross_entropy.CrossEntropy: the network has no head '{self.head}'; 'auxiliary' is that of "
-                "model.auxiliary.stage, 'region' that of model.region.stage"
-            )
-        return output.aux[self.head]
-
-    def forward(self, outputs, labels, valid, weights):
-        logits, labels = self.scores(outputs[self.view]), labels[self.view]
+    def forward(self, step):
+        logits, labels = step.outputs[self.view].scores(self.head), step.labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             logits = resize_logits(precise(logits), labels.shape[-2:])
-            loss = F.cross_entropy(
-                logits, labels, ignore_index=IGNORE, reduction="none"
-            )  # (B, H, W), 0 where ignored
-            count = valid[self.view].to(loss.dtype)
+            # (B, H, W), 0 where ignored
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            count = step.pixels(self.view).to(loss.dtype)
             if self.ohem:
                 kept = self.hard(loss.detach(), labels)
                 loss, count = loss * kept, distributed.mean(kept.sum())
-            if self.view in weights:
-                loss = loss * weights[self.view]
+            if self.view in step.weights:
+                weights = step.weights[self.view]
+                loss = loss * weights
                 if self.by_weights:
-                    trusted = weights[self.view] * (labels != IGNORE) * (kept if self.ohem else 1)
-                    count = distributed.mean(trusted.sum()).to(loss.dtype)
+                    counted = weights * (labels != IGNORE) * (kept if self.ohem else 1)
+                    count = distributed.mean(counted.sum()).to(loss.dtype)
                     return loss.sum() / torch.where(count > 0, count, 1)
             return loss.sum() / count.clamp_min(1)
 
     def hard(self, loss, labels):
         """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend on the batch."""
         k = min(self.ohem_min, loss[0].numel())
-        least = (
-            loss.flatten(1).topk(k, 1).values[:, -1, None, None]
-        )  # the k-th largest loss of each image
+        # the k-th largest loss of each image
+        least = loss.flatten(1).topk(k, 1).values[:, -1, None, None]
         bound = least.clamp_max(-math.log(self.ohem))
         return ((loss >= bound) & (labels != IGNORE)).to(loss.dtype)

@@ -11,12 +11,12 @@ it on both domains, undivided.
 import math
 
 import torch
-from torch import nn
 
 from engine.statistics import precise
+from losses.base import Loss
 
 
-class Entropy(nn.Module):
+class Entropy(Loss):
     """Mean entropy of all pixels, labelled or not, at feature size, in nats.
 
     Args:
@@ -28,8 +28,8 @@ class Entropy(nn.Module):
         super().__init__()
         self.view, self.normalized = view, normalized
 
-    def forward(self, outputs):
-        logits = outputs[self.view].logits
+    def forward(self, step):
+        logits = step.outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
             log_p = precise(logits).log_softmax(1)
             entropy = -(log_p.exp() * log_p).sum(1).mean()

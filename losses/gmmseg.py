@@ -16,7 +16,5 @@ class Contrast(protoseg.Contrast):
         view: the view whose pixels are contrasted.
     """
 
-    scores, classifier = "densities", "gmmseg.GMMSeg"
-
     def __init__(self, *, temperature: float = 1.0, view: str = "source"):
         super().__init__(temperature=temperature, view=view)

@@ -22,14 +22,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
+from losses.base import Loss, member
 
-ABSENT = (
-    -1e9
-)  # logit of a class without pixels: finite, so that fully masked rows have finite gradients
+# Logit of a class without pixels: finite, so that fully masked rows have finite gradients.
+ABSENT = -1e9
 
 
 def halve(labels, samples, num_classes, seed, split="random"):
@@ -66,7 +65,7 @@ def halve(labels, samples, num_classes, seed, split="random"):
     return torch.empty_like(views).scatter_(1, order, views).view_as(labels)
 
 
-class OCCL(nn.Module):
+class OCCL(Loss):
     """Contrast of online class centroids.
 
     Args:
@@ -119,22 +118,22 @@ class OCCL(nn.Module):
         self.split, self.negatives, self.against, self.partner = split, negatives, against, partner
         self.normalize, self.reduction = normalize, reduction
 
-    def forward(self, outputs, labels, samples, prototypes):
-        member = prototypes[self.prototypes]
-        if getattr(member, "space", "features") != "features":
+    def forward(self, step):
+        prototypes = member(step.prototypes, self.prototypes, "occl.OCCL")
+        if prototypes.space != "features":
             raise UserError(
                 "occl.OCCL compares class means of the features, and this classifier's vectors lie in an embedding of "
                 "its own: take protoseg.Contrast or gmmseg.Contrast, or another classifier"
             )
-        features = outputs[self.view].features
-        labels = resize_labels(labels[self.view], features.shape[-2:])
-        views = halve(labels, samples[self.view], self.num_classes, self.seed, self.split)
+        features = step.outputs[self.view].features
+        labels = resize_labels(step.labels[self.view], features.shape[-2:])
+        views = halve(labels, step.samples(self.view), self.num_classes, self.seed, self.split)
         sums, counts = class_sums(features, views, 2 * self.num_classes, sync=self.sync)
         with torch.autocast(features.device.type, enabled=False):
             means = (sums / counts[:, None].clamp_min(1)).view(2, self.num_classes, -1)  # (2, K, D)
             n = counts.view(2, self.num_classes)
             present = (n > 0).all(0) & (n.sum(0) >= self.min_pixels)
-            return self.contrast(means, present, member.means().to(means.dtype))
+            return self.contrast(means, present, prototypes.means().to(means.dtype))
 
     def contrast(self, means, present, prototypes):
         """Equations 4 to 6.
@@ -172,7 +171,7 @@ class OCCL(nn.Module):
         return total / 2
 
 
-class Orthogonality(nn.Module):
+class Orthogonality(Loss):
     """mean_{i != j} cos(w_i, w_j)^2: what `update: penalty` of cbp.CBP adds, with the weight 0.01. That the cosines are
     squared is a reconstruction [R].
 
@@ -184,11 +183,8 @@ class Orthogonality(nn.Module):
         super().__init__()
         self.prototypes = prototypes
 
-    def forward(self, prototypes):
-        member = prototypes[self.prototypes]
-        vectors = (
-            member.components().flatten(0, 1) if hasattr(member, "components") else member.means()
-        )
+    def forward(self, step):
+        vectors = member(step.prototypes, self.prototypes, "occl.Orthogonality").every()
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = F.normalize(vectors, dim=1, eps=1e-6)
             squares, count = (vectors @ vectors.T).square(), len(vectors)

@@ -1,6 +1,6 @@
 """PPAR-style domain generalisation: alignment of pixels to text prototypes, from easy to difficult, and reweighting.
 
-    model: {projector: {channels: 512}}
+    model.heads.projector: {name: projector.Projector, channels: 512}
     prototypes:
       text: {name: text.Text, space: joint, view: none, file: PATH}
       visual: {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
@@ -34,13 +34,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, precise, resize_labels, unit
+from losses.base import Labeler, Loss, member
 
 BINS = 128  # of the difficulty, which lies in -1..3
+END = 0.8  # share of the training after which the second prototype alone is left
 RAMP = 0.6  # share of the training after which no pixel is left out
 
 
@@ -49,28 +50,32 @@ def progress(done, start, end):
     return min(1.0, max(0.0, (done - start) / (end - start))) if end > start else float(done >= end)
 
 
-def embedding(outputs, view):
+def embedding(output):
     """Features (B, D, h, w) of the joint space, of any length."""
-    if "embedding" not in outputs[view].aux:
+    if output.embedding is None:
         raise UserError(
-            "losses of PPAR need a projector: set model.projector.channels to the dimension of the text"
+            "losses of PPAR need a projector: set model.heads.projector={name: projector.Projector, channels: N} with "
+            "the dimension N of the text"
         )
-    return precise(outputs[view].aux["embedding"])
+    return precise(output.embedding)
+
+
+def image_prototypes(output):
+    """The text rows (B, K, D) as each image changes them."""
+    if output.text is None:
+        raise UserError(
+            "PPAR needs prototypes of each image here: set model.heads.text_attention={name: text_attention.TextAttention}"
+        )
+    return precise(output.text)
 
 
 def class_vectors(prototypes, name, fallback=None):
     """Unit vectors (K, D) of a member, where it has seen a class, otherwise of `fallback`."""
-    for member in filter(None, (name, fallback)):
-        if member not in prototypes:
-            raise UserError(
-                f"ppar needs the prototypes '{member}'; there are {', '.join(prototypes)}"
-            )
-    member = prototypes[name]
-    vectors = precise(member.means().detach())
+    easy = member(prototypes, name, "ppar")
+    vectors = precise(easy.means().detach())
     if fallback is not None and name != fallback:
-        vectors = torch.where(
-            member.seen[:, None], vectors, precise(prototypes[fallback].means().detach())
-        )
+        others = precise(member(prototypes, fallback, "ppar").means().detach())
+        vectors = torch.where(easy.seen[:, None], vectors, others)
     return F.normalize(vectors, dim=-1, eps=1e-6)
 
 
@@ -85,24 +90,23 @@ def at_labels(scores, labels):
     return scores.flatten(1).gather(1, place.flatten(1)).view(labels.shape) * known
 
 
-def class_means(values, labels, num_classes):
+def means_of_classes(values, labels, num_classes):
     """Means (K) of values (B, H, W) over the pixels of each class in the batch of all processes; 1 for absent ones."""
     total = 0
-    for value, label in zip(
-        values, labels
-    ):  # image by image: K maps of the whole batch at image size would be large
+    # Image by image: K maps of the whole batch at image size would be large.
+    for value, label in zip(values, labels):
         sums, counts = class_sums(value[None, None], label[None], num_classes)
         total = total + torch.cat([sums, counts[:, None]], 1)
     sums, counts = distributed.all_reduce(total).unbind(1)
     return torch.where(counts > 0, sums / counts.clamp_min(1), 1)
 
 
-def balanced(labels, lots, num_classes, count):
-    """Places (B, count) of pixels of labels (B, N), of each class in turn until none is left, by the order of `lots`
+def balanced(labels, keys, num_classes, count):
+    """Places (B, count) of pixels of labels (B, N), of each class in turn until none is left, by the order of `keys`
     (B, N) within a class; pixels without a label come last."""
     ids = torch.where(labels < num_classes, labels, num_classes)
-    keys, order = ((ids << 32) | lots).sort(1)
-    ids = keys >> 32
+    sorted_keys, order = ((ids << 32) | keys).sort(1)
+    ids = sorted_keys >> 32
     classes = torch.arange(num_classes + 1, device=ids.device).repeat(len(ids), 1)
     starts = torch.searchsorted(ids, classes)  # of each class in the sorted row
     n = ids.shape[1]
@@ -112,7 +116,7 @@ def balanced(labels, lots, num_classes, count):
     return order.gather(1, (turn * (num_classes + 1) + ids).topk(count, 1, largest=False).indices)
 
 
-class Reweight(nn.Module):
+class Reweight(Labeler):
     """Weights of the source's pixels by their reliability (dg.reweight; the module docstring has the equation).
 
     Args:
@@ -127,7 +131,7 @@ class Reweight(nn.Module):
         level: "pixel", or "image" for the mean of an image, relative to the batch.
     Raises:
         ValueError: bounds that do not hold 1.
-        UserError, from `after`: there is no projector, no such member or no image tower.
+        UserError, from `after`: there is no projector or no such member.
     """
 
     def __init__(
@@ -151,50 +155,48 @@ class Reweight(nn.Module):
         self.view, self.easy, self.hard, self.source, self.level = view, easy, hard, source, level
         self.alpha, self.low, self.high, self.warmup = alpha, low, high, warmup
         self.temperature, self.scale = temperature, scale
+        self.needs_tower = source != "student"
 
     def reliability(self, features, labels, vectors, scale):
         """softmax(scale cos(features, vectors))_y: features (B, D, h, w), labels (B, H, W) -> (B, H, W)."""
         return at_labels((cosine(features, vectors) * scale).softmax(1), labels)
 
-    def relative(self, trust, labels, num_classes):
+    def relative(self, reliability, labels, num_classes):
         """r (B, H, W) -> r^alpha over its mean in the class; 0 where there is no label."""
         known = labels < num_classes
-        trust = torch.where(known, trust, 1) ** self.alpha
-        means = class_means(trust, labels, num_classes)
-        return trust / means.to(trust)[labels.clamp(0, num_classes - 1)] * known
+        powers = torch.where(known, reliability, 1) ** self.alpha
+        means = means_of_classes(powers, labels, num_classes)
+        return powers / means.to(powers)[labels.clamp(0, num_classes - 1)] * known
 
-    def after(self, outputs, labels, prototypes, step, iters, tower=None):
-        """No labels, and {view: weights (B, H, W)}; 0 for pixels without a label."""
-        labels = labels[self.view]
+    def after(self, step):
+        """Weights of the view; 0 for pixels without a label."""
+        labels = step.labels[self.view]
         with torch.autocast(labels.device.type, enabled=False):
-            vectors = self.vectors(outputs, prototypes)
-            parts = []
+            vectors, parts = self.vectors(step), []
             if self.source != "clip":
-                own = embedding(outputs, self.view).detach()
+                own = embedding(step.outputs[self.view]).detach()
                 parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
-            if self.source != "student":
-                if tower is None:
-                    raise UserError(
-                        f"ppar.Reweight with source: {self.source} needs CLIP's image tower: set dg.tower"
-                    )
-                parts.append(self.reliability(precise(tower), labels, vectors, self.scale))
-            trust = sum(parts) / len(parts)
-            known = (labels != IGNORE).to(trust.dtype)
-            weights = self.relative(trust, labels, vectors.shape[-2]).clamp(self.low, self.high)
+            if self.needs_tower:
+                parts.append(self.reliability(precise(step.tower), labels, vectors, self.scale))
+            reliability = sum(parts) / len(parts)
+            known = (labels != IGNORE).to(reliability.dtype)
+            weights = self.relative(reliability, labels, vectors.shape[-2]).clamp(
+                self.low, self.high
+            )
             if self.level == "image":
                 pixels = known.sum((1, 2)).clamp_min(1)
                 image = (weights * known).sum((1, 2)) / pixels
                 weights = (image / distributed.mean(image.mean()))[:, None, None]
-            ramp = min(1.0, step / (self.warmup * iters)) if self.warmup else 1.0
-            return {}, {self.view: (1 + ramp * (weights - 1)) * known}
+            ramp = min(1.0, step.number / (self.warmup * step.total)) if self.warmup else 1.0
+            step.weights[self.view] = (1 + ramp * (weights - 1)) * known
 
-    def vectors(self, outputs, prototypes):
+    def vectors(self, step):
         if self.easy == "attention":
-            return precise(outputs[self.view].aux["prototypes"].detach())
-        return class_vectors(prototypes, self.easy, self.hard)
+            return image_prototypes(step.outputs[self.view]).detach()
+        return class_vectors(step.prototypes, self.easy, self.hard)
 
 
-class Alignment(nn.Module):
+class Alignment(Loss):
     """Pixels to prototypes, the module docstring's L. Only the network learns: its features, and its attention if
     there is one; no gradient reaches a member of the prototype family.
 
@@ -203,7 +205,7 @@ class Alignment(nn.Module):
         easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes of each image
             (models/text_attention.py). Classes that `easy` has not seen take `hard`.
         order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy" or "hard".
-        start, end: shares of the training between which one prototype becomes the other.
+        start: share of the training after which one prototype becomes the other, until 0.8 of it.
         curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps all at all times.
         granularity: "pixel", or "coarse_to_fine" for the class means of the batch first, and pixels as omega grows.
         temperature: tau.
@@ -224,7 +226,6 @@ class Alignment(nn.Module):
         hard: str = "text",
         order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
         start: float = 0.2,
-        end: float = 0.8,
         curriculum: float = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
         temperature: float = 0.1,
@@ -232,86 +233,76 @@ class Alignment(nn.Module):
         ramp: float = 0.05,
     ):
         super().__init__()
-        if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= end <= 1:
+        if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= END:
             raise ValueError(
-                f"temperature must be above 0, curriculum in 0..1, and 0 <= start <= end <= 1, not {temperature}, "
-                f"{curriculum}, {start}, {end}"
+                f"temperature must be above 0, curriculum in 0..1, and start in 0..{END}, not {temperature}, "
+                f"{curriculum}, {start}"
             )
-        self.num_classes, self.seed, self.view, self.easy, self.hard = (
-            num_classes,
-            seed,
-            view,
-            easy,
-            hard,
-        )
-        self.order, self.start, self.end, self.curriculum = order, start, end, curriculum
-        self.granularity, self.temperature, self.samples, self.ramp = (
-            granularity,
-            temperature,
-            samples,
-            ramp,
-        )
+        self.num_classes, self.seed, self.view = num_classes, seed, view
+        self.easy, self.hard, self.order = easy, hard, order
+        self.start, self.curriculum = start, curriculum
+        self.granularity, self.temperature = granularity, temperature
+        self.samples, self.ramp = samples, ramp
 
     def omega(self, done):
         """Share of the second prototype after a share of the training."""
-        return progress(done, self.start, self.end)
+        return progress(done, self.start, END)
 
     def kept(self, done):
         """Share of the pixels of each class that takes part."""
         return min(1.0, self.curriculum + (1 - self.curriculum) * done / RAMP)
 
-    def targets(self, outputs, prototypes, done):
+    def targets(self, step):
         """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with `both`."""
-        hard = class_vectors(prototypes, self.hard)
+        hard = class_vectors(step.prototypes, self.hard)
         if self.easy == "attention":
-            easy = precise(outputs[self.view].aux["prototypes"])
+            easy = image_prototypes(step.outputs[self.view])
+        elif self.order == "hard":
+            easy = hard
         else:
-            easy = hard if self.order == "hard" else class_vectors(prototypes, self.easy, self.hard)
+            easy = class_vectors(step.prototypes, self.easy, self.hard)
         if self.order in ("easy", "hard", "both"):
             return {"easy": [easy], "hard": [hard], "both": [easy, hard]}[self.order]
-        share = self.omega(done) if self.order == "easy_to_hard" else 1 - self.omega(done)
+        omega = self.omega(step.progress)
+        share = omega if self.order == "easy_to_hard" else 1 - omega
         return [F.normalize((1 - share) * easy + share * hard, dim=-1, eps=1e-6)]
 
-    def forward(self, outputs, labels, weights, prototypes, samples, step, iters):
-        done = step / iters
-        features = embedding(outputs, self.view)
+    def forward(self, step):
+        features = embedding(step.outputs[self.view])
+        size, done = features.shape[-2:], step.progress
         with torch.autocast(features.device.type, enabled=False):
-            ids = resize_labels(labels[self.view], features.shape[-2:])  # (B, h, w)
-            trust = torch.ones_like(ids, dtype=features.dtype)
-            if self.view in weights:
-                trust = resize_labels(weights[self.view], features.shape[-2:]).to(features.dtype)
+            ids = resize_labels(step.labels[self.view], size)  # (B, h, w)
+            weights = torch.ones_like(ids, dtype=features.dtype)
+            if self.view in step.weights:
+                weights = resize_labels(step.weights[self.view], size).to(features.dtype)
             flat = ids.flatten(1)
             if self.samples < flat.shape[1]:
-                lots = pixel_hash(self.seed, samples[self.view], flat.shape[1])
-                place = balanced(flat, lots, self.num_classes, self.samples)
-                ids = (
-                    torch.full_like(flat, IGNORE)
-                    .scatter(1, place, flat.gather(1, place))
-                    .view_as(ids)
-                )
-            targets = self.targets(outputs, prototypes, done)
-            loss = sum(
-                self.align(features, ids, trust, vectors, done) for vectors in targets
-            ) / len(targets)
-            return loss * (min(1.0, step / (self.ramp * iters)) if self.ramp else 1.0)
+                keys = pixel_hash(self.seed, step.samples(self.view), flat.shape[1])
+                place = balanced(flat, keys, self.num_classes, self.samples)
+                chosen = torch.full_like(flat, IGNORE)
+                ids = chosen.scatter(1, place, flat.gather(1, place)).view_as(ids)
+            targets = self.targets(step)
+            losses = [self.align(features, ids, weights, vectors, done) for vectors in targets]
+            ramp = min(1.0, done / self.ramp) if self.ramp else 1.0
+            return sum(losses) / len(losses) * ramp
 
-    def align(self, features, ids, trust, vectors, done):
+    def align(self, features, ids, weights, vectors, done):
         """Features (B, D, h, w), labels and weights (B, h, w), class vectors -> scalar."""
         scores = cosine(features, vectors)
-        trust = trust * self.easiest(scores.detach(), ids, self.kept(done))
-        loss = (
-            F.cross_entropy(scores / self.temperature, ids, ignore_index=IGNORE, reduction="none")
-            * trust
-        )
-        pixels = loss.sum() / distributed.mean(trust.sum()).clamp_min(1e-6)
+        weights = weights * self.easiest(scores.detach(), ids, self.kept(done))
+        scores = scores / self.temperature
+        loss = F.cross_entropy(scores, ids, ignore_index=IGNORE, reduction="none") * weights
+        pixels = loss.sum() / distributed.mean(weights.sum()).clamp_min(1e-6)
         if self.granularity == "pixel":
             return pixels
         share = self.omega(done)
-        return share * pixels + (1 - share) * self.align_means(unit(features), ids, trust, vectors)
+        return share * pixels + (1 - share) * self.align_means(
+            unit(features), ids, weights, vectors
+        )
 
-    def align_means(self, features, ids, trust, vectors):
+    def align_means(self, features, ids, weights, vectors):
         """The same for the mean of each class in the batch of all processes."""
-        sums, counts = class_sums(features, ids, self.num_classes, trust, sync=True)
+        sums, counts = class_sums(features, ids, self.num_classes, weights, sync=True)
         vectors = vectors.mean(0) if vectors.dim() == 3 else vectors
         scores = F.normalize(sums, dim=1, eps=1e-6) @ vectors.to(sums.dtype).T / self.temperature
         loss = F.cross_entropy(
@@ -335,15 +326,14 @@ class Alignment(nn.Module):
         histogram = torch.zeros((self.num_classes + 1) * BINS, dtype=torch.int64, device=ids.device)
         place = torch.where(known, ids, self.num_classes) * BINS + bins
         histogram.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
-        below = (
-            distributed.all_reduce(histogram).view(-1, BINS)[: self.num_classes].cumsum(1)
-        )  # (K, bins)
+        histogram = distributed.all_reduce(histogram).view(-1, BINS)[: self.num_classes]
+        below = histogram.cumsum(1)  # (K, bins)
         # The first bin up to which there are enough.
         bound = (below < share * below[:, -1:]).sum(1)
         return (known & (bins <= bound[own])).to(scores.dtype)
 
 
-class TextFidelity(nn.Module):
+class TextFidelity(Loss):
     """The prototypes of each image stay those of their class (attention variant): CE(U_b T^T / tau, own class).
 
     Args:
@@ -356,19 +346,16 @@ class TextFidelity(nn.Module):
         super().__init__()
         self.view, self.text, self.temperature = view, text, temperature
 
-    def forward(self, outputs, prototypes):
-        if "prototypes" not in outputs[self.view].aux:
-            raise UserError(
-                "ppar.TextFidelity needs prototypes of each image: set model.text_attention.layers"
-            )
-        with torch.autocast(outputs[self.view].logits.device.type, enabled=False):
-            own = precise(outputs[self.view].aux["prototypes"])  # (B, K, D)
-            scores = own @ class_vectors(prototypes, self.text).to(own.dtype).T / self.temperature
+    def forward(self, step):
+        own = image_prototypes(step.outputs[self.view])  # (B, K, D)
+        with torch.autocast(own.device.type, enabled=False):
+            vectors = class_vectors(step.prototypes, self.text).to(own.dtype)
+            scores = own @ vectors.T / self.temperature
             classes = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
             return F.cross_entropy(scores.flatten(0, 1), classes)
 
 
-class FrozenFeatures(nn.Module):
+class FrozenFeatures(Loss):
     """The student's mean embedding of an image stays near that of the frozen image tower: |mean z - mean g|^2, mean
     over images. A complement to PPAR, after the regulariser of tqdm (Pak et al., ECCV 2024), which compares CLIP's
     class tokens.
@@ -377,12 +364,14 @@ class FrozenFeatures(nn.Module):
         view: the view of the student; the tower sees the image without strong changes.
     """
 
+    needs_tower = True
+
     def __init__(self, *, view: str = "source"):
         super().__init__()
         self.view = view
 
-    def forward(self, outputs, tower):
-        own = embedding(outputs, self.view)
+    def forward(self, step):
+        own = embedding(step.outputs[self.view])
         with torch.autocast(own.device.type, enabled=False):
-            mine, frozen = (unit(unit(features).mean((2, 3))) for features in (own, tower))
+            mine, frozen = (unit(unit(features).mean((2, 3))) for features in (own, step.tower))
             return (mine - frozen.to(mine)).square().sum(1).mean()

@@ -24,13 +24,12 @@ consistency of prototype assignments between views, is not built; `bismap.Consis
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from engine.errors import UserError
 from engine.statistics import precise, resize_logits
+from losses.base import Labeler, Loss, member
 
 
-class Denoise(nn.Module):
+class Denoise(Labeler):
     """Labeler: the teacher's probabilities, weighted by the distances to the target's prototypes.
 
     Args:
@@ -39,17 +38,17 @@ class Denoise(nn.Module):
         temperature: tau.
     """
 
+    needs_teacher = True
+    labels_images = True
+
     def __init__(self, *, prototypes: str = "target", temperature: float = 1.0):
         super().__init__()
         self.prototypes, self.temperature = prototypes, temperature
 
     def member(self, prototypes):
-        if self.prototypes not in prototypes:
-            raise UserError(
-                f"proda.Denoise needs the prototypes '{self.prototypes}'; there are {', '.join(prototypes)}. Add "
-                f"prototypes: {{{self.prototypes}: {{name: centroids.Centroids, momentum: 0.9999, view: target}}}}"
-            )
-        return prototypes[self.prototypes]
+        spec = "{name: centroids.Centroids, momentum: 0.9999, view: target}"
+        remedy = f"Add prototypes.{self.prototypes}={spec}"
+        return member(prototypes, self.prototypes, "proda.Denoise", remedy)
 
     def prepare(self, preparation):
         """Fit the member on all target pixels, each with its predicted class."""
@@ -59,29 +58,31 @@ class Denoise(nn.Module):
                 output = preparation.segment(image)
                 yield output.features, output.logits.argmax(1), None
 
-        self.member(preparation.prototypes).fit(batches)
+        self.member(preparation.prototypes).fit(batches, preparation.prototypes)
 
-    def denoise(self, logits, features, member, size):
+    def denoise(self, logits, features, prototypes, size):
         """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
-            centroids = member.means().to(dtype)  # (K, D)
+            centroids = prototypes.means().to(dtype)  # (K, D)
             rows = features.to(dtype).flatten(2).transpose(1, 2)  # (B, N, D)
             distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(
                 1, 2
             )  # (B, K, N)
-            distances = distances.masked_fill(~member.seen[:, None], torch.inf)
+            distances = distances.masked_fill(~prototypes.seen[:, None], torch.inf)
             # Nothing seen: every class is believed alike.
-            trust = torch.where(member.seen.any(), (-distances / self.temperature).softmax(1), 1.0)
+            trust = torch.where(
+                prototypes.seen.any(), (-distances / self.temperature).softmax(1), 1.0
+            )
             trust = trust.unflatten(2, features.shape[-2:])
             belief = resize_logits(trust, logits.shape[-2:]) * logits.to(dtype).softmax(1)
             return resize_logits(belief, size).argmax(1)
 
-    def after(self, batch, outputs, teacher, prototypes):
-        """{"target": (B, H, W)}, no weights: all pixels are labelled, as in the paper (threshold 0)."""
-        size = batch["target"]["image"].shape[-2:]
-        features = outputs["target"].features
-        return {"target": self.denoise(teacher.logits, features, self.member(prototypes), size)}, {}
+    def after(self, step):
+        """Labels of all pixels of the target, as in the paper (threshold 0)."""
+        features, size = step.outputs["target"].features, step.target.image.shape[-2:]
+        centroids = self.member(step.prototypes)
+        step.labels["target"] = self.denoise(step.teacher.logits, features, centroids, size)
 
     def label(self, network, image, prototypes):
         """Images (B, 3, H, W) -> (B, H, W), one network in both roles."""
@@ -91,7 +92,7 @@ class Denoise(nn.Module):
         )
 
 
-class Regularity(nn.Module):
+class Regularity(Loss):
     """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to a constant, which
     keeps predictions from becoming too sure of noisy labels.
 
@@ -103,7 +104,7 @@ class Regularity(nn.Module):
         super().__init__()
         self.view = view
 
-    def forward(self, outputs):
-        logits = outputs[self.view].logits
+    def forward(self, step):
+        logits = step.outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
             return -F.log_softmax(precise(logits), 1).mean()

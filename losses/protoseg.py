@@ -12,17 +12,17 @@ With the prototype p_t that the balanced assignment gives to pixel z within its 
 
 Both are means over the labelled pixels, on labels at feature size: a cell stands for the pixels that it covers. The
 gradient reaches the embedding alone. Assignments are those of all images of a micro-batch, on all processes. Any other
-classifier will do that leaves `cosines` in `aux` and has `assign`: cbp.CBP with several prototypes per class.
+classifier will do whose output has `components`, cosines: cbp.CBP with several prototypes per class.
 """
 
 import torch
-from torch import nn
 
 from engine.errors import UserError
 from engine.statistics import precise, resize_labels
+from losses.base import Loss
 
 
-class Contrast(nn.Module):
+class Contrast(Loss):
     """PPC, contrast of a pixel with all prototypes.
 
     Args:
@@ -30,36 +30,26 @@ class Contrast(nn.Module):
         view: the view whose pixels are contrasted.
     """
 
-    scores, classifier = (
-        "cosines",
-        "protoseg.ProtoSeg",
-    )  # what it reads in `aux`, and who leaves it there
-
     def __init__(self, *, temperature: float = 0.1, view: str = "source"):
         super().__init__()
         self.temperature, self.view = temperature, view
 
-    def forward(self, outputs, labels, valid, prototypes):
-        aux, labels = outputs[self.view].aux, labels[self.view]
-        if self.scores not in aux:
+    def forward(self, step):
+        scores, labels = step.outputs[self.view].components, step.labels[self.view]
+        if scores is None:
             raise UserError(
-                f"{type(self).__module__.removeprefix('losses.')}.{type(self).__name__} needs the components of "
-                f"model.classifier: {{name: {self.classifier}}}"
+                f"{type(self).__module__.removeprefix('losses.')}.{type(self).__name__} needs a classifier with several "
+                "components a class: protoseg.ProtoSeg, gmmseg.GMMSeg, or cbp.CBP with per_class above 1"
             )
-        scores = aux[self.scores]  # (B, K, M, h, w)
         with torch.autocast(scores.device.type, enabled=False):
-            scores = precise(scores)
+            scores = precise(scores)  # (B, K, M, h, w)
             cells = resize_labels(labels, scores.shape[-2:])
-            targets = prototypes["classifier"].assign(scores.detach(), cells).flatten()
-            flat = (
-                scores.movedim(0, 2).flatten(2).flatten(0, 1)
-            )  # (K M, N), as the classifier made them
+            targets = step.prototypes["classifier"].assign(scores.detach(), cells).flatten()
+            # (K M, N), as the classifier made them
+            flat = scores.movedim(0, 2).flatten(2).flatten(0, 1)
             loss = self.cost(flat, flat.gather(0, targets.clamp_min(0)[None])[0]) * (targets >= 0)
-            return (
-                loss.sum()
-                * (labels.numel() / cells.numel())
-                / valid[self.view].to(loss.dtype).clamp_min(1)
-            )
+            pixels = step.pixels(self.view).to(loss.dtype).clamp_min(1)
+            return loss.sum() * (labels.numel() / cells.numel()) / pixels
 
     def cost(self, scores, own):
         """Scores (K M, N), and those of the assigned components (N) -> loss (N)."""

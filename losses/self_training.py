@@ -21,22 +21,25 @@ Once per stage, by the network that the stage starts from, as in the distillatio
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 from engine import distributed
 from engine.inference import predict
 from engine.statistics import IGNORE, resize_logits
+from losses.base import Labeler
 
 
-class TeacherConfidence(nn.Module):
+class TeacherConfidence(Labeler):
     """Labeler: arg max of the teacher. How far a batch is trusted is one number, the share of its pixels whose
     probability exceeds the threshold, which weights all its pixels.
 
     Args:
         threshold: probability above which a pixel is confident.
         ignore_top, ignore_bottom: rows (pixels of the crop) whose weight is zero, such as sky rectification borders and
-            the own bonnet; DAFormer uses 15 and 120 of 512.
+            the bonnet of the own car; DAFormer uses 15 and 120 of 512.
     """
+
+    needs_teacher = True
+    labels_images = True
 
     def __init__(self, *, threshold: float = 0.968, ignore_top: int = 0, ignore_bottom: int = 0):
         super().__init__()
@@ -46,15 +49,15 @@ class TeacherConfidence(nn.Module):
         """Output -> probability and id of the most probable class, both (B, H, W)."""
         return resize_logits(output.logits.float(), size).softmax(1).max(1)
 
-    def before(self, batch, teacher):
-        """Teacher's Output of the target images -> {"target": (B, H, W) ids}, {"target": (B, H, W) weights}."""
-        image = batch["target"]["image"]
-        confidence, labels = self.confidence(teacher, image.shape[-2:])
+    def before(self, step):
+        """Labels and weights of the target."""
+        image = step.target.image
+        confidence, labels = self.confidence(step.teacher, image.shape[-2:])
         share = distributed.mean((confidence > self.threshold).to(image.dtype).mean())
         weights = share.expand_as(confidence).clone()
         weights[:, : self.ignore_top] = 0
         weights[:, confidence.shape[1] - self.ignore_bottom :] = 0
-        return {"target": labels}, {"target": weights}
+        step.labels["target"], step.weights["target"] = labels, weights
 
     def label(self, network, image, prototypes):
         """The confident pixels of images (B, 3, H, W) -> (B, H, W), for exported labels and their accuracy."""
@@ -62,13 +65,16 @@ class TeacherConfidence(nn.Module):
         return torch.where(confidence > self.threshold, labels, IGNORE)
 
 
-class StoredConfidence(nn.Module):
+class StoredConfidence(Labeler):
     """Labeler: arg max of the network that the stage starts from, stored once.
 
     Args:
         threshold: probability that a pixel needs; 0 labels all of them.
         scales, flip: average the probabilities over scaled and mirrored images.
     """
+
+    stored = True
+    labels_images = True
 
     def __init__(self, *, threshold: float = 0.95, scales: list = (1.0,), flip: bool = False):
         super().__init__()
@@ -95,6 +101,6 @@ class StoredConfidence(nn.Module):
         confidence, labels = (scores if several else scores.softmax(1)).max(1)
         return torch.where(confidence >= self.threshold, labels, IGNORE)
 
-    def before(self, batch):
-        """{"target": the stored labels (B, H, W)}, no weights."""
-        return {"target": batch["target"]["extra"]["pseudo_labels"].long()}, {}
+    def before(self, step):
+        """The stored labels, cut and mirrored with the image."""
+        step.labels["target"] = step.target.extra["pseudo_labels"].long()

@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
+from engine.preempt import Preemption
 from torch import nn
 
 from engine import distributed, precision, schedule
 from engine.config import Config
 from engine.ema import Teacher
 from engine.errors import UserError
-from engine.preempt import Preemption
 from engine.statistics import IGNORE, class_sums, resize_labels, resize_logits
 
 CPU = torch.device("cpu")

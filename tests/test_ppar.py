@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from models.text_attention import TextAttention
 
 from engine.errors import UserError
 from engine.statistics import pure_labels
@@ -21,7 +22,6 @@ from losses.ppar import (
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
 from models.prototypes.visual_text import VisualText, blended
 from models.segmentor import Output
-from models.text_attention import TextAttention
 
 K, D, IGNORE = 4, 8, 255
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models.region import uncertainty
 
 from engine.build import build_segmentor
 from engine.config import load
@@ -10,7 +11,6 @@ from engine.errors import UserError
 from engine.report import draw_regions
 from losses.cross_entropy import CrossEntropy
 from models.classifiers.queries import Queries, positions
-from models.region import uncertainty
 from models.segmentor import View
 
 K, D = 5, 16

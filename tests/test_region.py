@@ -5,14 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from benchmarks.planted_shift import area_under_curve
-from engine.build import build_segmentor, call
-from engine.config import load
-from engine.errors import UserError
-from engine.report import draw_regions
-from losses.cross_entropy import CrossEntropy
-from losses.tmt import RegionAdversarial
 from models.region import (
     Region,
     Reversal,
@@ -27,6 +19,14 @@ from models.region import (
     to_cells,
     uncertainty,
 )
+
+from benchmarks.planted_shift import area_under_curve
+from engine.build import build_segmentor, call
+from engine.config import load
+from engine.errors import UserError
+from engine.report import draw_regions
+from losses.cross_entropy import CrossEntropy
+from losses.tmt import RegionAdversarial
 from models.segmentor import Output
 from tests.runs import TINY_UDA
 

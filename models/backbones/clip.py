@@ -24,6 +24,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.statistics import unit
 from engine.weights import WeightsError, load_into, read, unwrap
+from models.backbones.base import Backbone
 from models.blocks import Normalize
 
 logger = logging.getLogger("engine")
@@ -123,7 +124,7 @@ def whole_patches(image, patch):
     )
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Maps of stages 1 to 4, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
 
     Args:
@@ -157,8 +158,8 @@ class ResNet(nn.Module):
         del pool.q_proj, pool.k_proj, pool.positional_embedding
         load(self, weights, model, drop=["visual.attnpool.[qkp]*"])
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""
         x, maps = self.visual.stem(self.normalize(image)), []
         for i in range(1, 5):
             x = getattr(self.visual, f"layer{i}")(x)
@@ -171,7 +172,7 @@ class ResNet(nn.Module):
         return unit(pool.c_proj(pool.v_proj(cells)).movedim(-1, 1))
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """Maps of some blocks, all at the stride of the patches, from images of any size.
 
     Args:
@@ -226,8 +227,8 @@ class ViT(nn.Module):
                 outputs.append(x)
         return outputs, grid
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up; `domain` and `bias` have no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up."""
         outputs, grid = self._outputs(image, self.taps)
         return [x[:, 1:].mT.unflatten(2, grid) for x in outputs]
 

@@ -9,12 +9,12 @@ of a whole network; the norms norm0 to norm3 come with networks for segmentation
 import re
 from typing import Literal
 
-from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.convnext import CNBlockConfig, LayerNorm2d
 from torchvision.models.convnext import ConvNeXt as Network
 
 from engine.weights import load_pretrained, rename
+from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
 
 SIZES = dict(
@@ -49,7 +49,7 @@ def torchvision_names(state, module):
     return state
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Backbone):
     """Maps of the four stages, at strides 4, 8, 16, 32.
 
     Args:
@@ -99,8 +99,8 @@ class ConvNeXt(nn.Module):
             adapt=torchvision_names,
         )
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""
         x, maps = self.features[0](pad_to(self.normalize(image), 4)), []
         for i in range(4):
             if i:

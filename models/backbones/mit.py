@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from engine.weights import WeightsError, load_pretrained, rename
+from models.backbones.base import Backbone
 from models.blocks import Normalize, guided, run
 
 Size = Literal["b0", "b1", "b2", "b3", "b4", "b5"]
@@ -171,7 +172,7 @@ def initialize(module):
         nn.init.zeros_(module.bias)
 
 
-class MiT(nn.Module):
+class MiT(Backbone):
     """Maps of the four stages, at strides 4, 8, 16, 32.
 
     Args:
@@ -226,8 +227,11 @@ class MiT(nn.Module):
             adapt=nvidia_names,
         )
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain` has no effect here.
+    def stage_blocks(self, stage):
+        return getattr(self, f"block{stage}")
+
+    def forward(self, image, bias=None):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
 
         Args:
             bias: a function (stage, block, x, keys) that is called before every block, with stage from 1, block from 0,

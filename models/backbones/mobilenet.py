@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from engine.weights import WeightsError, load_pretrained
+from models.backbones.base import Backbone
 from models.blocks import Normalize, dilate, run
 
 
@@ -22,7 +23,7 @@ def halves(block):
     )
 
 
-class MobileNet(nn.Module):
+class MobileNet(Backbone):
     """The last maps at strides 4, 8, 16 and 32, or as far as `output_stride` allows: four maps in any case.
 
     Args:
@@ -73,8 +74,8 @@ class MobileNet(nn.Module):
             -1
         ].num_features
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""
         x, maps = self.normalize(image), []
         for i, block in enumerate(self.features):
             x = run(block, self.checkpointing, x)

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from engine.weights import WeightsError, load_pretrained
+from models.backbones.base import Backbone
 from models.blocks import Normalize, conv_bn_relu, dilate, run
 
 
@@ -82,7 +83,7 @@ def adapt(state, module):
     return split_norms(state, module)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Maps of stages 1 to `stages`, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
 
     Args:
@@ -144,26 +145,26 @@ class ResNet(nn.Module):
         url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
         unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
         load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused, adapt=adapt)
-        self.source = None
-        if stem == "per_domain":
+        self.source, self.per_domain = None, stem == "per_domain"
+        if self.per_domain:
             names = ("stem", "layer1") if deep_stem else ("conv1", "bn1", "layer1")
             self.source = copy.deepcopy(
                 nn.ModuleDict({name: getattr(self, name) for name in names})
             )
 
-    def forward(self, image, domain="target", bias=None):
+    def forward(self, image, domain="target"):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
 
-        `domain` has an effect only with per_domain stems, `bias` has none here.
+        `domain` has an effect only with per_domain stems.
 
         Raises:
             ValueError: per_domain stems and a domain that is neither "source" nor "target".
         """
-        if self.source is not None and domain not in ("source", "target"):
+        if self.per_domain and domain not in ("source", "target"):
             raise ValueError(
                 f"per_domain stems are for the domains source and target, not '{domain}'"
             )
-        first = self.source if self.source is not None and domain == "source" else self
+        first = self.source if self.per_domain and domain == "source" else self
         x = self.normalize(image)
         x = self.maxpool(first.stem(x) if self.deep_stem else self.relu(first.bn1(first.conv1(x))))
         maps = []

@@ -14,6 +14,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 from engine.weights import load_pretrained, rename
+from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
 
 SIZES = dict(t=(96, (2, 2, 6, 2)), s=(96, (2, 2, 18, 2)), b=(128, (2, 2, 18, 2)))
@@ -58,7 +59,7 @@ def torchvision_names(state, module):
     return {key: merged(value) if key.startswith(places) else value for key, value in state.items()}
 
 
-class Swin(nn.Module):
+class Swin(Backbone):
     """Maps of the four stages, at strides 4, 8, 16, 32.
 
     Args:
@@ -134,8 +135,8 @@ class Swin(nn.Module):
             adapt=torchvision_names,
         )
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up; `domain`, `bias`: no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""
         x, maps = self.features[0](pad_to(self.normalize(image), 4)), []  # channels last
         for i in range(4):
             x = self.features[2 * i](x) if i else x

@@ -4,10 +4,9 @@ model.backbone: {name: timm.Timm, model: vit_base_patch14_dinov2.lvd142m}
 model.backbone: {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
 """
 
-from torch import nn
-
 from engine.errors import UserError
 from engine.weights import load_into, read
+from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
 from models.blocks import Normalize
 
@@ -33,7 +32,7 @@ def create(model, **options):
         raise ValueError(f"timm cannot make {model}: {type(error).__name__}: {error}") from error
 
 
-class Timm(nn.Module):
+class Timm(Backbone):
     """Maps of some stages, or of some blocks of a vision transformer.
 
     Args:
@@ -77,8 +76,8 @@ class Timm(nn.Module):
             self.net.feature_info.reduction(),
         )
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]; `domain` and `bias` have no effect."""
+    def forward(self, image):
+        """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]."""
         if len({*self.strides}) == 1:
             image = whole_patches(image, self.strides[0])
         return list(self.net(self.normalize(image)))

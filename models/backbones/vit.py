@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from engine.weights import WeightsError, load_pretrained, rename
+from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
 from models.blocks import Guide, Normalize, guided, run
 
@@ -99,7 +100,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """Maps of some blocks, all at the stride of the patches, from images of any size.
 
     Args:
@@ -206,8 +207,11 @@ class ViT(nn.Module):
             else F.pad(bias, (self.prefix, 0, self.prefix * (bias.shape[-2] > 1), 0))
         )
 
-    def forward(self, image, domain="target", bias=None):
-        """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up; `domain` has no effect here.
+    def stage_blocks(self, stage):
+        return self.blocks
+
+    def forward(self, image, bias=None):
+        """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up.
 
         Args:
             bias: a function (stage, block, x, keys) that is called before every block, with stage 1, block from 0, the

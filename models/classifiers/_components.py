@@ -14,6 +14,7 @@ from torch import nn
 from engine import distributed
 from engine.statistics import precise, unit
 from models.blocks import still
+from models.classifiers.base import Classifier
 from models.prototypes._sinkhorn import balanced, numbered
 
 
@@ -89,7 +90,7 @@ class Ring(nn.Module):
         return torch.arange(self.rows.shape[1], device=self.count.device) < self.count[:, None]
 
 
-class Components(nn.Module):
+class Components(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w).
 
     A subclass gives `project`, the layers from features to (B, E, h, w), and `compare`.
@@ -97,10 +98,7 @@ class Components(nn.Module):
     State: vectors (K, M, E), unit vectors, at first in random directions.
     """
 
-    leaves = ""  # name in `aux` of the scores (B, K, M, h, w), which losses read in training
-    space = (
-        "embedding"  # that of means(); other classifiers have theirs in the space of the features
-    )
+    space = "embedding"  # that of means()
 
     def __init__(self, num_classes, components, width, sharpness, rounds):
         super().__init__()
@@ -135,13 +133,13 @@ class Components(nn.Module):
         """Scores (K, M, N) or (K, M, B, h, w) -> logits (N, K) or (B, K, h, w)."""
         return self.calibration(scores.amax(1).movedim(0, -1)).movedim(-1, 1)
 
-    def forward(self, features, aux=None):
-        """`aux`: dict that is filled with the scores of all components."""
+    def forward(self, features, output=None):
+        """In training `output.components` gets the scores (B, K, M, h, w) of all components."""
         rows = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):
             scores = self.compare(rows).unflatten(2, (len(features), *features.shape[2:]))
-            if aux is not None:
-                aux[self.leaves] = scores.movedim(2, 0)
+            if output is not None and self.training:
+                output.components = scores.movedim(2, 0)
             return self.classify(scores)
 
     def own(self, scores, classes):

@@ -4,10 +4,11 @@ model.classifier: {name: branch_sum.BranchSum}
 """
 
 import torch
-from torch import nn
+
+from models.classifiers.base import Classifier
 
 
-class BranchSum(nn.Module):
+class BranchSum(Classifier):
     """Features (B, branches * K, h, w), K channels per branch -> logits (B, K, h, w).
 
     Args:
@@ -25,13 +26,10 @@ class BranchSum(nn.Module):
                 f"model.decoder.width={num_classes}"
             )
         self.blocks = (branches, num_classes)
+        # means(): the matrix (K, D) of zeros and ones by which the sum multiplies
         self.register_buffer(
             "vectors", torch.eye(num_classes).repeat(1, branches), persistent=False
         )
 
-    def means(self):
-        """The matrix (K, D) of zeros and ones by which the sum multiplies."""
-        return self.vectors
-
-    def forward(self, features):
+    def forward(self, features, output=None):
         return features.unflatten(1, self.blocks).sum(1)

@@ -27,10 +27,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from engine import distributed
-from engine.statistics import class_sums, cosine
+from engine.statistics import class_means, cosine
+from models.classifiers.base import Classifier
 from models.prototypes import basis
 from models.prototypes._sinkhorn import balanced, numbered
 from models.prototypes.text import choose, read_rows
@@ -38,7 +37,7 @@ from models.prototypes.text import choose, read_rows
 logger = logging.getLogger("engine")
 
 
-class CBP(nn.Module):
+class CBP(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w) = <features, prototypes>.
 
     Args:
@@ -101,6 +100,7 @@ class CBP(nn.Module):
             )
         self.per_class, self.length, self.momentum, self.pool = per_class, length, momentum, pool
         self.unit, self.by_sinkhorn = update == "penalty", assign == "sinkhorn"
+        self.follows = update == "ema"
         if init == "random":
             drawn = basis.kaiming_rows(count, in_channels)
         else:
@@ -118,11 +118,7 @@ class CBP(nn.Module):
                 )
         if not vectors.is_meta and not vectors.norm(dim=1).min() > 1e-6 * length:
             raise ValueError(f"{init} has a row that is zero or not finite")
-        self.prototypes = basis._Rows(vectors, learned=update in ("gradient", "penalty"))
-        if (
-            update == "ema"
-        ):  # a frozen classifier has no `update`, which the scripts would gather features for
-            self.update = self._follow
+        self.prototypes = basis.Rows(vectors, learned=update in ("gradient", "penalty"))
 
     def components(self):
         """The prototypes of each class (K, M, D)."""
@@ -139,19 +135,23 @@ class CBP(nn.Module):
             else F.normalize(vectors.mean(1), dim=1) * self.length
         )
 
-    def forward(self, features, aux=None):
-        """`aux`: gets "cosines" (B, K, M, h, w) of several prototypes per class."""
-        scores = basis.inner_products(features, self.components().flatten(0, 1))
+    def every(self):
+        """All prototypes (K M, D)."""
+        return self.components().flatten(0, 1)
+
+    def forward(self, features, output=None):
+        """In training `output.components` gets the cosines (B, K, M, h, w) of several prototypes per class."""
+        scores = basis.inner_products(features, self.every())
         if self.per_class == 1:
             return scores
-        if aux is not None:
-            aux["cosines"] = self.cosines(features)
+        if output is not None and self.training:
+            output.components = self.cosines(features)
         scores = scores.unflatten(1, (-1, self.per_class))
         return scores.amax(2) if self.pool == "max" else scores.logsumexp(2)
 
     def cosines(self, features):
         """Features (B, D, h, w) -> (B, K, M, h, w) in at least float32."""
-        return cosine(features, self.components().flatten(0, 1)).unflatten(1, (-1, self.per_class))
+        return cosine(features, self.every()).unflatten(1, (-1, self.per_class))
 
     def assign(self, scores, labels):
         """Cosines (B, K, M, h, w) and labels (B, h, w) -> numbers of prototypes (B, h, w), label M + 0 ... M - 1; -1
@@ -168,18 +168,16 @@ class CBP(nn.Module):
         return numbered(scores, labels, choose)
 
     @torch.no_grad()
-    def _follow(self, batches):
+    def update(self, batches, step=None):
         """update: ema, after an optimiser step."""
+        if not self.follows:
+            return
         vectors = self.prototypes.vectors
-        total = vectors.new_zeros(len(vectors), vectors.shape[1] + 1)
-        for features, labels, weights in batches:
-            numbers = labels if self.per_class == 1 else self.assign(self.cosines(features), labels)
-            sums, counts = class_sums(features, numbers, len(vectors), weights)
-            total += torch.cat([sums, counts[:, None]], 1).to(total.dtype)
-        total = distributed.all_reduce(total)
-        counts = total[:, -1:]
-        means = total[:, :-1] / torch.where(counts > 0, counts, 1)
-        vectors.copy_(torch.where(counts > 0, torch.lerp(means, vectors, self.momentum), vectors))
+        if self.per_class > 1:
+            batches = ((f, self.assign(self.cosines(f), labels), w) for f, labels, w in batches)
+        means, present = class_means(batches, vectors)
+        moved = torch.lerp(means, vectors, self.momentum)
+        vectors.copy_(torch.where(present[:, None], moved, vectors))
 
 
 def read(file, rows, mapped, classes, dim):

@@ -31,8 +31,8 @@ CHUNK = 1024  # places of the queue whose squares are made at a time
 
 
 class GMMSeg(Components):
-    """Features (B, D, h, w) -> logits (B, K, h, w); `densities` (B, K, M, h, w), log-densities in nats, of the output's
-    `aux` in training.
+    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components` (B, K, M, h, w), log-densities in
+    nats.
 
     Args:
         components: M: 5, and 8 on ADE20K.
@@ -53,8 +53,6 @@ class GMMSeg(Components):
     State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and first, second
     (K, M, E).
     """
-
-    leaves = "densities"
 
     def __init__(
         self,
@@ -106,12 +104,6 @@ class GMMSeg(Components):
             0, self.vectors.shape[:2]
         )
 
-    def outlier(self, features):
-        """How unlike all classes a pixel is: -max_c s_c, in nats, (B, D, h, w) -> (B, h, w)."""
-        rows = self.embed(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return -self.compare(rows).amax((0, 1)).view(len(features), *features.shape[2:])
-
     def scaled(self, scores, classes):
         """Divided by the largest |log-density| of the class, over all processes."""
         largest = scores.new_zeros(len(self.vectors) + 1).scatter_reduce_(
@@ -146,7 +138,7 @@ class GMMSeg(Components):
             for buffer, fresh in ((self.mass, number), (self.first, first), (self.second, second)):
                 faded = self.decay * buffer + weight * fresh
                 buffer.copy_(torch.where(number > 0, faded, buffer))
-        if (step + 1) % self.update_every == 0:
+        if (step.number + 1) % self.update_every == 0:
             self.maximise((number > 0).any(1, keepdim=True).expand(shape))
 
     def maximise(self, occurs):

@@ -5,8 +5,10 @@ model.classifier: {name: linear.Linear}
 
 from torch import nn
 
+from models.classifiers.base import Classifier
 
-class Linear(nn.Module):
+
+class Linear(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w).
 
     Args:
@@ -25,5 +27,5 @@ class Linear(nn.Module):
         """The learned class vectors (K, D), with their graph."""
         return self.conv.weight.flatten(1)
 
-    def forward(self, features):
+    def forward(self, features, output=None):
         return self.conv(features)

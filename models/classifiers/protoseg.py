@@ -47,7 +47,7 @@ class Unit(nn.Module):
 
 
 class ProtoSeg(Components):
-    """Features (B, D, h, w) -> logits (B, K, h, w); `cosines` (B, K, M, h, w) of the output's `aux` in training.
+    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components` (B, K, M, h, w), cosines.
 
     Args:
         per_class: M, prototypes of a class.
@@ -62,8 +62,6 @@ class ProtoSeg(Components):
     Raises:
         ValueError: options out of range.
     """
-
-    leaves = "cosines"
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ class ProtoSeg(Components):
     @torch.no_grad()
     def update(self, batches, step):
         """Move the prototypes to which pixels of the step, or of the memory, belong; the others stay as they are."""
-        due = (step + 1) % self.update_every == 0
+        due = (step.number + 1) % self.update_every == 0
         if not due and self.memory is None:
             return
         rows, classes, scores, right = self.observe(batches)

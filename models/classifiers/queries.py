@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.classifiers.base import Classifier
+
 
 def positions(height, width, channels, device):
     """Sines and cosines of the place of each pixel, (h w, D), as in DETR: half of the channels for y, half for x."""
@@ -73,15 +75,17 @@ class Layer(nn.Module):
         return self.norm3(queries + self.mlp(queries))
 
 
-class Queries(nn.Module):
+class Queries(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w).
 
     Args:
-        layers: of attention; the logits before layer i are `query<i>` of the output's `aux` in training.
+        layers: of attention; in training `output.layers` gets the logits before each of them.
         heads: of each attention; they divide D.
     Raises:
         ValueError: a number of feature channels that the heads do not divide.
     """
+
+    takes_masks = True
 
     def __init__(self, *, in_channels, num_classes, layers: int = 3, heads: int = 8):
         super().__init__()
@@ -97,33 +101,30 @@ class Queries(nn.Module):
         widths = [nn.Linear(in_channels, in_channels) for _ in range(3)]
         self.embed = nn.Sequential(widths[0], nn.ReLU(), widths[1], nn.ReLU(), widths[2])
 
-    def vectors(self, queries):
+    def project(self, queries):
         """What pixels are compared with."""
         return self.embed(self.norm(queries))
 
     def means(self):
         """Class vectors (K, D) before any image was looked at, with their graph."""
-        return self.vectors(self.queries)
+        return self.project(self.queries)
 
-    def forward(self, features, opens=None, aux=None):
-        """
-        Args:
-            opens: function from logits (B, K, h, w) to pixels (B, h, w) bool that every query may see besides its own.
-            aux: dict that is filled with the logits of the layers before.
-        """
+    def forward(self, features, output=None):
+        """`output.regions` with `opens` (models/heads/region.py) opens further pixels to every query."""
+        opens = output.regions.opens if output is not None and output.regions else None
         pixels = features.flatten(2).mT  # (B, N, D)
         keys = pixels + positions(*features.shape[2:], features.shape[1], features.device).to(
             pixels.dtype
         )
         queries = self.queries.expand(len(features), -1, -1)
-        for i, layer in enumerate(self.layers):
-            logits = torch.einsum("bkd,bdhw->bkhw", self.vectors(queries), features)
-            if aux is not None:
-                aux[f"query{i}"] = logits
+        for layer in self.layers:
+            logits = torch.einsum("bkd,bdhw->bkhw", self.project(queries), features)
+            if output is not None and self.training:
+                output.layers += (logits,)
             with torch.no_grad():
                 mask = logits.float().softmax(1) >= 0.5
                 mask = mask if opens is None else mask | opens(logits)[:, None]
                 mask = mask.flatten(2)
                 mask |= ~mask.any(2, keepdim=True)  # a query without a pixel sees all of them
             queries = layer(queries, self.names, keys, pixels, mask)
-        return torch.einsum("bkd,bdhw->bkhw", self.vectors(queries), features)
+        return torch.einsum("bkd,bdhw->bkhw", self.project(queries), features)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.prototypes.base import Prototypes
+
 STEPS, RATE = 1000, 0.03  # of the descent on the coherence
 
 
@@ -130,8 +132,13 @@ def inner_products(features, vectors):
     return F.conv2d(features, vectors[:, :, None, None].to(features.dtype))
 
 
-class _Rows(nn.Module):
-    """K vectors, saved in the checkpoint. `rows` (K, D); `learned`: by the optimiser."""
+class Rows(Prototypes):
+    """K given vectors, saved in the checkpoint.
+
+    Args:
+        rows: (K, D).
+        learned: the optimiser trains them (models/classifiers/cbp.py).
+    """
 
     def __init__(self, rows, learned=False):
         super().__init__()
@@ -142,22 +149,12 @@ class _Rows(nn.Module):
             self.register_buffer("vectors", vectors)
         self.register_buffer("seen", torch.ones(len(rows), dtype=torch.bool))
 
-    def means(self):
-        """(K, D)."""
-        return self.vectors
-
     def score(self, features):
         """Inner products: (B, D, h, w) -> (B, K, h, w)."""
         return inner_products(features, self.vectors)
 
-    def update(self, batches):
-        """Frozen: nothing changes."""
 
-    def fit(self, batches):
-        """Frozen: nothing changes."""
-
-
-class OrthogonalBasis(_Rows):
+class OrthogonalBasis(Rows):
     """K orthogonal vectors of one length, drawn from PyTorch's global generator.
 
     Args:
@@ -168,7 +165,7 @@ class OrthogonalBasis(_Rows):
         super().__init__(orthogonal_rows(num_classes, in_channels, length))
 
 
-class RandomDirections(_Rows):
+class RandomDirections(Rows):
     """K unit vectors, uniform on the sphere and drawn from PyTorch's global generator: what remains of a text prototype
     without the text (an ablation)."""
 

@@ -7,13 +7,12 @@ pull a class back wherever one process has not seen it.)
 """
 
 import torch
-from torch import nn
 
-from engine import distributed
-from engine.statistics import class_sums, cosine
+from engine.statistics import class_means
+from models.prototypes.base import Prototypes
 
 
-class Centroids(nn.Module):
+class Centroids(Prototypes):
     """Running class means, c <- m c + (1 - m) mean; the first visit of a class copies its mean.
 
     Args:
@@ -26,33 +25,10 @@ class Centroids(nn.Module):
         self.register_buffer("vectors", torch.zeros(num_classes, in_channels))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
-    def means(self):
-        """(K, D); zero rows for classes not seen yet."""
-        return self.vectors
-
-    def score(self, features):
-        """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        return cosine(features, self.vectors)
-
-    def _means_of(self, batches):
-        """All-reduced class means (K, D) of some batches, and which classes occur."""
-        total = torch.zeros(
-            len(self.seen),
-            self.vectors.shape[1] + 1,
-            dtype=self.vectors.dtype,
-            device=self.vectors.device,
-        )
-        for features, labels, weights in batches:
-            sums, counts = class_sums(features, labels, len(self.seen), weights)
-            total += torch.cat([sums, counts[:, None]], 1).to(total.dtype)
-        total = distributed.all_reduce(total)
-        counts = total[:, -1:]
-        return total[:, :-1] / torch.where(counts > 0, counts, 1), counts[:, 0] > 0
-
     @torch.no_grad()
-    def update(self, batches):
+    def update(self, batches, step=None):
         """Move the classes that occur in the batches of a step; the others stay as they are."""
-        means, present = self._means_of(batches)
+        means, present = class_means(batches, self.vectors)
         moved = torch.where(
             self.seen[:, None], torch.lerp(means, self.vectors, self.momentum), means
         )
@@ -60,8 +36,8 @@ class Centroids(nn.Module):
         self.seen |= present
 
     @torch.no_grad()
-    def fit(self, batches):
+    def fit(self, batches, prototypes=None):
         """Exact means over a data set; classes without a pixel keep what they had."""
-        means, present = self._means_of(batches())
+        means, present = class_means(batches(), self.vectors)
         self.vectors.copy_(torch.where(present[:, None], means, self.vectors))
         self.seen |= present

@@ -11,10 +11,12 @@ Which map, and that nothing is normalised, is a reconstruction [R].
 
 from pathlib import Path
 
+from datasets.build import build_set
 from engine import config, distributed
-from engine.build import build, build_set
-from engine.errors import UserError, run
+from engine.build import build
+from engine.errors import UserError
 from engine.prepare import images
+from engine.process import run
 from engine.statistics import resize_labels
 from models.prototypes.centroids import Centroids
 from models.prototypes.text import write_rows

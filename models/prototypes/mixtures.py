@@ -24,16 +24,16 @@ uniform sample of its own share, whose sums count for all that it saw.
 """
 
 import torch
-from torch import nn
 
 from engine import distributed
 from engine.statistics import precise
 from models.prototypes._em import LEVELS, Pool, fit_mixture, log_joint, maximisation, moments
+from models.prototypes.base import Prototypes
 
 ABSENT = -1e8  # log-likelihood of a class without a mixture
 
 
-class Mixtures(nn.Module):
+class Mixtures(Prototypes):
     """Diagonal Gaussian mixtures, one per class.
 
     Args:
@@ -101,6 +101,26 @@ class Mixtures(nn.Module):
         """Log-likelihoods (K) that a share `level` (to 0.01) of the vectors of the last fit does not exceed."""
         return self.likelihood_quantiles[:, round(level * (LEVELS - 1))]
 
+    def tables(self):
+        """Likelihood quantiles of the vectors of the last fit, and the mean responsibility of each component."""
+        levels, absent = (0.05, 0.25, 0.5, 0.75, 0.95), ~self.seen[:, None]
+        quantiles = torch.stack([self.quantiles(level) for level in levels], 1).double()
+        shares = self.component_weights.double()
+        return {
+            "likelihood": (
+                quantiles.masked_fill(absent, torch.nan),
+                [f"{level:.0%}" for level in levels],
+                "quantiles of the log-likelihood, nats",
+                "{:.0f}",
+            ),
+            "components": (
+                shares.masked_fill(absent, torch.nan),
+                [str(number + 1) for number in range(shares.shape[1])],
+                "mean responsibility of each component",
+                "{:.0%}",
+            ),
+        }
+
     def _origin(self):
         """Mean of the class means (D), float64."""
         return (self.means() * self.seen[:, None]).sum(0).double() / self.seen.sum().clamp_min(1)
@@ -149,7 +169,7 @@ class Mixtures(nn.Module):
             )
 
     @torch.no_grad()
-    def update(self, batches):
+    def update(self, batches, step=None):
         """One online EM step for the classes that occur. The others stay as they are; all do if a sum is not finite.
 
         The first visit of a class puts its components at random around the mean of the class, half a deviation away.
@@ -191,7 +211,7 @@ class Mixtures(nn.Module):
         self.seen |= present
 
     @torch.no_grad()
-    def fit(self, batches):
+    def fit(self, batches, prototypes=None):
         """EM on a pool of vectors per class, those that are finite and of weight above 0.
 
         Classes without one stay as they are.

@@ -12,13 +12,20 @@ through both.
 """
 
 import torch
-from torch import nn
 
 from engine.statistics import class_sums
+from models.prototypes.base import Prototypes
 from models.prototypes.centroids import Centroids
 
 
-class Pair(nn.Module):
+def pair_means(features, labels, num_classes):
+    """Class means of each image, with the graph: features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where
+    present (B, K) is False."""
+    sums, counts = class_sums(features, labels, num_classes, per_image=True)
+    return sums / torch.where(counts > 0, counts, 1)[..., None], counts > 0
+
+
+class Pair(Prototypes):
     """`pair_means` has no state. The rest of the family's contract [R] is the class means of the last step, where a
     class that did not occur keeps those of its last occurrence."""
 
@@ -28,8 +35,7 @@ class Pair(nn.Module):
 
     def pair_means(self, features, labels):
         """Features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where present (B, K) is False."""
-        sums, counts = class_sums(features, labels, len(self.seen), per_image=True)
-        return sums / torch.where(counts > 0, counts, 1)[..., None], counts > 0
+        return pair_means(features, labels, len(self.seen))
 
     @property
     def seen(self):
@@ -39,14 +45,10 @@ class Pair(nn.Module):
         """(K, D)."""
         return self.last.means()
 
-    def score(self, features):
-        """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        return self.last.score(features)
-
-    def update(self, batches):
+    def update(self, batches, step=None):
         """Means over all images of the step."""
-        self.last.update(batches)
+        self.last.update(batches, step)
 
-    def fit(self, batches):
+    def fit(self, batches, prototypes=None):
         """Means over a data set."""
-        self.last.fit(batches)
+        self.last.fit(batches, prototypes)

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import nn
 
-from engine.errors import UserError, run
-from engine.statistics import cosine
+from engine.errors import UserError
+from engine.process import run
 from engine.weights import load_into, read, unwrap
+from models.prototypes.base import Prototypes
 
 TEMPLATES = {
     "single": ["a photo of a {}."],
@@ -167,7 +167,7 @@ def choose(names, classes, mapped, file):
     return [[names.index(str(row).lower()) for row in mapped.get(name, [name])] for name in classes]
 
 
-class Text(nn.Module):
+class Text(Prototypes):
     """A frozen member of the prototype family.
 
     Args:
@@ -212,20 +212,6 @@ class Text(nn.Module):
         self.register_buffer("vectors", (F.normalize(centred, dim=1) if center else text).float())
         self.register_buffer("text", text.float())
         self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
-
-    def means(self):
-        """(K, D)."""
-        return self.vectors
-
-    def score(self, features):
-        """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        return cosine(features, self.vectors)
-
-    def update(self, batches):
-        """Frozen: nothing changes."""
-
-    def fit(self, batches):
-        """Frozen: nothing changes."""
 
 
 def text_vectors(model, tokenizer, prompts):

@@ -17,11 +17,10 @@ joint text-image space, unit text rows T and the labels y of a batch:
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from engine import distributed
 from engine.errors import UserError
-from engine.statistics import class_sums, cosine, unit
+from engine.statistics import class_means, cosine, unit
+from models.prototypes.base import Prototypes
 
 
 def blended(text, visual, seen, blend, center):
@@ -33,7 +32,7 @@ def blended(text, visual, seen, blend, center):
     return torch.where(seen[:, None], F.normalize(mixed, dim=1, eps=1e-6), text)
 
 
-class VisualText(nn.Module):
+class VisualText(Prototypes):
     """A member of the prototype family whose class vectors are U.
 
     Args:
@@ -75,28 +74,14 @@ class VisualText(nn.Module):
         self.register_buffer("mass", torch.zeros(num_classes))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
-    def means(self):
-        """(K, D): U; zero rows for classes not seen yet."""
-        return self.vectors
-
-    def score(self, features):
-        """Cosine similarity: (B, D, h, w) -> (B, K, h, w)."""
-        return cosine(features, self.vectors)
-
-    def _reliable_means(self, batches, text):
-        """All-reduced v (K, D) of some batches, and which classes occur."""
-        total = self.average.new_zeros(len(self.seen), self.average.shape[1] + 1)
+    def _agreeing(self, batches, text):
+        """The batches with the agreement of each pixel as its weight."""
         for features, labels, weights in batches:
             with torch.autocast(features.device.type, enabled=False):
                 features = unit(features)
                 agreement = (cosine(features, text) / self.temperature).softmax(1)
                 trust = agreement.gather(1, labels[:, None].clamp(0, len(self.seen) - 1))[:, 0]
-                trust = trust if weights is None else trust * weights
-                sums, counts = class_sums(features, labels, len(self.seen), trust)
-            total += torch.cat([sums, counts[:, None]], 1)
-        total = distributed.all_reduce(total)
-        counts = total[:, -1:]
-        return total[:, :-1] / torch.where(counts > 0, counts, 1), counts[:, 0] > 0
+            yield features, labels, trust if weights is None else trust * weights
 
     def _move(self, means, present, text, momentum):
         for state, new in ((self.average, means), (self.mass, torch.ones_like(self.mass))):
@@ -114,14 +99,16 @@ class VisualText(nn.Module):
         return F.normalize(prototypes[self.text].means().to(self.average), dim=1, eps=1e-6)
 
     @torch.no_grad()
-    def update(self, batches, prototypes, step, iters):
+    def update(self, batches, step):
         """One step of the running average for the classes that occur; the others keep theirs."""
-        if not self.offline and step >= self.start * iters:
-            text = self._rows(prototypes)
-            self._move(*self._reliable_means(batches, text), text, self.momentum)
+        if not self.offline and step.number >= self.start * step.total:
+            text = self._rows(step.prototypes)
+            means, present = class_means(self._agreeing(batches, text), self.average)
+            self._move(means, present, text, self.momentum)
 
     @torch.no_grad()
     def fit(self, batches, prototypes):
-        """V is the exact mean over a data set; `batches` as in models/__init__.py."""
+        """V is the exact mean over a data set."""
         text = self._rows(prototypes)
-        self._move(*self._reliable_means(batches(), text), text, 0.0)
+        means, present = class_means(self._agreeing(batches(), text), self.average)
+        self._move(means, present, text, 0.0)

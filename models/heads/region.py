@@ -1,7 +1,7 @@
 """TMT's regions: how well parts of an image transfer between domains, and attention that looks at those that do not.
 
-    model: {backbone: {name: mit.MiT, size: b0}, region: {variant: bias, stage: 3, cell: 4}}
-    model: {classifier: {name: queries.Queries}, region: {variant: mask, stage: -1, cell: 8}}       # any backbone
+    model.heads.region: {name: region.Region, variant: bias, stage: 3, cell: 4}      # of mit.MiT, or 1 of vit.ViT
+    model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}     # of queries.Queries
     losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
              {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]                         # not with mask
 
@@ -32,14 +32,17 @@ highest, besides those of its own mask; U is then the entropy of the masks of th
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import UserError
-from engine.statistics import precise
-from models.blocks import Guide
+from engine.pictures import side_by_side
+from engine.statistics import precise, resize_logits
+from engine.step import Regions
+from models.blocks import Guide, received
+from models.heads.base import Head
 
 EPSILON = 1e-6
 ABSENT = -1e9  # similarity to a cell outside of the map: finite, so that nothing becomes NaN
@@ -159,76 +162,105 @@ def uncertainty(logits):
     return (-(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])).clamp(0, 1)
 
 
-class Region(nn.Module):
-    """ACTE and TMA on one stage of a transformer, or on the features of the decoder.
+class Region(Head):
+    """ACTE and TMA on one stage of a transformer, or on the features of the decoder -> `output.regions`.
 
     Args:
-        channels: D of the tokens of that stage, or of the features.
-        num_classes: K.
-        depth: how many blocks the stage has.
-        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none": regions and their
-            adversarial loss, attention as it is.
         stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them is grouped. -1: the
             features of the decoder, for mask and none.
-        regions: "adaptive", or "patches" for the cells themselves (no round).
-        cell, kappa, rounds: c, kappa, L.
+        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none": regions and their
+            adversarial loss, attention as it is.
         strength: lambda; 0 leaves attention as it is.
-        opened: share of the pixels that `mask` opens; 0 leaves the masks as they are.
+        opened: share of the pixels, of highest priority, that `mask` opens to all queries; 0 leaves the masks as they
+            are.
+        regions: "adaptive", or "patches" for the cells themselves (no round).
+        cell, kappa, rounds: c, side of a cell in tokens at the start; sharpness of the assignment; L.
         detach: the segmentation loss does not train the discriminator.
         ramp: steps over which the reversal grows; 0: 1 at all times.
         dropout: of the discriminator.
         reverse: False makes the discriminator a probe: it learns, and the features do not.
+    Raises:
+        ValueError: a stage that the backbone does not have, options that contradict each other.
     """
+
+    at_test = True
 
     def __init__(
         self,
         *,
-        channels,
+        in_channels,
+        map_channels,
+        depths,
         num_classes,
-        depth,
-        variant,
-        stage,
-        blocks,
-        regions,
-        cell,
-        kappa,
-        rounds,
-        strength,
-        opened,
-        detach,
-        ramp,
-        reverse,
-        dropout,
+        classifier,
+        stage: int,
+        blocks: int = 1,
+        variant: Literal["bias", "tvt", "mask", "none"] = "bias",
+        strength: float = 1.0,
+        opened: float = 0.1,
+        regions: Literal["adaptive", "patches"] = "adaptive",
+        cell: int = 4,
+        kappa: float = 10.0,
+        rounds: int = 3,
+        detach: bool = True,
+        ramp: int = 10000,
+        dropout: float = 0.5,
+        reverse: bool = True,
     ):
         super().__init__()
-        variants = ("none", "bias", "tvt") if stage > 0 else ("none", "mask")
-        if variant not in variants or regions not in ("adaptive", "patches"):
-            raise UserError(
-                f"model.region: on stage {stage} variant must be {', '.join(variants)}, and regions adaptive or "
-                f"patches, not {variant}, {regions}"
+        if stage != -1 and not 1 <= stage <= len(depths):
+            raise ValueError(
+                f"stage={stage} must be a stage of a transformer (mit.MiT: 1 to 4, vit.ViT: 1), or -1 for the features "
+                "of any decoder"
             )
-        if not 0 <= opened <= 1:
-            raise UserError(f"model.region.opened={opened} must be a share, 0 to 1")
-        if not 1 <= blocks <= depth or cell < 1 or rounds < 0:
-            raise UserError(
-                f"model.region: blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
-                "least 0"
+        on_decoder = stage == -1
+        channels = in_channels if on_decoder else map_channels[stage - 1]
+        depth = blocks if on_decoder else depths[stage - 1]
+        variants = ("none", "mask") if on_decoder else ("none", "bias", "tvt")
+        if variant not in variants:
+            raise ValueError(
+                f"on stage {stage} variant must be {' or '.join(variants)}, not {variant}"
+            )
+        if variant == "mask" and not classifier.takes_masks:
+            raise ValueError(
+                "variant=mask opens the masks of model.classifier: {name: queries.Queries}"
+            )
+        if not 0 <= opened <= 1 or not 1 <= blocks <= depth or cell < 1 or rounds < 0:
+            raise ValueError(
+                f"opened={opened} must be a share, 0 to 1, blocks={blocks} 1 to {depth}, cell={cell} at least 1, "
+                f"rounds={rounds} at least 0"
             )
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0
-        self.strength, self.opened, self.detach, self.ramp, self.reverse = (
-            strength,
-            opened,
-            detach,
-            ramp,
-            reverse,
-        )
+        self.strength, self.opened, self.detach = strength, opened, detach
+        self.ramp, self.reverse = ramp, reverse
         width = max(channels // 4, 1)
         layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
         layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
         self.discriminator = nn.Sequential(*layers)
-        self.head = nn.Conv2d(channels, num_classes, 1) if stage > 0 else None
+        self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
+
+    def bias(self, output, step):
+        """The function that a transformer calls before each of its blocks; the first guided one fills
+        `output.regions`."""
+
+        def before(stage, block, x, keys):
+            if stage != self.stage or not self.first <= block <= self.last:
+                return None
+            if block == self.first:
+                output.regions = self.find(x, step)
+                output.regions.keys = keys
+            guided = self.variant == "bias" or (self.variant == "tvt" and block == self.last)
+            return self.guide(output.regions, keys) if guided and self.strength else None
+
+        return None if self.stage == -1 else before
+
+    def forward(self, view, maps, output, step):
+        if self.stage == -1:
+            output.regions = self.find(output.features, step)
+            if self.variant == "mask" and self.opened:
+                output.regions.opens = lambda logits: self.opening(output.regions, logits)
 
     def domain_logits(self, means, factor):
         """f (B, D, R, C) -> logits of "source" (B, R, C), behind the reversal."""
@@ -244,8 +276,8 @@ class Region(nn.Module):
             rows = rows if isinstance(layer, nn.Dropout) else layer(rows)
         return doubt(rows[..., 0])
 
-    def look(self, maps, step):
-        """What is grouped, (B, D, h, w) -> {name: tensor} for losses, pictures and attention."""
+    def find(self, maps, step):
+        """The map that is grouped, (B, D, h, w) -> Regions for losses, pictures and attention."""
         with torch.autocast(maps.device.type, enabled=False):
             maps = precise(maps)
             assignment, means = group(maps, self.cell, self.kappa, self.rounds)
@@ -253,22 +285,16 @@ class Region(nn.Module):
             dense = spread(assignment, tau, self.cell, maps.shape[-2:])
             dense = dense.detach() if self.detach else dense
             domain = self.domain_logits(means, reversal(step, self.ramp))
-            found = {"domain": domain, "assignment": assignment, "transferability": dense}
+            regions = Regions(assignment, domain, dense)
             if self.head:
-                found["region"] = self.head(maps)
-                self.prioritise(found, found["region"])
-            return found
+                regions.logits = self.head(maps)
+                prioritise(regions, regions.logits)
+            return regions
 
-    @staticmethod
-    def prioritise(found, logits):
-        """Add uncertainty, of logits (B, K, h, w), and priority to the maps of `look`."""
-        found["uncertainty"] = uncertainty(logits.detach().to(found["transferability"].dtype))
-        found["priority"] = (1 - found["transferability"]) * found["uncertainty"]
-
-    def guide(self, found, keys):
-        """Maps of `look` and the grid of the keys -> Guide."""
-        name = "transferability" if self.variant == "tvt" else "priority"
-        small = F.adaptive_avg_pool2d(found[name][:, None], keys).flatten(2)  # (B, 1, M)
+    def guide(self, regions, keys):
+        """Regions and the grid of the keys -> Guide."""
+        values = regions.transferability if self.variant == "tvt" else regions.priority
+        small = F.adaptive_avg_pool2d(values[:, None], keys).flatten(2)  # (B, 1, M)
         if self.variant == "tvt":
             return Guide(values=small[..., None])
         bias = self.strength * torch.log(EPSILON + 0.5 + 0.5 * small)
@@ -277,25 +303,48 @@ class Region(nn.Module):
             bias=(bias - bias.logsumexp(2, keepdim=True) + math.log(bias.shape[2]))[:, :, None]
         )
 
-    def watch(self, step, found):
-        """The function that a backbone calls before each of its blocks; it fills the dict `found`."""
+    def opening(self, regions, logits):
+        """Which pixels all queries may see: logits (B, K, h, w) of the layer before -> (B, h, w) bool."""
+        prioritise(regions, logits)
+        level = regions.priority.flatten(1).quantile(1 - self.opened, dim=1)
+        return regions.priority >= level[:, None, None]
 
-        def before(stage, block, x, keys):
-            if stage != self.stage or not self.first <= block <= self.last:
-                return None
-            if block == self.first:
-                found.update(self.look(x, step), keys=keys)
-            guided = self.variant == "bias" or (self.variant == "tvt" and block == self.last)
-            return self.guide(found, keys) if guided and self.strength else None
+    @torch.no_grad()
+    def draw(self, log, number, network, image):
+        """The borders of the regions of one image (1, 3, H, W), transferability, uncertainty, priority, and on a
+        transformer the attention that the tokens get in the last guided block without and with them."""
+        mode, inputs = network.training, []
+        if self.stage > 0:
+            attention = network.backbone.stage_blocks(self.stage)[self.last].attn
+            hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given))
+        regions = network.eval().segment(image, step=number).regions
+        network.train(mode)
+        shown = {
+            "transferability": regions.transferability,
+            "uncertainty": regions.uncertainty,
+            "priority": regions.priority,
+        }
+        shown = {name: values for name, values in shown.items() if values is not None}
+        if inputs:
+            hook.remove()
+            x, guide = inputs[0]
+            q, k, _ = attention.project(x)
+            rows, columns = regions.keys
+            for name, given in (("attention before", None), ("attention after", guide)):
+                values = received(q.float(), k.float(), given)[:, -rows * columns :]
+                shown[name] = values.view(1, rows, columns) / values.amax()
+        size = image.shape[-2:]
+        shown = {name: resize_logits(v[:, None].float(), size)[0, 0] for name, v in shown.items()}
+        labels = labels_of(regions.assignment, self.cell, regions.transferability.shape[-2:])
+        labels = F.interpolate(labels[None].double(), size)[0, 0]
+        border = torch.zeros(size, dtype=torch.bool, device=image.device)
+        border[:-1] |= labels.diff(dim=0) != 0
+        border[:, :-1] |= labels.diff(dim=1) != 0
+        picture = side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown)
+        log.picture("regions", picture, number)
 
-        return before
 
-    def opening(self, found):
-        """The function that a query decoder asks which pixels all queries may see: logits (B, K, h, w) -> (B, h, w)."""
-
-        def opens(logits):
-            self.prioritise(found, logits)
-            level = found["priority"].flatten(1).quantile(1 - self.opened, dim=1)
-            return found["priority"] >= level[:, None, None]
-
-        return opens if self.variant == "mask" and self.opened else None
+def prioritise(regions, logits):
+    """Fill in uncertainty, of logits (B, K, h, w), and priority."""
+    regions.uncertainty = uncertainty(logits.detach().to(regions.transferability.dtype))
+    regions.priority = (1 - regions.transferability) * regions.uncertainty

@@ -1,0 +1,96 @@
+"""The data sets of a configuration, and the stream of batches of a training set."""
+
+from typing import NamedTuple
+
+from torch.utils.data import Dataset, default_collate
+
+from datasets.sampler import RareClassSampler, StreamSampler, make_loader
+from datasets.several import Several
+from datasets.statistics import class_counts
+from engine import distributed
+from engine.build import build, build_any, present
+from engine.config import ConfigError
+
+
+class Data(NamedTuple):
+    """Data sets that share their classes; None for those that the configuration does not name."""
+
+    train: Dataset
+    val: Dataset | None  # chooses best.pt
+    test: dict  # {name: data set}
+    target: Dataset | None  # without labels
+    monitor: (
+        Dataset | None
+    )  # labelled images of the target domain, on which pseudo labels are measured
+
+
+def build_set(specs, **context):
+    """One data set, or several as one (datasets/several.py) where a list is given."""
+    if not isinstance(specs, list):
+        return build("datasets", specs, **context)
+    sets = [build("datasets", spec, **context) for spec in specs]
+    return sets[0] if len(sets) == 1 else Several(sets)
+
+
+def build_data(cfg):
+    """The data sets of a configuration -> Data.
+
+    Raises:
+        ConfigError: they do not share their classes, or there is nothing to evaluate on.
+    """
+    context = {"root": cfg.data.root, "seed": cfg.seed}
+    train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
+    val, monitor = (build_any("datasets", cfg.data[name], **context) for name in ("val", "monitor"))
+    test = {name: build("datasets", s, **context) for name, s in present(cfg.data.test).items()}
+    target, spec = None, cfg.data.target
+    if isinstance(spec, list) or spec["name"] != "none":
+        augment = build_any("datasets", cfg.data.target_augment) or build(
+            "datasets", cfg.data.augment
+        )
+        # A target set for training gets no label path at all; its samples are drawn independently of the source's.
+        specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
+        target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
+    others = {"val": val, "target": target, "monitor": monitor}
+    for name, dataset in (
+        others | {f"test.{name}": dataset for name, dataset in test.items()}
+    ).items():
+        if dataset and tuple(dataset.CLASSES) != tuple(train.CLASSES):
+            raise ConfigError(
+                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
+                f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
+            )
+    if not test and val is None:
+        raise ConfigError("nothing to evaluate on: set data.val or data.test")
+    return Data(train, val, test, target, monitor)
+
+
+class Stream:
+    """The micro-batches of a training set for one process, one after the other: an iterator of collated batches.
+
+    Args:
+        dataset: training set.
+        cfg: configuration of the stage.
+        seed: of the order.
+        start: first step.
+        device: where the batches go.
+    """
+
+    def __init__(self, dataset, cfg, seed, start, device):
+        self.dataset = dataset
+        options = {"batch_size": cfg.train.batch_size, "accumulate": cfg.train.accumulate}
+        options |= {"start": start, "stop": cfg.train.iters, "seed": seed}
+        options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        if cfg.data.rare_classes.temperature and dataset.labels:
+            counts = class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+            self.sampler = RareClassSampler(counts, **cfg.data.rare_classes, **options)
+        else:
+            self.sampler = StreamSampler(len(dataset), **options)
+        loader = make_loader(dataset, self.sampler, cfg.data.workers, device.type == "cuda")
+        self.batches = iter(loader)
+
+    def __next__(self):
+        return next(self.batches)
+
+    def whole(self, step):
+        """The batch of a step over all processes and micro-batches."""
+        return default_collate([self.dataset[item] for item in self.sampler.samples(step)])

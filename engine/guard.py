@@ -1,0 +1,111 @@
+"""Steps that are not finite change nothing, and end the run where it waits for the device anyway.
+
+A loss or a gradient norm that is NaN or infinite on any process makes its step, and every later one, a step that is
+skipped: optimiser, teacher, prototypes and batch statistics keep what they had. The script learns of it at the next
+line of the log or at the next save; the state is then that before the first such step, which can be replayed.
+
+fp16 skips steps whose gradients overflow as a matter of course. Only many of them in a row end the run.
+"""
+
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.checkpoint import rng_state
+from engine.errors import UserError
+
+OVERFLOWS = (
+    25  # skipped steps in a row after which the loss scale of fp16 can no longer rescue the run
+)
+
+
+class NonFinite(UserError):
+    """A loss or a gradient that is not finite, or overflows of fp16 without end.
+
+    Attributes:
+        step: of the stage, whose batch can be replayed; None after overflows.
+        rng: generators of this process before it.
+    """
+
+    def __init__(self, message, step=None, rng=None):
+        super().__init__(message)
+        self.step, self.rng = step, rng
+
+
+class Guard:
+    """The device's account of what was finite.
+
+    Args:
+        model: network whose batch statistics are kept.
+        device: where the account is.
+        fp16: gradients may overflow.
+    """
+
+    def __init__(self, model, device, fp16=False):
+        self.fp16 = fp16
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.overflows = torch.zeros((), dtype=torch.int64, device=device)
+        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+        self.names, self.values, self.generators = [], None, {}
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [
+            s for m in norms for s in (m.running_mean, m.running_var) if s is not None
+        ]
+        self.kept = None
+
+    def begin(self, step):
+        """Before a step: note the generators and the batch statistics."""
+        self.generators[step] = rng_state()
+        if self.statistics:
+            self.kept = torch.cat(self.statistics)
+
+    @torch.no_grad()
+    def judge(self, step, losses, norm):
+        """After the backward pass.
+
+        Args:
+            losses: {name: 0-dim tensor} of the step on this process.
+            norm: gradient norm, the same on every process.
+        Returns:
+            0-dim bool on the device: the step must be skipped.
+        """
+        values = torch.stack([*(loss.detach().double() for loss in losses.values()), norm.double()])
+        finite = values.isfinite()
+        overflow = ~finite[-1] if self.fp16 else torch.zeros_like(self.failed)
+        failed = ~(finite[:-1] if self.fp16 else finite).all()
+        if distributed.world_size() > 1:
+            failed = distributed.all_reduce(failed.long()) > 0
+        self.names = [*losses, "the gradient norm"]
+        is_first = failed & ~self.failed
+        self.first = torch.where(is_first, step, self.first)
+        self.values = values if self.values is None else torch.where(is_first, values, self.values)
+        self.failed = self.failed | failed
+        self.overflows = torch.where(overflow, self.overflows + 1, 0)
+        skipped = self.failed | overflow
+        if self.statistics:
+            own = torch.where(skipped, self.kept, torch.cat(self.statistics))
+            torch._foreach_copy_(self.statistics, own.split([len(s) for s in self.statistics]))
+        return skipped
+
+    def check(self):
+        """Wait for the device.
+
+        Raises:
+            NonFinite: on every process alike.
+        """
+        first, overflows = torch.stack([self.first, self.overflows]).tolist()
+        if overflows > OVERFLOWS:
+            raise NonFinite(
+                f"the gradients overflowed fp16 in {overflows} steps in a row: use precision=bf16, a lower optimizer.lr "
+                "or optimizer.clip=1"
+            )
+        if first >= 0:
+            values = distributed.gather(self.values.tolist())
+            wrong = [
+                f"{name} is {row[i]}"
+                for i, name in enumerate(self.names)
+                for row in values
+                if not abs(row[i]) < float("inf")
+            ]
+            raise NonFinite(wrong[0], first, self.generators[first])
+        self.generators = {}

@@ -1,0 +1,42 @@
+"""The losses and labelers of a configuration."""
+
+from torch import nn
+
+from engine.build import build, build_any
+from engine.config import ConfigError, is_a, module_names
+
+
+def build_losses(specs, **context):
+    """The `losses` of a configuration -> ({name: Loss}, {name: factor}), named as by `config.module_names`.
+
+    Raises:
+        ConfigError: no loss; a weight that is no number; a loss with parameters or buffers.
+    """
+    if not specs:
+        raise ConfigError(
+            "losses is empty: name at least one, such as {name: cross_entropy.CrossEntropy}"
+        )
+    terms, factors = {}, {}
+    for name, spec in zip(module_names(specs), specs):
+        factor = spec.get("weight", 1.0) if isinstance(spec, dict) else 1.0
+        options = (
+            {k: v for k, v in spec.items() if k != "weight"} if isinstance(spec, dict) else spec
+        )
+        term = build("losses", options, **context)
+        if not is_a(factor, float):
+            raise ConfigError(f"{spec['name']}: weight must be a float, not {factor!r}")
+        if [*term.parameters(), *term.buffers()]:
+            raise ConfigError(
+                f"{spec['name']} has parameters or buffers, which no checkpoint would hold: what is learned belongs to a "
+                "head (models/heads), a running state to a member of models/prototypes"
+            )
+        terms[name], factors[name] = term, factor
+    return terms, factors
+
+
+def build_adaptation(uda, **context):
+    """The `uda` section -> (labelers, source weights, style, mixer), None for what is not configured."""
+    labelers = nn.ModuleList(build("losses", spec, **context) for spec in uda.labelers)
+    weights = build_any("losses", uda.source_weights, **context)
+    style = build_any("datasets", uda.style, **context)
+    return labelers, weights, style, build("datasets", uda.mixer, **context)

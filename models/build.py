@@ -1,0 +1,147 @@
+"""The network of a configuration: assembled, started from other weights, restored from a checkpoint; its prototypes."""
+
+import torch
+from torch import nn
+
+from engine import checkpoint, weights
+from engine.build import build, build_any, present
+from engine.config import ConfigError, override, stages
+from models.segmentor import Segmentor
+
+# The order in which heads run, and in which their parameters lie.
+HEADS = ("projector", "text_attention", "region", "auxiliary")
+
+
+def build_segmentor(model, classes, pretrained=True):
+    """The network of a configuration's `model` section.
+
+    Args:
+        model: the section.
+        classes: names of the K classes.
+        pretrained: False where a checkpoint follows, which then needs no file of weights or class vectors.
+    """
+    spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
+    backbone = build("models.backbones", spec)
+    sizes = {"in_channels": backbone.channels, "strides": backbone.strides}
+    decoder = build("models.decoders", model.decoder, **sizes)
+    context = {
+        "in_channels": decoder.channels,
+        "num_classes": len(classes),
+        "classes": tuple(classes),
+    }
+    drawn = pretrained or "init" not in model.classifier
+    spec = model.classifier if drawn else {**model.classifier, "init": "random"}
+    classifier = build("models.classifiers", spec, **context)
+    context |= {"map_channels": backbone.channels, "depths": backbone.depths}
+    context |= {"joint": joint_channels(model), "classifier": classifier}
+    specs = present(model.heads)
+    names = [
+        *(name for name in HEADS if name in specs),
+        *(name for name in specs if name not in HEADS),
+    ]
+    heads = {name: build("models.heads", specs[name], **context) for name in names}
+    network = Segmentor(backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views)
+    return network.to(memory_format=torch.channels_last) if model.channels_last else network
+
+
+def joint_channels(model):
+    """Channels of the joint space of text and images, 0 without heads.projector."""
+    return present(model.heads).get("projector", {}).get("channels", 0)
+
+
+# Parts for training alone, which a stage may add to the network of the one before or leave out.
+def training_keys(network):
+    """(patterns of heads that may keep their initial values, patterns of heads that the network does not have)."""
+    return [f"{name}.*" for name in HEADS], [
+        f"{name}.*" for name in HEADS if name not in network.heads
+    ]
+
+
+def initial_network(cfg, classes, previous):
+    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
+    init = cfg.stage.init
+    if init == "previous" and previous is None:
+        raise ConfigError(
+            f"stage {cfg.stage.name}: init: previous, but there is no stage before it"
+        )
+    network = build_segmentor(cfg.model, classes, init == "imagenet")
+    if init != "imagenet":
+        state = previous.state_dict() if init == "previous" else checkpoint.load(init)["model"]
+        # A stem per domain starts from the shared one.
+        stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
+        known = {own: state[shared] for own, shared in stems.items() if shared in state}
+        new, unwanted = training_keys(network)
+        weights.load_into(network, known | state, source=init, allow_missing=new, drop=unwanted)
+    return network
+
+
+def restore(path, overrides=()):
+    """A checkpoint's network.
+
+    Returns:
+        (network in eval mode, the configuration of its stage with the overrides, the checkpoint).
+    """
+    saved = checkpoint.load(path)
+    cfg = override(saved["config"], [])
+    # A key that the stage itself sets is overridden too, so the overrides come last.
+    cfg = override(stages(cfg)[saved["stage"]] if "stage" in saved else cfg, overrides)
+    network = build_segmentor(cfg.model, saved["classes"], pretrained=False)
+    state = saved["model"]
+    if cfg.eval.weights == "teacher":
+        if "teacher" not in saved:
+            raise ConfigError(
+                f"{path} has no teacher: it was trained without one; set eval.weights=student"
+            )
+        state = {
+            k.removeprefix("network."): v
+            for k, v in saved["teacher"].items()
+            if k.startswith("network.")
+        }
+    weights.load_into(network, state, source=str(path))
+    return network.eval(), cfg, saved
+
+
+def build_prototypes(specs, joint=0, **context):
+    """The `prototypes` of a configuration.
+
+    Args:
+        joint: channels of the joint space of text and images (`joint_channels`).
+        context: num_classes, in_channels of the features, ...
+    Returns:
+        {name: Prototypes} as a module; {name: view whose features update it}, of those that follow any, and of
+        "classifier"; {name: space of these features}.
+    """
+    specs, members = present(specs), nn.ModuleDict()
+    views = {name: spec.get("view", "source") for name, spec in specs.items()}
+    spaces = {name: spec.get("space", "features") for name, spec in specs.items()}
+    for name, spec in specs.items():
+        if spaces[name] not in ("features", "joint") or (spaces[name] == "joint" and not joint):
+            raise ConfigError(
+                f"prototypes.{name}: space must be features, or joint with model.heads.projector, not {spaces[name]!r}"
+            )
+        options = {key: value for key, value in spec.items() if key not in ("view", "space")}
+        channels = joint if spaces[name] == "joint" else context["in_channels"]
+        members[name] = build("models.prototypes", options, **context | {"in_channels": channels})
+    views = {name: view for name, view in views.items() if view != "none"}
+    return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
+
+
+def build_tower(spec, joint):
+    """`dg.tower`, the frozen tower of images, None where there is none.
+
+    Raises:
+        ConfigError: a backbone without dense features, or in another space than the projector.
+    """
+    tower = build_any("models.backbones", spec)
+    if tower is None:
+        return None
+    if not tower.joint:
+        raise ConfigError(
+            f"dg.tower: {spec['name']} has no dense features; clip.ViT and clip.ResNet have"
+        )
+    if joint != tower.joint:
+        raise ConfigError(
+            f"the joint space of dg.tower has {tower.joint} channels, and that of model.heads.projector {joint}: set "
+            f"its channels to {tower.joint}"
+        )
+    return tower.requires_grad_(False).eval()
