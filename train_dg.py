@@ -146,7 +146,7 @@ def main(arguments):
                 loss = sum(factors[name] * term for name, term in terms.items())
                 scaler.scale(loss / len(batches)).backward()
             run.add(
-                {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}},
+                {f"loss_{name}": term for name, term in terms.items()} | {"loss": loss},
                 **step.summary("dg"),
             )
             steps.append(step)

@@ -80,7 +80,7 @@ def main(arguments):
                 terms = {name: loss(step) for name, loss in losses.items()}
                 loss = sum(factors[name] * term for name, term in terms.items())
                 scaler.scale(loss / len(batches)).backward()
-            run.add({"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}})
+            run.add({f"loss_{name}": term for name, term in terms.items()} | {"loss": loss})
             steps.append(step)
 
         step.skipped = run.optimise(optimizer, scaler)

@@ -173,7 +173,7 @@ def train_stage(run, cfg, number, offset, data, previous):
                 loss = sum(factors[name] * term for name, term in terms.items())
                 scaler.scale(loss / len(pairs)).backward()
             run.add(
-                {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}},
+                {f"loss_{name}": term for name, term in terms.items()} | {"loss": loss},
                 **step.summary("uda"),
             )
             steps.append(step)

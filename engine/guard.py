@@ -32,6 +32,10 @@ class NonFinite(UserError):
         self.step, self.rng = step, rng
 
 
+def _joined(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 class Guard:
     """The device's account of what was finite.
 
@@ -48,16 +52,15 @@ class Guard:
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
         self.names, self.values, self.generators = [], None, {}
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.statistics = [
-            s for m in norms for s in (m.running_mean, m.running_var) if s is not None
-        ]
-        self.kept = None
+        statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        # Means and variances, and counters: each kind as one tensor, since there may be hundreds.
+        kinds = ([s for s in statistics if s.is_floating_point() is kind] for kind in (True, False))
+        self.statistics = [kind for kind in kinds if kind]
 
     def begin(self, step):
         """Before a step: note the generators and the batch statistics."""
         self.generators[step] = rng_state()
-        if self.statistics:
-            self.kept = torch.cat(self.statistics)
+        self.kept = [_joined(kind) for kind in self.statistics]
 
     @torch.no_grad()
     def judge(self, step, losses, norm):
@@ -82,9 +85,9 @@ class Guard:
         self.failed = self.failed | failed
         self.overflows = torch.where(overflow, self.overflows + 1, 0)
         skipped = self.failed | overflow
-        if self.statistics:
-            own = torch.where(skipped, self.kept, torch.cat(self.statistics))
-            torch._foreach_copy_(self.statistics, own.split([len(s) for s in self.statistics]))
+        for kind, kept in zip(self.statistics, self.kept):
+            parts = torch.where(skipped, kept, _joined(kind)).split([s.numel() for s in kind])
+            torch._foreach_copy_(kind, [part.view_as(s) for part, s in zip(parts, kind)])
         return skipped
 
     def check(self):

@@ -81,16 +81,24 @@ def _git(*arguments):
     return ""
 
 
+_claims = {}  # {run folder: its lock}, of this process
+
+
 def claim(folder):
-    """Lock a run folder against a second run -> the open lock, to be kept; None on other than the main process.
+    """Lock a run folder against a run of another process, until `release` or the end of this one.
 
     Raises:
-        UserError: another run has it.
+        UserError: another run has it, or it cannot be made.
     """
-    if not distributed.is_main():
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+    if not distributed.is_main() or folder in _claims:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder} ({error}); choose another folder=..."
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -99,7 +107,12 @@ def claim(folder):
     except OSError:
         logger.warning(f"the file system of {folder} has no locks: do not start a second run there")
     os.register_at_fork(after_in_child=lock.close)  # loaders that outlive the run would hold it
-    return lock
+    _claims[folder] = lock
+
+
+def release(folder):
+    if folder in _claims:
+        _claims.pop(folder).close()
 
 
 class Averages:

@@ -40,7 +40,7 @@ def run(main, usage):
         sys.exit(usage)
     signals.install()
     try:
-        code = main(sys.argv[1:]) or 0
+        code = main(sys.argv[1:])
     except UserError as error:
         leave(1, f"error{_process()}: {error}")
     except torch.OutOfMemoryError as error:
@@ -49,13 +49,14 @@ def run(main, usage):
         )
         leave(1, f"error{_process()}: {str(error).splitlines()[0]} What helps: {remedy}")
     except OSError as error:
-        if error.errno not in OUTSIDE:
-            traceback.print_exc()
-        leave(1, f"error{_process()}: {error}" if error.errno in OUTSIDE else "")
+        if error.errno in OUTSIDE:
+            leave(1, f"error{_process()}: {error}")
+        traceback.print_exc()
+        leave(1)
     except SystemExit as error:
         leave(
             error.code if isinstance(error.code, int) else 1,
-            f"{error.code}" * isinstance(error.code, str),
+            error.code if isinstance(error.code, str) else "",
         )
     except BaseException:
         traceback.print_exc()
@@ -77,18 +78,22 @@ def say(message):
 
 
 def leave(code, message=""):
-    """End this process at once, and its loaders: no handler, thread or queue can keep it alive."""
+    """End this process and its loaders: Python's way, or without it where a thread or a queue keeps it alive."""
     if message:
         say(message)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            stream.flush()
     kill_loaders()
-    os._exit(code)
+    last = threading.Timer(3.0, os._exit, [code])
+    last.daemon = True
+    last.start()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    sys.exit(code)
 
 
 def kill_loaders():
     """At exit Python would wait for them, and they ignore its SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error for each that ends
     for child in multiprocessing.active_children():
         child.kill()
 

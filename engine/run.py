@@ -19,12 +19,11 @@ import signal
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision
 from engine.guard import Guard, NonFinite
-from engine.log import Averages, Log, claim, facts, interactive
+from engine.log import Averages, Log, claim, facts, interactive, release
 from engine.process import signals
 
 logger = logging.getLogger("engine")
@@ -46,7 +45,8 @@ class Run:
         signals.install()
         self.cfg, self.device, self.folder = cfg, device, Path(cfg.folder)
         # Before anything in it is read or removed: another run may be saving there.
-        self.lock = claim(self.folder) if self.folder.is_dir() else None
+        if self.folder.is_dir():
+            claim(self.folder)
         self.path, self.saved = checkpoint.find(cfg)
         self.spent, self.began = self.saved["seconds"] if self.saved else 0.0, time.monotonic()
         self.resumed = self.stopped = self.pending = False
@@ -60,7 +60,7 @@ class Run:
         Raises:
             UserError: another run has it; another configuration or other data than the checkpoint's.
         """
-        self.lock = self.lock or claim(self.folder)
+        claim(self.folder)
         self.data = {name: checkpoint.fingerprint(dataset) for name, dataset in datasets.items()}
         if self.saved:
             config.check_resume(self.saved["config"], self.cfg)
@@ -265,6 +265,4 @@ class Run:
 
     def close(self):
         self.writer.close()
-        torch.cuda.empty_cache()
-        if self.lock:
-            self.lock.close()
+        release(self.folder)

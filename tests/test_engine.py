@@ -1,17 +1,14 @@
-"""The leaves of the engine: class sums, schedule and optimiser, precision, teacher, processes, preemption."""
+"""The leaves of the engine: class sums, schedule and optimiser, precision, teacher, processes."""
 
 import copy
 import itertools
 import math
-import os
 import platform
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from engine.preempt import Preemption
 from torch import nn
 
 from engine import distributed, precision, schedule
@@ -19,6 +16,7 @@ from engine.config import Config
 from engine.ema import Teacher
 from engine.errors import UserError
 from engine.statistics import IGNORE, class_sums, resize_labels, resize_logits
+from tests.runs import leaves
 
 CPU = torch.device("cpu")
 
@@ -282,57 +280,66 @@ def test_an_unknown_precision_is_an_error():
         precision.autocast(CPU, "half")
 
 
-def step_with_gradient(gradient, word, clip=0.0):
-    """One SGD step with a given gradient -> weights, norm, taken, scaler."""
+TAKEN, SKIPPED = torch.tensor(False), torch.tensor(True)
+
+
+def step_with_gradient(gradient, word, clip=0.0, skipped=TAKEN):
+    """One SGD step with a given gradient -> weights, norm, scaler."""
     weight = nn.Parameter(torch.ones(len(gradient)))
-    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), precision.make_scaler(CPU, word)
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    scaler = precision.make_scaler(CPU, word)
     scaler.scale((weight * torch.tensor(gradient)).sum()).backward()
-    norm, taken = precision.step(optimizer, scaler, [weight], clip)
-    return weight.detach(), norm, taken, scaler
+    norm = precision.clip(optimizer, scaler, [weight], clip)
+    precision.step(optimizer, scaler, skipped)
+    return weight.detach(), norm, scaler
 
 
 @pytest.mark.parametrize("word", ["fp32", "bf16", "fp16"])
 def test_a_step_is_taken_with_unscaled_gradients(word):
-    weight, norm, taken, _ = step_with_gradient([3.0, 4.0], word)
-    assert taken is True and float(norm) == 5 and weight.tolist() == [-2, -3]
+    weight, norm, _ = step_with_gradient([3.0, 4.0], word)
+    assert float(norm) == 5 and weight.tolist() == [-2, -3]
 
 
 @pytest.mark.parametrize("word", ["fp32", "fp16"])
 @pytest.mark.parametrize("clip, moved", [(1.0, [0.6, 0.8]), (5.5, [3.0, 4.0]), (0.0, [3.0, 4.0])])
 def test_clip_limits_the_norm_of_the_unscaled_gradients(word, clip, moved):
-    weight, norm, _, _ = step_with_gradient([3.0, 4.0], word, clip)
+    weight, norm, _ = step_with_gradient([3.0, 4.0], word, clip)
     assert float(norm) == 5 and (1 - weight).tolist() == pytest.approx(moved, rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_under_fp16_skips_the_step_and_lowers_the_scale(bad, clip):
-    weight, _, taken, scaler = step_with_gradient([1.0, bad], "fp16", clip)
-    assert taken is False and weight.tolist() == [1, 1]
+def test_an_overflow_under_fp16_lowers_the_scale(bad, clip):
+    weight, norm, scaler = step_with_gradient([1.0, bad], "fp16", clip, SKIPPED)
+    assert not norm.isfinite() and weight.tolist() == [1, 1]
     assert scaler.get_scale() == precision.make_scaler(CPU, "fp16").get_scale() / 2
 
 
-def test_a_growing_scale_is_no_skipped_step():
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", growth_interval=1)
-    scaler.scale(weight.sum()).backward()
-    before = scaler.get_scale()
-    assert (
-        precision.step(optimizer, scaler, [weight], 0.0)[1] is True
-        and scaler.get_scale() == 2 * before
-    )
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("word", ["fp32", "fp16"])
+def test_a_skipped_step_leaves_weights_and_the_state_of_the_optimiser(name, word):
+    net = Net()
+    optimizer = schedule.make_optimizer(net, options(name=name))
+    scaler = precision.make_scaler(CPU, word)
 
+    def step(gradient, skipped):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.scale(torch.ones((), requires_grad=True)).backward()  # starts the scaler
+        precision.clip(optimizer, scaler, list(net.parameters()), 0.0)
+        precision.step(optimizer, scaler, skipped)
+        return copy.deepcopy([net.state_dict(), optimizer.state_dict()["state"]])
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run_with_advice():
-    counter = precision.StepCounter(limit=3)
-    for taken in (False, False, False, True, False, False, False):
-        counter(taken, 1)
-    with pytest.raises(
-        FloatingPointError,
-        match=r"4 times in a row up to step 17: .*precision=bf16.*optimizer\.clip",
-    ):
-        counter(False, 17)
+    first = step(float("nan"), SKIPPED)  # also the very first, whose momentum is not yet there
+    assert all(t.isfinite().all() for t in leaves(first).values())
+    step(1.0, TAKEN)
+    before = copy.deepcopy([net.state_dict(), optimizer.state_dict()["state"]])
+    after = step(float("nan"), SKIPPED)
+    assert leaves(before).keys() == leaves(after).keys()
+    assert all(torch.equal(a, b) for a, b in zip(leaves(before).values(), leaves(after).values()))
+    moved = step(1.0, TAKEN)
+    name = next(iter(after[0]))
+    assert not torch.equal(after[0][name], moved[0][name])
 
 
 # --- teacher -------------------------------------------------------------------------------------------------------
@@ -354,7 +361,7 @@ def ramp(t, momentum):
 def test_a_constant_student_is_approached_in_closed_form(momentum, n):
     teacher = Teacher(student(0.0), momentum)
     for _ in range(n):
-        teacher.update(student(1.0))
+        teacher.update(student(1.0), TAKEN)
     remaining = math.prod(ramp(t, momentum) for t in range(1, n + 1))
     assert all((p - (1 - remaining)).abs().max() < 1e-12 for p in teacher.network.parameters())
     if (
@@ -368,7 +375,7 @@ def test_buffers_are_copied_and_the_student_is_left_alone():
     teacher = Teacher(net, 0.99)
     net(torch.randn(4, 2, dtype=torch.float64))
     before = copy.deepcopy(net.state_dict())
-    teacher.update(net)
+    teacher.update(net, TAKEN)
     for own, other in zip(teacher.network.buffers(), net.buffers()):
         assert torch.equal(own, other) and own is not other
     assert net[1].num_batches_tracked == 1 and net[1].running_mean.any()
@@ -378,7 +385,7 @@ def test_buffers_are_copied_and_the_student_is_left_alone():
 def test_the_teacher_is_in_eval_mode_without_gradients():
     net = student(1.0).train()
     teacher = Teacher(net, 0.9)
-    teacher.update(net)
+    teacher.update(net, TAKEN)
     assert not any(module.training for module in teacher.modules()) and net.training
     assert not any(p.requires_grad for p in teacher.parameters()) and all(
         p.requires_grad for p in net.parameters()
@@ -389,18 +396,27 @@ def test_a_resumed_teacher_goes_on_with_the_ramp():
     students = [student(float(i)) for i in range(6)]
     through = Teacher(student(), 0.99)
     for net in students:
-        through.update(net)
+        through.update(net, TAKEN)
     first = Teacher(student(), 0.99)
     for net in students[:3]:
-        first.update(net)
+        first.update(net, TAKEN)
     state = copy.deepcopy(first.state_dict())
     assert state["updates"] == 3
     second = Teacher(student(5.0), 0.99)
     second.load_state_dict(state)
     for net in students[3:]:
-        second.update(net)
+        second.update(net, TAKEN)
     for key, value in through.state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_skipped_step_leaves_the_teacher_alone(dtype):
+    teacher = Teacher(student(0.0).to(dtype), 0.9)
+    teacher.update(student(1.0).to(dtype), TAKEN)
+    before = copy.deepcopy(teacher.state_dict())
+    teacher.update(student(1.0).to(dtype), SKIPPED)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
@@ -480,29 +496,6 @@ def test_the_seed_decides_the_initialisation():
         distributed.seed_everything(seed)
         weights.append(nn.Linear(3, 3).weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-# --- preemption ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_sets_the_flag_and_the_second_leaves(handlers, number):
-    preemption = Preemption()
-    assert preemption.requested() is False
-    os.kill(os.getpid(), number)
-    assert preemption.requested() is True
-    with pytest.raises(SystemExit) as leaving:
-        os.kill(os.getpid(), number)
-        preemption.requested()  # Python runs a handler between two instructions of the main thread
-    assert leaving.value.code == 128 + number
 
 
 FREED_MEMORY = """
