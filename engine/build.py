@@ -133,8 +133,10 @@ def build_data(cfg):
         if cfg.data.val["name"] != "none"
         else {}
     )
-    others |= {
-        f"test.{name}": build("datasets", spec, **context)
+    others |= {  # one that is the validation set is the same object: it needs no second evaluation
+        f"test.{name}": others["val"]
+        if spec == cfg.data.val
+        else build("datasets", spec, **context)
         for name, spec in present(cfg.data.test).items()
     }
     if cfg.data.monitor["name"] != "none":
@@ -266,6 +268,12 @@ def initial_network(cfg, classes, previous):
     return network
 
 
+def trained_with(saved):
+    """The configuration of a checkpoint's stage, with every key."""
+    cfg = override(saved["config"], [])
+    return stages(cfg)[saved["stage"]] if "stage" in saved else cfg
+
+
 def restore(path, overrides=()):
     """A checkpoint's network.
 
@@ -273,9 +281,9 @@ def restore(path, overrides=()):
         (network in eval mode, the configuration of its stage with the overrides, the checkpoint).
     """
     saved = checkpoint.load(path)
-    cfg = override(saved["config"], [])
-    # A key that the stage itself sets is overridden too, so the overrides come last.
-    cfg = override(stages(cfg)[saved["stage"]] if "stage" in saved else cfg, overrides)
+    cfg = override(
+        trained_with(saved), overrides
+    )  # last: a key that the stage sets is overridden too
     network = build_segmentor(cfg.model, len(saved["classes"]), pretrained=False)
     state = saved["model"]
     if cfg.eval.weights == "teacher":

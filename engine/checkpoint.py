@@ -68,6 +68,14 @@ def load(path):
     return content
 
 
+def first_nonfinite(state):
+    """The first name in a state dict whose tensor holds a NaN or an infinity, or None."""
+    for name, value in state.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            return name
+    return None
+
+
 def save_step(folder, content, keep, final=False):
     """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one is required."""
     if not distributed.is_main():

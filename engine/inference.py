@@ -10,6 +10,15 @@ from engine.metrics import ConfusionMatrix
 from engine.statistics import resize_logits
 
 
+class NonFiniteScores(UserError):
+    """A network whose scores are NaN or infinite: what it says of a picture means nothing."""
+
+    def __init__(self, what):
+        super().__init__(
+            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with precision=fp16 try bf16"
+        )
+
+
 def _window_logits(network, image, options):
     """Logits at image size (1, K, H, W) by a sliding window; overlaps are averaged."""
     if not all(0 < stride <= crop for stride, crop in zip(options.stride, options.crop)):
@@ -81,9 +90,12 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         network: Segmentor (not DDP); put into eval mode here and back into its mode afterwards.
         dataset: labelled data set without augmentation.
         autocast: context of the forward pass.
+    Raises:
+        NonFiniteScores: on every process, after the last image.
     """
     mode = network.training
     network.eval()
+    broken = torch.zeros((), dtype=torch.int64, device=device)  # images; a GPU does not wait for it
     matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device, dataset.SCORED)
     indices = range(distributed.rank(), len(dataset), distributed.world_size())
     for index in tqdm(
@@ -94,6 +106,9 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         label = sample["label"].to(device)
         with autocast:
             scores = predict(network, image, options, label.shape[-2:])
+        broken += ~scores.isfinite().all()
         matrix.update(scores.argmax(1)[0], label.long())
     network.train(mode)
+    if broken := int(distributed.all_reduce(broken)):
+        raise NonFiniteScores(f"{title or 'data set'}, {broken} of {len(dataset)} images")
     return matrix.all_reduce()
