@@ -7,18 +7,20 @@
 
 The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none). Tables go to the
 console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the
-averaged network.
+averaged network. What differs from the checkpoint's own configuration stands in the JSON, as `overrides`, and in the
+name of the folder: `eval_best_flip_scales0.75-1-1.25/`, or `eval_best_data-1f3870be/` with a hash of what is long.
 
     python eval.py CHECKPOINT CHECKPOINT ...
 
-Several test sets end with a table over domains, rows checkpoints, columns sets, and the mean of those that are not in
-`data.seen`; it is written to domains.txt beside the first checkpoint.
+Several sets or checkpoints end with a table, rows checkpoints, columns sets, and the mean over sets. Of checkpoints of
+train_dg.py the mean is over those that are not in `data.seen`. It is written to domains.txt in the folder of the
+results, of several checkpoints to domains_<hash of their paths>.txt in that of the first.
 
     python eval.py CHECKPOINT export=pseudo_labels
 
 writes instead the labels that the checkpoint's labeler gives to the same data sets, as palette PNGs with settings.json
 beside them: the labeler, the checkpoint and its hash, the classes, and, where a set has labels, the share and accuracy
-of each class. Any checkpoint takes a labeler without fitted state, such as
+of each class. Labels of an earlier export are replaced. Any checkpoint takes a labeler without fitted state, such as
 `uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'`.
 
     python eval.py CHECKPOINT diagnostics=true pairs='[[Car, Truck]]'
@@ -28,31 +30,85 @@ the summed IoU of similar classes (engine/diagnostics.py). It counts the labels 
 """
 
 import hashlib
+import json
 import logging
+import re
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import build_set
 from datasets.statistics import class_counts
-from engine import config, distributed, precision
+from engine import checkpoint, config, distributed, precision
 from engine.build import build, present
 from engine.config import ConfigError
 from engine.diagnostics import checked_pairs, diagnose
+from engine.errors import UserError
+from engine.files import write
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
 from engine.process import run
 from engine.report import domain_table, label_scalars, pseudo_label_quality, report
 from losses.build import build_adaptation
-from models.build import build_prototypes, joint_channels, restore
+from models.build import build_prototypes, joint_channels, restore, trained_with
 
 logger = logging.getLogger("engine")
 OWN = ("export=", "diagnostics=", "pairs=")  # arguments that are no keys of the configuration
+# Keys that change nothing of a result.
+NEUTRAL = (
+    "folder",
+    "resume",
+    "device",
+    "threads",
+    "timeout",
+    "log",
+    "checkpoint",
+    "data.workers",
+    "data.cache",
+    "eval.every",
+    "eval.pictures",
+)
+
+
+def digest(value):
+    """Eight hexadecimal digits that stand for plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def protocol_name(changes):
+    """{dotted key: value} of a protocol -> its part of a folder's name: "" for none, "_flip_scales0.75-1", and a hash
+    of what is too long to be read, "_data-1f3870be"."""
+    words, others = [], {}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        values = value if isinstance(value, list) else [value]
+        if section not in ("", "eval") or not all(isinstance(v, (int, float, str)) for v in values):
+            others[key] = value
+        elif isinstance(value, bool):
+            words.append(name if value else f"no-{name}")
+        else:
+            told = "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+            words.append(told if isinstance(value, str) else f"{name}{told}")
+    if others:
+        words.append(
+            "-".join([*dict.fromkeys(key.split(".")[0] for key in others), digest(others)])
+        )
+    words = [re.sub(r"[^\w.]+", "-", word) for word in words]
+    readable = "".join(f"_{word}" for word in words)
+    return readable if len(readable) <= 80 else f"_{digest(changes)}"
 
 
 def load_network(path, overrides=()):
-    """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device, checkpoint)."""
+    """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device, checkpoint).
+
+    Raises:
+        UserError: a file, a key or weights that cannot be used, such as weights of NaN.
+    """
     network, cfg, saved = restore(path, overrides)
+    if name := checkpoint.first_nonfinite(network.state_dict()):
+        raise UserError(
+            f"{path}: the weights {name} are not finite, the training had diverged; take an earlier checkpoint"
+        )
     device = distributed.setup(cfg)
     return network.to(device), cfg, device, saved
 
@@ -72,18 +128,14 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     if labelers.state_dict().keys() != saved.get("labelers", {}).keys():
         raise ConfigError(f"uda.labelers is not that of {path}, whose fitted state it needs")
     labelers.load_state_dict(saved.get("labelers", {}))
-    rules = [
-        (labeler, spec)
-        for labeler, spec in zip(labelers, cfg.uda.labelers)
-        if hasattr(labeler, "label")
-    ]
+    rules = [pair for pair in zip(labelers, cfg.uda.labelers) if pair[0].labels_images]
     if not rules:
         raise ConfigError(
             "no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'"
         )
     labeler, spec = rules[0]
     labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
-    if hasattr(labeler, "prepare") and [*labeler.buffers()]:
+    if labeler.stored and [*labeler.buffers()]:
         logger.warning(
             "the labeler was fitted to the network that labelled before the stage, not to this one"
         )
@@ -110,8 +162,8 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
                 + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items())
             )
         stream = images(dataset, device, cfg.data.workers)
-        write_maps(folder / name, dataset, stream, make, about | quality, palette=True)
-        logger.info(f"{name}: labels of {len(dataset)} images in {folder / name}")
+        written = write_maps(folder, name, dataset, stream, make, about | quality, palette=True)
+        logger.info(f"{name}: labels of {len(dataset)} images in {written}")
 
 
 @record
@@ -130,37 +182,57 @@ def main(arguments):
     if not paths:
         raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
     to_console()
-    rows, seen = {}, []
+    rows, folders, seen = {}, [], []
     for path in paths:
-        matrices, cfg = evaluate_checkpoint(path, overrides, **own)
+        matrices, folder, own_seen = evaluate_checkpoint(path, overrides, **own)
         rows[str(path)] = {
             name: matrix.as_dict()["summary"]["mIoU"] for name, matrix in matrices.items()
         }
-        seen = list(dict.fromkeys([*seen, *cfg.data.seen]))
-    if len(rows) > 1 or max(map(len, rows.values())) > 1:
+        folders.append(folder)
+        seen = None if seen is None or own_seen is None else [*seen, *own_seen]
+    if any(rows.values()) and (len(rows) > 1 or max(map(len, rows.values())) > 1):
         table = domain_table(rows, seen)
-        logger.info("\n" + table)
+        name = "domains.txt" if len(rows) == 1 else f"domains_{digest(list(rows))}.txt"
+        logger.info(f"\n{table}\nwritten to {folders[0] / name}")
         if distributed.is_main():
-            (paths[0].parent / f"eval_{paths[0].stem}" / "domains.txt").write_text(table + "\n")
+            write(folders[0] / name, table + "\n")
 
 
 def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
-    """One checkpoint on the test sets of its configuration -> ({set: ConfusionMatrix}, configuration)."""
+    """One checkpoint on the test sets of its configuration.
+
+    Returns:
+        {set: ConfusionMatrix}, empty for an export; the folder of the results; names of the sets of the training domain
+        if the checkpoint is one of train_dg.py, None if not.
+    """
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
     specs = present(cfg.data.test) or {"val": cfg.data.val}
     datasets = {name: build("datasets", spec, root=cfg.data.root) for name, spec in specs.items()}
+    where = "data.test." if present(cfg.data.test) else "data."
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:
             raise ConfigError(
-                f"data.test.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
+                f"{where}{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
                 f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
-    folder = path.parent / f"eval_{path.stem}"
+        if not dataset.labels and not export:
+            raise ConfigError(
+                f"{where}{name} has no labels to compare with (labels: false); predict.py labels pictures"
+            )
+    changes = {
+        key: value
+        for key, (_, value) in config.difference(trained_with(saved), cfg).items()
+        if not f"{key}.".startswith(tuple(f"{neutral}." for neutral in NEUTRAL))
+    }
+    folder = path.parent / f"eval_{path.stem}{protocol_name(changes)}"
+    generalises = "stage" not in saved and (cfg.data.seen or present(cfg.dg))
+    seen = list(cfg.data.seen) if generalises else None
     if export:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
-        return {}, cfg
+        return {}, folder, seen
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
+    about["overrides"] = config.plain(changes)
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:
         pairs = checked_pairs(pairs, saved["classes"])
@@ -169,7 +241,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     matrices = report(network, datasets, cfg.eval, device, autocast, folder, about)
     if diagnostics:
         diagnose(network.classifier, matrices, counts, folder, saved["step"], pairs)
-    return matrices, cfg
+    return matrices, folder, seen
 
 
 if __name__ == "__main__":

@@ -33,8 +33,13 @@ method and the mean over pairs.
 Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that was interrupted goes
 on from its last checkpoint. Where `python eval.py runs/<name>/*/seed*/step_*.pt diagnostics=true` has looked at the
 class vectors of the runs, the table shows what it found. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a
-time), `threads` (of each run), `folder` can be set on the command line. A failed run is reported with the end of its
-output, and the others go on.
+time), `threads` (of each run), `folder`, `out` can be set on the command line, and `common+=[...]` adds to a list. A
+failed run is reported with the end of its output, and the others go on.
+
+The grids need their data: most read `data/camvid`, a folder or a link; `common+=[data.root=PATH]` names another one.
+
+The results keep what was measured before: a row and seed without a finished run here stays in the JSON as it is, with
+its commit and command, and in the table. Nothing is written as long as no run is finished here.
 """
 
 import itertools
@@ -48,6 +53,7 @@ import time
 from pathlib import Path
 
 from engine.config import ConfigError, read_yaml
+from engine.files import write
 from engine.process import run
 
 KEYS = (
@@ -88,7 +94,10 @@ def load_grid(path, overrides):
     grid = defaults | read_yaml(Path(path).read_text(), path)
     for text in overrides:
         key, _, value = text.partition("=")
-        grid[key] = read_yaml(value, text)
+        value, more = read_yaml(value, text), key.endswith("+")
+        if more and not (isinstance(grid.get(key[:-1]), list) and isinstance(value, list)):
+            raise ConfigError(f"'{text}' adds to a list, and one of the two is none")
+        grid |= {key[:-1]: grid[key[:-1]] + value} if more else {key: value}
     for key in [k for k in grid if k not in KEYS] + [k for k in KEYS if k not in grid]:
         raise ConfigError(
             f"{path}: {'unknown' if key in grid else 'missing'} key '{key}'; a grid has {', '.join(KEYS)}"
@@ -203,8 +212,8 @@ def ends_of(path, name):
 
 
 def collect(grid):
-    """Finished runs -> {row: {test set: {seed: summary}}} and the facts of every run."""
-    table, runs = {}, []
+    """The facts of every finished run."""
+    runs = []
     for row, seed, folder, command in jobs(grid):
         path = folder / "results.json"
         if not path.exists():
@@ -217,12 +226,26 @@ def collect(grid):
         path = folder / f"eval_step_{result['step']:07d}" / "diagnostics.json"
         if path.exists():
             runs[-1]["diagnostics"] = json.loads(path.read_text())
-        summaries = dict(result["results"])
-        if "unseen_mIoU" in result:  # of train_dg.py: the mean over the domains that were not seen
-            summaries["unseen"] = {"mIoU": result["unseen_mIoU"]}
+    return runs
+
+
+def merged(grid, new, old):
+    """The facts of every run, seed by seed: new ones, and old ones of other rows and seeds."""
+    runs = {(facts["row"], facts["seed"]): facts for facts in [*old, *new]}
+    order = [*grid["rows"], *dict.fromkeys(row for row, _ in runs)]
+    return sorted(runs.values(), key=lambda facts: (facts["seed"], order.index(facts["row"])))
+
+
+def summaries_of(runs):
+    """The facts of every run -> {row: {test set: {seed: summary}}}."""
+    table = {}
+    for facts in runs:
+        summaries = dict(facts["results"])
+        if "unseen_mIoU" in facts:  # of train_dg.py: the mean over the domains that were not seen
+            summaries["unseen"] = {"mIoU": facts["unseen_mIoU"]}
         for name, summary in summaries.items():
-            table.setdefault(row, {}).setdefault(name, {})[seed] = summary
-    return table, runs
+            table.setdefault(facts["row"], {}).setdefault(name, {})[facts["seed"]] = summary
+    return table
 
 
 def per_class(grid, runs):
@@ -310,8 +333,12 @@ def diagnosed(grid, runs):
     ]
 
 
-def markdown(grid, table, runs):
+def markdown(grid, runs):
     """One line per row, one column per test set: mean and standard deviation over seeds."""
+    runs = [facts for facts in runs if facts["row"] in grid["rows"]]
+    if not runs:
+        return "no run is finished\n"
+    table = summaries_of(runs)
     sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
     metric = grid["metric"]
     heads = [*(f"{name} {metric}" for name in sets), *grid["scalars"]]
@@ -324,7 +351,11 @@ def markdown(grid, table, runs):
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
         for name in grid["scalars"]:
-            ends = [facts["scalars"][name] for facts in runs if facts["row"] == row]
+            ends = [
+                facts["scalars"][name]
+                for facts in runs
+                if facts["row"] == row and name in facts.get("scalars", {})
+            ]
             cells.append(
                 " to ".join(f"{statistics.mean(values):.3g}" for values in zip(*ends))
                 or "not yet run"
@@ -337,7 +368,7 @@ def markdown(grid, table, runs):
     def distinct(key):
         return ", ".join(sorted({str(r[key]) for r in runs})) or "-"
 
-    minutes = sorted(r["seconds"] / 60 for r in runs) or [0]
+    minutes = sorted(r["seconds"] / 60 for r in runs)
     lines += [
         "",
         f"Command: `python -m benchmarks.reproduce {grid['file']}`. Commit {distinct('commit')}; {distinct('device')}; "
@@ -349,19 +380,26 @@ def markdown(grid, table, runs):
 
 def main(arguments):
     only_table = "table" in arguments
-    grid = load_grid(arguments[0], [a for a in arguments[1:] if a != "table"]) | {
-        "file": arguments[0]
-    }
+    settings = [argument for argument in arguments[1:] if argument != "table"]
+    told = [
+        text for text in settings if not text.startswith(("runs=", "threads=", "folder=", "out="))
+    ]
+    grid = load_grid(arguments[0], settings) | {"file": " ".join([arguments[0], *told])}
     todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
     after = {row: spec["after"] for row, spec in grid["rows"].items() if "after" in spec}
     codes = {} if only_table else execute(todo, grid["runs"], grid["threads"], after)
-    table, runs = collect(grid)
-    text = markdown(grid, table, runs)
-    out = Path(grid["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{grid['name']}.md").write_text(text)
-    (out / f"{grid['name']}.json").write_text(json.dumps({"grid": grid, "runs": runs}, indent=1))
-    print(f"\n{text}\nwritten to {out / grid['name']}.md and .json")
+    new, path = collect(grid), Path(grid["out"]) / f"{grid['name']}.json"
+    old = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = merged(grid, new, old)
+    text = markdown(grid, runs)
+    print(f"\n{text}")
+    if new:
+        write(path.with_suffix(".md"), text)
+        write(path, json.dumps({"grid": grid, "runs": runs}, indent=1))
+        kept = len(runs) - len(new)
+        print(f"written to {path} and .md{f', {kept} earlier runs kept' if kept else ''}")
+    else:
+        print(f"no run of this grid is finished in {grid['folder']}/: nothing was written")
     if any(codes.values()):
         sys.exit(
             f"{sum(map(bool, codes.values()))} of {len(codes)} runs failed; start again to go on with them"

@@ -29,6 +29,25 @@ class DataError(UserError):
     """Data that cannot be used as it is; the message names the file and what to do."""
 
 
+def files_below(folder, suffixes):
+    """Sorted paths of the files below a folder whose suffix, in any case, is one of these, such as ".png".
+
+    Hidden files and folders are left out. Links to folders are followed, but for those back to a folder on the way.
+    """
+    found, todo = [], [(Path(folder), ())]
+    while todo:
+        here, way = todo.pop()
+        way = (*way, here.resolve())
+        for path in here.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                todo += [(path, way)] if path.resolve() not in way else []
+            elif path.suffix.lower() in suffixes:
+                found.append(path)
+    return sorted(found)
+
+
 def read_pixels(path, kind, mode=None):
     """Image file -> array, converted to a mode of Pillow or as it is; `kind` is what an error calls the file.
 

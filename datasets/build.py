@@ -41,7 +41,11 @@ def build_data(cfg):
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
     val, monitor = (build_any("datasets", cfg.data[name], **context) for name in ("val", "monitor"))
-    test = {name: build("datasets", s, **context) for name, s in present(cfg.data.test).items()}
+    # A test set that is the validation set is the same object: it needs no second evaluation.
+    test = {
+        name: val if spec == cfg.data.val else build("datasets", spec, **context)
+        for name, spec in present(cfg.data.test).items()
+    }
     target, spec = None, cfg.data.target
     if isinstance(spec, list) or spec["name"] != "none":
         augment = build_any("datasets", cfg.data.target_augment) or build(

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import distributed, pictures
 from engine.errors import UserError
+from engine.files import write, write_picture
 from engine.report import similarity
 
 logger = logging.getLogger("engine")
@@ -177,12 +178,9 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     logger.info("\n".join(["", *lines]))
     if not distributed.is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "diagnostics.json").write_text(
-        json.dumps(content | {"pixels": counts.tolist()}, indent=1)
-    )
+    write(folder / "diagnostics.json", json.dumps(content | {"pixels": counts.tolist()}, indent=1))
     for name, picture in shown.items():
-        Image.fromarray(picture).save(folder / f"{name}.png")
+        write_picture(folder / f"{name}.png", picture)
     if any(folder.parent.glob("events.out.tfevents.*")):
         with SummaryWriter(str(folder)) as writer:
             for name, picture in shown.items():

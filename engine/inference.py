@@ -7,7 +7,17 @@ from tqdm import tqdm
 from engine import distributed
 from engine.errors import UserError
 from engine.metrics import ConfusionMatrix
+from engine.process import signals
 from engine.statistics import resize_logits
+
+
+class NonFiniteScores(UserError):
+    """A network whose scores are NaN or infinite: what it says of a picture means nothing."""
+
+    def __init__(self, what):
+        super().__init__(
+            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with precision=fp16 try bf16"
+        )
 
 
 def _window_logits(network, image, options):
@@ -81,9 +91,14 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         network: Segmentor (not DDP); put into eval mode here and back into its mode afterwards.
         dataset: labelled data set without augmentation.
         autocast: context of the forward pass.
+    Returns:
+        ConfusionMatrix of all processes; None if a signal has cut it short.
+    Raises:
+        NonFiniteScores: on every process, after the last image.
     """
     mode = network.training
     network.eval()
+    broken = torch.zeros((), dtype=torch.int64, device=device)  # images; a GPU does not wait for it
     matrix = ConfusionMatrix(dataset.CLASSES, options.subsets, device, dataset.SCORED)
     indices = range(distributed.rank(), len(dataset), distributed.world_size())
     for index in tqdm(
@@ -94,6 +109,13 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         label = sample["label"].to(device)
         with autocast:
             scores = predict(network, image, options, label.shape[-2:])
+        if signals.received:  # the run that validates its network stops here, on all processes
+            break
+        broken += ~scores.isfinite().all()
         matrix.update(scores.argmax(1)[0], label.long())
     network.train(mode)
+    if signals.requested():
+        return None
+    if broken := int(distributed.all_reduce(broken)):
+        raise NonFiniteScores(f"{title or 'data set'}, {broken} of {len(dataset)} images")
     return matrix.all_reduce()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.errors import UserError
+from engine.files import write
 
 logger = logging.getLogger("engine")
 logging.raiseExceptions = False  # a full disk is said once, by `Log`, not by every line of log.txt
@@ -154,7 +155,7 @@ class Log:
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
         path = self.folder / "scalars.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
+        write(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
         self.scalars_file = open(path, "a")  # noqa: SIM115
 
     def scalars(self, values, step):
@@ -214,13 +215,6 @@ def _step(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def write_text(path, text):
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def peak_memory(device):

@@ -23,9 +23,11 @@ from tqdm import tqdm
 from engine import distributed
 from engine.build import build
 from engine.errors import UserError
+from engine.files import inside, replacing, write
 
 logger = logging.getLogger("engine")
 KINDS = ("source", "target")
+SETTINGS = "settings.json"
 
 
 def images(dataset, device, workers=0, count=None):
@@ -100,8 +102,9 @@ class Preparation:
             palette: the maps hold class ids, 255 = none, and get the colours of the data set.
         """
         kind = "source" if dataset is self.source else "target"
-        folder = self.folder / kind / name
-        write_maps(folder, dataset, self.images(dataset), make, settings, palette)
+        folder = write_maps(
+            self.folder / kind, name, dataset, self.images(dataset), make, settings, palette
+        )
         self.training[kind].extra[name] = folder
         logger.info(f"{name}: maps of {len(dataset)} {kind} images in {folder}")
 
@@ -113,7 +116,7 @@ class Preparation:
         """Give the training sets the maps that an interrupted run has stored."""
         for item in names:
             kind, name = item.split("/")
-            if not (self.folder / item / "settings.json").is_file():
+            if not (self.folder / item / SETTINGS).is_file():
                 raise UserError(
                     f"the maps {self.folder / item} of the interrupted stage are gone, and the network they were made "
                     "with is not that of the checkpoint: remove the checkpoints of this stage to start it again"
@@ -122,24 +125,40 @@ class Preparation:
 
 
 @torch.no_grad()
-def write_maps(folder, dataset, images, make, settings, palette=False):
-    """PNGs of the maps that `make` returns for this process's `images`, and settings.json; see `Preparation.store`."""
+def write_maps(root, name, dataset, images, make, settings, palette=False):
+    """PNGs of the maps that `make` returns for this process's `images`, and settings.json; see `Preparation.store`.
+
+    Returns:
+        Path of their folder, `<root>/<name>`. Maps that are there already are replaced.
+    Raises:
+        UserError: the name leads out of `root`, or the folder holds something else than maps.
+    """
+    folder = inside(root, name)
     partial = folder.with_name(f"{folder.name}.partial")
     if distributed.is_main():
         for old in (folder, partial):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
+            if not os.path.lexists(old):
+                continue
+            ours = old.is_dir() and not old.is_symlink()
+            if not ours or (any(old.iterdir()) and not (old / SETTINGS).is_file()):
+                raise UserError(
+                    f"{old} holds no maps (there is no {SETTINGS} in it) and is not replaced: move it away"
+                )
+            shutil.rmtree(old)
+        content = {"images": len(dataset), "classes": list(dataset.CLASSES), **settings}
+        write(
+            partial / SETTINGS, json.dumps(content, indent=1)
+        )  # first: it says whose folder this is
     distributed.barrier()
     for index, image, label in images:
-        path = partial / f"{dataset.stem(index)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_map(path, make(index, image, label), dataset.PALETTE if palette else None)
+        values = make(index, image, label)
+        with replacing(partial / f"{dataset.stem(index)}.png") as path:
+            save_map(path, values, dataset.PALETTE if palette else None)
     distributed.barrier()
     if distributed.is_main():
-        content = {"images": len(dataset), "classes": list(dataset.CLASSES), **settings}
-        (partial / "settings.json").write_text(json.dumps(content, indent=1))
         os.replace(partial, folder)
     distributed.barrier()
+    return folder
 
 
 def save_map(path, values, palette=None):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from engine import distributed, pictures
 from engine.errors import UserError
-from engine.inference import evaluate, predict
+from engine.files import inside, replacing, write, write_picture
+from engine.inference import NonFiniteScores, evaluate, predict
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
 from engine.statistics import IGNORE, resize_logits
@@ -99,7 +99,7 @@ def drawn(dataset, options):
     )
 
 
-def report(network, datasets, options, device, autocast, folder, about):
+def report(network, datasets, options, device, autocast, folder, about, known=None):
     """Evaluate and write.
 
     Args:
@@ -108,19 +108,26 @@ def report(network, datasets, options, device, autocast, folder, about):
         options: the `eval` section.
         folder: where the files go.
         about: dict of facts that are written with the numbers (checkpoint, step, commit ...).
+        known: {data set: ConfusionMatrix} of this network, of sets that need no second evaluation.
     Returns:
         {name: ConfusionMatrix}, the same on every process.
+    Raises:
+        UserError: scores that are not finite, the name of a set that leads out of the folder, a full disk.
     """
     folder, matrices = Path(folder), {}
+    for name in datasets:
+        inside(folder, name)
     for name, dataset in datasets.items():
-        matrix = matrices[name] = evaluate(network, dataset, options, device, autocast, title=name)
+        matrix = (known or {}).get(dataset) or evaluate(
+            network, dataset, options, device, autocast, title=name
+        )
+        matrices[name] = matrix
         protocol = describe(options)
         logger.info(
             f"\n{name}: {len(dataset)} images, {protocol}, {options.weights}\n{matrix.table()}"
         )
         if not distributed.is_main():
             continue
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "dataset": name,
             "images": len(dataset),
@@ -128,26 +135,46 @@ def report(network, datasets, options, device, autocast, folder, about):
             "weights": options.weights,
             **about,
         }
-        (folder / f"{name}.json").write_text(json.dumps(content | matrix.as_dict(), indent=1))
-        with open(folder / f"{name}.csv", "w", newline="") as file:
+        write_result(folder / f"{name}.json", content | matrix.as_dict())
+        with replacing(folder / f"{name}.csv") as path, open(path, "w", newline="") as file:
             columns = matrix.per_class()
             writer = csv.writer(file)
             writer.writerow(["class", *columns])
             for i, row in enumerate(zip(*(values.tolist() for values in columns.values()))):
                 writer.writerow([matrix.classes[i], *(f"{100 * value:.2f}" for value in row)])
         picture = confusion_picture(matrix, f"{name}: rows truth, columns prediction")
-        Image.fromarray(picture).save(folder / f"{name}_confusion.png")
+        write_picture(folder / f"{name}_confusion.png", picture)
         for index in drawn(dataset, options):
-            Image.fromarray(draw(network, dataset, index, options, device, autocast)).save(
-                folder / f"{name}_{index:04d}.png"
-            )
+            picture = draw(network, dataset, index, options, device, autocast)
+            write_picture(folder / f"{name}_{index:04d}.png", picture)
     return matrices
 
 
+def write_result(path, content):
+    """Write a result as JSON. One that differs from the file in nothing but the command leaves the file alone."""
+
+    def lines(text):
+        return [line for line in text.splitlines() if not line.startswith(' "command": ')]
+
+    text = json.dumps(content, indent=1)
+    if not path.is_file() or lines(text) != lines(path.read_text("utf-8")):
+        write(path, text)
+
+
 def validate(network, dataset, options, autocast, run):
-    """Evaluate during training and log the table -> mIoU, which chooses best.pt."""
+    """Evaluate during training and log the table -> mIoU, which chooses best.pt.
+
+    nan where scores are not finite, None where a signal cut it short.
+    """
     log, step = run.writer, run.offset + run.done
-    matrix = evaluate(network, dataset, options, run.device, autocast, title="val")
+    try:
+        matrix = evaluate(network, dataset, options, run.device, autocast, title="val")
+    except NonFiniteScores as error:
+        logger.warning(f"step {step}: {error}")
+        return float("nan")
+    if matrix is None:
+        return None
+    run.known = {dataset: matrix}  # a test set that is this one needs no second evaluation
     score = matrix.summary()
     ious = zip(matrix.classes, matrix.per_class()["IoU"].tolist())
     per_class = {f"val/IoU_{name}": 100 * iou for name, iou in ious if iou == iou}
@@ -159,23 +186,38 @@ def validate(network, dataset, options, autocast, run):
     return score["mIoU"]
 
 
-def domain_table(rows, seen=()):
-    """{run: {test set: mIoU}} -> text: rows runs, columns domains, and the mean of those that were not `seen`."""
+def domain_table(rows, seen=None):
+    """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a domain is missing.
+
+    `seen`, of runs of train_dg.py: names of the sets of the training domain; the mean, called unseen, is over the
+    others. None, of other runs: the mean is over all sets.
+    """
     domains = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    unseen = [name for name in domains if name not in seen]
-    heads = [f"{name}*" if name in seen else name for name in domains] + ["unseen"]
+    title = "mean" if seen is None else "unseen"
+    averaged = [name for name in domains if name not in (seen or ())]
+    heads = [f"{name}*" if name not in averaged else name for name in domains] + [title]
     width, cell = max(map(len, ["mIoU", *rows])), max(7, *map(len, heads))
     lines = [f"{'mIoU':<{width}} " + " ".join(f"{head:>{cell}}" for head in heads)]
     for run, scores in rows.items():
         values = [scores.get(name) for name in domains]
-        known = [scores[name] for name in unseen if scores.get(name) is not None]
-        values.append(sum(known) / len(known) if known and len(known) == len(unseen) else None)
+        known = [scores[name] for name in averaged if scores.get(name) is not None]
+        values.append(sum(known) / len(known) if known and len(known) == len(averaged) else None)
         cells = (
             f"{value:>{cell}.2f}" if value is not None else f"{'-':>{cell}}" for value in values
         )
         lines.append(f"{run:<{width}} " + " ".join(cells))
-    note = f"unseen: mean of {', '.join(unseen)}" + (";  * of the training domain" if seen else "")
-    return "\n".join([*lines, note])
+    if seen is not None:
+        lines.append(f"unseen: mean of {', '.join(averaged) or 'none'}")
+        lines[-1] += ";  * of the training domain" if seen else ""
+    return "\n".join(lines)
+
+
+def run_title(folder):
+    """runs/toy/dg_ppar/seed0 -> "toy/dg_ppar seed0", another folder as it is."""
+    parts = Path(folder).parts
+    if len(parts) < 3 or parts[0] != "runs":
+        return str(folder)
+    return f"{'/'.join(parts[1:-1])} {parts[-1]}"
 
 
 def selected_on_target(cfg, val_set, test_sets):
@@ -223,7 +265,9 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     """
     device, folder = run.device, run.folder
     about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
-    matrices = report(network, datasets, options, device, autocast, folder / "eval", about)
+    matrices = report(
+        network, datasets, options, device, autocast, folder / "eval", about, run.known
+    )
     results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
     results["IoU"] = {
         name: dict(zip(matrix.classes, matrix.as_dict()["IoU"]))
@@ -241,10 +285,10 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     if seen is not None and unseen:
         results |= {"seen": list(seen), "unseen_mIoU": sum(unseen) / len(unseen)}
     if distributed.is_main():
-        (folder / "results.json").write_text(json.dumps(about | results, indent=1))
+        write(folder / "results.json", json.dumps(about | results, indent=1))
     logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
     if "seen" in results:
-        logger.info("\n" + domain_table({folder.name: scores}, seen))
+        logger.info("\n" + domain_table({run_title(folder): scores}, seen))
 
 
 def compare(before, after, matrices, datasets, options, device, autocast, folder):
@@ -260,14 +304,17 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
         for name, data in datasets.items()
     }
     for name, dataset in datasets.items():
-        columns = []
-        for matrix in (old[name], matrices[name]):
-            columns.append([*(100 * matrix.per_class()["IoU"]).tolist(), matrix.summary()["mIoU"]])
-        names = [*dataset.CLASSES, "mIoU"]
-        width = max(map(len, names))
+        ious = [100 * matrix.per_class()["IoU"] for matrix in (old[name], matrices[name])]
+        both = ious[0].isfinite() & ious[1].isfinite()
+        alike = all(torch.equal(both, values.isfinite()) for values in ious)
+        title = "mIoU" if alike else f"mIoU of the {int(both.sum())} classes that both have"
+        width = max(map(len, [*dataset.CLASSES, title]))
         rows = [
-            f"{title:<{width}} {a:>8.2f} {b:>8.2f} {b - a:>+8.2f}"
-            for title, a, b in zip(names, *columns)
+            f"{text:<{width}} {_number(a):>8} {_number(b):>8} {_number(b - a, '+'):>8}"
+            for text, a, b in zip(
+                [*dataset.CLASSES, title],
+                *(torch.cat([values, values[both].mean()[None]]).tolist() for values in ious),
+            )
         ]
         head = f"{'IoU':<{width}} {'before':>8} {'after':>8} {'change':>8}"
         logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
@@ -284,8 +331,13 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
                     pictures.side_by_side(sample["image"] / 255, dataset.PALETTE, **shown)
                 )
             strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
-            Image.fromarray(pictures.stack(strips)).save(folder / f"{name}_before_after.png")
+            write_picture(folder / f"{name}_before_after.png", pictures.stack(strips))
     return old
+
+
+def _number(value, sign=""):
+    """A number for a table, "-" for nan."""
+    return f"{value:{sign}.2f}" if value == value else "-"
 
 
 @torch.no_grad()
@@ -331,13 +383,12 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
 
 def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
-    device, log = run.device, run.writer
-    matrix, truth = pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast)
-    values = label_scalars(matrix, truth)
-    log.scalars(values, step)
-    logger.info(
-        f"pseudo labels: {values.get('pseudo/share', 0):.1f} % labelled, {values.get('pseudo/accuracy', 0):.1f} % right"
-    )
+    where = dataset, run.device, autocast
+    values = label_scalars(*pseudo_label_quality(network, labeler, prototypes, *where))
+    run.writer.scalars(values, step)
+    share, right = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
+    share, right = ("-" if value is None else f"{value:.1f} %" for value in (share, right))
+    logger.info(f"pseudo labels: {share} labelled, {right} right")
 
 
 def label_scalars(matrix, truth):

@@ -37,6 +37,7 @@ class Run:
         resumed: the current stage goes on from it.
         done, iters: steps of the current stage that are done, and that it has.
         stopped: a signal was received, or the console is gone: the script leaves.
+        known: {data set: ConfusionMatrix} of the last validation.
         pending: the last step is still to be validated; a signal came before.
         about: facts for the results of the run.
     """
@@ -50,6 +51,7 @@ class Run:
         self.path, self.saved = checkpoint.find(cfg)
         self.spent, self.began = self.saved["seconds"] if self.saved else 0.0, time.monotonic()
         self.resumed = self.stopped = self.pending = False
+        self.known = {}
 
     def open(self, total, **datasets):
         """Make the run folder, or compare it with the run that goes on in it.

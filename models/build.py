@@ -75,6 +75,12 @@ def initial_network(cfg, classes, previous):
     return network
 
 
+def trained_with(saved):
+    """The configuration of a checkpoint's stage, with every key."""
+    cfg = override(saved["config"], [])
+    return stages(cfg)[saved["stage"]] if "stage" in saved else cfg
+
+
 def restore(path, overrides=()):
     """A checkpoint's network.
 
@@ -82,9 +88,9 @@ def restore(path, overrides=()):
         (network in eval mode, the configuration of its stage with the overrides, the checkpoint).
     """
     saved = checkpoint.load(path)
-    cfg = override(saved["config"], [])
-    # A key that the stage itself sets is overridden too, so the overrides come last.
-    cfg = override(stages(cfg)[saved["stage"]] if "stage" in saved else cfg, overrides)
+    cfg = override(
+        trained_with(saved), overrides
+    )  # last: a key that the stage sets is overridden too
     network = build_segmentor(cfg.model, saved["classes"], pretrained=False)
     state = saved["model"]
     if cfg.eval.weights == "teacher":

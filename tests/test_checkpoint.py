@@ -37,6 +37,15 @@ def network():
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1, bias=False))
 
 
+def test_the_first_value_that_is_not_finite_is_named():
+    state = network().state_dict() | {"updates": 3}
+    assert checkpoint.first_nonfinite(state) is None
+    for value in (float("nan"), float("inf")):
+        broken = state | {name: state[name].clone() for name in ("1.running_mean", "2.weight")}
+        broken["1.running_mean"][1] = broken["2.weight"][0, 0] = value
+        assert checkpoint.first_nonfinite(broken) == "1.running_mean"
+
+
 def other_weights():
     """A state dict for `network` in which every value differs from the initial one."""
     return {key: torch.full_like(value, 7) for key, value in network().state_dict().items()}

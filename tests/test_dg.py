@@ -236,7 +236,7 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
         )
     paths = [str(checkpoint.list_steps(tmp_path / str(seed))[0]) for seed in (0, 1)]
     evaluation.main([*paths, "eval.pictures=0"])
-    table = next(tmp_path.glob("0/eval_step_*/domains.txt")).read_text()
+    table = next(tmp_path.glob("0/eval_step_*/domains_*.txt")).read_text()
     for seed in (0, 1):
         results = json.loads((tmp_path / str(seed) / "results.json").read_text())
         line = table.splitlines()[1 + seed].split()

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import predict
 import train_supervised
 import train_uda
 from benchmarks import reproduce
@@ -34,8 +35,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def result(folder, name="toy", checkpoint_name="best"):
-    return json.loads((folder / f"eval_{checkpoint_name}" / f"{name}.json").read_text())
+def result(folder, name="toy", of="best"):
+    return json.loads((folder / f"eval_{of}" / f"{name}.json").read_text())
 
 
 def test_a_run_folder_holds_what_the_readme_promises(trained):
@@ -59,41 +60,153 @@ def test_a_run_folder_holds_what_the_readme_promises(trained):
 def test_eval_repeats_the_number_that_training_reported(trained):
     evaluation.main([str(trained / "step_0000002.pt")])
     reported = json.loads((trained / "eval" / "toy.json").read_text())
-    assert result(trained, checkpoint_name="step_0000002")["matrix"] == reported["matrix"]
+    assert result(trained, of="step_0000002")["matrix"] == reported["matrix"]
+
+
+NIGHT = "data.test.night={name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}"
 
 
 def test_eval_writes_tables_and_pictures_for_several_data_sets(trained, capsys):
-    night = "data.test.night={name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}"
-    evaluation.main([str(trained / "best.pt"), night])
+    evaluation.main([str(trained / "best.pt"), NIGHT])
     output = capsys.readouterr().out
     assert (
         "toy: 3 images, whole image, student" in output
         and "night: 2 images" in output
         and "Bicyclist" in output
     )
+    (folder,) = trained.glob("eval_best_data-*")
     for name in ("toy", "night"):
-        content = result(trained, name)
-        rows = list(csv.reader((trained / "eval_best" / f"{name}.csv").open()))
+        content = json.loads((folder / f"{name}.json").read_text())
+        rows = list(csv.reader((folder / f"{name}.csv").open()))
         assert rows[0] == ["class", "IoU", "Acc", "F1"] and len(rows) == 12
         assert sum(map(sum, content["matrix"])) == content["images"] * 48 * 64
-        assert Image.open(trained / "eval_best" / f"{name}_confusion.png").size[0] > 200
-        assert (trained / "eval_best" / f"{name}_0000.png").exists()
+        assert content["overrides"]["data.test.night"]["domain"] == "night"
+        assert Image.open(folder / f"{name}_confusion.png").size[0] > 200
+        assert (folder / f"{name}_0000.png").exists()
 
 
-def test_eval_options_change_the_protocol_and_say_so(trained, capsys):
-    path = str(trained / "best.pt")
-    evaluation.main([path, "eval.mode=slide", "eval.crop=[32, 32]", "eval.stride=[16, 24]"])
-    slide = result(trained)
-    evaluation.main([path, "eval.scales=[0.75, 1.0]", "eval.flip=true"])
-    several = result(trained)
-    evaluation.main([path, "eval.weights=teacher"])
-    teacher = result(trained)
-    assert (
-        slide["protocol"] == "sliding [32, 32] / [16, 24]"
-        and several["protocol"] == "whole image, scales [0.75, 1.0], flip"
-    )
-    assert teacher["weights"] == "teacher"
-    assert len({json.dumps(r["matrix"]) for r in (slide, several, teacher)}) == 3
+def test_each_protocol_has_a_folder_of_its_own_and_says_so(trained):
+    path = str(trained / "step_0000002.pt")
+    slide = ["eval.mode=slide", "eval.crop=[32, 32]", "eval.stride=[16, 24]"]
+    protocols = {
+        "": [],
+        "_crop32-32_slide_stride16-24": slide,
+        "_flip_scales0.75-1": ["eval.scales=[0.75, 1.0]", "eval.flip=true"],
+        "_teacher": ["eval.weights=teacher"],
+    }
+    results = {}
+    for name, overrides in protocols.items():
+        evaluation.main([path, *overrides, "eval.pictures=0", "data.workers=1"])
+        results[name] = result(trained, of=f"step_0000002{name}")
+    told = [
+        (each["protocol"], each["weights"], len(each["overrides"])) for each in results.values()
+    ]
+    assert told == [
+        ("whole image", "student", 0),
+        ("sliding [32, 32] / [16, 24]", "student", 3),
+        ("whole image, scales [0.75, 1.0], flip", "student", 2),
+        ("whole image", "teacher", 1),
+    ]
+    assert len({json.dumps(each["matrix"]) for each in results.values()}) == 4
+    for name, before in results.items():  # after all of them, and in another order
+        assert result(trained, of=f"step_0000002{name}") == before
+    evaluation.main([path, *slide[::-1], "eval.pictures=0"])
+    assert len([*trained.glob("eval_step_0000002*")]) == 4
+
+
+def test_diagnostics_add_files_and_leave_the_result_alone(trained, monkeypatch):
+    folder, arguments = trained / "eval_step_0000001", [str(trained / "step_0000001.pt")]
+    cache = f"data.cache={trained}/cache"
+    for more in ([], ["diagnostics=true", cache]):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *arguments, *more])
+        before = (folder / "toy.json").read_bytes() if more else None
+        evaluation.main([*arguments, *more])
+    assert (folder / "toy.json").read_bytes() == before and (folder / "diagnostics.json").exists()
+    changed = before.replace(b'"images": 3', b'"images": 4')
+    (folder / "toy.json").write_bytes(changed)
+    evaluation.main(arguments)  # another number is written
+    assert result(trained, of="step_0000001")["images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, ""),
+        ({"eval.flip": True, "eval.scales": [0.75, 1, 1.25]}, "_flip_scales0.75-1-1.25"),
+        ({"eval.flip": False}, "_no-flip"),
+        ({"eval.short_side": 720, "precision": "bf16"}, "_short_side720_bf16"),
+        ({"eval.mode": "../../x y"}, "_..-..-x-y"),
+        ({"data.root": "/data", "data.test.a": {"name": "b.B"}}, "_data-[0-9a-f]{8}"),
+        ({"eval.subsets.mine": ["Car"], "eval.flip": True}, "_flip_eval-[0-9a-f]{8}"),
+        ({"eval.scales": [1 + i / 100 for i in range(40)]}, "_[0-9a-f]{8}"),
+    ],
+)
+def test_the_name_of_a_protocol_is_short_and_legal(changes, name):
+    assert re.fullmatch(name, evaluation.protocol_name(changes))
+    moved = {key: [0.5] if key == "eval.scales" else f"{value}2" for key, value in changes.items()}
+    assert not changes or evaluation.protocol_name(moved) != evaluation.protocol_name(changes)
+
+
+def test_a_table_over_sets_calls_nothing_unseen_that_was_trained_on(trained, adapted, capsys):
+    for path in (trained / "best.pt", adapted / "step_0000004.pt"):
+        evaluation.main([str(path), NIGHT, "eval.pictures=0"])
+        table = next(path.parent.glob(f"eval_{path.stem}_*/domains.txt")).read_text().splitlines()
+        assert [line.split()[1:] for line in table[:1]] == [["toy", "night", "mean"]]
+        first, second, mean = map(float, table[1].split()[1:])
+        assert len(table) == 2 and mean == pytest.approx((first + second) / 2, abs=0.011)
+    assert "unseen" not in capsys.readouterr().out
+
+
+def test_tables_of_other_checkpoints_do_not_overwrite_each_other(trained):
+    paths = [str(trained / f"step_000000{step}.pt") for step in (1, 2)]
+    for those in (paths, [*paths, str(trained / "best.pt")]):
+        evaluation.main([*those, "eval.pictures=0"])
+    tables = sorted(map(len, (t.read_text().splitlines() for t in trained.rglob("domains_*.txt"))))
+    assert tables == [3, 4]
+
+
+def test_a_set_without_labels_is_not_scored(trained):
+    spec = NIGHT.replace("{", "{labels: false, ")
+    with pytest.raises(UserError, match=r"data\.test\.night"):
+        evaluation.main([str(trained / "best.pt"), spec])
+
+
+def edited(trained, path, **changes):
+    """A copy of the checkpoint with other entries."""
+    torch.save(checkpoint.load(trained / "best.pt") | changes, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "parent"])
+@pytest.mark.parametrize("more", [(), ("export=pseudo_labels",)], ids=["report", "export"])
+def test_a_strangers_checkpoint_neither_deletes_nor_writes_outside(trained, tmp_path, kind, more):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("mine")
+    cfg = checkpoint.load(trained / "best.pt")["config"]
+    name = str(victim) if kind == "absolute" else "../../../victim"
+    cfg["data"]["test"] = {name: cfg["data"]["test"]["toy"]}
+    cfg["uda"]["labelers"] = [{"name": "self_training.StoredConfidence", "threshold": 0.0}]
+    (tmp_path / "shared").mkdir()
+    path = edited(trained, tmp_path / "shared" / "x.pt", config=cfg)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="name"):
+        evaluation.main([path, *more])
+    assert sorted(tmp_path.rglob("*")) == before and (victim / "thesis.txt").read_text() == "mine"
+
+
+def test_weights_and_scores_that_are_not_finite_are_no_result(trained, tmp_path):
+    model = checkpoint.load(trained / "best.pt")["model"]
+    name = next(key for key in model if key.startswith("decoder") and key.endswith("weight"))
+    for value, message in (
+        (float("nan"), f"weights {name} are not finite"),
+        (3e38, "3 of 3 images"),
+    ):
+        model[name] = torch.full_like(model[name], value)
+        path = edited(trained, tmp_path / "broken.pt", model=model)
+        with pytest.raises(UserError, match=message):
+            evaluation.main([path])
+    assert not [*tmp_path.rglob("*.json")]
 
 
 def test_eval_of_a_checkpoint_with_other_classes_names_both_numbers(trained, tmp_path):
@@ -134,30 +247,6 @@ def test_eval_needs_a_teacher_to_report_one(trained, tmp_path):
         evaluation.main([str(tmp_path / "plain.pt"), "eval.weights=teacher"])
 
 
-def test_predict_labels_a_folder_of_pictures_of_any_kind(trained, tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "in" / "city").mkdir(parents=True)
-    Image.fromarray(rng.integers(0, 255, (40, 57, 3), dtype=np.uint8)).save(
-        tmp_path / "in" / "a.jpg"
-    )
-    Image.fromarray(rng.integers(0, 255, (33, 48), dtype=np.uint8)).save(
-        tmp_path / "in" / "city" / "grey.png"
-    )
-    predict.main([str(trained / "best.pt"), str(tmp_path / "in"), str(tmp_path / "out")])
-    for name, size in (("a.png", (57, 40)), ("city/grey.png", (48, 33))):
-        ids = Image.open(tmp_path / "out" / "ids" / name)
-        colors = Image.open(tmp_path / "out" / "colors" / name)
-        assert ids.mode == "L" and ids.size == size and np.array(ids).max() < 11
-        assert colors.mode == "P" and np.array_equal(np.array(colors), np.array(ids))
-        assert colors.getpalette()[:3] == list(checkpoint.load(trained / "best.pt")["palette"][0])
-        assert Image.open(tmp_path / "out" / "overlays" / name).size == size
-
-
-def test_predict_on_a_folder_without_pictures_says_so(trained, tmp_path):
-    with pytest.raises(UserError, match="there are no pictures"):
-        predict.main([str(trained / "best.pt"), str(tmp_path), str(tmp_path / "out")])
-
-
 # --- domain adaptation ---------------------------------------------------------------------------------------------
 
 
@@ -184,12 +273,10 @@ def test_an_adaptation_ends_with_before_and_after(adapted):
     log = (adapted / "log.txt").read_text()
     assert "toy: before and after adaptation" in log and "before    after   change" in log
     evaluation.main([str(adapted / "stage_source.pt")])
-    assert result(adapted, checkpoint_name="stage_source")["summary"] == results["before"]["toy"]
+    assert result(adapted, of="stage_source")["summary"] == results["before"]["toy"]
     evaluation.main([str(adapted / "step_0000004.pt")])
-    assert result(adapted, checkpoint_name="step_0000004")["summary"] == results["results"]["toy"]
-    assert (
-        results["IoU"]["toy"]["Road"] == result(adapted, checkpoint_name="step_0000004")["IoU"][3]
-    )
+    assert result(adapted, of="step_0000004")["summary"] == results["results"]["toy"]
+    assert results["IoU"]["toy"]["Road"] == result(adapted, of="step_0000004")["IoU"][3]
     width, height = Image.open(adapted / "eval" / "toy_before_after.png").size
     assert width > 4 * 200 and height > 192
 
@@ -234,7 +321,7 @@ def test_pseudo_labels_are_exported_with_their_settings(adapted):
 def test_any_checkpoint_exports_with_a_labeler_without_state(trained):
     labeler = "uda.labelers=[{name: self_training.StoredConfidence, threshold: 0.0}]"
     evaluation.main([str(trained / "best.pt"), "export=pseudo_labels", labeler])
-    folder = trained / "eval_best" / "pseudo_labels" / "toy"
+    folder = next(trained.glob("eval_best_uda-*")) / "pseudo_labels" / "toy"
     assert json.loads((folder / "settings.json").read_text())["pseudo/share"] == 100.0
     with pytest.raises(UserError, match=r"no labeler: set uda\.labelers="):
         evaluation.main([str(trained / "best.pt"), "export=pseudo_labels"])
@@ -266,7 +353,7 @@ rows:
 """
 
 
-def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
+def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
     grid = tmp_path / "small.yaml"
     grid.write_text(GRID.format(tiny=TINY))
     options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "runs=2", "threads=1"]
@@ -319,8 +406,11 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch):
     assert [(row, seed) for row, seed, _, _ in todo] == [("once", 1)] and "resume=auto" in todo[0][
         3
     ]
+    capsys.readouterr()
     reproduce.main([str(grid), *options, "table"])
-    assert "| once | 0 | not yet run |" in (tmp_path / "out" / "small.md").read_text()
+    assert (tmp_path / "out" / "small.md").read_text() == table  # what was measured stays
+    assert json.loads((tmp_path / "out" / "small.json").read_text())["runs"] == content["runs"]
+    assert "1 earlier runs kept" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeypatch):
@@ -336,6 +426,62 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeyp
         )
     assert "did you mean 'optimizer.lr'?" in capsys.readouterr().out
     assert "| wrong | 0 | not yet run |" in (tmp_path / "out" / "bad.md").read_text()
+
+
+def test_no_finished_run_leaves_the_measured_tables_as_they_are(tmp_path, monkeypatch, capsys):
+    root = Path(TINY).parent.parent
+    monkeypatch.chdir(root)
+    committed = {
+        p: p.read_bytes() for p in (root / "benchmarks" / "results").glob("camvid_short.*")
+    }
+    shutil.copytree(root / "benchmarks" / "results", tmp_path / "out")
+    options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]
+    reproduce.main(["benchmarks/camvid_short.yaml", *options, "table"])
+    output = capsys.readouterr().out
+    assert "| CBP + OCCL | 1 | 62.43 |" in output and "nothing was written" in output
+    assert len(committed) == 2
+    assert all((tmp_path / "out" / p.name).read_bytes() == was for p, was in committed.items())
+    reproduce.main(["benchmarks/camvid_short.yaml", options[0], f"out={tmp_path / 'new'}", "table"])
+    assert not (tmp_path / "new").exists() and "|" not in capsys.readouterr().out
+
+
+def test_a_new_run_replaces_its_row_and_seed_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "g.yaml").write_text(
+        "name: g\nseeds: [0, 1]\nscalars: [loss]\n"
+        "rows:\n  a: {config: a.yaml}\n  b: {config: b.yaml, set: [x=1]}\n"
+    )
+    facts = {"step": 3, "iters": 3, "seconds": 60, "device": "d", "torch": "t"}
+    old = [
+        facts | {"row": row, "seed": seed, "commit": "old", "results": {"toy": {"mIoU": 10.0}}}
+        for row, seed in (("a", 0), ("a", 1), ("gone", 0))
+    ]
+    (tmp_path / "g.json").write_text(json.dumps({"grid": {}, "runs": old}))
+    folder = tmp_path / "runs" / "g" / "a" / "seed1"
+    folder.mkdir(parents=True)
+    new = facts | {"commit": "new", "results": {"toy": {"mIoU": 20.0}}}
+    (folder / "results.json").write_text(json.dumps(new))
+    (folder / "scalars.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path}", "common+=[data.root=x]"]
+    reproduce.main([str(tmp_path / "g.yaml"), *options, "table"])
+    runs = json.loads((tmp_path / "g.json").read_text())["runs"]
+    assert [(r["row"], r["seed"], r["commit"]) for r in runs] == [
+        ("a", 0, "old"),
+        ("gone", 0, "old"),
+        ("a", 1, "new"),
+    ]
+    text = (tmp_path / "g.md").read_text()
+    assert "| a | 2 | 15.00 ± 7.07 | 2 to 2 |" in text and "| b | 0 | not yet run |" in text
+    assert "gone" not in text and "g.yaml common+=[data.root=x]`. Commit new, old;" in text
+
+
+def test_the_command_line_adds_to_a_list_of_the_grid(tmp_path):
+    path = tmp_path / "g.yaml"
+    path.write_text("name: g\ncommon: [a=1]\nrows: {}\n")
+    assert reproduce.load_grid(path, ["common+=[b=2]"])["common"] == ["a=1", "b=2"]
+    assert reproduce.load_grid(path, ["common=[b=2]"])["common"] == ["b=2"]
+    for wrong in ("name+=[x]", "common+=b=2", "commom+=[x]"):
+        with pytest.raises(UserError, match="adds to a list"):
+            reproduce.load_grid(path, [wrong])
 
 
 def python_jobs(folder, **codes):
@@ -428,7 +574,7 @@ def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_pa
         (folder / "eval_step_0000003" / "diagnostics.json").write_text(json.dumps(found))
 
     write("linear", 0, 4.0, 0.25), write("linear", 1, 6.0, 0.75), write("CBP", 0, -1e-6, None)
-    text = reproduce.markdown(grid, *reproduce.collect(grid))
+    text = reproduce.markdown(grid, reproduce.collect(grid))
     assert "| linear | 2 | 5.00 | 2.00 | 0.50 | 0.50 | 15.00 | 90.00 | 101.50 |" in text
     assert "| CBP | 1 | 0.00 | 2.00 | 0.50 | - | 10.00 | 90.00 | 101.50 |" in text
     assert "| unseen | 0 |" in text and "Rarest in training: Pole; commonest: Sky, Road" in text
@@ -455,7 +601,9 @@ def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(
         and 'data.train={"name": "toy.Toy", "domain": "c"}' in command
     )
     assert 'data.target={"name": "toy.Toy", "domain": "b"}' in command
-    table = {"a to b, plain": {"b": {4: {"mIoU": 10.0}}}, "a to b, TMT": {"b": {4: {"mIoU": 12.5}}}}
-    text = markdown(grid, table | {"a": {"a": {4: {"mIoU": 1.0}}}}, [])
+    facts = {"seed": 4, "seconds": 60, "commit": "c", "device": "d", "torch": "t", "iters": 3}
+    scores = {"a to b, plain": ("b", 10.0), "a to b, TMT": ("b", 12.5), "a": ("a", 1.0)}
+    runs = [facts | {"row": row, "results": {b: {"mIoU": x}}} for row, (b, x) in scores.items()]
+    text = markdown(grid, runs)
     assert "| a to b | 10.00 | 12.50 |" in text and "| mean of 1 pairs | 10.00 | 12.50 |" in text
     assert text.count("| not yet run | not yet run |") == 5

@@ -108,6 +108,43 @@ def test_maps_appear_as_a_whole_or_not_at_all(tmp_path):
     assert len(list((tmp_path / "maps" / "source" / "shade").rglob("*.png"))) == 3
 
 
+def test_only_maps_are_replaced(tmp_path):
+    made, root = preparation(tmp_path / "maps"), tmp_path / "maps" / "source"
+
+    def store():
+        made.store("shade", made.source, shade, {})
+        return sorted(path.name for path in (root / "shade").rglob("*"))
+
+    (root / "shade").mkdir(parents=True)  # empty
+    names = store()
+    assert names == store() and "settings.json" in names
+    (root / "shade" / "settings.json").unlink()
+    (root / "shade" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"source/shade holds no maps .* is not replaced"):
+        store()
+    (root / "shade").rename(root / "shade.partial")
+    with pytest.raises(UserError, match=r"shade\.partial holds no maps"):
+        store()
+    (root / "shade.partial").rename(tmp_path / "mine")
+    (root / "shade").write_text("a file")
+    with pytest.raises(UserError, match="holds no maps"):
+        store()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../thesis", "{tmp_path}/thesis", "a/../../thesis", ".", "link"])
+def test_maps_are_written_nowhere_else(tmp_path, name):
+    made, thesis = preparation(tmp_path / "maps"), tmp_path / "maps" / "thesis"
+    for folder in (thesis, tmp_path / "thesis", tmp_path / "maps" / "source"):
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text("{}")
+    (tmp_path / "maps" / "source" / "link").symlink_to(thesis)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="leads out of the folder"):
+        made.store(name.format(tmp_path=tmp_path), made.source, shade, {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_interrupted_stage_finds_its_maps_or_says_that_they_are_gone(tmp_path):
     first = preparation(tmp_path / "maps")
     first.store("shade", first.source, shade, {})

@@ -25,6 +25,16 @@ def test_the_second_command_is_what_ci_runs():
     assert "pip install -q -r requirements.txt pytest && pytest" in ci
 
 
+def test_nothing_needs_a_window():
+    """The usual opencv-python needs the system's libGL for its windows, and servers have none."""
+    packages = ("", "datasets/", "engine/", "losses/", "models/**/", "benchmarks/")
+    files = [path for package in packages for path in ROOT.glob(f"{package}*.py")]
+    code = "".join(path.read_text("utf-8") for path in files)
+    assert "cv2.resize(" in code and not re.findall(r"cv2\.(imshow|\w*Window|waitKey)", code)
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert "opencv-python-headless" in requirements and "opencv-python" not in requirements
+
+
 @pytest.mark.parametrize(
     "path", sorted(set(re.findall(r"(?:configs|docs|benchmarks)/[\w/.]+\.(?:yaml|png|md)", README)))
 )

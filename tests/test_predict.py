@@ -1,0 +1,167 @@
+"""predict.py on a checkpoint of the smallest run: what is labelled, under which names, and what stops it."""
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from engine import checkpoint
+from engine.errors import UserError
+from tests.runs import TINY, train
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    """Path of a checkpoint of one training step."""
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, "train.iters=1", "eval.pictures=0", config=TINY)
+    return str(folder / "best.pt")
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """The network is not loaded."""
+
+    def fail(*_):
+        raise AssertionError("the network was loaded")
+
+    monkeypatch.setattr(predict, "load_network", fail)
+
+
+def draw(path, size=(48, 32), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def written(out):
+    """Names of the results below each folder."""
+    names = {
+        kind: sorted(p.relative_to(out / kind).as_posix() for p in (out / kind).rglob("*.png"))
+        for kind in predict.KINDS
+    }
+    assert names["ids"] == names["colors"] == names["overlays"]
+    return names["ids"]
+
+
+def label(best, pictures, out, *overrides):
+    predict.main([best, str(pictures), str(out), *overrides])
+
+
+def test_a_folder_of_pictures_of_any_kind(best, tmp_path, capsys):
+    draw(tmp_path / "in" / "a.jpg", (57, 40))
+    draw(tmp_path / "in" / "city" / "grey.png", (48, 33), "L")
+    label(best, tmp_path / "in", tmp_path / "out")
+    assert "2 pictures written: " in capsys.readouterr().out
+    palette = checkpoint.load(best)["palette"]
+    for name, size in (("a.png", (57, 40)), ("city/grey.png", (48, 33))):
+        ids, colors, overlay = (Image.open(tmp_path / "out" / k / name) for k in predict.KINDS)
+        assert ids.mode == "L" and ids.size == size and np.array(ids).max() < 11
+        assert colors.mode == "P" and np.array_equal(np.array(colors), np.array(ids))
+        assert colors.getpalette()[:3] == list(palette[0]) and overlay.size == size
+
+
+def test_a_single_picture(best, tmp_path):
+    draw(tmp_path / "in" / "a.png")
+    draw(tmp_path / "in" / "b.png")
+    label(best, tmp_path / "in" / "a.png", tmp_path / "in" / "out")
+    assert written(tmp_path / "in" / "out") == ["a.png"]
+
+
+def test_pictures_of_one_stem_keep_their_suffix(best, tmp_path, capsys):
+    for name in ("a.jpg", "a.png", "b.png", "c/a.jpg", "a.jpg.png"):
+        draw(tmp_path / "in" / name)
+    label(best, tmp_path / "in", tmp_path / "out")
+    names = ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b.png", "c/a.png"]
+    assert written(tmp_path / "out") == names and "5 pictures" in capsys.readouterr().out
+
+
+def test_hidden_files_and_earlier_results_are_no_pictures_and_links_are_followed(best, tmp_path):
+    pictures = tmp_path / "in"
+    for path in (pictures / "a.png", pictures / ".b.png", pictures / ".c" / "d.png"):
+        draw(path)
+    (pictures / "._a.jpg").write_bytes(b"no picture")
+    draw(tmp_path / "elsewhere" / "e.PNG")
+    (pictures / "city").symlink_to(tmp_path / "elsewhere")
+    (pictures / "loop").symlink_to(pictures)
+    for _ in range(2):
+        label(best, pictures, pictures / "out")
+        assert written(pictures / "out") == ["a.png", "city/e.png"]
+
+
+def test_pictures_may_lie_in_the_folder_of_the_results(best, tmp_path):
+    draw(tmp_path / "in" / "a.png")
+    label(best, tmp_path / "in", tmp_path)
+    assert written(tmp_path) == ["a.png"]
+
+
+def test_a_broken_picture_is_named_and_skipped(best, tmp_path, capsys):
+    for name in ("a.png", "c.png"):
+        draw(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.jpg").write_bytes(b"no picture")
+    label(best, tmp_path / "in", tmp_path / "out")
+    output = capsys.readouterr().out
+    assert [line for line in output.splitlines() if "b.jpg" in line and "skipped: " in line]
+    assert "2 pictures written, 1 skipped: " in output
+    assert written(tmp_path / "out") == ["a.png", "c.png"]
+    with pytest.raises(UserError, match="none of the 1 pictures could be read"):
+        label(best, tmp_path / "in" / "b.jpg", tmp_path / "out")
+
+
+def test_what_cannot_be_labelled_is_said_before_the_network_is_loaded(tmp_path, never_loaded):
+    pictures, file = tmp_path / "in", tmp_path / "file"
+    (tmp_path / "empty").mkdir()
+    file.write_text("")
+    draw(pictures / "a.png")
+    draw(tmp_path / "ids" / "a.png")
+    before = (tmp_path / "ids" / "a.png").read_bytes()
+    for given, out, message in (
+        (tmp_path / "nowhere", tmp_path / "out", "there is no file or folder .*nowhere"),
+        (tmp_path / "empty", tmp_path / "out", "there are no pictures .*in .*empty"),
+        (pictures, file, "cannot make the folder .*file"),
+        (pictures, file / "out", "cannot make the folder .*file/out"),
+        (pictures, pictures, "cannot share .*in: choose another folder"),
+        (tmp_path / "ids", tmp_path, "would overwrite the picture .*a.png"),
+        (tmp_path / "ids" / "a.png", tmp_path, "would overwrite the picture .*a.png"),
+    ):
+        with pytest.raises(UserError, match=message):
+            label("none.pt", given, out)
+    assert (tmp_path / "ids" / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
+def test_results_appear_whole_or_not_at_all(best, tmp_path, monkeypatch, error):
+    draw(tmp_path / "in" / "a.png")
+
+    def half(self, path, **_):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+        label(best, tmp_path / "in", tmp_path / "out")
+    if isinstance(error, OSError):
+        assert f"could not write {tmp_path}/out/ids/a.png: No space left" in str(caught.value)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "the weights decoder.* are not finite"), (3e38, "a.png: the network's scores")],
+)
+def test_what_is_not_finite_labels_nothing(best, tmp_path, value, message):
+    draw(tmp_path / "in" / "a.png")
+    saved = checkpoint.load(best)
+    name = next(
+        key for key in saved["model"] if key.startswith("decoder") and key.endswith("weight")
+    )
+    saved["model"][name].fill_(value)
+    torch.save(saved, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match=message):
+        label(str(tmp_path / "broken.pt"), tmp_path / "in", tmp_path / "out")
+    assert written(tmp_path / "out") == []

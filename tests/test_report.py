@@ -1,0 +1,171 @@
+"""What a run says at its end: tables with nothing unknown in them, no set evaluated twice, files written whole."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.toy import Toy
+from engine import report
+from engine.build import build_data
+from engine.config import load
+from engine.errors import UserError
+from engine.files import inside, replacing, write, write_picture
+from engine.inference import NonFiniteScores
+from engine.metrics import ConfusionMatrix
+from tests.runs import TINY
+
+CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
+
+
+@pytest.fixture
+def said(caplog):
+    """Everything that was logged, as one text."""
+    logger = logging.getLogger("engine")
+    logger.propagate = True
+    caplog.set_level(logging.INFO, "engine")
+    yield lambda: caplog.text
+    logger.propagate = False
+
+
+class Constant(torch.nn.Module):
+    """A network that sees one class everywhere, or nothing but NaN."""
+
+    def __init__(self, score=1.0, number=3):
+        super().__init__()
+        self.score, self.number, self.seen = score, number, 0
+
+    def segment(self, image):
+        self.seen += 1
+        logits = torch.zeros(len(image), 11, 4, 6)
+        logits[:, self.number] = self.score
+        return types.SimpleNamespace(logits=logits)
+
+
+def options(**changes):
+    return load(TINY, [f"eval.{key}={value}" for key, value in changes.items()]).eval
+
+
+def toys(**more):
+    return Toy(domain="real", split="test", length=2, size=[32, 48], **more)
+
+
+def matrix(classes, counts):
+    filled = ConfusionMatrix(classes)
+    filled.matrix += torch.tensor(counts)
+    return filled
+
+
+def test_before_and_after_is_about_the_classes_that_both_have(monkeypatch, said):
+    names = ["Sky", "Road", "Car"]
+    # Neither the truth nor the network before has a car, the network after sees some: its IoU is 0 there.
+    before, after = ([[2, 2, 0], [0, 4, 0], [0, 0, 0]], [[4, 0, 0], [0, 2, 2], [0, 0, 0]])
+    monkeypatch.setattr(report, "evaluate", lambda *_, **__: matrix(names, before))
+    data = {"real": types.SimpleNamespace(CLASSES=names)}
+    report.compare(
+        None, None, {"real": matrix(names, after)}, data, options(pictures=0), CPU, PLAIN, Path()
+    )
+    rows = {line.split()[0]: line.split()[-3:] for line in said().splitlines() if line.strip()}
+    assert rows["Sky"] == ["50.00", "100.00", "+50.00"] and rows["Car"] == ["-", "0.00", "-"]
+    assert rows["mIoU"] == ["58.33", "75.00", "+16.67"]
+    assert "mIoU of the 2 classes that both have" in said() and "nan" not in said()
+    report.compare(
+        None, None, {"real": matrix(names, before)}, data, options(pictures=0), CPU, PLAIN, Path()
+    )
+    assert said().splitlines()[-1].split() == ["mIoU", "58.33", "58.33", "+0.00"]
+
+
+@pytest.mark.parametrize(
+    ("labelled", "text"),
+    [(False, r"0\.0 % labelled, - right"), (True, r"100\.0 % labelled, [1-9]\d\.\d % right")],
+)
+def test_of_no_pseudo_labels_none_is_right_or_wrong(said, labelled, text):
+    class Labeler:
+        def label(self, network, image, prototypes):
+            return torch.full((1, *image.shape[-2:]), 3 if labelled else 255)
+
+    log = types.SimpleNamespace(scalars=lambda values, step: None)
+    report.log_pseudo_labels(Constant(), Labeler(), {}, toys(), CPU, PLAIN, log, 0)
+    assert re.search(f"pseudo labels: {text}", said())
+
+
+def test_a_row_is_named_by_its_run():
+    assert report.run_title(Path("runs/toy/dg_ppar/seed0")) == "toy/dg_ppar seed0"
+    assert report.run_title(Path("runs/mine/seed1")) == "mine seed1"
+    assert report.run_title(Path("/scratch/mine")) == "/scratch/mine"
+    assert report.run_title(Path("runs/mine")) == "runs/mine"
+
+
+def test_a_table_of_other_runs_has_a_mean_and_nothing_unseen():
+    lines = report.domain_table({"a": {"real": 60.0, "night": 30.0}}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["mIoU", "real", "night", "mean"],
+        ["a", "60.00", "30.00", "45.00"],
+    ]
+
+
+def test_a_test_set_that_is_the_validation_set_is_evaluated_once(tmp_path, monkeypatch):
+    cfg = load(TINY, ["data.test.toy={split: val}", "data.test.night={name: toy.Toy, length: 2}"])
+    _, val_set, test_sets, *_ = build_data(cfg)
+    assert test_sets["toy"] is val_set and test_sets["night"] is not val_set
+    log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
+    network, known, data = Constant(), {}, {"toy": val_set, "other": toys()}
+    score = report.validate(network, val_set, options(), CPU, PLAIN, log, 7, known)
+    assert network.seen == len(val_set)
+    arguments = (network, data, options(pictures=0), CPU, PLAIN, tmp_path, {})
+    report.final_report(*arguments, known=known)
+    assert network.seen == len(val_set) + 2
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results["toy"]["mIoU"] == pytest.approx(score, abs=1e-4)
+    report.final_report(*arguments)
+    assert network.seen == 2 * len(val_set) + 4
+    assert results == json.loads((tmp_path / "results.json").read_text())["results"]
+
+
+def test_scores_that_are_not_finite_choose_nothing_and_are_not_reported(tmp_path, said):
+    network = Constant(float("nan"))
+    arguments = (options(), CPU, PLAIN)
+    score, known = report.validate(network, toys(), *arguments, None, 5), {}
+    assert score != score and "step 5: val, 2 of 2 images: the network's scores" in said()
+    with pytest.raises(NonFiniteScores, match="real, 2 of 2 images"):
+        report.report(network, {"real": toys()}, *arguments, tmp_path, {}, known)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["../real", "/tmp/real", "..", "a/../.."])
+def test_a_set_whose_name_leads_out_of_the_folder_is_not_reported(tmp_path, name):
+    network = Constant()
+    with pytest.raises(UserError, match=r"leads out of the folder .*: choose another name"):
+        report.report(network, {name: toys()}, options(), CPU, PLAIN, tmp_path, {})
+    assert network.seen == 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    write(path, "ä")
+    for error, raised in ((KeyboardInterrupt, KeyboardInterrupt), (ValueError, ValueError)):
+        with pytest.raises(raised), replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+    with pytest.raises(UserError, match=r"could not write .*b\.txt: No space left on device"):
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text("utf-8") == "ä" and [*path.parent.iterdir()] == [path]
+    with pytest.raises(UserError, match=r"could not write .*c\.png"):
+        write_picture(path / "c.png", torch.zeros(2, 2, 3, dtype=torch.uint8).numpy())
+
+
+def test_a_name_stays_inside_its_folder(tmp_path):
+    assert inside(tmp_path, "a/b") == tmp_path / "a" / "b"
+    (tmp_path / "link").symlink_to("/")
+    for name in ("link", "link/etc", "", "..", "/etc"):
+        with pytest.raises(UserError, match="leads out of the folder"):
+            inside(tmp_path, name)
