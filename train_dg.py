@@ -98,6 +98,7 @@ def main(arguments):
             def batches(plain=plain, count=member.offline):
                 for _, image, label in images(plain, device, cfg.data.workers, count):
                     step = Step(0, cfg.train.iters, Batch(image, label, None, []))
+                    step.skipped = torch.tensor(False, device=device)
                     yield from evidence([step], "tower", "joint", None, tower, autocast)
 
             logger.info(

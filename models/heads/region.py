@@ -32,15 +32,17 @@ highest, besides those of its own mask; U is then the entropy of the masks of th
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from engine.pictures import side_by_side
 from engine.statistics import precise, resize_logits
-from engine.step import Regions
+from engine.step import Record
 from models.blocks import Guide, received
 from models.heads.base import Head
 
@@ -160,6 +162,24 @@ def uncertainty(logits):
     """Entropy of the classes over log K: (B, K, h, w) -> (B, h, w) in 0..1."""
     log_p = logits.log_softmax(1)
     return (-(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])).clamp(0, 1)
+
+
+@dataclass(eq=False)
+class Regions(Record):
+    """What is found on one view, `output.regions`: R x C regions of a map (h, w)."""
+
+    assignment: (
+        Tensor  # (B, R, C, 9, c c): how much each pixel of a cell belongs to the 3 x 3 cells around
+    )
+    domain: Tensor  # (B, R, C): logits of "source" behind the gradient reversal
+    transferability: Tensor  # (B, h, w) in 0..1
+    logits: Tensor | None = None  # (B, K, h, w) of the region's own classifier
+    uncertainty: Tensor | None = None  # (B, h, w) in 0..1
+    priority: Tensor | None = None  # (B, h, w) in 0..1: (1 - transferability) uncertainty
+    keys: tuple | None = None  # grid of the keys of the guided attention
+    opens: Callable | None = (
+        None  # logits (B, K, h, w) -> pixels (B, h, w) bool that all queries may see
+    )
 
 
 class Region(Head):
