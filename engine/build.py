@@ -11,22 +11,16 @@ import inspect
 import pkgutil
 import re
 import typing
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from engine import checkpoint, distributed, weights
-from engine.config import (
-    ConfigError,
-    article,
-    is_a,
-    listing,
-    module_names,
-    override,
-    stages,
-    suggest,
-)
+from engine.config import RANGES, ConfigError, listing, module_names, override, stages, suggest
 from engine.errors import UserError
+from engine.ranges import Few, Text, Width, describe, is_a, mismatch, show
 
 PACKAGES = (
     "datasets",
@@ -38,39 +32,88 @@ PACKAGES = (
 )
 
 
-def build(package, spec, **context):
+# What the context of `build` may be where a spec names it; constructors do not annotate it.
+CONTEXT = {
+    "root": Text | None,
+    "seed": RANGES["seed"],
+    "augment": Callable,
+    "num_classes": Few,
+    "in_channels": Width,
+    "classes": list[str],
+    "strides": list[Few],
+}
+
+
+def _call_of(kind):
+    """What runs when an object of a class is called; None where nothing does."""
+    names = ((base, name) for base in kind.__mro__ for name in ("forward", "__call__"))
+    found = next((vars(base)[name] for base, name in names if name in vars(base)), None)
+    return None if found is nn.Module.forward else found
+
+
+def _takes(kind, count):
+    """Can an object of a class be called with so many arguments?"""
+    try:
+        inspect.signature(_call_of(kind)).bind(kind, *range(count))
+    except TypeError:  # also where nothing runs
+        return False
+    return True
+
+
+# A package holds parts for several places; what a class must have for each.
+ROLES = {
+    "data set": lambda kind: issubclass(kind, Dataset),
+    "augmentation": lambda kind: _takes(kind, 2),  # image, label
+    "style": lambda kind: _takes(kind, 2),  # images of two domains
+    "change of colours": lambda kind: _takes(kind, 2),  # images, their numbers
+    "mixer": lambda kind: _takes(kind, 3),  # batch, labels, weights
+    "weight of the source": lambda kind: _takes(kind, 1),  # batch
+    "labeler": lambda kind: hasattr(kind, "before") or hasattr(kind, "after"),
+    "reweighting": lambda kind: hasattr(kind, "after"),
+    "loss": lambda kind: _call_of(kind) and not ROLES["labeler"](kind),
+}
+
+
+def build(package, spec, role="", **context):
     """Make the object that a component names.
 
     Args:
         package: one of PACKAGES; it comes from our code, never from the YAML, so a YAML cannot import anything else.
         spec: {"name": "module.Class", keyword: value, ...}
+        role: one of ROLES, that the class must fit.
         context: what only the running program knows (num_classes, in_channels, root ...). The constructor gets what it
             asks for by name; a key in the spec wins.
     Raises:
-        ConfigError: no such module or class, an unknown, missing or wrongly typed keyword.
+        ConfigError: no such module or class, an unknown or missing keyword, or one out of its range.
     """
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise ConfigError(f"{package}: a component needs 'name: module.Class', got {spec!r}")
+        raise ConfigError(f"{package}: a component needs 'name: module.Class', got {show(spec)}")
     name = spec["name"]
     if name == "none":
         raise ConfigError(
             f"the configuration names no component of {package}: give it 'name: module.Class' and its options"
         )
-    if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", name):
-        raise ConfigError(f"'{name}' must be 'module.Class' of the package {package}")
+    if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w{0,50}\.[A-Za-z_]\w{0,50}", name):
+        raise ConfigError(f"{show(name)} must be 'module.Class' of the package {package}")
     module_name, class_name = name.split(".")
     modules = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     if module_name not in modules:
         raise ConfigError(f"{package} has no module '{module_name}'{suggest(module_name, modules)}")
     module = importlib.import_module(f"{package}.{module_name}")
     classes = [
-        n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__
+        n
+        for n, kind in vars(module).items()
+        if inspect.isclass(kind)
+        and kind.__module__ == module.__name__
+        and not issubclass(kind, Exception)
     ]
     if class_name not in classes:
         raise ConfigError(
             f"{package}.{module_name} has no class '{class_name}'{suggest(class_name, classes)}"
         )
     constructor = getattr(module, class_name)
+    if role and not ROLES[role](constructor):
+        raise ConfigError(f"{name} is no {role}: it belongs to another key")
     keywords = _keywords(constructor, name, spec, context)
     try:
         return constructor(**keywords)
@@ -87,16 +130,15 @@ def _keywords(constructor, name, spec, context):
     parameters = {
         k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    hints = typing.get_type_hints(constructor.__init__)
-    given = {key: value for key, value in spec.items() if key != "name"}
+    kinds = CONTEXT | typing.get_type_hints(constructor.__init__, include_extras=True)
     options = [key for key in parameters if key not in context]
+    given = {key: value for key, value in spec.items() if key != "name"}
     for key, value in given.items():
         if key not in parameters:
-            raise ConfigError(f"{name} has no option '{key}'{suggest(key, options)}")
-        if not is_a(value, hints.get(key, object)):
-            hint = hints[key]
-            wanted = article(hint) if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ConfigError(f"{name}: option '{key}' must be {wanted}, not {value!r}")
+            raise ConfigError(f"{name} has no option {show(key)}{suggest(key, options)}")
+        if found := mismatch(value, kinds.get(key, object), key):
+            key, value, kind = found
+            raise ConfigError(f"{name}: option '{key}' must be {describe(kind)}, not {show(value)}")
     keywords = {key: value for key, value in context.items() if key in parameters} | given
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in keywords]
     if missing:
@@ -112,10 +154,10 @@ def present(specs):
 def build_set(specs, **context):
     """One data set, or several as one (datasets/several.py) where a list is given."""
     if not isinstance(specs, list):
-        return build("datasets", specs, **context)
+        return build("datasets", specs, "data set", **context)
     from datasets.several import Several
 
-    sets = [build("datasets", spec, **context) for spec in specs]
+    sets = [build_set(spec, **context) for spec in specs]
     return sets[0] if len(sets) == 1 else Several(sets)
 
 
@@ -127,22 +169,20 @@ def build_data(cfg):
         that pseudo labels are measured on; None for those that the configuration does not name, but for the first.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
-    others = (
-        {"val": build("datasets", cfg.data.val, **context)}
-        if cfg.data.val["name"] != "none"
-        else {}
+    train = build_set(
+        cfg.data.train, augment=build("datasets", cfg.data.augment, "augmentation"), **context
     )
+    others = {"val": build_set(cfg.data.val, **context)} if cfg.data.val["name"] != "none" else {}
     others |= {
-        f"test.{name}": build("datasets", spec, **context)
-        for name, spec in present(cfg.data.test).items()
+        f"test.{name}": build_set(spec, **context) for name, spec in present(cfg.data.test).items()
     }
     if cfg.data.monitor["name"] != "none":
-        others["monitor"] = build("datasets", cfg.data.monitor, **context)
+        others["monitor"] = build_set(cfg.data.monitor, **context)
     target = None
     if isinstance(cfg.data.target, list) or cfg.data.target["name"] != "none":
         spec, augment = cfg.data.target, cfg.data.target_augment
-        augment = build("datasets", augment if augment["name"] != "none" else cfg.data.augment)
+        augment = cfg.data.augment if augment["name"] == "none" else augment
+        augment = build("datasets", augment, "augmentation")
         # A target set for training gets no label path at all; its samples are drawn independently of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
         target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
@@ -324,21 +364,22 @@ def build_losses(specs, **context):
             if isinstance(spec, dict)
             else spec
         )
-        term = build("losses", options, **context)
+        term = build("losses", options, "loss", **context)
         if not is_a(weight, float):
-            raise ConfigError(f"{spec['name']}: weight must be a float, not {weight!r}")
+            raise ConfigError(f"{spec['name']}: weight must be a float, not {show(weight)}")
         terms[name], weights[name] = term, weight
     return terms, weights
 
 
 def build_adaptation(uda, **context):
     """The `uda` section -> (labelers, source weights, style, mixer), None for what is not configured."""
-    labelers = nn.ModuleList(build("losses", spec, **context) for spec in uda.labelers)
+    labelers = nn.ModuleList(build("losses", spec, "labeler", **context) for spec in uda.labelers)
+    roles = {"source_weights": ("losses", "weight of the source"), "style": ("datasets", "style")}
     weights, style = (
-        None if spec["name"] == "none" else build(package, spec, **context)
-        for package, spec in (("losses", uda.source_weights), ("datasets", uda.style))
+        None if uda[key]["name"] == "none" else build(package, uda[key], role, **context)
+        for key, (package, role) in roles.items()
     )
-    return labelers, weights, style, build("datasets", uda.mixer, **context)
+    return labelers, weights, style, build("datasets", uda.mixer, "mixer", **context)
 
 
 def build_generalisation(cfg, **context):
@@ -347,14 +388,16 @@ def build_generalisation(cfg, **context):
     Raises:
         ConfigError: a tower without dense features, or in another space than the projector.
     """
-    packages = {
-        "tower": "models.backbones",
-        "reweight": "losses",
-        "style": "datasets",
-        "strong": "datasets",
+    roles = {
+        "tower": ("models.backbones", ""),
+        "reweight": ("losses", "reweighting"),
+        "style": ("datasets", "style"),
+        "strong": ("datasets", "change of colours"),
     }
-    parts = dict.fromkeys(packages)
-    parts |= {key: build(packages[key], spec, **context) for key, spec in present(cfg.dg).items()}
+    parts = dict.fromkeys(roles)
+    for key, spec in present(cfg.dg).items():
+        package, role = roles[key]
+        parts[key] = build(package, spec, role, **context)
     if tower := parts["tower"]:
         if not hasattr(tower, "dense"):
             raise ConfigError(
@@ -384,6 +427,8 @@ def build_members(specs, joint=0, **context):
         nn.ModuleDict(),
     )
     for name, spec in specs.items():
+        if name == "classifier" or "." in name or hasattr(members, name):
+            raise ConfigError(f"prototypes: the name {show(name)} is taken, or holds a '.'")
         space = spec.get("space", "features")
         if space not in ("features", "joint") or (space == "joint" and not joint):
             raise ConfigError(
