@@ -2,8 +2,6 @@
 
 import torch
 
-from engine.errors import UserError
-
 
 def factor(step, iters, schedule):
     """Learning rate at a step, relative to the optimiser's: linear warm-up, then polynomial decay.
@@ -57,11 +55,9 @@ def parameter_groups(model, options):
 def make_optimizer(model, options):
     """AdamW or SGD over `parameter_groups`."""
     groups = parameter_groups(model, options)
-    if options.name == "AdamW":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
     if options.name == "SGD":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
-    raise UserError(f"optimizer.name must be AdamW or SGD, not '{options.name}'")
+    return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
 
 
 def set_lr(optimizer, scale):
