@@ -10,6 +10,7 @@ alone, so it is the same on any number of processes.
 """
 
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -18,7 +19,10 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.base import drawing
 from engine.errors import UserError
+from engine.ranges import NonNegative, Positive, Share
 from engine.statistics import pixel_hash
+
+Color = Annotated[list[NonNegative], "[4, 4]"]
 
 
 @contextmanager
@@ -63,10 +67,10 @@ class ColorBlur:
         self,
         *,
         seed=0,
-        color: list = (0.5, 0.5, 0.5, 0.3),
-        color_p: float = 0.8,
-        blur_p: float = 0.5,
-        sigma: list = (0.15, 1.15),
+        color: Color = (0.5, 0.5, 0.5, 0.3),
+        color_p: Share = 0.8,
+        blur_p: Share = 0.5,
+        sigma: Annotated[list[Positive], "[2, 2]"] = (0.15, 1.15),
     ):
         self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
         self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, tuple(sigma))
@@ -101,9 +105,9 @@ class ClassMix:
         *,
         seed=0,
         target: bool = False,
-        color: list = (0.2, 0.2, 0.2, 0.2),
-        color_p: float = 0.8,
-        blur_p: float = 0.5,
+        color: Color = (0.2, 0.2, 0.2, 0.2),
+        color_p: Share = 0.8,
+        blur_p: Share = 0.5,
     ):
         self.seed, self.target = seed, target
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
@@ -180,7 +184,14 @@ class Strong:
     Raises ValueError: a share or a probability outside 0..1.
     """
 
-    def __init__(self, *, seed=0, operations: int = 2, p: float = 0.5, cutout: float = 0.2):
+    def __init__(
+        self,
+        *,
+        seed=0,
+        operations: Annotated[int, "[0, 100]"] = 2,
+        p: float = 0.5,
+        cutout: float = 0.2,
+    ):
         if operations < 0 or not 0 <= p <= 1 or not 0 <= cutout <= 1:
             raise ValueError(
                 f"operations must not be negative, p and cutout must lie in 0..1, not {operations}, {p}, {cutout}"

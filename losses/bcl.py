@@ -40,6 +40,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from engine.ranges import Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 
 EPS = 1e-6  # vectors shorter than this have no direction
@@ -182,10 +183,10 @@ class LabelTransfer(nn.Module):
         in_channels,
         dynamic: Literal["off", "fill"] = "fill",
         calibration: Literal["off", "ema"] = "ema",
-        confidence: float = 0.8,
+        confidence: Share = 0.8,
         momentum: float = 0.99,
         ramp: float = 0.0,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         source_view: str = "source",
         target_view: str = "target",
     ):
@@ -297,7 +298,7 @@ class Contrast(nn.Module):
         num_classes,
         forward_weight: float = 1.0,
         backward_weight: float = 1.0,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         detach_prototypes: bool = False,
         source: str = "pair",
         target: str = "pair",

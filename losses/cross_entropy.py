@@ -15,6 +15,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from engine.ranges import Natural, Share
 from engine.statistics import IGNORE, precise, resize_logits
 
 
@@ -36,8 +37,8 @@ class CrossEntropy(nn.Module):
         *,
         view: str = "source",
         head: str = "logits",
-        ohem: float = 0.0,
-        ohem_min: int = 10000,
+        ohem: Share = 0.0,
+        ohem_min: Natural = 10000,
         by_weights: bool = False,
     ):
         super().__init__()

@@ -4,6 +4,7 @@ model.classifier: {name: gmmseg.GMMSeg}
 losses: [{name: cross_entropy.CrossEntropy}, {name: gmmseg.Contrast, weight: 0.01}]
 """
 
+from engine.ranges import Positive
 from losses import protoseg
 
 
@@ -18,5 +19,5 @@ class Contrast(protoseg.Contrast):
 
     scores, classifier = "densities", "gmmseg.GMMSeg"
 
-    def __init__(self, *, temperature: float = 1.0, view: str = "source"):
+    def __init__(self, *, temperature: Positive = 1.0, view: str = "source"):
         super().__init__(temperature=temperature, view=view)

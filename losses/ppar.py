@@ -38,6 +38,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from engine.ranges import Count, NonNegative, Positive, Share
 from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, precise, resize_labels, unit
 
 BINS = 128  # of the difficulty, which lies in -1..3
@@ -137,12 +138,12 @@ class Reweight(nn.Module):
         easy: str = "visual",
         hard: str = "text",
         source: Literal["clip", "student", "both"] = "student",
-        alpha: float = 1.0,
-        low: float = 0.2,
-        high: float = 2.0,
-        temperature: float = 0.1,
-        scale: float = 100.0,
-        warmup: float = 0.1,
+        alpha: NonNegative = 1.0,
+        low: NonNegative = 0.2,
+        high: Positive = 2.0,
+        temperature: Positive = 0.1,
+        scale: Positive = 100.0,
+        warmup: Share = 0.1,
         level: Literal["pixel", "image"] = "pixel",
     ):
         super().__init__()
@@ -228,8 +229,8 @@ class Alignment(nn.Module):
         curriculum: float = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
         temperature: float = 0.1,
-        samples: int = 4096,
-        ramp: float = 0.05,
+        samples: Count = 4096,
+        ramp: Share = 0.05,
     ):
         super().__init__()
         if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= end <= 1:
@@ -352,7 +353,7 @@ class TextFidelity(nn.Module):
         temperature: tau; 0.07 as in tqdm.
     """
 
-    def __init__(self, *, view: str = "source", text: str = "text", temperature: float = 0.07):
+    def __init__(self, *, view: str = "source", text: str = "text", temperature: Positive = 0.07):
         super().__init__()
         self.view, self.text, self.temperature = view, text, temperature
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.ranges import Positive
 from engine.statistics import precise, resize_logits
 
 
@@ -39,7 +40,7 @@ class Denoise(nn.Module):
         temperature: tau.
     """
 
-    def __init__(self, *, prototypes: str = "target", temperature: float = 1.0):
+    def __init__(self, *, prototypes: str = "target", temperature: Positive = 1.0):
         super().__init__()
         self.prototypes, self.temperature = prototypes, temperature
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
+from engine.ranges import Positive
 from engine.statistics import precise, resize_labels
 
 
@@ -35,7 +36,7 @@ class Contrast(nn.Module):
         "protoseg.ProtoSeg",
     )  # what it reads in `aux`, and who leaves it there
 
-    def __init__(self, *, temperature: float = 0.1, view: str = "source"):
+    def __init__(self, *, temperature: Positive = 0.1, view: str = "source"):
         super().__init__()
         self.temperature, self.view = temperature, view
 

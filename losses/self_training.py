@@ -25,6 +25,7 @@ from torch import nn
 
 from engine import distributed
 from engine.inference import predict
+from engine.ranges import Natural, Scales, Share
 from engine.statistics import IGNORE, resize_logits
 
 
@@ -38,7 +39,9 @@ class TeacherConfidence(nn.Module):
             the own bonnet; DAFormer uses 15 and 120 of 512.
     """
 
-    def __init__(self, *, threshold: float = 0.968, ignore_top: int = 0, ignore_bottom: int = 0):
+    def __init__(
+        self, *, threshold: Share = 0.968, ignore_top: Natural = 0, ignore_bottom: Natural = 0
+    ):
         super().__init__()
         self.threshold, self.ignore_top, self.ignore_bottom = threshold, ignore_top, ignore_bottom
 
@@ -70,7 +73,7 @@ class StoredConfidence(nn.Module):
         scales, flip: average the probabilities over scaled and mirrored images.
     """
 
-    def __init__(self, *, threshold: float = 0.95, scales: list = (1.0,), flip: bool = False):
+    def __init__(self, *, threshold: Share = 0.95, scales: Scales = (1.0,), flip: bool = False):
         super().__init__()
         self.threshold = threshold
         self.options = SimpleNamespace(mode="whole", short_side=0, scales=list(scales), flip=flip)

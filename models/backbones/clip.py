@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.ranges import Natural
 from engine.statistics import unit
 from engine.weights import WeightsError, load_into, read, unwrap
 from models.blocks import Normalize
@@ -184,7 +185,11 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, *, model: str = "ViT-B-16-quickgelu", taps: list = (), weights: str = "openai"
+        self,
+        *,
+        model: str = "ViT-B-16-quickgelu",
+        taps: list[Natural] = (),
+        weights: str = "openai",
     ):
         super().__init__()
         self.normalize = Normalize(MEAN, STD)

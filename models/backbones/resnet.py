@@ -114,7 +114,7 @@ class ResNet(nn.Module):
         normalize: Literal["imagenet", "none"] = "imagenet",
         checkpointing: bool = False,
         weights: str = "imagenet",
-        allow_missing: list = (),
+        allow_missing: list[str] = (),
     ):
         super().__init__()
         if deep_stem and weights == "imagenet":

@@ -52,7 +52,7 @@ class Timm(nn.Module):
         *,
         model: str,
         weights: str = "pretrained",
-        out_indices: list = (),
+        out_indices: list[int] = (),
         options: dict | None = None,
     ):
         super().__init__()

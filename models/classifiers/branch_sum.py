@@ -6,6 +6,8 @@ model.classifier: {name: branch_sum.BranchSum}
 import torch
 from torch import nn
 
+from engine.ranges import Few
+
 
 class BranchSum(nn.Module):
     """Features (B, branches * K, h, w), K channels per branch -> logits (B, K, h, w).
@@ -16,7 +18,7 @@ class BranchSum(nn.Module):
         ValueError: the features are not K channels of each branch.
     """
 
-    def __init__(self, *, in_channels, num_classes, branches: int = 4):
+    def __init__(self, *, in_channels, num_classes, branches: Few = 4):
         super().__init__()
         if in_channels != branches * num_classes:
             raise ValueError(

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
+from engine.ranges import Few, Positive, Share
 from engine.statistics import class_sums, cosine
 from models.prototypes import basis
 from models.prototypes._sinkhorn import balanced, numbered
@@ -70,16 +71,16 @@ class CBP(nn.Module):
         in_channels,
         num_classes,
         classes=(),
-        length: float = 2.0,
+        length: Positive = 2.0,
         update: Literal["frozen", "gradient", "ema", "penalty"] = "frozen",
-        momentum: float = 0.999,
+        momentum: Share = 0.999,
         equal: bool = True,
         ortho: bool = True,
         init: str = "random",
-        rows: str | list | None = None,
-        map: dict | None = None,
+        rows: str | list[str] | None = None,
+        map: dict[str, list[str]] | None = None,
         fallback: Literal["none", "project", "polar", "etf"] = "none",
-        per_class: int = 1,
+        per_class: Few = 1,
         pool: Literal["max", "logsumexp"] = "max",
         assign: Literal["argmax", "sinkhorn"] = "argmax",
     ):

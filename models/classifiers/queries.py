@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.ranges import Few
+
 
 def positions(height, width, channels, device):
     """Sines and cosines of the place of each pixel, (h w, D), as in DETR: half of the channels for y, half for x."""
@@ -83,7 +85,7 @@ class Queries(nn.Module):
         ValueError: a number of feature channels that the heads do not divide.
     """
 
-    def __init__(self, *, in_channels, num_classes, layers: int = 3, heads: int = 8):
+    def __init__(self, *, in_channels, num_classes, layers: Few = 3, heads: Few = 8):
         super().__init__()
         if in_channels % heads:
             raise ValueError(f"heads={heads} must divide the {in_channels} feature channels")

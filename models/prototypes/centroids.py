@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine import distributed
+from engine.ranges import Momentum
 from engine.statistics import class_sums, cosine
 
 
@@ -20,7 +21,7 @@ class Centroids(nn.Module):
         momentum: m.
     """
 
-    def __init__(self, *, num_classes, in_channels, momentum: float = 0.99):
+    def __init__(self, *, num_classes, in_channels, momentum: Momentum = 0.99):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("vectors", torch.zeros(num_classes, in_channels))
