@@ -208,7 +208,10 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
     specs = present(cfg.data.test) or {"val": cfg.data.val}
-    datasets = {name: build("datasets", spec, root=cfg.data.root) for name, spec in specs.items()}
+    datasets = {
+        name: build("datasets", spec, "SegmentationData", root=cfg.data.root)
+        for name, spec in specs.items()
+    }
     where = "data.test." if present(cfg.data.test) else "data."
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:

@@ -74,8 +74,9 @@ def main(arguments):
     losses, factors = build_losses(cfg.losses, **context)
     tower = build_tower(cfg.dg.tower, joint)
     tower = tower and tower.to(device)
-    reweight = build_any("losses", cfg.dg.reweight, **context)
-    style, strong = (build_any("datasets", cfg.dg[key], **context) for key in ("style", "strong"))
+    reweight = build_any("losses", cfg.dg.reweight, "Labeler", **context)
+    style = build_any("datasets", cfg.dg.style, "Style", **context)
+    strong = build_any("datasets", cfg.dg.strong, "ColorBlur", **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     parts = [*losses.values(), *([reweight] if reweight else [])]
     text = "text_attention" in model.heads

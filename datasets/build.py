@@ -11,6 +11,8 @@ from engine import distributed
 from engine.build import build, build_any, present
 from engine.config import ConfigError
 
+SET = "SegmentationData"
+
 
 class Data(NamedTuple):
     """Data sets that share their classes; None for those that the configuration does not name."""
@@ -27,8 +29,8 @@ class Data(NamedTuple):
 def build_set(specs, **context):
     """One data set, or several as one (datasets/several.py) where a list is given."""
     if not isinstance(specs, list):
-        return build("datasets", specs, **context)
-    sets = [build("datasets", spec, **context) for spec in specs]
+        return build("datasets", specs, SET, **context)
+    sets = [build("datasets", spec, SET, **context) for spec in specs]
     return sets[0] if len(sets) == 1 else Several(sets)
 
 
@@ -39,16 +41,20 @@ def build_data(cfg):
         ConfigError: they do not share their classes, or there is nothing to evaluate on.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
-    val, monitor = (build_any("datasets", cfg.data[name], **context) for name in ("val", "monitor"))
+    train = build_set(
+        cfg.data.train, augment=build("datasets", cfg.data.augment, "Augment"), **context
+    )
+    val, monitor = (
+        build_any("datasets", cfg.data[name], SET, **context) for name in ("val", "monitor")
+    )
     # A test set that is the validation set is the same object: it needs no second evaluation.
     test = {
-        name: val if spec == cfg.data.val else build("datasets", spec, **context)
+        name: val if spec == cfg.data.val else build("datasets", spec, SET, **context)
         for name, spec in present(cfg.data.test).items()
     }
     target, spec = None, cfg.data.target
     if isinstance(spec, list) or spec["name"] != "none":
-        augment = build_any("datasets", cfg.data.target_augment) or build(
+        augment = build_any("datasets", cfg.data.target_augment, "Augment") or build(
             "datasets", cfg.data.augment
         )
         # A target set for training gets no label path at all; its samples are drawn independently of the source's.

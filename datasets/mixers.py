@@ -8,6 +8,7 @@ depends on the sample's number alone, so it is the same on any number of process
 """
 
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -16,8 +17,11 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.base import drawing
 from engine.errors import UserError
+from engine.ranges import NonNegative, Share
 from engine.statistics import pixel_hash
 from engine.step import View
+
+Color = Annotated[list[NonNegative], "[4, 4]"]
 
 
 @contextmanager
@@ -30,14 +34,22 @@ def changing(image, seed, sample):
         yield
 
 
-class Source:
+class Mixer:
+    """The face of a mixer."""
+
+    def __call__(self, step):
+        """Fill `step.views`, and labels and weights of the views that it makes."""
+        raise NotImplementedError
+
+
+class Source(Mixer):
     """The source alone: the lower bound of every comparison."""
 
     def __call__(self, step):
         step.views["source"] = View(step.source.image, "source")
 
 
-class SourceTarget:
+class SourceTarget(Mixer):
     """Views "source" and "target", the images as they come."""
 
     def __call__(self, step):
@@ -58,9 +70,9 @@ class ColorBlur:
         self,
         *,
         seed=0,
-        color: list = (0.5, 0.5, 0.5, 0.3),
-        color_p: float = 0.8,
-        blur_p: float = 0.5,
+        color: Color = (0.5, 0.5, 0.5, 0.3),
+        color_p: Share = 0.8,
+        blur_p: Share = 0.5,
     ):
         self.seed, self.color_p, self.blur_p = seed, color_p, blur_p
         self.color, self.blur = v2.ColorJitter(*color), v2.GaussianBlur(9, (0.15, 1.15))
@@ -76,7 +88,7 @@ class ColorBlur:
             return self.blur(image) if blur else image
 
 
-class ClassMix:
+class ClassMix(Mixer):
     """Paste half of the classes of each source image onto the target image, then colour jitter and blur (Olsson et al.,
     WACV 2021, between domains as in DACS; constants as in DAFormer).
 
@@ -95,9 +107,9 @@ class ClassMix:
         *,
         seed=0,
         target: bool = False,
-        color: list = (0.2, 0.2, 0.2, 0.2),
-        color_p: float = 0.8,
-        blur_p: float = 0.5,
+        color: Color = (0.2, 0.2, 0.2, 0.2),
+        color_p: Share = 0.8,
+        blur_p: Share = 0.5,
     ):
         self.seed, self.target = seed, target
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
@@ -161,7 +173,7 @@ OPERATIONS = {
 }
 
 
-class Strong:
+class Strong(Mixer):
     """A strongly changed copy of the target image with the same geometry, for consistency with a teacher that sees the
     plain one (BiSMAP, Lu et al., ACM MM 2022, after ProDA; constants as in the released code).
 
@@ -176,7 +188,14 @@ class Strong:
     Raises ValueError: a share or a probability outside 0..1.
     """
 
-    def __init__(self, *, seed=0, operations: int = 2, p: float = 0.5, cutout: float = 0.2):
+    def __init__(
+        self,
+        *,
+        seed=0,
+        operations: Annotated[int, "[0, 100]"] = 2,
+        p: float = 0.5,
+        cutout: float = 0.2,
+    ):
         if operations < 0 or not 0 <= p <= 1 or not 0 <= cutout <= 1:
             raise ValueError(
                 f"operations must not be negative, p and cutout must lie in 0..1, not {operations}, {p}, {cutout}"

@@ -59,7 +59,15 @@ def lab_to_rgb(lab):
     )
 
 
-class ColorStats:
+class Style:
+    """The face of a style."""
+
+    def __call__(self, source, target):
+        """Source (B, 3, H, W) and target (B, 3, h, w) in [0, 1] -> the source in the target's style."""
+        raise NotImplementedError
+
+
+class ColorStats(Style):
     """Give each source image the mean and the standard deviation of its target image in every channel of Lab (Reinhard
     et al., Color transfer between images, IEEE CG&A 2001).
 
@@ -93,7 +101,7 @@ class ColorStats:
         return torch.lerp(source, (source - mean) * gain + wanted_mean, self.strength)
 
 
-class FDA:
+class FDA(Style):
     """Give the low frequencies of each source image the amplitudes of its target image; phases, which carry the
     structure, stay (Yang and Soatto, FDA: Fourier domain adaptation for semantic segmentation, CVPR 2020).
 

@@ -20,7 +20,7 @@ look-ups in that map, so they agree to the pixel.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,6 +29,7 @@ from datasets.base import IGNORE, SegmentationData
 from datasets.camvid import CLASSES, PALETTE
 from datasets.toy_scene import POLE, ROAD, SKY, TREE, compose
 from engine.errors import UserError
+from engine.ranges import Size
 
 DOMAINS = ("synthetic", "real", "night", "fog", "rain", "snow")
 # material: (colours in the game, colours in the real world, strength of its grain in the real world)
@@ -404,8 +405,8 @@ class Toy(SegmentationData):
         *,
         domain: str = "synthetic",
         split: str = "train",
-        length: int = 400,
-        size: list = (96, 128),
+        length: Annotated[int, "[1, 1000000]"] = 400,
+        size: Size = (96, 128),
         labels: bool = True,
         augment=None,
         seed=0,

@@ -10,6 +10,8 @@ What ADE20K, COCO-Stuff and VOC are trained with, as MMSegmentation does it:
     augment: {name: transforms.Augment, crop: [512, 512], short_side: 512, cat_max_ratio: 0.75, photometric: true}
 """
 
+from typing import Annotated
+
 import cv2
 import numpy as np
 import torch
@@ -17,8 +19,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from engine.ranges import NonNegative, OptionalWidth, Share, Size
+
 IGNORE = 255
 FILL = [124, 116, 104]  # ImageNet's mean colour: padding is zero once the network has normalised it
+Scale = Annotated[float, "[0.01, 100]"]
 TRIES = 10  # crops that are drawn anew for `cat_max_ratio`
 BRIGHTNESS, FACTORS, HUE = 32 / 255, (0.5, 1.5), 36.0  # of `photometric`; hue in degrees
 
@@ -81,21 +86,23 @@ class Augment:
     def __init__(
         self,
         *,
-        crop: list,
-        scale: list = (0.5, 2.0),
-        short_side: int = 0,
+        crop: Size,
+        scale: Annotated[list[Scale], "[2, 2]"] = (0.5, 2.0),
+        short_side: OptionalWidth = 0,
         cat_max_ratio: float = 1.0,
-        flip: float = 0.5,
-        color: list = (),
+        flip: Share = 0.5,
+        color: list[NonNegative] = (),
         photometric: bool = False,
-        blur: float = 0.0,
+        blur: Share = 0.0,
     ):
         if len(crop) != 2 or len(scale) != 2 or len(color) not in (0, 4):
             raise ValueError(
                 f"crop and scale take two numbers and color four or none, not {crop}, {scale}, {color}"
             )
-        if min(crop) < 1 or min(scale) <= 0:
-            raise ValueError(f"crop and scale must be positive, not {crop}, {scale}")
+        if min(crop) < 1 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(
+                f"crop and scale must be positive, and scale [low, high], not {crop}, {scale}"
+            )
         if not 0 < cat_max_ratio <= 1 or short_side < 0:
             raise ValueError(
                 f"cat_max_ratio is a share up to 1 (off), short_side at least 0, not {cat_max_ratio}, {short_side}"

@@ -10,9 +10,11 @@ import inspect
 import pkgutil
 import re
 import typing
+from collections.abc import Callable
 
-from engine.config import ConfigError, article, is_a, listing, suggest
+from engine.config import RANGES, ConfigError, listing, suggest
 from engine.errors import UserError
+from engine.ranges import Few, Text, Width, describe, mismatch, show
 
 PACKAGES = (
     "datasets",
@@ -25,39 +27,58 @@ PACKAGES = (
 )
 
 
-def build(package, spec, **context):
+# What the context of `build` may be where a spec names it; constructors do not annotate it.
+CONTEXT = {
+    "root": Text | None,
+    "seed": RANGES["seed"],
+    "augment": Callable,
+    "num_classes": Few,
+    "in_channels": Width,
+    "classes": list[str],
+    "strides": list[Few],
+}
+
+
+def build(package, spec, face="", **context):
     """Make the object that a component names.
 
     Args:
         package: one of PACKAGES; it comes from our code, never from the YAML, so a YAML cannot import anything else.
         spec: {"name": "module.Class", keyword: value, ...}
+        face: name of the base class that the class must have, such as "Loss": a package holds parts of several kinds.
         context: what only the running program knows (num_classes, in_channels, root ...). The constructor gets what it
             asks for by name; a key in the spec wins.
     Raises:
-        ConfigError: no such module or class, an unknown, missing or wrongly typed keyword.
+        ConfigError: no such module or class, an unknown or missing keyword, or one out of its range.
     """
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise ConfigError(f"{package}: a component needs 'name: module.Class', got {spec!r}")
+        raise ConfigError(f"{package}: a component needs 'name: module.Class', got {show(spec)}")
     name = spec["name"]
     if name == "none":
         raise ConfigError(
             f"the configuration names no component of {package}: give it 'name: module.Class' and its options"
         )
-    if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", name):
-        raise ConfigError(f"'{name}' must be 'module.Class' of the package {package}")
+    if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w{0,50}\.[A-Za-z_]\w{0,50}", name):
+        raise ConfigError(f"{show(name)} must be 'module.Class' of the package {package}")
     module_name, class_name = name.split(".")
     modules = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     if module_name not in modules:
         raise ConfigError(f"{package} has no module '{module_name}'{suggest(module_name, modules)}")
     module = importlib.import_module(f"{package}.{module_name}")
     classes = [
-        n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__
+        n
+        for n, kind in vars(module).items()
+        if inspect.isclass(kind)
+        and kind.__module__ == module.__name__
+        and not issubclass(kind, Exception)
     ]
     if class_name not in classes:
         raise ConfigError(
             f"{package}.{module_name} has no class '{class_name}'{suggest(class_name, classes)}"
         )
     constructor = getattr(module, class_name)
+    if face and face not in [base.__name__ for base in constructor.__mro__]:
+        raise ConfigError(f"{name} is no {face}: it belongs to another key")
     keywords = _keywords(constructor, name, spec, context)
     try:
         return constructor(**keywords)
@@ -74,16 +95,15 @@ def _keywords(constructor, name, spec, context):
     parameters = {
         k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    hints = typing.get_type_hints(constructor.__init__)
-    given = {key: value for key, value in spec.items() if key != "name"}
+    kinds = CONTEXT | typing.get_type_hints(constructor.__init__, include_extras=True)
     options = [key for key in parameters if key not in context]
+    given = {key: value for key, value in spec.items() if key != "name"}
     for key, value in given.items():
         if key not in parameters:
-            raise ConfigError(f"{name} has no option '{key}'{suggest(key, options)}")
-        if not is_a(value, hints.get(key, object)):
-            hint = hints[key]
-            wanted = article(hint) if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ConfigError(f"{name}: option '{key}' must be {wanted}, not {value!r}")
+            raise ConfigError(f"{name} has no option {show(key)}{suggest(key, options)}")
+        if found := mismatch(value, kinds.get(key, object), key):
+            key, value, kind = found
+            raise ConfigError(f"{name}: option '{key}' must be {describe(kind)}, not {show(value)}")
     keywords = {key: value for key, value in context.items() if key in parameters} | given
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in keywords]
     if missing:
@@ -96,6 +116,6 @@ def present(specs):
     return {name: spec for name, spec in specs.items() if spec.get("name") != "none"}
 
 
-def build_any(package, spec, **context):
+def build_any(package, spec, face="", **context):
     """What a component names, None for `name: none`."""
-    return None if spec["name"] == "none" else build(package, spec, **context)
+    return None if spec["name"] == "none" else build(package, spec, face, **context)

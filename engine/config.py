@@ -7,22 +7,132 @@ lies `configs/defaults.yaml`: it lists every key with its meaning and unit, and 
 error. A mapping with a `name: module.Class` is a component (engine/build.py); its other keys are keywords of the
 constructor. Naming another class replaces the component, so no option of the old class is left behind.
 
-YAML is read as version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no` are strings, `010` is ten, and a key that
-appears twice is an error. `${NAME}` in a string is the environment variable NAME.
+YAML is read as the core schema of version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no` are strings, `010` is
+ten, and a key that appears twice is an error. Numbers are finite. `${NAME}` in a string is the environment variable
+NAME, and a string that starts with `~/` starts with the home folder.
 """
 
 import difflib
+import functools
+import itertools
+import logging
+import math
 import os
 import re
-import types
 import typing
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
 
 from engine.errors import UserError
+from engine.ranges import (
+    Count,
+    Momentum,
+    Name,
+    Natural,
+    NonNegative,
+    OptionalWidth,
+    Positive,
+    Scales,
+    Share,
+    Size,
+    Text,
+    brief,
+    describe,
+    is_a,
+    mismatch,
+    show,
+)
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "defaults.yaml"
+logger = logging.getLogger("engine")
+
+# What the values of DEFAULTS may be; a key that is not here takes what has the type of its default.
+Part = Literal["backbone", "decoder", "projector"]
+RANGES = {
+    "seed": Annotated[int, "[0, 2147483647]"],
+    "folder": Text,
+    "resume": Text,
+    "device": Literal["auto", "cpu", "cuda"],
+    "threads": Annotated[int, "[0, 1024]"],
+    "precision": Literal["fp32", "bf16", "fp16"],
+    "timeout": Annotated[float, "(0, 100000]"],
+    "data": {
+        "root": Text | None,
+        "test": dict[Name, dict],
+        "seen": list[str],
+        "rare_classes": {"temperature": NonNegative, "min_pixels": Natural},
+        "cache": Text,
+        "workers": Annotated[int, "[0, 256]"],
+    },
+    "model": {
+        "heads": dict[Name, dict],
+        "frozen_bn": list[Part],
+        "bn_views": list[str],
+    },
+    "uda": {"labelers": list[dict]},
+    "stages": list[dict],
+    "prototypes": dict[Name, dict],
+    "losses": Annotated[list[dict], "[1, inf)"],
+    "train": {
+        "iters": Count,
+        "batch_size": Annotated[int, "[1, 65536]"],
+        "accumulate": Count,
+        "teacher": Momentum,
+    },
+    "optimizer": {
+        "name": Literal["AdamW", "SGD"],
+        "lr": Positive,
+        "head_lr_factor": NonNegative,
+        "weight_decay": NonNegative,
+        "momentum": Momentum,
+        "betas": Annotated[list[Momentum], "[2, 2]"],
+        "clip": NonNegative,
+    },
+    "schedule": {
+        "warmup": Natural,
+        "warmup_ratio": Share,
+        "power": NonNegative,
+        "min_ratio": Share,
+    },
+    "eval": {
+        "every": Natural,
+        "mode": Literal["whole", "slide"],
+        "crop": Size,
+        "stride": Size,
+        "short_side": OptionalWidth,
+        "scales": Scales,
+        "weights": Literal["student", "teacher"],
+        "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
+        "pictures": Natural,
+    },
+    "log": {"every": Count, "images_every": Natural},
+    "checkpoint": {"every": Count, "keep": Count},
+}
+# Sections of `model` that have become heads: {name: (key that switched it off with 0, class)}.
+MOVED = {
+    "projector": ("channels", "projector.Projector"),
+    "text_attention": ("layers", "text_attention.TextAttention"),
+    "auxiliary": ("stage", "auxiliary.Auxiliary"),
+    "region": ("stage", "region.Region"),
+}
+STAGE = {
+    "name": "main",
+    "iters": 0,
+    "init": "imagenet",
+    "teacher": "ema",
+    "repeat": 1,
+    "lr_scale": 1.0,
+}
+STAGE_RANGES = {
+    "name": Name,
+    "iters": Natural,
+    "init": Text,
+    "teacher": Literal["ema", "frozen", "none"],
+    "repeat": Annotated[int, "[1, 100]"],
+    "lr_scale": Annotated[float, "(0, 10]"],
+}
 
 
 class ConfigError(UserError):
@@ -44,8 +154,33 @@ class Config(dict):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+LEVELS, VALUES = (
+    50,
+    20_000,
+)  # what nests deeper or holds more is damaged, or made to take all memory
+
+
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: typing.ClassVar = {}  # none of YAML 1.1's; those of the 1.2 core schema follow
+    # None of YAML 1.1's: those of the 1.2 core schema follow, so that other tags are unknown.
+    yaml_implicit_resolvers: typing.ClassVar = {}
+    yaml_constructors: typing.ClassVar = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")))
+    }
+    level = count = 0
+
+    def compose_node(self, parent, index):
+        self.level, self.count = self.level + 1, self.count + 1
+        _limit(self.name, self.level, self.count)
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        # A key that is merged twice counts once, or their number would double with every level.
+        keys = [k.value if isinstance(k.value, str) else id(k) for k, _ in node.value]
+        node.value = [*dict(zip(keys, node.value)).values()]
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -56,53 +191,99 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, (list, dict)):
                 continue  # not a key: the parent class says so
             if key in seen:
-                mark = key_node.start_mark
                 raise ConfigError(
-                    f"{mark.name}, line {mark.line + 1}: the key '{key}' appears twice"
+                    f"{_place(key_node.start_mark)}: the key {show(key)} appears twice"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_core(self, node):
+        """null, true and false, and numbers, also where a tag such as !!int says so."""
+        kind, text = node.tag.rpartition(":")[2], self.construct_scalar(node)
+        if not re.fullmatch(_CORE[node.tag], text):
+            raise ConfigError(f"{_place(node.start_mark)}: {show(text)} is no YAML {kind}")
+        if kind in ("null", "bool"):
+            return text.lower() == "true" if kind == "bool" else None
+        number = float(text)
+        if abs(number) >= (2**63 if kind == "int" else math.inf):
+            raise ConfigError(f"{_place(node.start_mark)}: the number {show(text)} is too large")
+        return number if kind == "float" else int(text)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a string that YAML 1.1 or 1.2 would read as something else."""
 
 
-_NUMBERS = {
-    "tag:yaml.org,2002:null": r"~|null|",
-    "tag:yaml.org,2002:bool": r"true|false",
+_CORE = {
+    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
+    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
-    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",  # no .inf, no .nan
 }
-for _tag, _pattern in _NUMBERS.items():
+for _tag, _pattern in _CORE.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
+    _Loader.add_constructor(_tag, _Loader.construct_core)
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])  # `<<: *anchor`
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _limit(name, level, count):
+    if level > LEVELS or count > VALUES:
+        raise ConfigError(
+            f"{name} holds more than {VALUES} values, or nests deeper than {LEVELS} levels"
+        )
+
+
+def _place(mark):
+    return f"{mark.name}, line {mark.line + 1}"
 
 
 def read_yaml(text, name):
-    """A YAML text -> plain values, with `${NAME}` replaced by environment variables."""
+    """A YAML text -> plain values, with `${NAME}` replaced by environment variables and `~/` by the home folder."""
     try:
         loader = _Loader(text)
         loader.name = str(name)
-        return _expand(loader.get_single_data(), name)
+        return _expand(loader.get_single_data(), name, itertools.count(1))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = " ".join((problem or str(error)).split())
+        raise ConfigError(f"{name} is not valid YAML: {where}{problem[:200]}") from None
 
 
-def _expand(value, name):
+def read_file(path):
+    """A YAML file in UTF-8, with or without a byte order mark -> plain values."""
+    try:
+        return read_yaml(Path(path).read_text("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not in UTF-8 (byte {error.start + 1}): save it with this encoding"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+
+
+@functools.cache
+def defaults():
+    """The content of DEFAULTS; nobody may change it."""
+    return read_file(DEFAULTS)
+
+
+def _expand(value, name, count, level=1):
+    """Replace what stands for something else; count values, since an alias may stand for many or for what holds it."""
+    _limit(name, level, next(count))
     if isinstance(value, dict):
-        return {key: _expand(item, name) for key, item in value.items()}
+        return {key: _expand(item, name, count, level + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, name) for item in value]
+        return [_expand(item, name, count, level + 1) for item in value]
     if isinstance(value, str):
         for variable in re.findall(r"\$\{(\w+)\}", value):
             if variable not in os.environ:
                 raise ConfigError(
-                    f"{name}: the environment variable {variable} in '{value}' is not set"
+                    f"{name}: the environment variable {show(variable)} in {show(value)} is not set"
                 )
             value = value.replace(f"${{{variable}}}", os.environ[variable])
+        value = os.path.expanduser(value) if value.startswith("~/") else value
     return value
 
 
@@ -119,10 +300,10 @@ def load(path, overrides=()):
     Returns:
         Config with every key of `configs/defaults.yaml`; `save` writes it so that it runs alone.
     Raises:
-        ConfigError: unknown key, wrong type, duplicate key, unreadable file; with a suggestion where there is one.
+        ConfigError: unknown key, value out of its range, duplicate key, unreadable file; with a suggestion where there
+            is one.
     """
-    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
-    config = override(_read_with_bases(Path(path), schema, ()), overrides)
+    config = override(_read_with_bases(Path(path), ()), overrides)
     if config["folder"] == "auto":
         config["folder"] = str(Path("runs") / _experiment(path) / f"seed{config['seed']}")
     return config
@@ -130,26 +311,30 @@ def load(path, overrides=()):
 
 def override(config, overrides):
     """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get their defaults."""
-    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
+    schema = defaults()
+    if not isinstance(config, dict):
+        raise ConfigError(f"a configuration must hold keys and values, not {show(config)}")
     config = _merge(schema, plain(config))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"'{text}' is not of the form key.sub=value")
-        config = _override(
-            config, key.split("."), read_yaml(value, f"the override {key}"), schema, key
-        )
+            raise ConfigError(f"{show(text)} is not of the form key.sub=value")
+        if key.count(".") > LEVELS:
+            raise ConfigError(f"the override {show(key)} nests deeper than {LEVELS} levels")
+        value = read_yaml(value, f"the override {brief(key)}")
+        config = _override(config, key.split("."), value, schema, RANGES, key)
+    _check(config, schema, RANGES, "", "the configuration", known=False)
+    if config["eval"]["mode"] == "slide":
+        for stride, crop in zip(config["eval"]["stride"], config["eval"]["crop"]):
+            if stride > crop:
+                raise ConfigError(f"eval.stride {stride} must not be larger than eval.crop {crop}")
+    for name in config["data"]["seen"]:
+        if name not in config["data"]["test"]:
+            raise ConfigError(
+                f"data.seen names {show(name)}, which is not in data.test: {listing(config['data']['test'])}"
+            )
+    stages(config)
     return _wrap(config)
-
-
-STAGE = {
-    "name": "main",
-    "iters": 0,
-    "init": "imagenet",
-    "teacher": "ema",
-    "repeat": 1,
-    "lr_scale": 1.0,
-}
 
 
 def stages(config):
@@ -159,23 +344,14 @@ def stages(config):
         list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with its learning rate
         multiplied by `lr_scale` once more.
     """
-    schema = read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS)
+    schema = STAGE | {key: value for key, value in defaults().items() if key != "stages"}
     result = []
     for number, spec in enumerate(plain(config["stages"]) or [{}]):
-        where = f"stages.{number}"
-        if not isinstance(spec, dict):
-            raise ConfigError(
-                f"{where} must be a mapping with keys such as {listing(STAGE)}, not {spec!r}"
-            )
-        _check(
-            {key: value for key, value in spec.items() if key in STAGE},
-            STAGE,
-            where,
-            "the configuration",
-        )
+        _check(spec, schema, STAGE_RANGES | RANGES, f"stages.{number}", "the configuration")
         changes = {key: value for key, value in spec.items() if key not in STAGE}
-        _check(changes, schema, where, "the configuration")
         stage = STAGE | {key: value for key, value in spec.items() if key in STAGE}
+        if len(result) + stage["repeat"] > 1000:
+            raise ConfigError("there are more than 1000 stages")
         for turn in range(stage["repeat"]):
             merged = _merge(plain(config), changes)
             merged["train"]["iters"] = stage["iters"] or merged["train"]["iters"]
@@ -192,6 +368,19 @@ def save(config, path):
     )
 
 
+def modern(config):
+    """The configuration of an older checkpoint, with the keys of today."""
+    config = plain(config)
+    for section in [config, *config.get("stages", [])]:
+        model = section.get("model", {})
+        for name, (switch, kind) in MOVED.items():
+            old = model.pop(name, None)
+            if old is not None:
+                spec = {"name": kind, **old} if old.get(switch, 1) else {"name": "none"}
+                model.setdefault("heads", {})[name] = spec
+    return config
+
+
 def plain(config):
     """Config -> dicts, lists and numbers, for checkpoints."""
     if isinstance(config, dict):
@@ -200,15 +389,29 @@ def plain(config):
 
 
 def difference(old, new, prefix=""):
-    """The keys at which two configurations differ -> {dotted key: (old value, new value)}."""
+    """The keys at which two configurations differ -> {dotted key: (old value, new value)}; entries of a list of
+    components go by their modules, as in an override."""
     changes = {}
     for key in sorted(set(old) | set(new), key=str):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        found = {name: (a, b)} if a != b else {}
         if isinstance(a, dict) and isinstance(b, dict):
-            changes.update(difference(a, b, f"{name}."))
-        elif a != b:
-            changes[name] = (a, b)
+            found = difference(a, b, f"{name}.")
+        elif found and _are_components(a) and _are_components(b):
+            entries = [
+                {
+                    word or str(n): spec
+                    for n, (word, spec) in enumerate(zip(module_names(specs), specs))
+                }
+                for specs in (a, b)
+            ]
+            found = difference(*entries, f"{name}.") or found  # another order is a difference too
+        changes |= found
     return changes
+
+
+def _are_components(value):
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 # Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
@@ -236,20 +439,78 @@ FREE = (
 def check_resume(old, new):
     """Compare a checkpoint's configuration with the one of the run that is to go on from it.
 
+    The last stage, or the one of a run without stages, may be longer than it was.
+
     Raises:
-        ConfigError: they differ in more than FREE, and the checkpoint was not named explicitly.
+        ConfigError: they differ in more than that and FREE, and the checkpoint was not named explicitly.
     """
-    changes = difference(old, new)
-    changes = {
-        k: v
-        for k, v in changes.items()
-        if not any(k == free or k.startswith(f"{free}.") for free in FREE)
-    }
+    old = override(old, [])  # keys that are new since then have their defaults
+    free = [re.escape(key) for key in FREE]
+    before, after = ([stage["train"]["iters"] for stage in stages(cfg)] for cfg in (old, new))
+    if longer := before[:-1] == after[:-1] and before[-1] <= after[-1]:
+        free += [r"train\.iters", r"stages\.[^.]+\.iters", r"stages\.[^.]+\.train\.iters"]
+    free = re.compile(rf"({'|'.join(free)})(\..*)?")
+    changes = {k: v for k, v in difference(old, new).items() if not free.fullmatch(k)}
     if changes and new["resume"] == "auto":
-        changed = ", ".join(f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items())
+        changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ConfigError(
-            f"{new['folder']} holds a run with another configuration: {changed}. Choose another folder=..., or go on "
-            "from it all the same with resume=PATH of the checkpoint"
+            f"{new['folder']} holds a run with another configuration: {', '.join(changed[:5])}{more}. Choose another "
+            "folder=..., or go on from it all the same with resume=PATH of the checkpoint"
+        )
+    if longer and before[-1] < after[-1]:
+        logger.warning(
+            f"{before[-1]} -> {after[-1]} iterations: from the checkpoint on, the learning rate is that of the longer "
+            "run"
+        )
+
+
+# Sections that only one script uses: in the others they would train as if they were not there.
+SECTIONS = {
+    "train_uda": (
+        "uda",
+        "stages",
+        "data.target",
+        "data.target_augment",
+        "data.monitor",
+        "model.bn_views",
+    ),
+    "train_dg": ("dg", "model.heads.projector", "model.heads.text_attention"),
+}
+VIEWS = {
+    "train_supervised": ("source", "none"),
+    "train_dg": ("source", "none", "teacher", "tower"),
+}  # train_uda.py: those of the mixer
+
+
+def check_sections(config, script):
+    """What a configuration sets must have an effect in the script that reads it: train_supervised, train_uda, train_dg.
+
+    Raises:
+        ConfigError: a section that another script uses differs from the defaults, a loss or a member of the prototype
+            family needs another script's view, or the teacher is to be reported and there is none.
+    """
+    parts = stages(config)
+    changed = [key for part in parts for key in difference(defaults(), plain(part))]
+    for owner, sections in SECTIONS.items():
+        for section in sections if owner != script else ():
+            if any(f"{key}.".startswith(f"{section}.") for key in changed):
+                raise ConfigError(
+                    f"{section} has no effect in {script}.py: it belongs to {owner}.py"
+                )
+    for spec in [*config["losses"], *config["prototypes"].values()]:
+        for key, view in spec.items():
+            if str(key).endswith("view") and view not in VIEWS.get(script, (view,)):
+                raise ConfigError(
+                    f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are {listing(VIEWS[script])}"
+                )
+    last = parts[-1]  # what is reported
+    kind = last["stage"]["teacher"] if script == "train_uda" else "ema"
+    if last["eval"]["weights"] == "teacher" and not (
+        kind == "frozen" or (kind == "ema" and last["train"]["teacher"])
+    ):
+        raise ConfigError(
+            "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or eval.weights=student"
         )
 
 
@@ -264,49 +525,80 @@ def _experiment(path):
     return "/".join(below)
 
 
-def _read_with_bases(path, schema, chain):
+def _read_with_bases(path, chain):
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path} is its own base, through {' -> '.join(p.name for p in chain)}")
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
-    own = read_yaml(path.read_text("utf-8"), path)
+    own = read_file(path)
     own = {} if own is None else own
     if not isinstance(own, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
+        raise ConfigError(f"{path} must hold keys and values, not {show(own)}")
     bases = own.pop("base", None) or []
+    if not is_a(bases, str | list[str]):
+        raise ConfigError(f"{path}: base must be a file or a list of files, not {show(bases)}")
     merged = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_with_bases(path.parent / base, schema, (*chain, path)))
-    _check(own, schema, "", path)
+        merged = _merge(merged, _read_with_bases(path.parent / base, (*chain, path)))
+    _check(own, defaults(), RANGES, "", path)
     return _merge(merged, own)
 
 
 SEVERAL = ("data.train", "data.target")  # components that may be a list of components
 
 
-def _check(value, schema, key, where):
-    """Compare a layer with the defaults: known keys, the same types. Components are checked by `build`."""
-    if schema is None or (isinstance(schema, dict) and not schema):
-        return  # null in the defaults: any value; {}: names chosen by the user
+def _check(value, schema, kinds, key, where, known=True):
+    """Compare values with the defaults and RANGES; `known`: another key is an error. `build` checks components."""
+    if schema is None and kinds is None:
+        return  # within a list
     if key.endswith(SEVERAL) and isinstance(value, list) and value:  # also within a stage
         for number, item in enumerate(value):
-            _check(item, schema, f"{key}.{number}", where)
-        return
-    if isinstance(schema, dict):
+            _check(item, schema, kinds, f"{key}.{number}", where, known)
+    elif isinstance(kinds or schema, dict):
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{where}: {key} must be a mapping with keys such as {listing(schema)}, not {value!r}"
+                f"{where}: {brief(key)} must be a mapping with keys such as {listing(schema)}, not {show(value)}"
             )
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else str(name)
             if name in schema:
-                _check(item, schema[name], dotted, where)
-            elif not _is_component(schema):
-                raise ConfigError(f"{where}: unknown key '{dotted}'{suggest(name, schema, key)}")
-    elif not is_a(value, type(schema)):
-        raise ConfigError(
-            f"{where}: {key} must be {article(type(schema))} such as {schema!r}, not {value!r}"
+                _check(item, schema[name], (kinds or {}).get(name), dotted, where, known)
+            elif known and not _is_component(schema):
+                raise ConfigError(f"{where}: {_unknown(name, schema, dotted)}")
+    elif found := mismatch(value, type(schema) if kinds is None else kinds, key):
+        key, value, kind = found
+        raise ConfigError(f"{where}: {brief(key)} must be {describe(kind)}, not {show(value)}")
+
+
+# What other programs call it.
+ELSEWHERE = {"epochs": "iters", "max_iters": "iters", "learning_rate": "lr", "wd": "weight_decay"}
+
+
+def _unknown(name, schema, dotted):
+    """The sentence for a key that `schema` lacks: a similar one of the section, or one of its name in another."""
+    name, prefix, dotted = str(name)[:80], dotted.rpartition(".")[0], brief(dotted)
+    if name in MOVED and prefix.endswith("model"):
+        new = f"{prefix}.heads.{name}={{name: {MOVED[name][1]}, ...}}"
+        return f"'{dotted}' has moved to {new}; without it there is none"
+    if not difflib.get_close_matches(name, schema):
+        everywhere = [*_leaves(defaults())]
+        ends = {key.rpartition(".")[2] for key in everywhere}
+        close = [ELSEWHERE.get(name), *difflib.get_close_matches(name, ends, n=1)]
+        word = next((word for word in close if word), None)
+        meant = [f"'{key}'" for key in everywhere if key.rpartition(".")[2] == word][:3]
+        if meant:
+            return f"unknown key '{dotted}'; did you mean {' or '.join(meant)}?"
+    return f"unknown key '{dotted}'{suggest(name, schema, prefix)}"
+
+
+def _leaves(section, prefix=""):
+    """The dotted keys of a mapping without those of its sections."""
+    for key, value in section.items():
+        yield from (
+            _leaves(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else [f"{prefix}{key}"]
         )
 
 
@@ -322,28 +614,30 @@ def _merge(old, new):
     return merged
 
 
-def _override(config, keys, value, schema, dotted):
+def _override(config, keys, value, schema, kinds, dotted):
     """Set one dotted key, through mappings and lists of components."""
     head, *rest = keys
     if isinstance(config, list):
         names = module_names(config)
-        index = names.index(head) if head in names else int(head) if head.isdigit() else -1
+        number = int(head) if re.fullmatch("[0-9]{1,5}", head) else -1
+        index = names.index(head) if head and head in names else number
         if not 0 <= index < len(config):
             raise ConfigError(
-                f"'{dotted}': the list has no entry '{head}'; it has {listing(names) or len(config)}"
+                f"'{brief(dotted)}': the list has no entry '{brief(head)}'; it has {listing(names) or len(config)}"
             )
-        entry = _override(config[index], rest, value, None, dotted) if rest else value
+        entry = _override(config[index], rest, value, None, None, dotted) if rest else value
         return [*config[:index], entry, *config[index + 1 :]]
     if not isinstance(config, dict):
-        raise ConfigError(f"'{dotted}': {config!r} has no key '{head}'")
-    if schema is not None and schema and head not in schema and not _is_component(schema):
-        raise ConfigError(
-            f"unknown key '{dotted}'{suggest(head, schema, '.'.join(dotted.split('.')[: -len(keys)]))}"
-        )
-    below = schema.get(head) if isinstance(schema, dict) else None
+        raise ConfigError(f"'{brief(dotted)}': {show(config)} has no key '{brief(head)}'")
+    if schema and head not in schema and not _is_component(schema):
+        where = dotted.split(".")[: len(dotted.split(".")) - len(rest)]
+        raise ConfigError(_unknown(head, schema, ".".join(where)))
+    schema = schema.get(head) if isinstance(schema, dict) else None
+    kinds = kinds.get(head) if isinstance(kinds, dict) else None
     if rest:
-        return {**config, head: _override(config.get(head, {}), rest, value, below, dotted)}
-    _check(value, below, dotted, "the command line")
+        below = _override(config.get(head, {}), rest, value, schema, kinds, dotted)
+        return {**config, head: below}
+    _check(value, schema, kinds, dotted, "the command line")
     return _merge(config, {head: value})
 
 
@@ -353,7 +647,7 @@ def module_names(specs):
     for spec in specs:
         name = module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
         count = 1
-        while name in names:
+        while name and name in names:
             count += 1
             name = f"{module}_{count}"
         names.append(name)
@@ -373,39 +667,11 @@ def _wrap(value):
 
 
 def suggest(word, known, prefix=""):
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word)[:80], [str(k) for k in known], n=1)
     if close:
         return f"; did you mean '{prefix + '.' if prefix else ''}{close[0]}'?"
     return f"; known here: {listing(known)}" if known else ""
 
 
 def listing(names):
-    return ", ".join(str(name) for name in names)
-
-
-def article(kind):
-    return {
-        int: "an int",
-        float: "a float",
-        str: "a string",
-        bool: "true or false",
-        list: "a list",
-    }.get(kind, str(kind))
-
-
-def is_a(value, kind):
-    """Is a YAML value of this annotated type? An int counts as a float, a bool counts as neither."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(is_a(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return any(value == argument and type(value) is type(argument) for argument in arguments)
-    if origin in (list, tuple) or kind in (list, tuple):
-        return isinstance(value, (list, tuple))
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(
-            value, bool
-        )
-    if kind is None or kind is types.NoneType:
-        return value is None
-    return isinstance(value, kind) if kind in (str, bool, dict) else True
+    return brief(", ".join(str(name) for name in names), 300)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine import errors  # the module: it imports this one
+
 
 def init(device="auto", timeout=30):
     """Join the process group that torchrun announces, if there is one.
@@ -26,15 +28,20 @@ def init(device="auto", timeout=30):
     Returns:
         torch.device of this process.
     Raises:
-        RuntimeError: no CUDA device, or more processes on this machine than CUDA devices.
+        UserError: no CUDA device, or more processes on this machine than CUDA devices.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"process {local_rank} of this machine has no CUDA device: there are {torch.cuda.device_count()}; "
-                "lower --nproc_per_node or set device=cpu"
+        count = torch.cuda.device_count()
+        if not count:
+            raise errors.UserError(
+                "device=cuda, but PyTorch finds no CUDA device here: set device=cpu, or auto"
+            )
+        if local_rank >= count:
+            raise errors.UserError(
+                f"this machine has {count} CUDA devices, and this is process {local_rank + 1} on it: "
+                f"set --nproc_per_node={count}, or device=cpu"
             )
         torch.cuda.set_device(local_rank)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

@@ -5,15 +5,11 @@ fp16 means a live gradient scaler, everything else a disabled one, whose calls t
 
 import torch
 
-from engine.errors import UserError
-
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, precision):
     """The context of the forward pass. Losses and prototypes leave it by themselves."""
-    if precision not in DTYPES:
-        raise UserError(f"precision must be one of {', '.join(DTYPES)}, not '{precision}'")
     return torch.autocast(
         device.type, dtype=DTYPES[precision] or torch.bfloat16, enabled=precision != "fp32"
     )

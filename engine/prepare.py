@@ -90,7 +90,9 @@ class Preparation:
 
     def backbone(self, spec):
         """A frozen backbone from its specification, in eval mode; it normalises pictures for itself."""
-        return build("models.backbones", spec).requires_grad_(False).eval().to(self.device)
+        return (
+            build("models.backbones", spec, "Backbone").requires_grad_(False).eval().to(self.device)
+        )
 
     def store(self, name, dataset, make, settings, palette=False):
         """Make a map of every image and give it to the training set as `extra[name]`.

@@ -2,8 +2,6 @@
 
 import torch
 
-from engine.errors import UserError
-
 
 def factor(step, iters, schedule):
     """Learning rate at a step, relative to the optimiser's: linear warm-up, then polynomial decay.
@@ -59,14 +57,12 @@ def make_optimizer(model, options):
     groups = parameter_groups(model, options)
     if options.name == "AdamW":
         return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas), fused=True)
-    if options.name == "SGD":
-        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
-        for group in optimizer.param_groups if options.momentum else ():
-            for parameter in group["params"]:
-                # Otherwise PyTorch makes it at the first step, uninitialised if fp16 skips that one.
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-    raise UserError(f"optimizer.name must be AdamW or SGD, not '{options.name}'")
+    optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+    for group in optimizer.param_groups if options.momentum else ():
+        for parameter in group["params"]:
+            # Otherwise PyTorch makes it at the first step, uninitialised if fp16 skips that one.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_lr(optimizer, scale):

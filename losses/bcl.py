@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import distributed
+from engine.ranges import Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -173,10 +174,10 @@ class LabelTransfer(Labeler):
         in_channels,
         dynamic: Literal["off", "fill"] = "fill",
         calibration: Literal["off", "ema"] = "ema",
-        confidence: float = 0.8,
+        confidence: Share = 0.8,
         momentum: float = 0.99,
         ramp: float = 0.0,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
     ):
         super().__init__()
         if not (0 <= momentum < 1 and 0 <= ramp <= 1):
@@ -263,7 +264,7 @@ class Contrast(Loss):
         num_classes,
         forward_weight: float = 1.0,
         backward_weight: float = 1.0,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         detach_prototypes: bool = False,
         source: str = "pair",
         target: str = "pair",

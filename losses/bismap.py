@@ -47,6 +47,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.errors import UserError
+from engine.ranges import NonNegative
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -421,7 +422,12 @@ class SymmetricCrossEntropy(Loss):
     """
 
     def __init__(
-        self, *, view: str = "target", ce: float = 0.1, rce: float = 1.0, floor: float = 1e-4
+        self,
+        *,
+        view: str = "target",
+        ce: NonNegative = 0.1,
+        rce: NonNegative = 1.0,
+        floor: float = 1e-4,
     ):
         super().__init__()
         if not 0 < floor <= 1:

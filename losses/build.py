@@ -3,7 +3,8 @@
 from torch import nn
 
 from engine.build import build, build_any
-from engine.config import ConfigError, is_a, module_names
+from engine.config import ConfigError, module_names
+from engine.ranges import is_a, show
 
 
 def build_losses(specs, **context):
@@ -22,9 +23,9 @@ def build_losses(specs, **context):
         options = (
             {k: v for k, v in spec.items() if k != "weight"} if isinstance(spec, dict) else spec
         )
-        term = build("losses", options, **context)
+        term = build("losses", options, "Loss", **context)
         if not is_a(factor, float):
-            raise ConfigError(f"{spec['name']}: weight must be a float, not {factor!r}")
+            raise ConfigError(f"{spec['name']}: weight must be a float, not {show(factor)}")
         if [*term.parameters(), *term.buffers()]:
             raise ConfigError(
                 f"{spec['name']} has parameters or buffers, which no checkpoint would hold: what is learned belongs to a "
@@ -36,7 +37,7 @@ def build_losses(specs, **context):
 
 def build_adaptation(uda, **context):
     """The `uda` section -> (labelers, source weights, style, mixer), None for what is not configured."""
-    labelers = nn.ModuleList(build("losses", spec, **context) for spec in uda.labelers)
-    weights = build_any("losses", uda.source_weights, **context)
-    style = build_any("datasets", uda.style, **context)
-    return labelers, weights, style, build("datasets", uda.mixer, **context)
+    labelers = nn.ModuleList(build("losses", s, "Labeler", **context) for s in uda.labelers)
+    weights = build_any("losses", uda.source_weights, "Labeler", **context)
+    style = build_any("datasets", uda.style, "Style", **context)
+    return labelers, weights, style, build("datasets", uda.mixer, "Mixer", **context)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import distributed
+from engine.ranges import Natural, Share
 from engine.statistics import IGNORE, precise, resize_logits
 from losses.base import Loss
 
@@ -35,8 +36,8 @@ class CrossEntropy(Loss):
         *,
         view: str = "source",
         head: str = "logits",
-        ohem: float = 0.0,
-        ohem_min: int = 10000,
+        ohem: Share = 0.0,
+        ohem_min: Natural = 10000,
         by_weights: bool = False,
     ):
         super().__init__()

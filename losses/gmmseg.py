@@ -4,6 +4,7 @@ model.classifier: {name: gmmseg.GMMSeg}
 losses: [{name: cross_entropy.CrossEntropy}, {name: gmmseg.Contrast, weight: 0.01}]
 """
 
+from engine.ranges import Positive
 from losses import protoseg
 
 
@@ -16,5 +17,5 @@ class Contrast(protoseg.Contrast):
         view: the view whose pixels are contrasted.
     """
 
-    def __init__(self, *, temperature: float = 1.0, view: str = "source"):
+    def __init__(self, *, temperature: Positive = 1.0, view: str = "source"):
         super().__init__(temperature=temperature, view=view)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
+from engine.ranges import Count, NonNegative, Positive
 from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
 from losses.base import Loss, member
 
@@ -92,10 +93,10 @@ class OCCL(Loss):
         *,
         num_classes,
         seed=0,
-        centroid: float = 1.0,
-        category: float = 0.1,
-        temperature: float = 0.07,
-        min_pixels: int = 2,
+        centroid: NonNegative = 1.0,
+        category: NonNegative = 0.1,
+        temperature: Positive = 0.07,
+        min_pixels: Count = 2,
         split: Literal["random", "checkerboard", "image"] = "random",
         negatives: Literal["category", "view"] = "category",
         against: Literal["all", "present"] = "all",

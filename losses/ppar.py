@@ -37,6 +37,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.errors import UserError
+from engine.ranges import Count, NonNegative, Positive, Share
 from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, precise, resize_labels, unit
 from losses.base import Labeler, Loss, member
 
@@ -141,12 +142,12 @@ class Reweight(Labeler):
         easy: str = "visual",
         hard: str = "text",
         source: Literal["clip", "student", "both"] = "student",
-        alpha: float = 1.0,
-        low: float = 0.2,
-        high: float = 2.0,
-        temperature: float = 0.1,
-        scale: float = 100.0,
-        warmup: float = 0.1,
+        alpha: NonNegative = 1.0,
+        low: NonNegative = 0.2,
+        high: Positive = 2.0,
+        temperature: Positive = 0.1,
+        scale: Positive = 100.0,
+        warmup: Share = 0.1,
         level: Literal["pixel", "image"] = "pixel",
     ):
         super().__init__()
@@ -229,8 +230,8 @@ class Alignment(Loss):
         curriculum: float = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
         temperature: float = 0.1,
-        samples: int = 4096,
-        ramp: float = 0.05,
+        samples: Count = 4096,
+        ramp: Share = 0.05,
     ):
         super().__init__()
         if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= END:
@@ -342,7 +343,7 @@ class TextFidelity(Loss):
         temperature: tau; 0.07 as in tqdm.
     """
 
-    def __init__(self, *, view: str = "source", text: str = "text", temperature: float = 0.07):
+    def __init__(self, *, view: str = "source", text: str = "text", temperature: Positive = 0.07):
         super().__init__()
         self.view, self.text, self.temperature = view, text, temperature
 

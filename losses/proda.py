@@ -25,6 +25,7 @@ consistency of prototype assignments between views, is not built; `bismap.Consis
 import torch
 import torch.nn.functional as F
 
+from engine.ranges import Positive
 from engine.statistics import precise, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -41,7 +42,7 @@ class Denoise(Labeler):
     needs_teacher = True
     labels_images = True
 
-    def __init__(self, *, prototypes: str = "target", temperature: float = 1.0):
+    def __init__(self, *, prototypes: str = "target", temperature: Positive = 1.0):
         super().__init__()
         self.prototypes, self.temperature = prototypes, temperature
 

@@ -18,6 +18,7 @@ classifier will do whose output has `components`, cosines: cbp.CBP with several 
 import torch
 
 from engine.errors import UserError
+from engine.ranges import Positive
 from engine.statistics import precise, resize_labels
 from losses.base import Loss
 
@@ -30,7 +31,7 @@ class Contrast(Loss):
         view: the view whose pixels are contrasted.
     """
 
-    def __init__(self, *, temperature: float = 0.1, view: str = "source"):
+    def __init__(self, *, temperature: Positive = 0.1, view: str = "source"):
         super().__init__()
         self.temperature, self.view = temperature, view
 

@@ -24,6 +24,7 @@ import torch
 
 from engine import distributed
 from engine.inference import predict
+from engine.ranges import Natural, Scales, Share
 from engine.statistics import IGNORE, resize_logits
 from losses.base import Labeler
 
@@ -41,7 +42,9 @@ class TeacherConfidence(Labeler):
     needs_teacher = True
     labels_images = True
 
-    def __init__(self, *, threshold: float = 0.968, ignore_top: int = 0, ignore_bottom: int = 0):
+    def __init__(
+        self, *, threshold: Share = 0.968, ignore_top: Natural = 0, ignore_bottom: Natural = 0
+    ):
         super().__init__()
         self.threshold, self.ignore_top, self.ignore_bottom = threshold, ignore_top, ignore_bottom
 
@@ -76,7 +79,7 @@ class StoredConfidence(Labeler):
     stored = True
     labels_images = True
 
-    def __init__(self, *, threshold: float = 0.95, scales: list = (1.0,), flip: bool = False):
+    def __init__(self, *, threshold: Share = 0.95, scales: Scales = (1.0,), flip: bool = False):
         super().__init__()
         self.threshold = threshold
         self.options = SimpleNamespace(mode="whole", short_side=0, scales=list(scales), flip=flip)

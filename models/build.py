@@ -21,7 +21,7 @@ def build_segmentor(model, classes, pretrained=True):
         pretrained: False where a checkpoint follows, which then needs no file of weights or class vectors.
     """
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
-    backbone = build("models.backbones", spec)
+    backbone = build("models.backbones", spec, "Backbone")
     sizes = {"in_channels": backbone.channels, "strides": backbone.strides}
     decoder = build("models.decoders", model.decoder, **sizes)
     context = {
@@ -31,7 +31,7 @@ def build_segmentor(model, classes, pretrained=True):
     }
     drawn = pretrained or "init" not in model.classifier
     spec = model.classifier if drawn else {**model.classifier, "init": "random"}
-    classifier = build("models.classifiers", spec, **context)
+    classifier = build("models.classifiers", spec, "Classifier", **context)
     context |= {"map_channels": backbone.channels, "depths": backbone.depths}
     context |= {"joint": joint_channels(model), "classifier": classifier}
     specs = present(model.heads)
@@ -39,7 +39,7 @@ def build_segmentor(model, classes, pretrained=True):
         *(name for name in HEADS if name in specs),
         *(name for name in specs if name not in HEADS),
     ]
-    heads = {name: build("models.heads", specs[name], **context) for name in names}
+    heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
     network = Segmentor(backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
@@ -117,17 +117,20 @@ def build_prototypes(specs, joint=0, **context):
         {name: Prototypes} as a module; {name: view whose features update it}, of those that follow any, and of
         "classifier"; {name: space of these features}.
     """
-    specs, members = present(specs), nn.ModuleDict()
+    specs, members, features = present(specs), nn.ModuleDict(), context["in_channels"]
     views = {name: spec.get("view", "source") for name, spec in specs.items()}
     spaces = {name: spec.get("space", "features") for name, spec in specs.items()}
     for name, spec in specs.items():
+        if name in ("classifier", *dir(members)):
+            raise ConfigError(f"prototypes: the name {name} is taken; choose another one")
         if spaces[name] not in ("features", "joint") or (spaces[name] == "joint" and not joint):
             raise ConfigError(
                 f"prototypes.{name}: space must be features, or joint with model.heads.projector, not {spaces[name]!r}"
             )
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
-        channels = joint if spaces[name] == "joint" else context["in_channels"]
-        members[name] = build("models.prototypes", options, **context | {"in_channels": channels})
+        channels = joint if spaces[name] == "joint" else features
+        context["in_channels"] = channels
+        members[name] = build("models.prototypes", options, "Prototypes", **context)
     views = {name: view for name, view in views.items() if view != "none"}
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
 
@@ -138,7 +141,7 @@ def build_tower(spec, joint):
     Raises:
         ConfigError: a backbone without dense features, or in another space than the projector.
     """
-    tower = build_any("models.backbones", spec)
+    tower = build_any("models.backbones", spec, "Backbone")
     if tower is None:
         return None
     if not tower.joint:

@@ -1,15 +1,29 @@
 """Configuration: what is read, how layers merge, that a mistake is an error which names the key, what `build` makes."""
 
+import logging
 import re
 import sys
+import time
 
 import pytest
 import yaml
 
 from engine import build as building
 from engine import config
-from engine.build import build, build_losses, call
-from engine.config import ConfigError, difference, load, override, plain, read_yaml, save
+from engine.build import build, build_losses, build_members, call
+from engine.config import (
+    ConfigError,
+    check_sections,
+    difference,
+    load,
+    override,
+    plain,
+    read_yaml,
+    save,
+)
+from engine.ranges import describe, is_a
+from tests.fuzz import configurations
+from tests.runs import TINY, TINY_DG, TINY_UDA
 
 KEYS = """
 checkpoint.every checkpoint.keep data.augment.name data.cache data.monitor.name
@@ -99,7 +113,6 @@ def dotted(value, prefix=""):
         ("-2E+3", -2000.0),
         (".5", 0.5),
         ("2.0", 2.0),
-        (".inf", float("inf")),
         ("-3", -3),
         ("+7", 7),
         ("010", 10),
@@ -110,9 +123,14 @@ def dotted(value, prefix=""):
         ("off", "off"),
         ("no", "no"),
         ("yes", "yes"),
-        ("true", True),
-        ("false", False),
-        ("null", None),
+        *((text, True) for text in ("true", "True", "TRUE", "!!bool true")),
+        *((text, False) for text in ("false", "False", "FALSE")),
+        *((text, None) for text in ("null", "Null", "NULL")),
+        ("tRUE", "tRUE"),
+        ("!!float 3", 3.0),
+        ("!!str 3", "3"),
+        (str(2**62), 2**62),
+        (".inf", ".inf"),
         ("~", None),
         ("", None),
         ("'1e-4'", "1e-4"),
@@ -145,6 +163,69 @@ def test_a_key_that_appears_twice_names_file_line_and_key(write, text, line):
 def test_a_file_that_is_no_mapping_names_the_file(write, text):
     with pytest.raises(ConfigError, match=r"experiment\.yaml"):
         load(write(text))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_is_utf_8_with_or_without_a_byte_order_mark(write, encoding):
+    path = write("")
+    path.write_text("folder: Straße", encoding)
+    assert load(path).folder == "Straße"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_names_the_file_and_the_way_out(write, encoding):
+    path = write("")
+    path.write_bytes("folder: Straße".encode(encoding))
+    with pytest.raises(ConfigError, match=r"experiment\.yaml is not in UTF-8.*: save it"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: [1", r"line 1, column 9: expected ',' or '\]'"),
+        ("a: b: c", "line 1, column 5: mapping values are not allowed here"),
+        ("seed: \x07", "special characters are not allowed"),
+        ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("seed: !!float x", "line 1: 'x' is no YAML float"),
+        ("seed: !!bool x", "line 1: 'x' is no YAML bool"),
+        ("seed: !!int 1.5", r"line 1: '1\.5' is no YAML int"),
+        ("seed: !!set {a}", "could not determine a constructor"),
+        (f"seed: {'9' * 4301}", "line 1: the number '9+ ... is too large"),
+        ("seed: 1e999", "line 1: the number '1e999' is too large"),
+        ("seed: &a [*a]", "nests deeper than 50 levels"),
+        ("seed: &a {b: [*a, *a]}", "nests deeper than 50 levels"),
+        ("seed: " + "[" * 5000, "nests deeper than 50 levels"),
+        (f"seed: [{'0, ' * 30_000}]", "holds more than 20000 values"),
+        ("base: [3]", r"base must be a file or a list of files, not \[3\]"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_damaged_file_is_one_short_sentence(write, text, message):
+    with pytest.raises(ConfigError, match=rf"experiment\.yaml.*{message}") as error:
+        load(write(text))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("entry", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_stand_for_billions_of_values_are_an_error_at_once(write, entry):
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{i}: &a{i} {entry.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 15)]
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=r"holds more than 20000 values|unknown key 'a0'"):
+        load(write("\n".join(lines)))
+    assert time.process_time() - began < 2
+
+
+def test_a_string_that_starts_with_the_home_folder_is_expanded(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = (
+        "data: {root: ~/mine, train: {name: x.Y, root: ~/a}, test: {b: {name: x.Y, list: a/~/b}}}"
+    )
+    cfg = load(write(text), ["folder=~/runs", "model.backbone.weights=~/w.pt"])
+    assert (cfg.data.root, cfg.data.train.root) == ("/home/me/mine", "/home/me/a")
+    assert (cfg.folder, cfg.model.backbone.weights) == ("/home/me/runs", "/home/me/w.pt")
+    assert cfg.data.test.b.list == "a/~/b"
 
 
 def test_environment_variables_are_expanded_in_files_and_overrides(write, monkeypatch):
@@ -198,15 +279,15 @@ def test_a_key_that_is_missing_in_code_suggests_one(write):
         (
             "optimizer: {lr: true}",
             "optimizer.lr=true",
-            r"optimizer\.lr must be a float .* not True",
+            r"optimizer\.lr must be a float .* not true",
         ),
-        ("optimizer: {lr: }", "optimizer.lr=", r"optimizer\.lr must be a float .* not None"),
+        ("optimizer: {lr: }", "optimizer.lr=", r"optimizer\.lr must be a float .* not null"),
         ("train: {iters: 2.5}", "train.iters=2.5", r"train\.iters must be an int .* not 2\.5"),
-        ("train: {iters: true}", "train.iters=true", r"train\.iters must be an int .* not True"),
-        ("eval: {flip: 1}", "eval.flip=1", r"eval\.flip must be true or false .* not 1"),
-        ("eval: {flip: on}", "eval.flip=on", r"eval\.flip must be true or false .* not 'on'"),
+        ("train: {iters: true}", "train.iters=true", r"train\.iters must be an int .* not true"),
+        ("eval: {flip: 1}", "eval.flip=1", r"eval\.flip must be true or false, not 1"),
+        ("eval: {flip: on}", "eval.flip=on", r"eval\.flip must be true or false, not 'on'"),
         ("eval: {scales: 1.0}", "eval.scales=1.0", r"eval\.scales must be a list .* not 1\.0"),
-        ("precision: 16", "precision=16", r"precision must be a string .* not 16"),
+        ("precision: 16", "precision=16", r"precision must be fp32, bf16 or fp16, not 16"),
         ("optimizer: SGD", "optimizer=SGD", r"optimizer must be a mapping .* not 'SGD'"),
         ("losses: {name: a.B}", "losses={name: a.B}", r"losses must be a list"),
         (
@@ -226,11 +307,195 @@ def test_unknown_keys_and_wrong_types_are_errors_in_files_and_on_the_command_lin
         load(write(""), [given])
 
 
-def test_an_int_is_fine_where_a_float_is_expected_and_null_defaults_take_anything(write):
-    cfg = load(
-        write("optimizer: {lr: 1}\ndata: {root: somewhere}"), ["optimizer.clip=2", "data.root=3"]
-    )
-    assert (cfg.optimizer.lr, cfg.optimizer.clip, cfg.data.root) == (1, 2, 3)
+def test_an_int_is_fine_where_a_float_is_expected_and_a_root_may_be_null(write):
+    cfg = load(write("optimizer: {lr: 1}\ndata: {root: a}"), ["optimizer.clip=2", "data.root="])
+    assert (cfg.optimizer.lr, cfg.optimizer.clip, cfg.data.root) == (1, 2, None)
+
+
+WRONG = {
+    "seed": "-1 2147483648",
+    "folder": "'' 3",
+    "resume": "'' null",
+    "device": "gpu cuda:0 cpu:7",
+    "threads": "-1 1000000",
+    "precision": "half bf32",
+    "timeout": "0 -1 1e9",
+    "data.root": "2024 '' [a]",
+    "data.test": "[] {a:_3}",
+    "data.seen": "a [1]",
+    "data.cache": "1",
+    "data.rare_classes.temperature": "-0.1",
+    "data.rare_classes.min_pixels": "-1",
+    "data.workers": "-1 1000000",
+    "model.projector.channels": "-1 1000000000",
+    "model.text_attention.layers": "-1 1000",
+    "model.auxiliary.dropout": "1.0 -0.1",
+    "model.region.variant": "biass",
+    "model.region.dropout": "1.0",
+    "model.region.cell": "0",
+    "model.region.opened": "1.5",
+    "model.frozen_bn": "[head] backbone",
+    "model.bn_views": "[1]",
+    "uda.labelers": "{} [1]",
+    "stages": "[1] {}",
+    "prototypes": "[]",
+    "losses": "[] [1] null",
+    "train.iters": "0 -3 1.5 1e12",
+    "train.batch_size": "0 1000000000000",
+    "train.accumulate": "0",
+    "train.teacher": "1.0 2 -0.1",
+    "optimizer.name": "Adam",
+    "optimizer.lr": "0 -1 .nan .inf -.inf null true",
+    "optimizer.head_lr_factor": "-1",
+    "optimizer.weight_decay": "-1",
+    "optimizer.momentum": "1.0",
+    "optimizer.betas": "[0.9] [0.9,_0.99,_0.9] [0.9,_1.0] [] 0.9",
+    "optimizer.clip": "-1",
+    "schedule.warmup": "-5 0.5",
+    "schedule.warmup_ratio": "-1 2",
+    "schedule.power": "-1",
+    "schedule.min_ratio": "1.5",
+    "eval.every": "-1",
+    "eval.mode": "hole",
+    "eval.crop": "[0,_0] [5] [1,_2,_3] [a,_b] 512",
+    "eval.stride": "[0,_1]",
+    "eval.short_side": "-5",
+    "eval.scales": "[] [0.0] [-1] [1.0,_.nan] [1e9] 1.0",
+    "eval.weights": "teachr",
+    "eval.subsets": "[] {a:_[]} {a:_3}",
+    "eval.pictures": "-1",
+    "log.every": "0",
+    "log.images_every": "-1",
+    "checkpoint.every": "0",
+    "checkpoint.keep": "0 -1",
+}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [(key, value.replace("_", " ")) for key, values in WRONG.items() for value in values.split()],
+)
+def test_a_value_out_of_its_range_is_a_sentence_with_key_range_and_value(write, key, value):
+    *sections, last = key.split(".")
+    text = f"{last}: {value}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    for arguments in ((write(text),), (write("", "other.yaml"), [f"{key}={value}"])):
+        with pytest.raises(
+            ConfigError, match=rf": {re.escape(key)}[\w.]* must be .*, not "
+        ) as error:
+            load(*arguments)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "seed=2147483647",
+        "timeout=0.5",
+        "train.iters=1000000000000",
+        "optimizer.clip=0",
+        "optimizer.betas=[0, 0.5]",
+        "eval.scales=[0.5, 1]",
+        "schedule.power=0",
+        "checkpoint.keep=1",
+        "eval.subsets={mIoU13: [a]}",
+        "data.test={Straße_1.0-b: {name: none}}",
+    ],
+)
+def test_values_at_the_end_of_their_range_are_accepted(write, given):
+    load(write(""), [given])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"eval": {"crop": [4, 4, 4]}}, r"eval\.crop must be a list of length 2"),
+        (
+            {"eval": {"stride": [4, float("nan")]}},
+            r"eval\.stride\.1 must be an int in \[1, 16384\]",
+        ),
+        ({"optimizer": {"lr": float("inf")}}, r"optimizer\.lr must be a float above 0, not Inf"),
+        ({"optimizer": 3}, "optimizer must be a mapping"),
+        ({"data": {"test": {"../../x": {"name": "a.B"}}}}, r"a name in data\.test must be a name"),
+        ({"data": {"test": {"/tmp/x": {"name": "a.B"}}}}, r"a name in data\.test must be a name"),
+        ({"stages": [{"name": "../x"}]}, r"stages\.0\.name must be a name"),
+        ([], "must hold keys and values"),
+    ],
+)
+def test_the_configuration_of_a_checkpoint_is_checked_too(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        override(settings, [])
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "a..b", "", "x" * 51, "a b", 3])
+@pytest.mark.parametrize(
+    "key, item",
+    [
+        ("data.test", {"name": "a.B"}),
+        ("prototypes", {"name": "a.B"}),
+        ("eval.subsets", ["a"]),
+        ("stages", None),
+    ],
+)
+def test_names_that_become_files_are_no_paths(write, key, item, name):
+    value = [{"name": name}] if key == "stages" else {name: item}
+    text = f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
+    with pytest.raises(ConfigError, match=r"name.* must be a name of 1 to 50 letters"):
+        load(write(""), [text])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("eval.crop.1=0", r"eval\.crop\.1 must be an int in"),
+        ("eval.crop.=7", "the list has no entry ''"),
+        ("eval.crop.²=7", "the list has no entry '²'"),
+        ("losses.0=3", r"losses\.0 must be a mapping, not 3"),
+        ("stages=[{iters: -1}]", r"stages\.0\.iters must be an int of at least 0"),
+        ("stages=[{repeat: 0}]", r"stages\.0\.repeat must be an int in \[1, 100\], not 0"),
+        ("stages=[{repeat: 1e8}]", r"stages\.0\.repeat must be an int"),
+        ("stages=[{repeat: 100000000}]", r"stages\.0\.repeat must be an int in \[1, 100\]"),
+        (f"stages=[{', '.join(['{repeat: 100}'] * 11)}]", "more than 1000 stages"),
+        ("stages=[{lr_scale: 0}]", r"stages\.0\.lr_scale must be a float in"),
+        ("stages=[{teacher: emma}]", "must be ema, frozen or none, not 'emma'"),
+        ("stages=[{train: {iters: 0}}]", r"stages\.0\.train\.iters must be an int of at least 1"),
+        ("stages=[{optimizer: 3}]", r"stages\.0\.optimizer must be a mapping"),
+        ("stages=[{stages: []}]", r"unknown key 'stages\.0\.stages'"),
+        ("eval={mode: slide, crop: [64, 64], stride: [64, 65]}", "stride 65 must not be larger"),
+        ("data.seen=[real]", r"data\.seen names 'real', which is not in data\.test"),
+        (".".join("a" * 99) + "=1", "unknown key|nests deeper than 50 levels"),
+        ("prototypes." + ".".join("a" * 2000) + "=1", "nests deeper than 50 levels"),
+        (f"seed={'x' * 10_000}", "seed must be an int .* not 'x{50,80} ...$"),
+        (f"{'x' * 10_000}=1", "unknown key 'x{50,80} ...'; known here"),
+        ("lr=1e-3", r"unknown key 'lr'; did you mean 'optimizer\.lr'\?"),
+        ("train.epochs=10", r"unknown key 'train\.epochs'; did you mean 'train\.iters'\?"),
+        ("learning_rate=1", r"did you mean 'optimizer\.lr'\?"),
+        ("batchsize=4", r"did you mean 'train\.batch_size'\?"),
+        ("every=4", r"did you mean 'eval\.every' or 'log\.every' or 'checkpoint\.every'\?"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_an_override_that_cannot_be_is_one_short_sentence(write, given, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(write(""), [given])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "value, kind, words",
+    [
+        (3, config.Count, "an int of at least 1"),
+        (0.5, config.Momentum, "a float in [0, 1)"),
+        ([1, 2], config.Size, "a list of length 2, each an int in [1, 16384]"),
+        ([0.5], config.Scales, "a list of length 1 to 100, each a float in (0, 16]"),
+        (None, int | None, "an int or null"),
+        (2, config.Literal["a", 2], "a or 2"),
+        ({"a": {}}, dict[config.Name, dict], "a mapping"),
+    ],
+)
+def test_a_kind_in_words(value, kind, words):
+    assert is_a(value, kind) and describe(kind) == words
 
 
 @pytest.mark.parametrize("text", ["seed", "=3", "seed 3", ""])
@@ -417,7 +682,7 @@ def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path)
     ]
     cfg = load(
         write("base: base.yaml\nschedule: {warmup_ratio: 1.e-7}"),
-        [f"model.frozen_bn={strings!r}", "eval.scales=[1e20, 1]"],
+        [f"model.bn_views={strings!r}", "optimizer.clip=1e20"],
     )
     target = tmp_path / "elsewhere" / "config.yaml"
     target.parent.mkdir()
@@ -427,11 +692,11 @@ def test_a_saved_configuration_gives_itself_back_and_runs_alone(write, tmp_path)
     assert (
         again.optimizer.lr == 1e-5
         and again.schedule.warmup_ratio == 1e-7
-        and again.model.frozen_bn == strings
+        and again.model.bn_views == strings
     )
     assert again.data.test.b.boxes == [[1, 2.5], [], [None]]
     assert (
-        yaml.safe_load(target.read_text())["model"]["frozen_bn"] == strings
+        yaml.safe_load(target.read_text())["model"]["bn_views"] == strings
     )  # other programs read YAML 1.1
 
 
@@ -473,6 +738,106 @@ def test_a_run_goes_on_only_with_the_configuration_that_it_had(write):
     config.check_resume(old, override(changed, ["resume=some/step_0000001.pt"]))
 
 
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        (["losses.1.temperature=0.07"], ["losses.1.temperature=0.1"], r": losses\.occl\.temperature 0\.07 -> 0\.1\. C"),
+        ([], ["losses=[{name: occl.OCCL}]"], r"losses\.cross_entropy \{.* -> null, losses\.occl\.weight 1\.0 -> null"),
+        ([], [f"data.train.x={'y' * 999}"], r": data\.train\.x null -> 'y{30,40} \.\.\.\. C"),
+        (["train.iters=7"], ["train.iters=6"], r"train\.iters 7 -> 6"),
+        (["stages=[{iters: 5}, {iters: 5}]"], ["stages=[{iters: 6}, {iters: 5}]"], r"stages\.0\.iters 5 -> 6"),
+        (["stages=[{iters: 5}, {iters: 5}]"], ["stages=[{iters: 5}, {iters: 4}]"], r"stages\.1\.iters 5 -> 4"),
+        (["stages=[{}, {}]"], ["stages=[{}, {}]", "train.iters=1001"], r"train\.iters 1000 -> 1001"),
+        (["stages=[{repeat: 2}]"], ["stages=[{repeat: 2, iters: 2000}]"], r"stages\..*2000"),
+        (["stages=[{}]"], ["stages=[{}, {}]"], "stages"),
+    ],
+)  # fmt: skip
+def test_what_differs_in_a_list_is_named_alone_and_only_the_end_may_move(
+    write, before, after, message
+):
+    path = write(LOSSES)
+    with pytest.raises(ConfigError, match=message):
+        config.check_resume(plain(load(path, before)), load(path, after))
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ([], ["train.iters=1001"]),
+        (["stages=[{iters: 5}, {iters: 5}]"], ["stages=[{iters: 5}, {iters: 6}]"]),
+        (
+            ["stages=[{iters: 5}, {name: b}]"],
+            ["stages=[{iters: 5}, {name: b}]", "train.iters=1001"],
+        ),
+        (["stages=[{train: {iters: 5}}]"], ["stages=[{train: {iters: 7}}]"]),
+    ],
+)
+def test_a_run_or_its_last_stage_may_become_longer(write, caplog, monkeypatch, before, after):
+    monkeypatch.setattr(logging.getLogger("engine"), "propagate", True)
+    config.check_resume(plain(load(write(""), before)), load(write(""), after))
+    assert "the learning rate is that of the longer run" in caplog.text
+    caplog.clear()
+    config.check_resume(plain(load(write(""), after)), load(write(""), after))
+    assert not caplog.text
+
+
+def test_a_checkpoint_from_before_a_key_existed_goes_on_with_its_default(write):
+    old = plain(load(write("")))
+    del old["model"]["compile"], old["optimizer"]["clip"]
+    config.check_resume(old, load(write("")))
+    with pytest.raises(ConfigError, match=r"optimizer\.clip 0\.0 -> 1"):
+        config.check_resume(old, load(write(""), ["optimizer.clip=1"]))
+
+
+# --- sections that a script does not use -----------------------------------------------------------------------------
+
+SCRIPTS = {"train_supervised": TINY, "train_uda": TINY_UDA, "train_dg": TINY_DG}
+
+
+@pytest.mark.parametrize(
+    "script, given, message",
+    [
+        ("train_supervised", "uda.mixer={name: mixers.ClassMix}", "uda has no effect .* train_uda.py"),
+        ("train_supervised", "stages=[{init: x.pt}]", "stages has no effect .* train_uda.py"),
+        ("train_supervised", "data.target={name: toy.Toy}", r"data\.target has no effect"),
+        ("train_supervised", "data.monitor={name: toy.Toy}", r"data\.monitor has no effect"),
+        ("train_supervised", "data.target_augment={name: transforms.Augment}", r"data\.target_augment has"),
+        ("train_supervised", "model.bn_views=[source]", r"model\.bn_views has no effect"),
+        ("train_supervised", "dg.style={name: style.FDA}", r"dg has no effect .* train_dg\.py"),
+        ("train_supervised", "model.projector.channels=16", r"model\.projector has no effect"),
+        ("train_supervised", "model.text_attention.layers=1", r"model\.text_attention has no effect"),
+        ("train_supervised", "prototypes.centroids.view=target", "train_supervised.py has no view 'target'"),
+        ("train_supervised", "losses.0.view=mixed", "has no view 'mixed'; there are source, none"),
+        ("train_dg", "uda.compare=false", "uda has no effect in train_dg"),
+        ("train_dg", "stages=[{}]", "stages has no effect"),
+        ("train_dg", "losses.0.view=target", "train_dg.py has no view 'target'"),
+        ("train_uda", "dg.strong={name: mixers.ColorBlur}", "dg has no effect in train_uda"),
+        ("train_uda", "stages=[{model: {projector: {channels: 8}}}]", r"model\.projector has no effect"),
+        ("train_supervised", "train.teacher=0", "there is no teacher: set train.teacher"),
+        ("train_dg", "train.teacher=0", "there is no teacher"),
+        ("train_uda", "stages=[{teacher: ema}, {teacher: none}]", "there is no teacher"),
+        ("train_uda", "stages=[{teacher: ema, train: {teacher: 0}}]", "there is no teacher"),
+    ],
+)  # fmt: skip
+def test_what_a_script_would_ignore_is_an_error(script, given, message):
+    with pytest.raises(ConfigError, match=message):
+        check_sections(load(SCRIPTS[script], ["eval.weights=teacher", given]), script)
+
+
+@pytest.mark.parametrize(
+    "script, given",
+    [
+        ("train_supervised", "prototypes.centroids.view=none"),
+        ("train_dg", "prototypes.visual.view=tower"),
+        ("train_uda", "stages=[{teacher: frozen, train: {teacher: 0}}]"),
+        ("train_uda", "stages=[{teacher: none}, {teacher: ema}]"),
+        ("train_uda", "losses.0.view=mixed"),
+    ],
+)
+def test_what_a_script_uses_is_none(script, given):
+    check_sections(load(SCRIPTS[script], ["eval.weights=teacher", given]), script)
+
+
 # --- the defaults --------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +855,20 @@ def test_every_default_has_a_comment_on_its_line():
         )
         checked += 1
     assert checked > 40
+
+
+def test_every_default_has_a_range_and_lies_in_it():
+    """What has none is true or false, or the name of a component."""
+    for key in config._leaves(config.defaults()):
+        value, kind = config.defaults(), config.RANGES
+        for part in key.split("."):
+            value, kind = value[part], kind.get(part) if isinstance(kind, dict) else None
+        if kind is None:
+            assert isinstance(value, bool) or key.endswith(".name"), key
+        else:
+            assert is_a(value, kind), key
+    assert config.STAGE.keys() == config.STAGE_RANGES.keys()
+    assert all(is_a(value, config.STAGE_RANGES[key]) for key, value in config.STAGE.items())
 
 
 def test_options_do_not_grow_unnoticed():
@@ -536,14 +915,14 @@ def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
             r"thing\.Simple: option 'width' must be an int, not 'wide'",
         ),
         ({"name": "thing.Simple", "width": 2.0}, "'width' must be an int, not 2.0"),
-        ({"name": "thing.Simple", "width": True}, "'width' must be an int, not True"),
+        ({"name": "thing.Simple", "width": True}, "'width' must be an int, not true"),
         ({"name": "thing.Simple", "rate": "two"}, "'rate' must be a float, not 'two'"),
         (
             {"name": "thing.Simple", "mode": "sofft"},
-            r"'mode' must be Literal\['soft', 'hard'\], not 'sofft'",
+            "'mode' must be soft or hard, not 'sofft'",
         ),
         ({"name": "thing.Simple", "crop": 3}, "'crop' must be a list, not 3"),
-        ({"name": "thing.Simple", "path": 3}, r"'path' must be str \| None, not 3"),
+        ({"name": "thing.Simple", "path": 3}, "'path' must be a string or null, not 3"),
         ({"name": "thing.Needs"}, r"thing\.Needs needs the options length, num_classes"),
         ({"name": "thing.Needs", "num_classes": 3}, r"thing\.Needs needs the option length"),
         ({"name": "thing.Bare", "kwargs": 3}, r"thing\.Bare has no option 'kwargs'"),
@@ -595,12 +974,12 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         (
             "models.classifiers",
             {"name": "cbp.CBP", "length": "two"},
-            r"cbp\.CBP: option 'length' must be a float, not 'two'",
+            r"cbp\.CBP: option 'length' must be a float above 0, not 'two'",
         ),
         (
             "models.backbones",
             {"name": "resnet.ResNet", "depth": 20},
-            r"'depth' must be Literal\[18, 34, 50, 101, 152\], not 20",
+            "'depth' must be 18, 34, 50, 101 or 152, not 20",
         ),
         (
             "losses",
@@ -608,11 +987,110 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
             "has no option 'temprature'; did you mean 'temperature'",
         ),
         ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),
+        (
+            "losses",
+            {"name": "occl.OCCL", "temperature": 0},
+            "'temperature' must be a float above 0",
+        ),
+        (
+            "losses",
+            {"name": "cross_entropy.CrossEntropy", "ohem": 7},
+            r"'ohem' .* in \[0, 1\], not 7",
+        ),
+        (
+            "datasets",
+            {"name": "transforms.Augment", "crop": [0, 5]},
+            r"'crop\.0' must be an int in",
+        ),
+        (
+            "datasets",
+            {"name": "transforms.Augment", "crop": [5]},
+            "'crop' must be a list of length 2",
+        ),
+        (
+            "datasets",
+            {"name": "transforms.Augment", "crop": [5, 5], "scale": [2, 0.5]},
+            r"scale \[low, high\], not \[5, 5\], \[2, 0\.5\]",
+        ),
+        (
+            "datasets",
+            {"name": "transforms.Augment", "crop": [5, 5], "flip": 3},
+            r"'flip' .*, not 3",
+        ),
+        (
+            "datasets",
+            {"name": "toy.Toy", "length": 0},
+            r"'length' must be an int in \[1, 1000000\]",
+        ),
+        ("datasets", {"name": "toy.Toy", "length": 10**12}, "'length' must be an int in"),
+        ("datasets", {"name": "toy.Toy", "size": [0, 0]}, r"'size\.0' must be an int in"),
+        (
+            "datasets",
+            {"name": "toy.Toy", "augment": {"name": "x.Y"}},
+            "'augment' must be a Callable",
+        ),
+        ("datasets", {"name": "toy.Toy", "seed": -1}, "'seed' must be an int in"),
+        ("datasets", {"name": "base.DataError"}, "has no class 'DataError'"),
+        (
+            "datasets",
+            {"name": "mixers.ColorBlur", "sigma": [1]},
+            "'sigma' must be a list of length 2",
+        ),
+        (
+            "models.prototypes",
+            {"name": "centroids.Centroids", "momentum": 5},
+            r"in \[0, 1\), not 5",
+        ),
+        (
+            "models.classifiers",
+            {"name": "cbp.CBP", "length": 0},
+            "'length' must be a float above 0",
+        ),
+        (
+            "models.decoders",
+            {"name": "fcn.FCN", "width": 10**9},
+            r"'width' must be an int in \[1, 16384",
+        ),
+        (
+            "models.decoders",
+            {"name": "upernet.UPerNet", "pools": []},
+            "'pools' must be a list of length",
+        ),
+        ("models.backbones", {"name": "mit.MiT", "drop_path": 1.0}, r"'drop_path' .* in \[0, 1\)"),
     ],
 )
 def test_mistakes_in_real_components(package, spec, message):
     with pytest.raises(ConfigError, match=message):
         build(package, spec)
+
+
+@pytest.mark.parametrize(
+    "package, spec, role",
+    [
+        ("datasets", {"name": "mixers.ClassMix"}, "data set"),
+        ("datasets", {"name": "transforms.Augment", "crop": [4, 4]}, "data set"),
+        ("datasets", {"name": "toy.Toy"}, "augmentation"),
+        ("datasets", {"name": "style.FDA"}, "mixer"),
+        ("datasets", {"name": "mixers.ClassMix"}, "style"),
+        ("losses", {"name": "self_training.TeacherConfidence"}, "loss"),
+        ("losses", {"name": "entropy.Entropy"}, "labeler"),
+        ("losses", {"name": "entropy.Entropy"}, "reweighting"),
+        ("losses", {"name": "occl.OCCL"}, "weight of the source"),
+    ],
+)
+def test_a_part_in_the_place_of_another_kind_is_an_error(package, spec, role):
+    with pytest.raises(
+        ConfigError, match=rf"{spec['name']} is no {role}: it belongs to another key"
+    ):
+        build(package, spec, role, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["classifier", "a.b", "keys", "training"])
+def test_a_member_cannot_have_a_name_that_is_taken(name):
+    with pytest.raises(
+        ConfigError, match=f"prototypes: the name '{name}' is taken, or holds a '.'"
+    ):
+        build_members({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
 
 
 def test_losses_are_named_after_their_modules():
@@ -656,3 +1134,13 @@ def test_call_passes_what_is_asked_for_and_nothing_else():
     assert call(Term(), a=1, b=2) == 2
     with pytest.raises(TypeError, match="missing"):
         call(lambda missing: missing, a=1)
+
+
+# --- the fuzzer ----------------------------------------------------------------------------------------------------
+
+
+def test_damaged_configurations_end_in_one_line_each():
+    counts, _ = configurations.run(seed=0, count=25)
+    assert (
+        counts["accepted"] and counts["one line"] and counts["accepted"] + counts["one line"] == 25
+    )

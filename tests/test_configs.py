@@ -17,7 +17,7 @@ from engine.build import (
     build_members,
     build_segmentor,
 )
-from engine.config import load, stages
+from engine.config import check_sections, load, stages
 from engine.schedule import make_optimizer
 from tests.runs import ROOT
 
@@ -33,6 +33,11 @@ SCRIPTS = {"uda": "train_uda.py", "dg": "train_dg.py"}
 def quick(monkeypatch):
     """Random numbers on the meta device need no time, but two calls have no form for it."""
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
+
+
+def script_of(path):
+    words = (path.parent.name, path.name.split("_")[0])
+    return next((name for word, name in SCRIPTS.items() if word in words), "train_supervised.py")
 
 
 def classes_of(spec):
@@ -103,12 +108,15 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
 )
 def test_an_experiment_says_how_to_run_it_and_what_was_measured(path):
     header = [line for line in Path(path).read_text().splitlines() if line.startswith("#")]
-    kind = next(
-        (kind for kind in SCRIPTS if kind in (path.parent.name, path.name.split("_")[0])), None
-    )
-    script = SCRIPTS.get(kind, "train_supervised.py")
-    assert header and f"{script} {path.relative_to(ROOT)}" in header[0]
+    assert header and f"{script_of(path)} {path.relative_to(ROOT)}" in header[0]
     assert any("easured" in line or "not yet run" in line for line in header)
+
+
+@pytest.mark.parametrize(
+    "path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
+def test_an_experiment_sets_nothing_that_its_script_ignores(path):
+    check_sections(load(path), script_of(path).removesuffix(".py"))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
+from engine.ranges import Natural
 from engine.statistics import unit
 from engine.weights import WeightsError, load_into, read, unwrap
 from models.backbones.base import Backbone
@@ -185,7 +186,11 @@ class ViT(Backbone):
     """
 
     def __init__(
-        self, *, model: str = "ViT-B-16-quickgelu", taps: list = (), weights: str = "openai"
+        self,
+        *,
+        model: str = "ViT-B-16-quickgelu",
+        taps: list[Natural] = (),
+        weights: str = "openai",
     ):
         super().__init__()
         self.normalize = Normalize(MEAN, STD)

@@ -13,6 +13,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.convnext import CNBlockConfig, LayerNorm2d
 from torchvision.models.convnext import ConvNeXt as Network
 
+from engine.ranges import Few, Momentum, OptionalWidth
 from engine.weights import load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
@@ -67,9 +68,9 @@ class ConvNeXt(Backbone):
         self,
         *,
         size: Literal["t", "s", "b"] = "t",
-        width: int = 0,
-        depths: list = (),
-        drop_path: float | None = None,
+        width: OptionalWidth = 0,
+        depths: list[Few] = (),
+        drop_path: Momentum | None = None,
         checkpointing: bool = False,
         weights: str = "imagenet",
     ):

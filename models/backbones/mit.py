@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from engine.ranges import Momentum
 from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, guided, run
@@ -189,7 +190,7 @@ class MiT(Backbone):
         self,
         *,
         size: Size = "b0",
-        drop_path: float = 0.1,
+        drop_path: Momentum = 0.1,
         checkpointing: bool = False,
         weights: str = "imagenet",
     ):

@@ -6,7 +6,7 @@ MobileNetV2 ends with its 320 channels, as where DeepLabV3+ and MMSegmentation u
 convolution that comes after its blocks, as in torchvision's own networks for segmentation.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import nn
 from torchvision.models import get_model, get_model_weights
@@ -39,7 +39,7 @@ class MobileNet(Backbone):
         self,
         *,
         version: Literal["v2", "v3_large", "v3_small"] = "v2",
-        width: float = 1.0,
+        width: Annotated[float, "(0, 16]"] = 1.0,
         output_stride: Literal[8, 16, 32] = 32,
         checkpointing: bool = False,
         weights: str = "imagenet",

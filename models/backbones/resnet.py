@@ -115,7 +115,7 @@ class ResNet(Backbone):
         normalize: Literal["imagenet", "none"] = "imagenet",
         checkpointing: bool = False,
         weights: str = "imagenet",
-        allow_missing: list = (),
+        allow_missing: list[str] = (),
     ):
         super().__init__()
         if deep_stem and weights == "imagenet":

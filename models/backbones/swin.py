@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
+from engine.ranges import Few, Momentum, OptionalWidth
 from engine.weights import load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
@@ -78,10 +79,10 @@ class Swin(Backbone):
         self,
         *,
         size: Literal["t", "s", "b"] = "t",
-        width: int = 0,
-        depths: list = (),
-        window: int = 7,
-        drop_path: float = 0.3,
+        width: OptionalWidth = 0,
+        depths: list[Few] = (),
+        window: Few = 7,
+        drop_path: Momentum = 0.3,
         checkpointing: bool = False,
         weights: str = "imagenet",
     ):

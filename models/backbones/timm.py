@@ -51,7 +51,7 @@ class Timm(Backbone):
         *,
         model: str,
         weights: str = "pretrained",
-        out_indices: list = (),
+        out_indices: list[int] = (),
         options: dict | None = None,
     ):
         super().__init__()

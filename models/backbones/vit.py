@@ -10,13 +10,14 @@ networks in clip.ViT and timm.Timm; this one takes an attention bias.
 """
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from engine.ranges import Few, Momentum, Natural
 from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
@@ -130,11 +131,11 @@ class ViT(Backbone):
         *,
         size: Literal["t", "s", "b", "l"] = "b",
         patch: Literal[14, 16] = 16,
-        positions: int = 224,
-        registers: int = 0,
+        positions: Few = 224,
+        registers: Annotated[int, "[0, 1024]"] = 0,
         layer_scale: bool = False,
-        drop_path: float = 0.1,
-        taps: list = (),
+        drop_path: Momentum = 0.1,
+        taps: list[Natural] = (),
         norm: bool = True,
         checkpointing: bool = False,
         weights: str = "imagenet",

@@ -5,6 +5,7 @@ model.classifier: {name: branch_sum.BranchSum}
 
 import torch
 
+from engine.ranges import Few
 from models.classifiers.base import Classifier
 
 
@@ -17,7 +18,7 @@ class BranchSum(Classifier):
         ValueError: the features are not K channels of each branch.
     """
 
-    def __init__(self, *, in_channels, num_classes, branches: int = 4):
+    def __init__(self, *, in_channels, num_classes, branches: Few = 4):
         super().__init__()
         if in_channels != branches * num_classes:
             raise ValueError(

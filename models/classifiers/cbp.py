@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from engine.ranges import Few, Positive, Share
 from engine.statistics import class_means, cosine
 from models.classifiers.base import Classifier
 from models.prototypes import basis
@@ -69,16 +70,16 @@ class CBP(Classifier):
         in_channels,
         num_classes,
         classes=(),
-        length: float = 2.0,
+        length: Positive = 2.0,
         update: Literal["frozen", "gradient", "ema", "penalty"] = "frozen",
-        momentum: float = 0.999,
+        momentum: Share = 0.999,
         equal: bool = True,
         ortho: bool = True,
         init: str = "random",
-        rows: str | list | None = None,
-        map: dict | None = None,
+        rows: str | list[str] | None = None,
+        map: dict[str, list[str]] | None = None,
         fallback: Literal["none", "project", "polar", "etf"] = "none",
-        per_class: int = 1,
+        per_class: Few = 1,
         pool: Literal["max", "logsumexp"] = "max",
         assign: Literal["argmax", "sinkhorn"] = "argmax",
     ):

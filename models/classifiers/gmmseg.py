@@ -19,10 +19,13 @@ What differs from the released code: the arg max of the shares, not a draw; one 
 move that have a correctly classified pixel at the step of the M step, not any pixel.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 
 from engine import distributed
+from engine.ranges import Few, Width
 from models.blocks import conv_bn_relu
 from models.classifiers._components import Components, Ring, of_all
 from models.prototypes._em import log_joint
@@ -59,15 +62,15 @@ class GMMSeg(Components):
         *,
         in_channels,
         num_classes,
-        components: int = 5,
-        width: int = 64,
+        components: Few = 5,
+        width: Width = 64,
         momentum: float = 0.999,
         sharpness: float = 0.05,
-        rounds: int = 3,
+        rounds: Few = 3,
         update_every: int = 5,
         floor: float = 0.01,
         decay: float = 0.999,
-        queue: int = 0,
+        queue: Annotated[int, "[0, 10000000]"] = 0,
         pixels: int = 20,
     ):
         super().__init__(num_classes, components, width, sharpness, rounds)

@@ -5,6 +5,7 @@ model.classifier: {name: linear.Linear}
 
 from torch import nn
 
+from engine.ranges import NonNegative
 from models.classifiers.base import Classifier
 
 
@@ -17,7 +18,7 @@ class Linear(Classifier):
             as long as the prototypes of cbp.CBP, 2 (benchmarks/camvid_cbp_ablations.yaml).
     """
 
-    def __init__(self, *, in_channels, num_classes, std: float = 0.01):
+    def __init__(self, *, in_channels, num_classes, std: NonNegative = 0.01):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, num_classes, 1)
         nn.init.normal_(self.conv.weight, std=std)

@@ -29,11 +29,14 @@ classification, with an optimal transport solver of its own, for which Sinkhorn-
 replaced by a real pixel.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
+from engine.ranges import Few, OptionalWidth
 from engine.statistics import unit
 from models.classifiers._components import Components, Ring
 
@@ -68,13 +71,13 @@ class ProtoSeg(Components):
         *,
         in_channels,
         num_classes,
-        per_class: int = 10,
-        width: int = 0,
+        per_class: Few = 10,
+        width: OptionalWidth = 0,
         momentum: float = 0.999,
         sharpness: float = 0.05,
-        rounds: int = 3,
-        memory: int = 0,
-        pixels: int = 20,
+        rounds: Few = 3,
+        memory: Annotated[int, "[0, 100000]"] = 0,
+        pixels: Annotated[int, "[1, 100000]"] = 20,
         update_every: int = 1,
     ):
         width = width or in_channels

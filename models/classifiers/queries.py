@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.ranges import Few
 from models.classifiers.base import Classifier
 
 
@@ -87,7 +88,7 @@ class Queries(Classifier):
 
     takes_masks = True
 
-    def __init__(self, *, in_channels, num_classes, layers: int = 3, heads: int = 8):
+    def __init__(self, *, in_channels, num_classes, layers: Few = 3, heads: Few = 8):
         super().__init__()
         if in_channels % heads:
             raise ValueError(f"heads={heads} must divide the {in_channels} feature channels")

@@ -11,6 +11,7 @@ decoder 3.7 M parameters (on MiT-B5, with the classifier of 19 classes).
 import torch
 from torch import nn
 
+from engine.ranges import Momentum, Rates, Width
 from engine.statistics import resize_logits
 from models.blocks import conv_bn_relu
 
@@ -43,7 +44,12 @@ class DAFormer(nn.Module):
     """
 
     def __init__(
-        self, *, in_channels, width: int = 256, rates: list = (1, 6, 12, 18), dropout: float = 0.1
+        self,
+        *,
+        in_channels,
+        width: Width = 256,
+        rates: Rates = (1, 6, 12, 18),
+        dropout: Momentum = 0.1,
     ):
         super().__init__()
         self.embed = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)

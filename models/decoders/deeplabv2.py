@@ -11,6 +11,8 @@ and then with any width.
 import torch
 from torch import nn
 
+from engine.ranges import Rates, Width
+
 
 class DeepLabV2(nn.Module):
     """Maps -> features (B, branches * width, h, w) at the stride of the coarsest map.
@@ -23,7 +25,7 @@ class DeepLabV2(nn.Module):
     knowledge).
     """
 
-    def __init__(self, *, in_channels, width: int = 19, rates: list = (6, 12, 18, 24)):
+    def __init__(self, *, in_channels, width: Width = 19, rates: Rates = (6, 12, 18, 24)):
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Conv2d(in_channels[-1], width, 3, padding=rate, dilation=rate) for rate in rates

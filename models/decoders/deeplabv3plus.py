@@ -6,6 +6,7 @@ model.decoder: {name: deeplabv3plus.DeepLabV3Plus, width: 256}
 import torch
 from torch import nn
 
+from engine.ranges import Few, Momentum, Width
 from engine.statistics import resize_logits
 from models.blocks import conv_bn_relu
 
@@ -48,10 +49,10 @@ class DeepLabV3Plus(nn.Module):
         *,
         in_channels,
         strides,
-        width: int = 256,
-        low_width: int = 48,
-        rates: list = (),
-        dropout: float = 0.1,
+        width: Width = 256,
+        low_width: Width = 48,
+        rates: list[Few] = (),
+        dropout: Momentum = 0.1,
     ):
         super().__init__()
         rates = list(rates) or [r * (2 if strides[-1] == 8 else 1) for r in (6, 12, 18)]

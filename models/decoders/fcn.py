@@ -7,6 +7,7 @@ one over their output and their input.
 import torch
 from torch import nn
 
+from engine.ranges import Momentum, Width
 from models.blocks import conv_bn_relu
 
 
@@ -18,7 +19,7 @@ class FCN(nn.Module):
         dropout: of whole feature channels, before the classifier.
     """
 
-    def __init__(self, *, in_channels, width: int = 512, dropout: float = 0.1):
+    def __init__(self, *, in_channels, width: Width = 512, dropout: Momentum = 0.1):
         super().__init__()
         self.convs = nn.Sequential(conv_bn_relu(in_channels[-1], width), conv_bn_relu(width, width))
         self.join = conv_bn_relu(in_channels[-1] + width, width)

@@ -7,6 +7,7 @@ concatenated from coarse to fine and fused.
 import torch
 from torch import nn
 
+from engine.ranges import Momentum, Width
 from engine.statistics import resize_logits
 from models.blocks import conv_bn_relu
 
@@ -19,7 +20,7 @@ class SegFormerMLP(nn.Module):
         dropout: of whole feature channels, before the classifier.
     """
 
-    def __init__(self, *, in_channels, width: int = 256, dropout: float = 0.1):
+    def __init__(self, *, in_channels, width: Width = 256, dropout: Momentum = 0.1):
         super().__init__()
         self.linears = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.fuse = conv_bn_relu(width * len(in_channels), width, 1)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.ranges import Momentum, Rates, Width
 from engine.statistics import resize_logits
 from models.blocks import conv_bn_relu
 
@@ -37,7 +38,12 @@ class UPerNet(nn.Module):
     """
 
     def __init__(
-        self, *, in_channels, width: int = 512, pools: list = (1, 2, 3, 6), dropout: float = 0.1
+        self,
+        *,
+        in_channels,
+        width: Width = 512,
+        pools: Rates = (1, 2, 3, 6),
+        dropout: Momentum = 0.1,
     ):
         super().__init__()
         *finer, coarsest = in_channels

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.ranges import Positive
 from models.prototypes.base import Prototypes
 
 STEPS, RATE = 1000, 0.03  # of the descent on the coherence
@@ -161,7 +162,7 @@ class OrthogonalBasis(Rows):
         length: T, the norm of every prototype.
     """
 
-    def __init__(self, *, num_classes, in_channels, length: float = 1.0):
+    def __init__(self, *, num_classes, in_channels, length: Positive = 1.0):
         super().__init__(orthogonal_rows(num_classes, in_channels, length))
 
 

@@ -8,6 +8,7 @@ pull a class back wherever one process has not seen it.)
 
 import torch
 
+from engine.ranges import Momentum
 from engine.statistics import class_means
 from models.prototypes.base import Prototypes
 
@@ -19,7 +20,7 @@ class Centroids(Prototypes):
         momentum: m.
     """
 
-    def __init__(self, *, num_classes, in_channels, momentum: float = 0.99):
+    def __init__(self, *, num_classes, in_channels, momentum: Momentum = 0.99):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("vectors", torch.zeros(num_classes, in_channels))

@@ -26,6 +26,7 @@ uniform sample of its own share, whose sums count for all that it saw.
 import torch
 
 from engine import distributed
+from engine.ranges import Count, Few, Momentum, NonNegative, Positive
 from engine.statistics import precise
 from models.prototypes._em import LEVELS, Pool, fit_mixture, log_joint, maximisation, moments
 from models.prototypes.base import Prototypes
@@ -56,15 +57,15 @@ class Mixtures(Prototypes):
         num_classes,
         in_channels,
         seed=0,
-        components: int = 8,
-        pool: int = 300_000,
-        iterations: int = 100,
-        tolerance: float = 1e-3,
-        start: float = 1.0,
-        floor: float = 1e-6,
-        relative_floor: float = 0.0,
-        momentum: float = 0.99,
-        chunk: int = 8192,
+        components: Few = 8,
+        pool: Count = 300_000,
+        iterations: Count = 100,
+        tolerance: NonNegative = 1e-3,
+        start: NonNegative = 1.0,
+        floor: Positive = 1e-6,
+        relative_floor: NonNegative = 0.0,
+        momentum: Momentum = 0.99,
+        chunk: Count = 8192,
     ):
         super().__init__()
         self.seed, self.pool, self.iterations, self.tolerance, self.start = (

@@ -189,8 +189,8 @@ class Text(Prototypes):
         in_channels,
         classes,
         file: str,
-        rows: str | list | None = None,
-        map: dict | None = None,
+        rows: str | list[str] | None = None,
+        map: dict[str, list[str]] | None = None,
         center: bool = True,
     ):
         super().__init__()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
+from engine.ranges import Momentum, Natural, Share
 from engine.statistics import class_means, cosine, unit
 from models.prototypes.base import Prototypes
 
@@ -56,11 +57,11 @@ class VisualText(Prototypes):
         in_channels,
         text: str = "text",
         temperature: float = 0.01,
-        momentum: float = 0.99,
+        momentum: Momentum = 0.99,
         blend: float = 0.5,
         center: bool = True,
-        start: float = 0.0,
-        offline: int = 0,
+        start: Share = 0.0,
+        offline: Natural = 0,
     ):
         super().__init__()
         if not 0 <= blend <= 1 or temperature <= 0:
