@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine import distributed, weights
+from engine import contents, distributed, weights
 from engine.errors import UserError
 
 FORMAT = 1
@@ -56,15 +56,18 @@ def content(stateful, dataset, **about):
     }
 
 
-def load(path):
-    """Read a checkpoint of this project.
+def load(path, needed=contents.EVALUATED):
+    """Read a checkpoint of this project, which must hold the `needed` keys.
 
     Raises:
-        weights.WeightsError: no such file, an incomplete one, an unsafe one, or no checkpoint of this project.
+        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint of this project.
+        ConfigError: its configuration has an unknown key or a value of a wrong type.
     """
     content = weights.read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise weights.WeightsError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    contents.check(content, path, needed)
     return content
 
 
@@ -115,13 +118,13 @@ def find(folder, resume):
             )
         return None
     if resume != "auto":
-        return load(resume)
+        return load(resume, contents.RESUMED)
     for path in Path(folder).glob("*.tmp.*"):
         if distributed.is_main():
             path.unlink(missing_ok=True)  # what a killed save left behind
     for path in list_steps(folder):
         try:
-            return load(path)
+            return load(path, contents.RESUMED)
         except weights.WeightsError as error:
             logger.warning(f"skipping a checkpoint: {error}")
     return None

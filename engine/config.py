@@ -142,6 +142,15 @@ def override(config, overrides):
     return _wrap(config)
 
 
+def check(config, where):
+    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the defaults.
+
+    Raises:
+        ConfigError: unknown key or wrong type; `where` it is.
+    """
+    _check(plain(config), read_yaml(DEFAULTS.read_text("utf-8"), DEFAULTS), "", where)
+
+
 STAGE = {
     "name": "main",
     "iters": 0,
