@@ -53,7 +53,7 @@ import time
 from pathlib import Path
 
 from engine.config import ConfigError, read_yaml
-from engine.files import write
+from engine.files import read_json, read_json_lines, read_text, write
 from engine.process import run
 
 KEYS = (
@@ -91,7 +91,7 @@ def load_grid(path, overrides):
     }
     if not Path(path).is_file():
         raise ConfigError(f"there is no grid file {path}")
-    grid = defaults | read_yaml(Path(path).read_text(), path)
+    grid = defaults | read_yaml(read_text(path), path)
     for text in overrides:
         key, _, value = text.partition("=")
         value, more = read_yaml(value, text), key.endswith("+")
@@ -205,7 +205,7 @@ def execute(todo, at_a_time, threads, after):
 
 def ends_of(path, name):
     """First and last value of a scalar in a run's scalars.jsonl."""
-    values = [line[name] for line in map(json.loads, path.read_text().splitlines()) if name in line]
+    values = [line[name] for line in read_json_lines(path) if name in line]
     if not values:
         raise ConfigError(f"{path} has no scalar '{name}'")
     return values[0], values[-1]
@@ -218,14 +218,14 @@ def collect(grid):
         path = folder / "results.json"
         if not path.exists():
             continue
-        result = json.loads(path.read_text())
+        result = read_json(path)
         ends = {name: ends_of(folder / "scalars.jsonl", name) for name in grid["scalars"]}
         runs.append(
             {"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends}
         )
         path = folder / f"eval_step_{result['step']:07d}" / "diagnostics.json"
         if path.exists():
-            runs[-1]["diagnostics"] = json.loads(path.read_text())
+            runs[-1]["diagnostics"] = read_json(path)
     return runs
 
 

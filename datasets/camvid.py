@@ -15,6 +15,7 @@ split. Its grouping of 32 classes (COLORS) is the usual one, from general knowle
 from pathlib import Path
 
 from datasets.base import DataError, SegmentationData, read_colors
+from engine.files import read_text
 
 CLASSES = (
     "Sky",
@@ -106,7 +107,7 @@ class CamVid(SegmentationData):
             return [(p, self.root / f"{self.split}annot" / p.name) for p in images]
         images, listing = self.root / "images", self.root / "lists" / f"{self.split}.txt"
         if listing.is_file():
-            stems = listing.read_text().split()
+            stems = read_text(listing).split()
         elif (images / self.split).is_dir():
             stems = [f"{self.split}/{p.stem}" for p in sorted((images / self.split).iterdir())]
         else:

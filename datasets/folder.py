@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from datasets.base import IGNORE, DataError, SegmentationData, read_colors
+from engine.files import read_text
 
 
 def distinct_colors(count):
@@ -159,9 +160,7 @@ class Folder(SegmentationData):
             if not (self.root / listing).is_file():
                 raise DataError(f"Folder: there is no list {self.root / listing}")
             names = asked = [
-                line.strip()
-                for line in (self.root / listing).read_text().splitlines()
-                if line.strip()
+                line.strip() for line in read_text(self.root / listing).splitlines() if line.strip()
             ]
             what = f"names in {listing}"
         demand(asked, images, f"{what} have no image *{' or *'.join(of_images)} in {image_dir}")

@@ -13,6 +13,7 @@ have different sizes; they are left out.
 
 from datasets.base import IGNORE, DataError, SegmentationData
 from datasets.cityscapes import CLASSES, ID_MAP, PALETTE, existing, has_train_ids
+from engine.files import read_text
 
 
 def stems_of(data, images):
@@ -25,7 +26,7 @@ def stems_of(data, images):
         raise DataError(
             f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: {splits}"
         )
-    return listing.read_text().split()
+    return read_text(listing).split()
 
 
 def listed_pairs(data, images, labels):

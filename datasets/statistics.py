@@ -7,6 +7,8 @@ labels, or other options of the reader, are counted anew.
 """
 
 import hashlib
+import io
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,22 +19,42 @@ from tqdm import tqdm
 from datasets.base import DataError
 from engine import distributed
 
+logger = logging.getLogger("engine")
 
-def read_counts(path):
-    """Stored counts, or None where there is no file or it is damaged."""
-    try:
-        return np.load(path)
-    except (OSError, EOFError, ValueError):
+
+def encoded(counts, key):
+    """The content of a cache file: an array of NumPy, and a hash of it and of what the counts depend on."""
+    file = io.BytesIO()
+    np.save(file, counts)
+    return file.getvalue() + hashlib.sha256(file.getvalue() + key.encode()).digest()
+
+
+def read_counts(path, key, shape):
+    """Stored counts, or None where there is no file or, with a warning, another one than `write_counts` wrote."""
+    if not path.is_file():
         return None
+    empty = encoded(np.zeros(shape, np.int64), key)
+    try:
+        if path.stat().st_size == len(empty):
+            data, start = path.read_bytes(), len(empty) - 32 - 8 * shape[0] * shape[1]
+            counts = np.frombuffer(data[start:-32], np.int64).reshape(shape)
+            if encoded(counts, key) == data:
+                return counts
+    except OSError as error:
+        logger.warning(f"cannot read {path} ({error.strerror})")
+    logger.warning(f"{path} is damaged or of another data set: the classes are counted again")
+    return None
 
 
-def write_counts(path, counts):
-    """Write counts; the file appears as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_counts(path, key, counts):
+    """Write counts; the file appears as a whole or not at all. A failure is a warning."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.save(file, counts)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(encoded(counts, key))
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning(f"could not write {path} ({error.strerror}): the next run counts again")
 
 
 def class_counts(dataset, cache, workers=0):
@@ -51,13 +73,11 @@ def class_counts(dataset, cache, workers=0):
         raise DataError(
             f"the classes of {type(dataset).__name__} {dataset.split} cannot be counted: it has no labels"
         )
-    path, stored = None, None
+    stored, shape = None, (len(dataset), len(dataset.CLASSES))
     if distributed.is_main():
-        path = (
-            Path(cache)
-            / f"class_counts_{hashlib.sha1(dataset.label_key().encode()).hexdigest()}.npy"
-        )
-        stored = read_counts(path)
+        key = dataset.label_key()
+        path = Path(cache) / f"class_counts_{hashlib.sha1(key.encode()).hexdigest()}.npy"
+        stored = read_counts(path, key, shape)
     if (stored := distributed.gather(stored)[0]) is not None:
         return stored
 
@@ -76,9 +96,9 @@ def class_counts(dataset, cache, workers=0):
             mininterval=1.0,
         )
         share = np.array(list(bar), np.int64).reshape(len(mine), len(dataset.CLASSES))
-    counts = np.empty((len(dataset), len(dataset.CLASSES)), np.int64)
+    counts = np.empty(shape, np.int64)
     for start, part in enumerate(distributed.gather(share)):
         counts[start::world] = part
     if main:
-        write_counts(path, counts)
+        write_counts(path, key, counts)
     return counts

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from datasets.base import DataError, SegmentationData
 from datasets.cityscapes import existing
+from engine.files import read_text
 
 CLASSES = (
     "background",
@@ -96,7 +97,7 @@ class VOC(SegmentationData):
             files = [folder / f"{name}.txt" for name in choice]
             if all(path.is_file() for path in files):
                 lines = [
-                    line for path in files for line in path.read_text().splitlines() if line.strip()
+                    line for path in files for line in read_text(path).splitlines() if line.strip()
                 ]
                 return list(dict.fromkeys(Path(line.split()[0]).stem for line in lines))
         there = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"

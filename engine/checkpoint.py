@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine import distributed, weights
+from engine import contents, distributed, weights
 from engine.config import difference, plain
 from engine.errors import UserError
 
@@ -83,15 +83,18 @@ def first_nonfinite(state):
     return None
 
 
-def load(path):
-    """Read a checkpoint of this project.
+def load(path, needed=contents.EVALUATED):
+    """Read a checkpoint of this project, which must hold the `needed` keys.
 
     Raises:
-        weights.WeightsError: no such file, an incomplete one, an unsafe one, or no checkpoint of this project.
+        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint of this project.
+        ConfigError: its configuration has an unknown key or a value of a wrong type.
     """
     content = weights.read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise weights.WeightsError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    contents.check(content, path, needed)
     return content
 
 
@@ -170,14 +173,14 @@ def find(cfg):
         return None, None
     for path in list_steps(folder):
         try:
-            saved = load(path)
+            saved = load(path, contents.RESUMED)
         except weights.WeightsError as error:
             logger.warning(f"skipping a checkpoint: {error}")
             continue
         if resume == "auto" or not difference(saved["config"], plain(cfg)):
             return path, saved
         break
-    return (None, None) if resume == "auto" else (Path(resume), load(resume))
+    return (None, None) if resume == "auto" else (Path(resume), load(resume, contents.RESUMED))
 
 
 def tidy(folder, start, resume):

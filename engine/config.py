@@ -368,14 +368,23 @@ def save(config, path):
     )
 
 
+def check(config, where):
+    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the defaults.
+
+    Raises:
+        ConfigError: unknown key or wrong type; `where` it is.
+    """
+    _check(plain(config), defaults(), RANGES, "", where)
+
+
 def modern(config):
     """The configuration of an older checkpoint, with the keys of today."""
     config = plain(config)
-    for section in [config, *config.get("stages", [])]:
-        model = section.get("model", {})
-        for name, (switch, kind) in MOVED.items():
-            old = model.pop(name, None)
-            if old is not None:
+    stages = config.get("stages")
+    for section in [config, *(stages if isinstance(stages, list) else [])]:
+        model = section.get("model") if isinstance(section, dict) else None
+        for name, (switch, kind) in MOVED.items() if isinstance(model, dict) else ():
+            if isinstance(old := model.pop(name, None), dict):
                 spec = {"name": kind, **old} if old.get(switch, 1) else {"name": "none"}
                 model.setdefault("heads", {})[name] = spec
     return config

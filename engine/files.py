@@ -1,15 +1,100 @@
-"""Results on the disk: written whole or not at all, and nowhere but in the folder that they belong to."""
+"""Files of other people are read with care, our own are written whole or not at all, in the folder where they belong."""
 
+import contextlib
+import json
+import math
 import os
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from engine.errors import UserError
 
+NUMBERS = rb"'descr': *'([<>|=]?(?:b1|[iu][1248]|f[248]))'"  # no objects, which would be unpickled
+SHAPE = rb"'shape': *\(((?:\d{1,9}(?:, ?\d{1,9}){0,2})?),?\)"
 
-@contextmanager
+
+def read_bytes(path):
+    """The content of a file.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+
+
+def read_text(path):
+    """A text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: no such file, or another encoding.
+    """
+    data = read_bytes(path)
+    encoding = "UTF-16" if b"\0" in data else "another encoding, such as Latin-1"
+    try:
+        if b"\0" not in data:
+            return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding += f" (line {data[: error.start].count(10) + 1})"
+    raise UserError(f"{path} is not text in UTF-8 but in {encoding}: save it as UTF-8")
+
+
+def read_json(path):
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or it is incomplete or damaged.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is incomplete or damaged ({error})") from None
+
+
+def read_json_lines(path):
+    """The mappings of a file with one per line; what a crash has cut is left out."""
+    lines = []
+    for line in read_text(path).splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_array(path):
+    """The numbers of a .npy file; its header is compared with its size before anything is allocated.
+
+    Raises:
+        UserError: no such file, another format, objects instead of numbers, an incomplete or damaged file.
+    """
+    data = read_bytes(path)
+    start = 10 + int.from_bytes(data[8:10], "little")
+    kind, shape = (re.search(pattern, data[:start]) for pattern in (NUMBERS, SHAPE))
+    if data[:7] != b"\x93NUMPY\x01" or not kind or not shape:
+        raise UserError(f"{path} is not a NumPy file of one array of numbers: make it by np.save")
+    dtype = np.dtype(kind[1].decode())
+    shape = [int(number) for number in re.findall(rb"\d+", shape[1])]
+    claimed, held = math.prod(shape) * dtype.itemsize, len(data) - start
+    if claimed != held:
+        raise UserError(
+            f"{path} is incomplete or damaged: its header claims {claimed} bytes of numbers, and it holds {held}"
+        )
+    order = "F" if b"'fortran_order': True" in data[:start] else "C"
+    return (
+        np.frombuffer(data, dtype, offset=start)
+        .reshape(shape, order=order)
+        .astype(dtype.newbyteorder("="), order="C")
+    )
+
+
+@contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path`. What the block writes there takes the place of `path` when the block has ended,
     and is removed if the block fails or is interrupted. The folder is made if needed.

@@ -585,6 +585,48 @@ def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
     assert all(torch.equal(other[key], value) for key, value in state.items())
 
 
+def mit_transformers(state):
+    """The names that transformers 5.24 has in memory, and so torch.save(model.state_dict(), ...) in the file."""
+    table = {".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
+    for s in range(1, 5):
+        table |= {
+            f"patch_embed{s}.proj.": f"segformer.stages.{s - 1}.patch_embeddings.proj.",
+            f"patch_embed{s}.norm.": f"segformer.stages.{s - 1}.patch_embeddings.layer_norm.",
+            f"block{s}.": f"segformer.stages.{s - 1}.blocks.",
+            f"norm{s}.": f"segformer.stages.{s - 1}.layer_norm.",
+        }
+    table |= {
+        ".attn.proj.": ".attention.o_proj.",
+        ".attn.sr.": ".attention.sequence_reduction.sequence_reduction.",
+        ".attn.norm.": ".attention.sequence_reduction.layer_norm.",
+        ".attn.q.": ".attention.q_proj.",
+    }
+    file = {}
+    for key, value in translate(state, table).items():
+        if ".attn.kv." in key:
+            halves = value.chunk(2)
+            for letter, half in zip("kv", halves):
+                file[key.replace(".attn.kv.", f".attention.{letter}_proj.")] = half
+        else:
+            file[key] = value
+    return file | {"decode_head.linear_fuse.weight": torch.zeros(1)}
+
+
+def test_mit_reads_the_names_of_transformers_5(tmp_path, caplog):
+    state = randomized(MiT(size="b0", weights="none")).state_dict()
+    file = mit_transformers(state)
+    assert {
+        "segformer.stages.0.blocks.0.attention.k_proj.weight",
+        "segformer.stages.3.layer_norm.bias",
+        "segformer.stages.1.blocks.1.layernorm_after.bias",
+        "segformer.stages.2.blocks.0.attention.sequence_reduction.layer_norm.weight",
+    } <= {*file}
+    with caplog.at_level("INFO", "engine"):
+        other = MiT(size="b0", weights=saved(file, tmp_path)).state_dict()
+    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
+    assert all(torch.equal(other[key], value) for key, value in state.items())
+
+
 def test_heads_are_left_out_only_beside_a_backbone():
     plain = {"conv1.weight": 1, "head.weight": 2}
     assert backbone_of(plain, "a file") is plain

@@ -17,7 +17,11 @@ from engine.weights import WeightsError, load_into, load_pretrained
 
 
 def content(step, **more):
-    return {"step": step, "model": {"w": torch.full((3,), float(step))}, **more}
+    """The smallest checkpoint that a run can go on from."""
+    states = {"model": {"w": torch.full((3,), float(step))}, "prototypes": {}, "scaler": {}}
+    states["optimizer"] = {"state": {}, "param_groups": []}
+    about = {"config": {}, "classes": ["a"], "palette": [[0, 0, 9]], "best": -1.0, "seconds": 0.0}
+    return {"step": step, "rng": [checkpoint.rng_state()], **states, **about, **more}
 
 
 def steps(folder):
@@ -62,8 +66,7 @@ def log(caplog):
 
 def test_save_and_load_are_bit_exact(tmp_path):
     bits = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
-    saved = {
-        "step": 3,
+    saved = content(3) | {
         "model": {
             "float32": torch.randn(64),
             "bf16": torch.randn(7).bfloat16(),
@@ -79,7 +82,11 @@ def test_save_and_load_are_bit_exact(tmp_path):
             "seen": torch.tensor([True, False]),
             "count": bits,
         },
-        "config": {"optimizer": {"lr": 1e-5}, "losses": [{"name": "occl.OCCL"}], "root": None},
+        "config": {
+            "optimizer": {"lr": 1e-5},
+            "losses": [{"name": "occl.OCCL"}],
+            "data": {"root": None},
+        },
     }
     checkpoint.save(tmp_path / "a.pt", saved)
     loaded = checkpoint.load(tmp_path / "a.pt")
@@ -107,7 +114,7 @@ def test_what_the_training_saves_consists_of_safe_types(tmp_path):
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    checkpoint.save(tmp_path / "a.pt", {"step": 1, "rng": [checkpoint.rng_state()], **state})
+    checkpoint.save(tmp_path / "a.pt", content(1) | state)
     assert checkpoint.load(tmp_path / "a.pt")["scaler"] == scaler.state_dict()
 
 
@@ -253,13 +260,13 @@ def test_a_path_is_taken_as_it_is_and_must_exist(tmp_path):
 )
 def test_a_file_that_could_run_code_is_refused_by_the_name_of_the_type(tmp_path, value, name):
     torch.save({"format": checkpoint.FORMAT, "step": 1, "args": value}, tmp_path / "a.pt")
-    with pytest.raises(WeightsError, match=rf"a\.pt.*{name}.*convert it once: torch\.save"):
+    with pytest.raises(WeightsError, match=rf"a\.pt.*{name}.*save its tensors alone: torch\.save"):
         checkpoint.load(tmp_path / "a.pt")
 
 
 def test_an_unsafe_file_of_the_old_format_is_refused_too(tmp_path):
     torch.save({"args": Foreign()}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(WeightsError, match=r"a\.pt.*more than tensors.*convert it once"):
+    with pytest.raises(WeightsError, match=r"a\.pt.*more than tensors.*Foreign.*save its tensors"):
         weights.read(tmp_path / "a.pt")
 
 
@@ -275,7 +282,7 @@ def test_a_web_page_or_a_pointer_is_not_advised_to_be_trusted(tmp_path, text):
     (tmp_path / "a.pth").write_text(text)
     with pytest.raises(WeightsError, match=r"a\.pth is incomplete or not a PyTorch file") as error:
         weights.read(tmp_path / "a.pth")
-    assert "convert it once" not in str(error.value)
+    assert "trust" not in str(error.value)
 
 
 @pytest.mark.parametrize("foreign", [{"state_dict": {}}, {"format": 99}, [1, 2], torch.zeros(2)])
@@ -413,23 +420,31 @@ def test_pretrained_path_and_its_options(tmp_path):
         load_pretrained(network(), "imagnet", URL)
 
 
-def test_pretrained_imagenet_is_downloaded_safely(monkeypatch):
+def test_pretrained_imagenet_is_downloaded_once_and_read_like_any_file(tmp_path, monkeypatch):
     asked = []
 
-    def download(url, **options):
-        asked.append((url, options["weights_only"]))
-        return other_weights()
+    def download(url, target, hash_prefix):
+        asked.append((url, hash_prefix))
+        torch.save(other_weights(), target)
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    net = network()
-    load_pretrained(net, "imagenet", URL)
-    assert asked == [(URL, True)] and (net[0].weight == 7).all()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for url in (URL, "https://example.org/net-c867db91.pth"):
+        for _ in range(2):
+            net = network()
+            load_pretrained(net, "imagenet", url)
+            assert (net[0].weight == 7).all()
+    assert asked == [(URL, None), ("https://example.org/net-c867db91.pth", "c867db91")]
+    truncate(tmp_path / "checkpoints" / "net.pth")
+    with pytest.raises(WeightsError, match=r"checkpoints/net\.pth is incomplete"):
+        load_pretrained(network(), "imagenet", URL)
 
 
-def test_a_download_that_fails_names_the_url_and_the_way_out(monkeypatch):
-    def download(url, **options):
+def test_a_download_that_fails_names_the_url_and_the_way_out(tmp_path, monkeypatch):
+    def download(*options):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(WeightsError, match=rf"{re.escape(URL)}.*no route to host.*weights=PATH"):
         load_pretrained(network(), "imagenet", URL)

@@ -211,7 +211,8 @@ def test_weights_and_scores_that_are_not_finite_are_no_result(trained, tmp_path)
 
 def test_eval_of_a_checkpoint_with_other_classes_names_both_numbers(trained, tmp_path):
     saved = checkpoint.load(trained / "best.pt")
-    torch.save(saved | {"classes": ["one", "two"]}, tmp_path / "other.pt")
+    two = {"classes": ["one", "two"], "palette": saved["palette"][:2]}
+    torch.save(saved | two, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"2 .*cbp|does not fit|11 classes"):
         evaluation.main([str(tmp_path / "other.pt")])
 

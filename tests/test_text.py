@@ -183,7 +183,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
         )
     for values in (
         vectors().index_fill(0, torch.tensor([1]), 0.0),
-        vectors()[:1].expand(4, D),
+        vectors()[:1].repeat(4, 1),
         vectors() * torch.nan,
     ):
         with pytest.raises(ConfigError, match="zero, not finite, or the same"):

@@ -24,7 +24,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.ranges import Natural
 from engine.statistics import unit
-from engine.weights import WeightsError, load_into, read, unwrap
+from engine.weights import WeightsError, load_into, read, reason, unwrap
 from models.backbones.base import Backbone
 from models.blocks import Normalize
 
@@ -81,14 +81,14 @@ def load(tower, weights, model, activation=None, drop=()):
             path = pretrained.download_pretrained(tag)
         except (OSError, RuntimeError) as error:
             raise WeightsError(
-                f"could not download {weights} ({error}); give a copy by weights=PATH"
+                f"could not download {weights} ({reason(error)}); give a copy by weights=PATH"
             ) from None
     elif not Path(path).is_file():
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model))
         raise WeightsError(
             f"there is no file {path}, and the weights that open_clip has of {model} are: {tags}"
         )
-    state = unwrap(read(path))
+    state = unwrap(read(path), path)
     trained = (
         "QuickGELU" if tag.get("quick_gelu") or OPENAI & state.keys() else "GELU" if tag else None
     )

@@ -56,11 +56,24 @@ MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm
     r"\.ffn\.layers\.1\.": ".mlp.dwconv.dwconv.",
     r"\.ffn\.layers\.4\.": ".mlp.fc2.",
 }
+TRANSFORMERS = {  # what the package calls them in memory from its version 5 on: names as in the files of the hub
+    r"^stages\.(\d)\.patch_embeddings\.": r"patch_embeddings.\1.",
+    r"^stages\.(\d)\.blocks\.": r"block.\1.",
+    r"^stages\.(\d)\.layer_norm\.": r"layer_norm.\1.",
+    r"\.layernorm_before\.": ".layer_norm_1.",
+    r"\.layernorm_after\.": ".layer_norm_2.",
+    r"\.attention\.q_proj\.": ".attention.self.query.",
+    r"\.attention\.k_proj\.": ".attention.self.key.",
+    r"\.attention\.v_proj\.": ".attention.self.value.",
+    r"\.attention\.o_proj\.": ".attention.output.dense.",
+    r"\.attention\.sequence_reduction\.sequence_reduction\.": ".attention.self.sr.",
+    r"\.attention\.sequence_reduction\.layer_norm\.": ".attention.self.layer_norm.",
+}
 
 
 def nvidia_names(state, module):
     """A state dict with the names of NVIDIA, Hugging Face or MMSegmentation -> with NVIDIA's."""
-    state = rename(state, {r"^((segformer|encoder)\.)+": "", **MMSEGMENTATION})
+    state = rename(state, {r"^((segformer|encoder)\.)+": "", **MMSEGMENTATION, **TRANSFORMERS})
     for key in [
         key for key in state if ".attn.attn.in_proj_" in key
     ]:  # rows of queries, keys and values

@@ -21,14 +21,14 @@ import difflib
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 
 from engine.errors import UserError
+from engine.files import read_array, read_text
 from engine.process import run
-from engine.weights import load_into, read, unwrap
+from engine.weights import load_into, read, reason, unwrap
 from models.prototypes.base import Prototypes
 
 TEMPLATES = {
@@ -89,9 +89,7 @@ def near(name, known):
 
 def read_names(path):
     """One name per line; of columns between tabs, the first that is not a number."""
-    lines = [
-        line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()
-    ]
+    lines = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
     return [
         next((c.strip() for c in columns if not c.strip().isdigit()), columns[-1])
         for columns in lines
@@ -100,10 +98,14 @@ def read_names(path):
 
 def write_rows(path, vectors, classes, **about):
     """A file that `read_rows` reads: vectors (K, D) and the names of their classes, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save({"vectors": vectors, "classes": [*classes], **about}, unfinished)
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"vectors": vectors, "classes": [*classes], **about}, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({reason(error)})") from None
 
 
 def read_rows(file, rows):
@@ -113,13 +115,15 @@ def read_rows(file, rows):
         raise ValueError(
             f"there is no file {path}; make it: python -m models.prototypes.text out={path} classes=..."
         )
-    vectors = torch.from_numpy(np.load(path)) if path.suffix == ".npy" else read(path)
+    vectors = torch.from_numpy(read_array(path)) if path.suffix == ".npy" else read(path)
     if isinstance(vectors, dict):
         if rows or not {"vectors", "classes"} <= vectors.keys():
             raise ValueError(
                 f"{path} must hold `vectors` and `classes`, which name its rows: leave out the option rows"
             )
         vectors, rows = vectors["vectors"], vectors["classes"]
+        if not isinstance(rows, list) or not all(isinstance(name, str) for name in rows):
+            raise ValueError(f"{path}: `classes` must be a list of names")
     if (
         not isinstance(vectors, torch.Tensor)
         or vectors.ndim != 2
@@ -235,7 +239,7 @@ def load_clip(model, pretrained):
         quick = tag.get("quick_gelu", False)
         network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
     elif Path(pretrained).is_file():
-        state = unwrap(read(pretrained))
+        state = unwrap(read(pretrained), pretrained)
         quick = config.get("quick_gelu", False) or bool(OPENAI & state.keys())
         network = open_clip.create_model(model, force_quick_gelu=quick, pretrained_text=False)
         load_into(network, {k: v for k, v in state.items() if k not in OPENAI}, source=pretrained)
@@ -247,22 +251,35 @@ def load_clip(model, pretrained):
     return network.eval(), open_clip.get_tokenizer(model), "QuickGELU" if quick else "GELU"
 
 
+def read_yaml(text, source):
+    """A YAML text in which all that is not a list or a mapping is text."""
+    try:
+        return yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def is_list_of_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
+
+
 def read_classes(value):
     """The argument `classes` -> {class: [names]}."""
+    given = value
     if isinstance(value, str) and value not in CLASSES:
-        if not Path(value).is_file():
+        if not os.path.isfile(value):
             raise UserError(
                 f"classes={value} is neither {' nor '.join(CLASSES)} nor a file nor a list"
             )
         yaml_file = Path(value).suffix in (".yaml", ".yml")
-        value = (
-            yaml.load(Path(value).read_text("utf-8"), yaml.BaseLoader)
-            if yaml_file
-            else read_names(value)
-        )
-    value = CLASSES[value] if isinstance(value, str) else value
-    value = value if isinstance(value, dict) else {name: [name] for name in value}
-    return {name: [names] if isinstance(names, str) else names for name, names in value.items()}
+        value = read_yaml(read_text(value), value) if yaml_file else read_names(value)
+    value = CLASSES.get(value) if isinstance(value, str) else value
+    value = {name: [name] for name in value} if is_list_of_texts(value) else value
+    value = value if isinstance(value, dict) else {}
+    value = {name: [names] if isinstance(names, str) else names for name, names in value.items()}
+    if not value or not all(map(is_list_of_texts, value.values())):
+        raise UserError(f"classes={given} must be a list of names, or {{class: [names]}}")
+    return value
 
 
 def main(arguments):
@@ -279,20 +296,15 @@ def main(arguments):
             raise UserError(
                 f"'{argument}' is not of the form key=value; {near(key, list(options))}"
             )
-        try:
-            options[key] = yaml.load(
-                value, yaml.BaseLoader
-            )  # all that is not a list or a mapping is text
-        except yaml.YAMLError as error:
-            raise UserError(f"{argument} is not valid YAML: {error}") from None
+        options[key] = read_yaml(value, argument)
+    for key in ("out", "model", "pretrained"):
+        if not isinstance(options[key], str):
+            raise UserError(f"{key} must be text, not {options[key]}")
     if not options["out"] or not options["classes"]:
         raise UserError("out=PATH and classes=... are needed")
-    templates = (
-        options["templates"]
-        if isinstance(options["templates"], list)
-        else TEMPLATES.get(options["templates"])
-    )
-    if not templates or any("{}" not in template for template in templates):
+    templates = options["templates"]
+    templates = TEMPLATES.get(templates) if isinstance(templates, str) else templates
+    if not is_list_of_texts(templates) or any("{}" not in template for template in templates):
         raise UserError(
             f"templates must be {' or '.join(TEMPLATES)}, or a list of texts that hold {{}}"
         )
