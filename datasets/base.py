@@ -13,72 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from engine.errors import UserError
+from datasets.reading import (
+    PICTURES,
+    DataError,
+    files_below,
+    folders_in,
+    read_ids,
+    read_image,
+    read_map,
+    was_turned,
+)
 
 IGNORE = 255
 UNKNOWN = 254  # marks ids that the map does not know; no data set here has that many classes
-PICTURES = (".png", ".jpg", ".jpeg")
 GREY = (160, 160, 160)  # of a class that no class of the data set is mapped to
-
-
-class DataError(UserError):
-    """Data that cannot be used as it is; the message names the file and what to do."""
-
-
-def read_pixels(path, kind, mode=None):
-    """Image file -> array, converted to a mode of Pillow or as it is; `kind` is what an error calls the file.
-
-    Pillow, because OpenCV returns truncated JPEGs half filled, silently, and turns palette indices into colours.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"cannot read the {kind} {path}: {error}") from None
-
-
-def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB."""
-    return read_pixels(path, "image", "RGB")
-
-
-def read_ids(path):
-    """Grey or palette PNG -> (H, W) ids."""
-    ids = read_pixels(path, "label")
-    if ids.ndim != 2:
-        raise DataError(
-            f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one channel, or a palette. "
-            "For labels stored as colours give the data set a colour table (folder.Folder: color_labels: true)"
-        )
-    return ids.astype(np.uint8) if ids.dtype == bool else ids  # a 1-bit PNG: two classes
-
-
-def read_map(path):
-    """Grey or palette PNG of 8 bits -> (H, W) uint8."""
-    values = read_pixels(path, "map")
-    if values.ndim != 2 or values.dtype != np.uint8:
-        raise DataError(f"{path} is no map: one channel of 8 bits, grey or a palette, is expected")
-    return values
-
-
-def read_colors(path, colors):
-    """Colour picture -> (H, W) uint8 ids by a table {(r, g, b): id}; a colour that is not in it is an error."""
-    pixels = read_image(path).astype(np.int32)
-    codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
-    table = sorted((r << 16 | g << 8 | b, value) for (r, g, b), value in colors.items())
-    keys, values = (np.array(column) for column in zip(*table, strict=True))
-    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
-    unknown = np.unique(codes[keys[position] != codes]).tolist()
-    if unknown:
-        named = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:5])
-        raise DataError(
-            f"{path} holds {len(unknown)} colours that are not in the colour table, such as {named}"
-        )
-    return values[position].astype(np.uint8)
 
 
 def lookup_table(id_map, classes):
@@ -106,7 +57,10 @@ def check_sizes(image_path, image, path, values):
     """Raise DataError unless an image (H, W, 3) and the (H, W) of another file have one size."""
     if values.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], values.shape
-        raise DataError(f"sizes differ: {image_path} is {width}x{height}, {path} is {w}x{h}")
+        turned = ", turned upright by its EXIF tag" if was_turned(image_path) else ""
+        raise DataError(
+            f"sizes differ: {image_path} is {width}x{height}{turned}, {path} is {w}x{h}"
+        )
 
 
 def check_different(names, problem):
@@ -145,6 +99,7 @@ class SegmentationData(Dataset):
             CLASSES, PALETTE and SCORED, and `ignore` means them. Own classes that no entry names are ignored; a class
             with an empty list does not occur here and is not scored.
     Attributes:
+        expected: names of the classes that ought to occur: those that are scored and not ignored.
         extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
             before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
     Raises:
@@ -219,6 +174,9 @@ class SegmentationData(Dataset):
             if name not in ignore
             for m in ms
         }
+        self.expected = tuple(
+            name for i, name in enumerate(space) if name in scored and i in ids.values()
+        )
         direct = {i: i for i in [*range(len(own)), IGNORE]}
         # The second table is for labels that others converted to own class ids.
         self.table, self.class_table = (
@@ -228,11 +186,8 @@ class SegmentationData(Dataset):
     def split_folder(self, folder):
         """The folder of the split in a folder of splits."""
         if not (folder / self.split).is_dir():
-            there = (
-                ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
-            )
             title = f"{type(self).__name__} has no split '{self.split}'"
-            raise DataError(f"{title}: the folders in {folder} are {there}")
+            raise DataError(f"{title}: the folders in {folder} are {folders_in(folder)}")
         return folder / self.split
 
     def _check(self):
@@ -260,7 +215,7 @@ class SegmentationData(Dataset):
             raise DataError(
                 f"{type(self).__name__}: there is no folder {folder} of stylised images"
             )
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
+        files = files_below(folder, PICTURES)
         found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
         copies = {
             image: found.get(stem, found.get(Path(image).stem))
@@ -371,7 +326,49 @@ class SegmentationData(Dataset):
             values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps)
         )
         extra = dict(zip(self.extra, maps, strict=True))
-        return {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
+        item = {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
+        return item | ({"pixels": count_pixels(label, len(self.CLASSES))} if self.labels else {})
+
+
+def count_pixels(label, classes):
+    """Pixels of each class, and last of those that are ignored, in a label (H, W) uint8 -> (classes + 1) int64."""
+    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
+    return torch.cat([counts[:classes], counts[classes:].sum(0, keepdim=True)])
+
+
+def warnings_about(pixels, classes, where, expected=None):
+    """What is suspicious about the labels of a data set.
+
+    Args:
+        pixels: (K + 1) counts, as `count_pixels` returns.
+        classes: K names.
+        where: what the sentences call the data set.
+        expected: the classes that ought to occur (`SegmentationData.expected`); None: all.
+    Returns:
+        Sentences: classes without a pixel, most of the pixels ignored.
+    """
+    *counts, ignored = (int(count) for count in pixels)
+    present = [name for name, count in zip(classes, counts) if count]
+    expected = classes if expected is None else expected
+    absent, sentences = [name for name in expected if name not in present], []
+    if absent and (sum(counts) or ignored):
+        some = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
+        sentences.append(f"{where}: {len(absent)} of {len(expected)} classes never occur: {some}")
+    if 2 * ignored > sum(counts) + ignored:
+        share = ignored / (sum(counts) + ignored)
+        sentences.append(f"{where}: {share:.1%} of the pixels are ignored (id 255)")
+    if sentences and ignored and present == [classes[0]]:  # of two classes the first alone
+        names = f"0: {classes[0]}, 255: {classes[1]}" if len(classes) > 1 else "0: ..., 255: ..."
+        sentences[-1] += f"; masks of 0 and 255 need folder.Folder with id_map: {{{names}}}"
+    return sentences
+
+
+def check_scored(name, dataset):
+    """Raise DataError unless a data set that is trained on with labels, or scored, has them."""
+    if not dataset.labels:
+        raise DataError(
+            f"data.{name} has labels: false, but its labels are needed; to label pictures use predict.py"
+        )
 
 
 def move(value, device):
@@ -384,13 +381,17 @@ def move(value, device):
 def to_device(batch, device):
     """A collated batch on the device: images in [0, 1], labels int64. Bytes travel, floats are made there.
 
-    Extra maps stay uint8. `numbers` lists the samples once more, for what the host draws per image: reading them back
-    would wait for the GPU.
+    Extra maps stay uint8. Counts of `pixels` stay on the host, and `numbers` lists the samples once more, for what the
+    host draws per image: reading them back would wait for the GPU.
     """
-    numbers = batch["sample"].tolist()
-    batch = move(batch, device)
-    return batch | {
-        "image": batch["image"].to(torch.get_default_dtype()) / 255,
-        "label": batch["label"].long(),
-        "numbers": numbers,
-    }
+    host = {key: value for key, value in batch.items() if key == "pixels"}
+    host["numbers"] = batch["sample"].tolist()
+    batch = move({key: value for key, value in batch.items() if key not in host}, device)
+    return (
+        host
+        | batch
+        | {
+            "image": batch["image"].to(torch.get_default_dtype()) / 255,
+            "label": batch["label"].long(),
+        }
+    )

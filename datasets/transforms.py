@@ -10,6 +10,8 @@ What ADE20K, COCO-Stuff and VOC are trained with, as MMSegmentation does it:
     augment: {name: transforms.Augment, crop: [512, 512], short_side: 512, cat_max_ratio: 0.75, photometric: true}
 """
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -94,8 +96,14 @@ class Augment:
             raise ValueError(
                 f"crop and scale take two numbers and color four or none, not {crop}, {scale}, {color}"
             )
-        if min(crop) < 1 or min(scale) <= 0:
-            raise ValueError(f"crop and scale must be positive, not {crop}, {scale}")
+        if not all(type(number) in (int, float) for number in (*crop, *scale, *color)):
+            raise ValueError(f"crop, scale and color take numbers, not {crop}, {scale}, {color}")
+        if min(crop) < 1 or {*map(type, crop)} != {int} or not 0 < scale[0] <= scale[1] < math.inf:
+            raise ValueError(
+                f"crop and scale must be whole numbers of pixels and [low, high] above 0, not {crop}, {scale}"
+            )
+        if not (0 <= flip <= 1 and 0 <= blur <= 1):
+            raise ValueError(f"flip and blur are probabilities of 0..1, not {flip}, {blur}")
         if not 0 < cat_max_ratio <= 1 or short_side < 0:
             raise ValueError(
                 f"cat_max_ratio is a share up to 1 (off), short_side at least 0, not {cat_max_ratio}, {short_side}"
