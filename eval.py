@@ -33,6 +33,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from datasets.base import check_scored
 from datasets.statistics import class_counts
 from engine import config, distributed, precision
 from engine.build import build, build_adaptation, build_members, build_set, present, restore
@@ -157,6 +158,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     if export:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
         return {}, cfg
+    for name, dataset in datasets.items():
+        check_scored(f"test.{name}" if present(cfg.data.test) else name, dataset)
     about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:

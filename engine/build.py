@@ -126,8 +126,11 @@ def build_data(cfg):
         training set, validation set, {name: test set}, target set without labels, labelled set of the target domain
         that pseudo labels are measured on; None for those that the configuration does not name, but for the first.
     """
+    from datasets.base import check_scored
+
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build_set(cfg.data.train, augment=build("datasets", cfg.data.augment), **context)
+    check_scored("train", train)
     others = (
         {"val": build("datasets", cfg.data.val, **context)}
         if cfg.data.val["name"] != "none"
@@ -139,6 +142,8 @@ def build_data(cfg):
     }
     if cfg.data.monitor["name"] != "none":
         others["monitor"] = build("datasets", cfg.data.monitor, **context)
+    for name, dataset in others.items():
+        check_scored(name, dataset)
     target = None
     if isinstance(cfg.data.target, list) or cfg.data.target["name"] != "none":
         spec, augment = cfg.data.target, cfg.data.target_augment

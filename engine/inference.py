@@ -1,13 +1,20 @@
 """Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at label resolution."""
 
+import logging
+import weakref
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from datasets.base import warnings_about
 from engine import distributed
 from engine.errors import UserError
 from engine.metrics import ConfusionMatrix
 from engine.statistics import resize_logits
+
+logger = logging.getLogger("engine")
+warned = weakref.WeakSet()  # data sets whose labels have been looked at
 
 
 def _window_logits(network, image, options):
@@ -77,6 +84,8 @@ def predict(network, image, options, size=None):
 def evaluate(network, dataset, options, device, autocast, title=""):
     """Confusion matrix over a data set; each process takes every n-th image, none is seen twice.
 
+    What is suspicious about the labels is said once for each data set.
+
     Args:
         network: Segmentor (not DDP); put into eval mode here and back into its mode afterwards.
         dataset: labelled data set without augmentation.
@@ -96,4 +105,11 @@ def evaluate(network, dataset, options, device, autocast, title=""):
             scores = predict(network, image, options, label.shape[-2:])
         matrix.update(scores.argmax(1)[0], label.long())
     network.train(mode)
-    return matrix.all_reduce()
+    matrix.all_reduce()
+    if distributed.is_main() and dataset not in warned:
+        warned.add(dataset)
+        where = f"{type(dataset).__name__} {dataset.split}{f' ({title})' * bool(title)}"
+        pixels = matrix.pixels().tolist()
+        for sentence in warnings_about(pixels, dataset.CLASSES, where, dataset.expected):
+            logger.warning(sentence)
+    return matrix

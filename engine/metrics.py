@@ -13,7 +13,7 @@ from engine.errors import UserError
 
 
 class ConfusionMatrix:
-    """Counts (K, K) of label pixels by predicted class.
+    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which enters no value.
 
     Args:
         classes: K names.
@@ -32,6 +32,7 @@ class ConfusionMatrix:
             0, torch.tensor(scored), False
         )
         self.matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+        self.ignored = torch.zeros((), dtype=torch.int64, device=device)
 
     def _position(self, name, where):
         if name not in self.classes:
@@ -41,18 +42,22 @@ class ConfusionMatrix:
         return self.classes.index(name)
 
     def update(self, predictions, labels):
-        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are not counted."""
+        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are ignored."""
         k = len(self.classes)
-        rows = torch.where(
-            (labels >= 0) & (labels < k), labels, k
-        ).long()  # ignored pixels go to a row that is cut off
+        rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # k: the ignored ones
         counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
         self.matrix += counts[: k * k].view(k, k)
+        self.ignored += counts[k * k :].sum()
 
     def all_reduce(self):
         """Add the counts of all processes, once, after the last image."""
         self.matrix = distributed.all_reduce(self.matrix)
+        self.ignored = distributed.all_reduce(self.ignored)
         return self
+
+    def pixels(self):
+        """(K + 1) int64: label pixels of each class, and last the ignored ones."""
+        return torch.cat([self.matrix.sum(1), self.ignored[None]])
 
     def per_class(self):
         """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or is not scored."""
