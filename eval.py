@@ -37,6 +37,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from datasets.base import check_scored
 from datasets.build import build_set
 from datasets.statistics import class_counts
 from engine import checkpoint, config, distributed, precision
@@ -219,10 +220,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
                 f"{where}{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
                 f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
-        if not dataset.labels and not export:
-            raise ConfigError(
-                f"{where}{name} has no labels to compare with (labels: false); predict.py labels pictures"
-            )
+        if not export:
+            check_scored(f"{where}{name}".removeprefix("data."), dataset)
     changes = {
         key: value
         for key, (_, value) in config.difference(trained_with(saved), cfg).items()

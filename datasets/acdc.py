@@ -10,8 +10,9 @@ From general knowledge: 400 train images per condition, 100 val (night 106), 500
 benchmark server; the reference splits hold the same places in good weather, named *_rgb_ref_anon.png, without labels.
 """
 
-from datasets.base import DataError, SegmentationData
+from datasets.base import SegmentationData
 from datasets.cityscapes import CLASSES, ID_MAP, PALETTE, existing, has_train_ids
+from datasets.reading import DataError, files_below, folders_in
 
 CONDITIONS = ("fog", "night", "rain", "snow")
 
@@ -62,13 +63,10 @@ class ACDC(SegmentationData):
     def pairs_of(self, condition):
         images = self.root / "rgb_anon" / condition
         if not (images / self.split).is_dir():
-            splits = (
-                ", ".join(sorted(path.name for path in images.glob("*") if path.is_dir())) or "none"
-            )
             raise DataError(
-                f"ACDC {condition} has no split '{self.split}': the folders in {images} are {splits}"
+                f"ACDC {condition} has no split '{self.split}': the folders in {images} are {folders_in(images)}"
             )
-        found = sorted((images / self.split).glob("*/*_rgb*_anon.png"))
+        found = files_below(images / self.split, ["_rgb_anon.png", "_rgb_ref_anon.png"], depth=2)
         return [
             (image, self.label_of(image, condition) if self.labels else None) for image in found
         ]

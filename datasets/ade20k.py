@@ -15,7 +15,8 @@ gives road and skyscraper one colour, and that the full release (ADE20K_2021, wi
 format, which is not read.
 """
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
+from datasets.reading import DataError, files_below
 
 CLASSES = (
     "wall",
@@ -330,7 +331,7 @@ class ADE20K(SegmentationData):
     ID_MAP = {0: IGNORE} | {i + 1: i for i in range(150)}
 
     def pairs(self):
-        images = sorted(self.split_folder(self.root / "images").glob("*.jpg"))
+        images = files_below(self.split_folder(self.root / "images"), [".jpg"], depth=1)
         labels = self.root / "annotations" / self.split
         return [(image, labels / f"{image.stem}.png" if self.labels else None) for image in images]
 

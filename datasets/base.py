@@ -13,91 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from engine.errors import UserError
+from datasets.reading import (
+    PICTURES,
+    DataError,
+    files_below,
+    folders_in,
+    read_ids,
+    read_image,
+    read_map,
+    was_turned,
+)
 
 IGNORE = 255
 UNKNOWN = 254  # marks ids that the map does not know; no data set here has that many classes
-PICTURES = (".png", ".jpg", ".jpeg")
 GREY = (160, 160, 160)  # of a class that no class of the data set is mapped to
-
-
-class DataError(UserError):
-    """Data that cannot be used as it is; the message names the file and what to do."""
-
-
-def files_below(folder, suffixes):
-    """Sorted paths of the files below a folder whose suffix, in any case, is one of these, such as ".png".
-
-    Hidden files and folders are left out. Links to folders are followed, but for those back to a folder on the way.
-    """
-    found, todo = [], [(Path(folder), ())]
-    while todo:
-        here, way = todo.pop()
-        way = (*way, here.resolve())
-        for path in here.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                todo += [(path, way)] if path.resolve() not in way else []
-            elif path.suffix.lower() in suffixes:
-                found.append(path)
-    return sorted(found)
-
-
-def read_pixels(path, kind, mode=None):
-    """Image file -> array, converted to a mode of Pillow or as it is; `kind` is what an error calls the file.
-
-    Pillow, because OpenCV returns truncated JPEGs half filled, silently, and turns palette indices into colours.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"cannot read the {kind} {path}: {error}") from None
-
-
-def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB."""
-    return read_pixels(path, "image", "RGB")
-
-
-def read_ids(path):
-    """Grey or palette PNG -> (H, W) ids."""
-    ids = read_pixels(path, "label")
-    if ids.ndim != 2:
-        raise DataError(
-            f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one channel, or a palette. "
-            "For labels stored as colours give the data set a colour table (folder.Folder: color_labels: true)"
-        )
-    return ids.astype(np.uint8) if ids.dtype == bool else ids  # a 1-bit PNG: two classes
-
-
-def read_map(path):
-    """Grey or palette PNG of 8 bits -> (H, W) uint8."""
-    values = read_pixels(path, "map")
-    if values.ndim != 2 or values.dtype != np.uint8:
-        raise DataError(f"{path} is no map: one channel of 8 bits, grey or a palette, is expected")
-    return values
-
-
-def read_colors(path, colors):
-    """Colour picture -> (H, W) uint8 ids by a table {(r, g, b): id}; a colour that is not in it is an error."""
-    pixels = read_image(path).astype(np.int32)
-    codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
-    table = sorted((r << 16 | g << 8 | b, value) for (r, g, b), value in colors.items())
-    keys, values = (np.array(column) for column in zip(*table, strict=True))
-    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
-    unknown = np.unique(codes[keys[position] != codes]).tolist()
-    if unknown:
-        named = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:5])
-        raise DataError(
-            f"{path} holds {len(unknown)} colours that are not in the colour table, such as {named}"
-        )
-    return values[position].astype(np.uint8)
 
 
 def lookup_table(id_map, classes):
@@ -125,7 +57,10 @@ def check_sizes(image_path, image, path, values):
     """Raise DataError unless an image (H, W, 3) and the (H, W) of another file have one size."""
     if values.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], values.shape
-        raise DataError(f"sizes differ: {image_path} is {width}x{height}, {path} is {w}x{h}")
+        turned = ", turned upright by its EXIF tag" if was_turned(image_path) else ""
+        raise DataError(
+            f"sizes differ: {image_path} is {width}x{height}{turned}, {path} is {w}x{h}"
+        )
 
 
 def check_different(names, problem):
@@ -164,6 +99,7 @@ class SegmentationData(Dataset):
             CLASSES, PALETTE and SCORED, and `ignore` means them. Own classes that no entry names are ignored; a class
             with an empty list does not occur here and is not scored.
     Attributes:
+        expected: names of the classes that ought to occur: those that are scored and not ignored.
         extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
             before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
     Raises:
@@ -238,6 +174,9 @@ class SegmentationData(Dataset):
             if name not in ignore
             for m in ms
         }
+        self.expected = tuple(
+            name for i, name in enumerate(space) if name in scored and i in ids.values()
+        )
         direct = {i: i for i in [*range(len(own)), IGNORE]}
         # The second table is for labels that others converted to own class ids.
         self.table, self.class_table = (
@@ -247,11 +186,8 @@ class SegmentationData(Dataset):
     def split_folder(self, folder):
         """The folder of the split in a folder of splits."""
         if not (folder / self.split).is_dir():
-            there = (
-                ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
-            )
             title = f"{type(self).__name__} has no split '{self.split}'"
-            raise DataError(f"{title}: the folders in {folder} are {there}")
+            raise DataError(f"{title}: the folders in {folder} are {folders_in(folder)}")
         return folder / self.split
 
     def _check(self):
@@ -279,7 +215,7 @@ class SegmentationData(Dataset):
             raise DataError(
                 f"{type(self).__name__}: there is no folder {folder} of stylised images"
             )
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
+        files = files_below(folder, PICTURES)
         found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
         copies = {
             image: found.get(stem, found.get(Path(image).stem))
@@ -390,26 +326,19 @@ class SegmentationData(Dataset):
             values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps)
         )
         extra = dict(zip(self.extra, maps, strict=True))
-        return {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
+        item = {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
+        return item | ({"pixels": count_pixels(label, len(self.CLASSES))} if self.labels else {})
 
 
-def move(value, device):
-    """A tensor, or a nested dict of tensors, on the device."""
-    if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
-    return value.to(device, non_blocking=True)
+def count_pixels(label, classes):
+    """Pixels of each class, and last of those that are ignored, in a label (H, W) uint8 -> (classes + 1) int64."""
+    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
+    return torch.cat([counts[:classes], counts[classes:].sum(0, keepdim=True)])
 
 
-def to_device(batch, device):
-    """A collated batch on the device: images in [0, 1], labels int64. Bytes travel, floats are made there.
-
-    Extra maps stay uint8. `numbers` lists the samples once more, for what the host draws per image: reading them back
-    would wait for the GPU.
-    """
-    numbers = batch["sample"].tolist()
-    batch = move(batch, device)
-    return batch | {
-        "image": batch["image"].to(torch.get_default_dtype()) / 255,
-        "label": batch["label"].long(),
-        "numbers": numbers,
-    }
+def check_scored(name, dataset):
+    """Raise DataError unless a data set that is trained on with labels, or scored, has them."""
+    if not dataset.labels:
+        raise DataError(
+            f"data.{name} has labels: false, but its labels are needed; to label pictures use predict.py"
+        )

@@ -12,6 +12,7 @@ The sizes are from general knowledge, as is a test split of 2000 images without 
 
 from datasets.base import SegmentationData
 from datasets.cityscapes import CLASSES, PALETTE, existing
+from datasets.reading import files_below
 
 
 class BDD100K(SegmentationData):
@@ -31,5 +32,5 @@ class BDD100K(SegmentationData):
                 if self.labels
                 else None,
             )
-            for image in sorted(images.glob("*.jpg"))
+            for image in files_below(images, [".jpg"], depth=1)
         ]

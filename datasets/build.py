@@ -1,15 +1,21 @@
 """The data sets of a configuration, and the stream of batches of a training set."""
 
+import logging
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import Dataset, default_collate
 
+from datasets.base import check_scored
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.several import Several
 from datasets.statistics import class_counts
 from engine import distributed
 from engine.build import build, build_any, present
 from engine.config import ConfigError
+from engine.metrics import warnings_about
+
+logger = logging.getLogger("engine")
 
 SET = "SegmentationData"
 
@@ -60,10 +66,12 @@ def build_data(cfg):
         # A target set for training gets no label path at all; its samples are drawn independently of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
         target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
-    others = {"val": val, "target": target, "monitor": monitor}
-    for name, dataset in (
-        others | {f"test.{name}": dataset for name, dataset in test.items()}
-    ).items():
+    scored = {"train": train, "val": val, "monitor": monitor}
+    scored |= {f"test.{name}": dataset for name, dataset in test.items()}
+    for name, dataset in scored.items():
+        if dataset:
+            check_scored(name, dataset)
+    for name, dataset in (scored | {"target": target}).items():
         if dataset and tuple(dataset.CLASSES) != tuple(train.CLASSES):
             raise ConfigError(
                 f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
@@ -86,7 +94,8 @@ class Stream:
     """
 
     def __init__(self, dataset, cfg, seed, start, device):
-        self.dataset = dataset
+        self.dataset, self.unseen = dataset, len(dataset)
+        self.pixels = torch.zeros(len(dataset.CLASSES) + 1, dtype=torch.int64)
         options = {"batch_size": cfg.train.batch_size, "accumulate": cfg.train.accumulate}
         options |= {"start": start, "stop": cfg.train.iters, "seed": seed}
         options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
@@ -99,7 +108,19 @@ class Stream:
         self.batches = iter(loader)
 
     def __next__(self):
-        return next(self.batches)
+        batch = next(self.batches)
+        if self.unseen > 0 and "pixels" in batch:
+            self.pixels += batch["pixels"].sum(0)
+            self.unseen -= len(batch["pixels"])
+            if self.unseen <= 0:
+                self.warn()
+        return batch
+
+    def warn(self):
+        """Say what is suspicious about the labels, after as many samples as there are images."""
+        where, classes = f"the training set {type(self.dataset).__name__}", self.dataset.CLASSES
+        for sentence in warnings_about(self.pixels, classes, where, self.dataset.expected):
+            logger.warning(sentence)
 
     def whole(self, step):
         """The batch of a step over all processes and micro-batches."""

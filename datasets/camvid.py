@@ -14,8 +14,8 @@ split. Its grouping of 32 classes (COLORS) is the usual one, from general knowle
 
 from pathlib import Path
 
-from datasets.base import DataError, SegmentationData, read_colors
-from engine.files import read_text
+from datasets.base import SegmentationData
+from datasets.reading import DataError, files_below, read_colors, read_list
 
 CLASSES = (
     "Sky",
@@ -97,26 +97,28 @@ class CamVid(SegmentationData):
 
     def pairs(self):
         if (self.root / "701_StillsRaw_full").is_dir():
-            images = sorted((self.root / "701_StillsRaw_full").glob("*.png"))
+            images = files_below(self.root / "701_StillsRaw_full", [".png"], depth=1)
             labels = self.root / "LabeledApproved_full"
             return [
                 (p, labels / f"{p.stem}_L.png") for p in images if split_of(p.stem) == self.split
             ]
         if (self.root / f"{self.split}annot").is_dir():
-            images = sorted((self.root / self.split).glob("*.png"))
+            images = files_below(self.root / self.split, [".png"], depth=1)
             return [(p, self.root / f"{self.split}annot" / p.name) for p in images]
         images, listing = self.root / "images", self.root / "lists" / f"{self.split}.txt"
         if listing.is_file():
-            stems = read_text(listing).split()
+            stems = read_list(listing)
         elif (images / self.split).is_dir():
-            stems = [f"{self.split}/{p.stem}" for p in sorted((images / self.split).iterdir())]
+            files = files_below(images / self.split, [""], depth=1)
+            stems = [f"{self.split}/{p.stem}" for p in files]
         else:
             lists = sorted(p.stem for p in (self.root / "lists").glob("*.txt"))
             raise DataError(
                 f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test and the lists {lists}"
             )
         suffixes = {
-            p.relative_to(images).with_suffix("").as_posix(): p.suffix for p in images.glob("*/*")
+            p.relative_to(images).with_suffix("").as_posix(): p.suffix
+            for p in files_below(images, [""], depth=2)
         }
         return [
             (images / f"{s}{suffixes.get(s, '.jpg')}", self.root / "labels" / f"{s}.png")

@@ -2,9 +2,9 @@
 
     python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
 
-Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and what cannot
-be used, and draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit
-code 1.
+Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and problems, and
+draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1: a
+sample that cannot be used, a class that never occurs, most of the pixels ignored.
 """
 
 from pathlib import Path
@@ -14,10 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets.base import IGNORE, DataError
+from datasets.base import IGNORE, DataError, check_scored
 from datasets.build import build_set
 from engine.build import build
 from engine.config import ConfigError, load
+from engine.metrics import warnings_about
 from engine.pictures import colorize, legend, overlay, stack, strip
 from engine.process import run
 
@@ -47,7 +48,11 @@ def measure(dataset, name, workers):
     measured = list(tqdm(loader, desc=name, unit=" images", disable=None, leave=False))
     sizes = [size for size, _, problem in measured if not problem]
     counts = np.array([count for _, count, problem in measured if not problem]).reshape(-1, 256)
-    return sizes, counts, [problem for *_, problem in measured if problem]
+    problems = [problem for *_, problem in measured if problem]
+    if dataset.labels:
+        pixels = [*counts.sum(0)[: len(dataset.CLASSES)], counts[:, IGNORE].sum()]
+        problems = warnings_about(pixels, dataset.CLASSES, name, dataset.expected) + problems
+    return sizes, counts, problems
 
 
 def describe(dataset, name, sizes, counts, problems):
@@ -118,6 +123,9 @@ def main(arguments):
         name: build_set(several, root=cfg.data.root, seed=cfg.seed)
         for name, several in specs.items()
     }
+    for name, dataset in sets.items():
+        if name != "target":
+            check_scored(name, dataset)
     augment = build("datasets", cfg.data.augment) if "train" in sets else None
     folder, bad = Path(cfg.folder) / "check", 0
     for name, dataset in sets.items():
@@ -131,7 +139,7 @@ def main(arguments):
         draw(train, folder / "augmented.png")
     if bad:
         raise DataError(
-            f"{bad} of {sum(map(len, sets.values()))} samples cannot be used; see the problems above"
+            f"{bad} problem{'s' * (bad > 1)} in {sum(map(len, sets.values()))} samples; see above"
         )
 
 

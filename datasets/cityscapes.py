@@ -15,6 +15,7 @@ SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default all 
 """
 
 from datasets.base import IGNORE, SegmentationData
+from datasets.reading import files_below
 
 CLASSES = (
     "road",
@@ -82,7 +83,8 @@ class Cityscapes(SegmentationData):
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
     def pairs(self):
-        found = sorted(self.split_folder(self.root / "leftImg8bit").glob("*/*_leftImg8bit.png"))
+        folder = self.split_folder(self.root / "leftImg8bit")
+        found = files_below(folder, ["_leftImg8bit.png"], depth=2)
         return [(image, self.label_of(image) if self.labels else None) for image in found]
 
     def label_of(self, image):

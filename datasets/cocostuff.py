@@ -21,9 +21,10 @@ one, 0 to 181; the classes are what remains, in order. From general knowledge: n
 release has no palette; this one is `folder.distinct_colors`.
 """
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import existing, has_train_ids
 from datasets.folder import distinct_colors
+from datasets.reading import DataError, files_below
 
 THINGS = (
     "person",
@@ -214,17 +215,17 @@ class CocoStuff10k(SegmentationData):
     ID_MAP = {0: IGNORE, 255: IGNORE} | {i + 1: i for i in range(171)}
 
     def pairs(self):
-        images = sorted(self.split_folder(self.root / "images").glob("*.jpg"))
+        images = files_below(self.split_folder(self.root / "images"), [".jpg"], depth=1)
         if not self.labels:
             return [(image, None) for image in images]
         folder = self.root / "annotations"
         pairs = [
             (image, folder / self.split / f"{image.stem}_labelTrainIds.png") for image in images
         ]
-        matlab = next(folder.rglob("*.mat"), None)
+        matlab = files_below(folder, [".mat"]) if folder.is_dir() else []
         if matlab and not any(label.is_file() for _, label in pairs):
             raise DataError(
-                f"CocoStuff10k {self.split}: {matlab} is MATLAB's; convert the labels to "
+                f"CocoStuff10k {self.split}: {matlab[0]} is MATLAB's; convert the labels to "
                 f"{folder / self.split}/*_labelTrainIds.png: 0 = unlabelled, 1 to 171 (datasets/cocostuff.py)"
             )
         return pairs
@@ -238,7 +239,9 @@ class CocoStuff164k(SegmentationData):
 
     def pairs(self):
         folder = self.root / "images"
-        images = sorted(self.split_folder(folder if folder.is_dir() else self.root).glob("*.jpg"))
+        images = files_below(
+            self.split_folder(folder if folder.is_dir() else self.root), [".jpg"], depth=1
+        )
         return [(image, self.label_of(image) if self.labels else None) for image in images]
 
     def label_of(self, image):

@@ -18,8 +18,9 @@ All of this is general knowledge, as are the numbers: for training 3041 images b
 
 from typing import Literal
 
-from datasets.base import DataError, SegmentationData
+from datasets.base import SegmentationData
 from datasets.cityscapes import CLASSES, ID_MAP, PALETTE, existing, has_train_ids
+from datasets.reading import DataError, files_below, folders_in
 
 TIMES = ("day", "twilight", "night")
 
@@ -66,14 +67,11 @@ class DarkZurich(SegmentationData):
         folder = self.split_folder(self.root / "rgb_anon")
         times = [time for time in self.times if (folder / time).is_dir()]
         if not times:
-            there = (
-                ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
-            )
             wanted = " or ".join(self.times)
             raise DataError(
-                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {there}"
+                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {folders_in(folder)}"
             )
-        images = [image for time in times for image in sorted((folder / time).glob("*/*_anon.png"))]
+        images = [p for time in times for p in files_below(folder / time, ["_anon.png"], depth=2)]
         return [(image, self.label_of(image) if self.labels else None) for image in images]
 
     def label_of(self, image):

@@ -21,8 +21,8 @@
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, DataError, SegmentationData, read_colors
-from engine.files import read_text
+from datasets.base import IGNORE, UNKNOWN, SegmentationData
+from datasets.reading import DataError, files_below, read_colors, read_list
 
 
 def distinct_colors(count):
@@ -59,13 +59,11 @@ def find(folder, suffixes, others):
             f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir"
         )
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder, [*suffixes, *others]):
         longest = max(
-            (s for s in [*suffixes, *others] if path.name.lower().endswith(s.lower())),
-            key=len,
-            default=None,
+            (s for s in [*suffixes, *others] if path.name.lower().endswith(s.lower())), key=len
         )
-        if longest in suffixes and not path.name.startswith(".") and path.is_file():
+        if longest in suffixes:
             name = path.relative_to(folder).as_posix()[: -len(longest)]
             if name in found:
                 raise DataError(
@@ -113,9 +111,16 @@ class Folder(SegmentationData):
         stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        names, colors = tuple(map(str, classes)), palette or distinct_colors(len(classes))
-        if not 0 < len(set(names)) == len(names) < 254:
-            raise DataError(f"Folder: classes must be 1 to 253 different names, not {classes}")
+        names = tuple(classes)
+        if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+            raise DataError(f"Folder: the class {wrong[0]!r} is no name: write it in quotes")
+        if not 0 < len(names) < UNKNOWN:
+            raise DataError(
+                f"Folder: there are {len(names)} classes, but 1 to {UNKNOWN - 1} are possible: ids have 8 bits"
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"Folder: classes must have different names; {twice[0]!r} is repeated")
+        colors = palette or distinct_colors(len(names))
         if len(colors) != len(names) or any(
             np.shape(c) != (3,) or not {*c} <= {*range(256)} for c in colors
         ):
@@ -159,9 +164,7 @@ class Folder(SegmentationData):
         if listing:
             if not (self.root / listing).is_file():
                 raise DataError(f"Folder: there is no list {self.root / listing}")
-            names = asked = [
-                line.strip() for line in read_text(self.root / listing).splitlines() if line.strip()
-            ]
+            names = asked = read_list(self.root / listing)
             what = f"names in {listing}"
         demand(asked, images, f"{what} have no image *{' or *'.join(of_images)} in {image_dir}")
         demand(names, labels, f"images have no label *{of_labels[0]} in {label_dir}")

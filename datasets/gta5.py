@@ -11,22 +11,22 @@ Papers on domain adaptation and generalisation train on all images, which is the
 have different sizes; they are left out.
 """
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import CLASSES, ID_MAP, PALETTE, existing, has_train_ids
-from engine.files import read_text
+from datasets.reading import DataError, files_below, read_list
 
 
 def stems_of(data, images):
     """Names without suffix: all PNGs of a folder, or those in `lists/<split>.txt`."""
     if data.split == "all":
-        return sorted(path.stem for path in images.glob("*.png"))
+        return [path.stem for path in files_below(images, [".png"], depth=1)]
     listing = data.root / "lists" / f"{data.split}.txt"
     if not listing.is_file():
         splits = ", ".join(["all", *sorted(path.stem for path in listing.parent.glob("*.txt"))])
         raise DataError(
             f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: {splits}"
         )
-    return read_text(listing).split()
+    return read_list(listing)
 
 
 def listed_pairs(data, images, labels):

@@ -12,6 +12,7 @@ where the truth is one of the six, but these five have no IoU.
 
 from datasets.base import IGNORE, SegmentationData
 from datasets.camvid import CLASSES, PALETTE
+from datasets.reading import files_below
 
 SCORED = ("Sky", "Building", "Road", "Pavement", "Tree", "Car")
 
@@ -23,6 +24,6 @@ class LabelMeFacade(SegmentationData):
     ID_MAP = {i: i for i in [*map(CLASSES.index, SCORED), IGNORE]}  # noqa: RUF012
 
     def pairs(self):
-        images = sorted(self.split_folder(self.root / "images").glob("*.jpg"))
+        images = files_below(self.split_folder(self.root / "images"), [".jpg"], depth=1)
         labels = self.root / "labels" / self.split
         return [(image, labels / f"{image.stem}.png" if self.labels else None) for image in images]

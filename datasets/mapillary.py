@@ -26,8 +26,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import CLASSES, PALETTE
+from datasets.reading import DataError, files_below
 
 STRICT = {
     "road": (13, 24, 41),  # road, lane marking, manhole
@@ -116,7 +117,7 @@ class Mapillary(SegmentationData):
         )
 
     def pairs(self):
-        images = sorted((self.split_folder(self.root) / "images").glob("*.jpg"))
+        images = files_below(self.split_folder(self.root) / "images", [".jpg"], depth=1)
         labels = self.label_folder() if self.labels else None
         return [(image, labels and labels / f"{image.stem}.png") for image in images]
 

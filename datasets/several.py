@@ -21,7 +21,7 @@ class Several(Dataset):
     Args:
         parts: data sets that share their classes and are all with or all without labels. Each augments for itself.
     Attributes:
-        SCORED: the classes that any of the parts scores; empty: all.
+        SCORED, expected: the classes that any of the parts scores, or ought to show; SCORED is empty for all.
         PALETTE, seed: of the first part; the others as in base.SegmentationData.
         extra: {name: folder} of maps; those of part i lie in `<folder>/<i>`, which is what `stem` says.
     Raises:
@@ -60,6 +60,8 @@ class Several(Dataset):
             if len(scored) < len(self.CLASSES)
             else ()
         )
+        expected = {name for part in self.parts for name in part.expected}
+        self.expected = tuple(name for name in self.CLASSES if name in expected)
         self.samples = [sample for part in self.parts for sample in part.samples]
         self.left_out = [image for part in self.parts for image in part.left_out]
         self.stylised = {

@@ -18,9 +18,10 @@ Terrain, truck and train do not occur. Scores on Cityscapes follow one of two co
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, DataError, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import CLASSES, PALETTE
 from datasets.gta5 import listed_pairs
+from datasets.reading import DataError, depths, opened
 
 ABSENT = ("terrain", "truck", "train")
 SUBSETS = {
@@ -58,6 +59,7 @@ class Synthia(SegmentationData):
     """Args: split: all, or the stem of a file in `lists/`."""
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
+    SCORED = tuple(SUBSETS["mIoU16"])
 
     def __init__(
         self,
@@ -84,13 +86,15 @@ class Synthia(SegmentationData):
         return listed_pairs(self, self.root / "RGB", self.root / "GT" / "LABELS")
 
     def read_label(self, path):
-        pixels = cv2.imread(
-            str(path), cv2.IMREAD_UNCHANGED
-        )  # Pillow cuts 16-bit RGB down to 8 bits
-        if pixels is None:
-            raise DataError(f"cannot read the label {path}: it is damaged or no picture")
-        if pixels.dtype == np.uint16 and pixels.shape[2:] == (3,):
-            return pixels[..., -1]  # (H, W): OpenCV's order is BGR
+        with opened(path, "label") as picture:
+            official = picture.mode == "RGB" and depths(picture)[1] == 65535
+            if official:
+                picture.verify()  # OpenCV returns damaged files half filled
+        if official:  # Pillow keeps the high bytes, OpenCV both
+            pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            if pixels is None:
+                raise DataError(f"cannot read the label {path}: OpenCV does not decode it")
+            return pixels[..., -1]  # (H, W): its order is BGR
         ids = super().read_label(path)
         if ids.dtype != np.uint8:
             raise DataError(

@@ -416,6 +416,10 @@ class Toy(SegmentationData):
             raise UserError(
                 f"toy.Toy has the domains {', '.join(DOMAINS)} and the splits {', '.join(SPLITS)}"
             )
+        if length < 1 or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+            raise UserError(
+                f"toy.Toy needs a length of 1 or more and a size [height, width] in pixels, not {length}, {size}"
+            )
         self.set_classes(label_space=label_space)
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels
         self.augment, self.seed, self.extra, self.stylised, self.left_out = (

@@ -20,9 +20,9 @@ are from general knowledge, as are names and palette, which follows the bit rule
 
 from pathlib import Path
 
-from datasets.base import DataError, SegmentationData
+from datasets.base import SegmentationData
 from datasets.cityscapes import existing
-from engine.files import read_text
+from datasets.reading import DataError, read_list
 
 CLASSES = (
     "background",
@@ -96,9 +96,7 @@ class VOC(SegmentationData):
         for choice in LISTS.get(self.split, ((self.split,),)):
             files = [folder / f"{name}.txt" for name in choice]
             if all(path.is_file() for path in files):
-                lines = [
-                    line for path in files for line in read_text(path).splitlines() if line.strip()
-                ]
+                lines = [line for path in files for line in read_list(path)]
                 return list(dict.fromkeys(Path(line.split()[0]).stem for line in lines))
         there = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
         raise DataError(f"VOC has no split '{self.split}': the lists in {folder} are {there}")

@@ -1,14 +1,20 @@
 """Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at label resolution."""
 
+import logging
+import weakref
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from engine import distributed
 from engine.errors import UserError
-from engine.metrics import ConfusionMatrix
+from engine.metrics import ConfusionMatrix, warnings_about
 from engine.process import signals
 from engine.statistics import resize_logits
+
+logger = logging.getLogger("engine")
+warned = weakref.WeakSet()  # data sets whose labels have been looked at
 
 
 class NonFiniteScores(UserError):
@@ -87,6 +93,8 @@ def predict(network, image, options, size=None):
 def evaluate(network, dataset, options, device, autocast, title=""):
     """Confusion matrix over a data set; each process takes every n-th image, none is seen twice.
 
+    What is suspicious about the labels is said once for each data set.
+
     Args:
         network: Segmentor (not DDP); put into eval mode here and back into its mode afterwards.
         dataset: labelled data set without augmentation.
@@ -118,4 +126,11 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         return None
     if broken := int(distributed.all_reduce(broken)):
         raise NonFiniteScores(f"{title or 'data set'}, {broken} of {len(dataset)} images")
-    return matrix.all_reduce()
+    matrix.all_reduce()
+    if distributed.is_main() and dataset not in warned:
+        warned.add(dataset)
+        where = f"{type(dataset).__name__} {dataset.split}{f' ({title})' * bool(title)}"
+        pixels = matrix.pixels().tolist()
+        for sentence in warnings_about(pixels, dataset.CLASSES, where, dataset.expected):
+            logger.warning(sentence)
+    return matrix

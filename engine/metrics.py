@@ -13,7 +13,7 @@ from engine.errors import UserError
 
 
 class ConfusionMatrix:
-    """Counts (K, K) of label pixels by predicted class.
+    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which enters no value.
 
     Args:
         classes: K names.
@@ -32,6 +32,7 @@ class ConfusionMatrix:
             0, torch.tensor(scored), False
         )
         self.matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+        self.ignored = torch.zeros((), dtype=torch.int64, device=device)
 
     def _position(self, name, where):
         if name not in self.classes:
@@ -41,18 +42,22 @@ class ConfusionMatrix:
         return self.classes.index(name)
 
     def update(self, predictions, labels):
-        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are not counted."""
+        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are ignored."""
         k = len(self.classes)
-        rows = torch.where(
-            (labels >= 0) & (labels < k), labels, k
-        ).long()  # ignored pixels go to a row that is cut off
+        rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # k: the ignored ones
         counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
         self.matrix += counts[: k * k].view(k, k)
+        self.ignored += counts[k * k :].sum()
 
     def all_reduce(self):
         """Add the counts of all processes, once, after the last image."""
         self.matrix = distributed.all_reduce(self.matrix)
+        self.ignored = distributed.all_reduce(self.ignored)
         return self
+
+    def pixels(self):
+        """(K + 1) int64: label pixels of each class, and last the ignored ones."""
+        return torch.cat([self.matrix.sum(1), self.ignored[None]])
 
     def per_class(self):
         """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or is not scored."""
@@ -109,3 +114,30 @@ class ConfusionMatrix:
             **values,
             "matrix": self.matrix.tolist(),
         }
+
+
+def warnings_about(pixels, classes, where, expected=None):
+    """What is suspicious about the labels of a data set.
+
+    Args:
+        pixels: (K + 1) counts, as `count_pixels` returns.
+        classes: K names.
+        where: what the sentences call the data set.
+        expected: the classes that ought to occur (`SegmentationData.expected`); None: all.
+    Returns:
+        Sentences: classes without a pixel, most of the pixels ignored.
+    """
+    *counts, ignored = (int(count) for count in pixels)
+    present = [name for name, count in zip(classes, counts) if count]
+    expected = classes if expected is None else expected
+    absent, sentences = [name for name in expected if name not in present], []
+    if absent and (sum(counts) or ignored):
+        some = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
+        sentences.append(f"{where}: {len(absent)} of {len(expected)} classes never occur: {some}")
+    if 2 * ignored > sum(counts) + ignored:
+        share = ignored / (sum(counts) + ignored)
+        sentences.append(f"{where}: {share:.1%} of the pixels are ignored (id 255)")
+    if sentences and ignored and present == [classes[0]]:  # of two classes the first alone
+        names = f"0: {classes[0]}, 255: {classes[1]}" if len(classes) > 1 else "0: ..., 255: ..."
+        sentences[-1] += f"; masks of 0 and 255 need folder.Folder with id_map: {{{names}}}"
+    return sentences

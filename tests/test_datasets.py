@@ -13,16 +13,29 @@ from torch.utils.data import default_collate
 
 import datasets
 from datasets import check, folder
-from datasets.base import DataError, SegmentationData, read_ids, read_image, read_map, to_device
+from datasets.base import (
+    DataError,
+    SegmentationData,
+    read_ids,
+    read_image,
+    read_map,
+)
+from datasets.build import build_data
 from datasets.camvid import CamVid
 from datasets.folder import Folder, distinct_colors
 from datasets.labelmefacade import LabelMeFacade
 from datasets.sampler import StreamSampler, make_loader
+from datasets.several import Several
 from datasets.statistics import class_counts
+from datasets.synthia import SUBSETS
 from datasets.toy import DOMAINS, Toy, draw, draw_label
 from datasets.transforms import Augment
 from engine.build import build
 from engine.config import load
+from engine.errors import UserError
+from engine.metrics import warnings_about
+from engine.step import Batch
+from tests.runs import TINY
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "camvid"
 FACADES = REAL.parent / "labelmefacade"
@@ -300,7 +313,10 @@ def classes_of_files():
 
 def test_every_data_set_says_which_classes_are_scored():
     scored = {c.__name__: c.SCORED for c in classes_of_files() if c.SCORED}
-    assert scored == {"LabelMeFacade": ("Sky", "Building", "Road", "Pavement", "Tree", "Car")}
+    assert scored == {
+        "LabelMeFacade": ("Sky", "Building", "Road", "Pavement", "Tree", "Car"),
+        "Synthia": tuple(SUBSETS["mIoU16"]),
+    }
     assert Toy(length=1).SCORED == () and {*scored["LabelMeFacade"]} < {*LabelMeFacade.CLASSES}
 
 
@@ -390,6 +406,85 @@ def test_augmentation_leaves_the_generators_of_gpus_alone(tmp_path, monkeypatch)
     dataset[(0, 5)]
 
 
+# --- pixels of each class, and what is suspicious about them --------------------------------------------------------
+
+
+def test_a_labelled_sample_counts_its_pixels_after_the_augmentation(tmp_path):
+    files(tmp_path, ids=(0, 1, 0, 255))
+    assert Files(root=tmp_path)[0]["pixels"].tolist() == [48, 24, 0, 24]
+    data = Files(root=tmp_path, augment=Augment(crop=[20, 30], scale=[1, 1]))
+    counts = data[(0, 3)]["pixels"]  # padded
+    assert counts.tolist() == [48, 24, 0, 24 + 600 - 96] and counts.dtype == torch.int64
+    assert "pixels" not in Files(root=tmp_path, labels=False)[0]
+    space = {"x": ["b", "c"], "w": ["a"]}
+    assert Files(root=tmp_path, label_space=space)[0]["pixels"].tolist() == [24, 48, 24]
+
+
+def test_samples_count_their_pixels(tmp_path):
+    batch = default_collate([Files(root=files(tmp_path))[i] for i in range(2)])
+    assert batch["pixels"].tolist() == [[24] * 4] * 2
+    loaded = Batch.load(batch, torch.device("meta"))
+    assert loaded.label.device.type == "meta" and loaded.numbers == [0, 1]
+
+
+def test_classes_that_never_occur_and_ignored_pixels_are_suspicious():
+    names, where = ["a", "b", "c"], "data.train"
+    assert warnings_about([5, 4, 1, 10], names, where) == []
+    assert warnings_about([0, 4, 0, 3], names, where) == [
+        "data.train: 2 of 3 classes never occur: a, c"
+    ]
+    assert warnings_about([2, 4, 1, 8], names, where) == [
+        "data.train: 53.3% of the pixels are ignored (id 255)"
+    ]
+    assert warnings_about(torch.tensor([0, 4, 0, 3]), names, where, ["a", "b"]) == [
+        "data.train: 1 of 2 classes never occur: a"
+    ]
+    (many,) = warnings_about([3, *[0] * 9, 0], "abcdefghij", where)
+    assert many.endswith(": 9 of 10 classes never occur: b, c, d, e, f, ...")
+    assert warnings_about([0, 0, 0, 0], names, where) == []  # nothing was counted
+
+
+@pytest.mark.parametrize("ignored", [3, 30])
+def test_masks_of_0_and_255_get_their_remedy(ignored):
+    said = warnings_about([10, 0, ignored], ["bg", "fg"], "val")
+    assert said[0].startswith("val: 1 of 2 classes never occur: fg")
+    remedy = "; masks of 0 and 255 need folder.Folder with id_map: {0: bg, 255: fg}"
+    assert "".join(said).count(remedy) == 1 and said[-1].endswith(remedy)
+    assert "masks" not in "".join(warnings_about([0, 10, ignored], ["bg", "fg"], "val"))
+    assert "masks" not in "".join(warnings_about([10, 0, 0], ["bg", "fg"], "val"))
+
+
+def test_classes_that_a_set_does_not_have_are_not_expected(tmp_path):
+    files(tmp_path)
+    assert Files(root=tmp_path).expected == Files.CLASSES
+    assert Files(root=tmp_path, ignore=["b"]).expected == ("a", "c")
+    space = {"z": ["c"], "none": [], "y": ["b"]}
+    assert Files(root=tmp_path, label_space=space).expected == ("z", "y")
+    parts = [Files(root=tmp_path, ignore=names) for names in (["a", "b"], ["a", "c"])]
+    assert Several(parts).expected == ("b", "c")
+    for name, absent in (("labelmefacade.LabelMeFacade", 5), ("synthia.Synthia", 3)):
+        laid_out(tmp_path / name, name)
+        data = build("datasets", {"name": name, "labels": False}, root=str(tmp_path / name))
+        assert len(data.CLASSES) - len(data.expected) == absent
+
+
+@pytest.mark.parametrize("key", ["train", "val", "test.toy", "monitor"])
+def test_sets_that_are_scored_or_trained_on_need_labels(key):
+    toy = "{name: toy.Toy, length: 1, size: [8, 8], labels: false}"
+    cfg = load(TINY, [f"data.{key}={toy}"])
+    with pytest.raises(DataError, match=rf"^data.{key} has labels: false, .* use predict.py$"):
+        build_data(cfg)
+    build_data(load(TINY, [f"data.target={toy}"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"length": 0}, {"size": [0, 8]}, {"size": [8]}, {"size": "ab"}]
+)
+def test_toy_sets_need_images_and_pixels(options):
+    with pytest.raises(UserError, match=r"toy.Toy needs a length of 1 or more and a size"):
+        Toy(**options)
+
+
 # --- maps that belong to the images --------------------------------------------------------------------------------
 
 
@@ -455,15 +550,13 @@ def test_maps_reach_the_device_as_bytes(tmp_path):
     )
     with_maps(dataset, tmp_path / "label", numbered(), "label")
     (batch,) = make_loader(dataset, StreamSampler(3, batch_size=3, stop=1), workers=1)
-    moved = to_device(batch, torch.device("cpu"))
-    assert moved["image"].dtype == torch.get_default_dtype() and moved["label"].dtype == torch.int64
-    assert sorted(moved["numbers"]) == [0, 1, 2] and set(moved["extra"]) == {"extra", "label"}
-    for index, values in zip(moved["index"].tolist(), moved["extra"]["extra"]):
+    moved = Batch.load(batch, torch.device("cpu"))
+    assert moved.image.dtype == torch.get_default_dtype() and moved.label.dtype == torch.int64
+    assert sorted(moved.numbers) == [0, 1, 2] and set(moved.extra) == {"extra", "label"}
+    for index, values in zip(batch["index"].tolist(), moved.extra["extra"]):
         assert values.dtype == torch.uint8 and np.array_equal(values, numbered()[index])
-    assert (
-        to_device(default_collate([Files(root=tmp_path / "data")[0]]), torch.device("cpu"))["extra"]
-        == {}
-    )
+    plain = default_collate([Files(root=tmp_path / "data")[0]])
+    assert Batch.load(plain, torch.device("cpu")).extra == {}
 
 
 def test_a_missing_map_names_image_map_and_file(tmp_path):
@@ -943,7 +1036,12 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
             {"split": "val", "image_dir": "images/train"},
             r"split 'val' has no effect; put \{split\}",
         ),
-        ({"classes": ["a", "a"]}, "different names"),
+        ({"classes": ["a", "a"]}, "different names; 'a' is repeated"),
+        ({"classes": [1, 2]}, "the class 1 is no name: write it in quotes"),
+        ({"classes": ["yes", None]}, "the class None is no name"),
+        ({"classes": ["a", " "]}, "the class ' ' is no name"),
+        ({"classes": []}, "0 classes, but 1 to 253 are possible"),
+        ({"classes": [f"class {i}" for i in range(254)]}, "254 classes, but 1 to 253.{,40}$"),
         ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours"),
         ({"palette": [[1, 2, 3], [1, 2, 300], [0, 0, 0]]}, "of 0..255"),
         ({"color_labels": True}, "color_labels needs a palette"),
@@ -982,14 +1080,13 @@ def configuration(root):
 
 
 def test_check_counts_and_draws(tmp_path, capsys):
-    mine(mine(tmp_path, ids=(0, 0, 0, 1)), "val", ("c",), (0, 255))
+    mine(mine(tmp_path, ids=(0, 0, 0, 1, 0, 0, 2, 1)), "val", ("c",), (0, 1, 2, 255))
     check.main(configuration(tmp_path))
     text = capsys.readouterr().out
     assert "train: Folder train, 2 images" in text and "12x8" in text and "problems: 0" in text
     lines = [line.split() for line in text.splitlines()]
-    assert ["0", "road", "75.000%", "2"] in lines and ["1", "building", "25.000%", "2"] in lines
-    assert ["255", "ignore", "50.000%", "1"] in lines
-    assert "never occur: car" in text and "never occur: building, car" in text
+    assert ["0", "road", "62.500%", "2"] in lines and ["1", "building", "25.000%", "2"] in lines
+    assert ["255", "ignore", "25.000%", "1"] in lines and "never occur" not in text
     for name in ("train", "val", "augmented"):
         drawn = tmp_path / "run" / "check" / f"{name}.png"
         assert str(drawn) in text and read_image(drawn).std() > 10
@@ -1008,6 +1105,25 @@ def test_check_measures_the_classes_of_the_label_space(tmp_path, capsys):
     assert "never occur: far" in text and "problems: 0" in text
 
 
+def test_check_takes_suspicious_labels_for_problems(tmp_path, capsys):
+    for split in ("train", "val"):
+        mine(tmp_path, split, ids=(0, 255, 255))
+    arguments = configuration(tmp_path)
+    two = [f"data.{key}.classes=[bg, fg]" for key in ("train", "val")]
+    with pytest.raises(DataError, match=r"^4 problems in 4 samples; see above$"):
+        check.main([*arguments, *two])
+    text = capsys.readouterr().out
+    assert (
+        "    val: 1 of 2 classes never occur: fg\n    val: 62.5% of the pixels are ignored" in text
+    )
+    assert text.count("need folder.Folder with id_map: {0: bg, 255: fg}") == 2
+    mapped = [f"data.{key}.id_map={{0: bg, 255: fg}}" for key in ("train", "val")]
+    check.main([*arguments, *two, *mapped])
+    assert "never occur" not in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"data.val has labels: false"):
+        check.main([*arguments, "data.val.labels=false"])
+
+
 def test_check_says_which_pictures_it_reads(tmp_path, capsys):
     mine(mine(tmp_path), "val", ("c",))
     copies = styled(tmp_path / "new", ["a.png", "b.png"])
@@ -1019,7 +1135,7 @@ def test_check_collects_problems_names_them_and_fails(tmp_path, capsys):
     mine(mine(tmp_path, names=("a", "b", "c")), "val")
     save(tmp_path / "labels" / "train" / "b.png", rows(0, 9))
     save(tmp_path / "labels" / "val" / "a.png", np.zeros((5, 5)))
-    with pytest.raises(DataError, match="2 of 5 samples"):
+    with pytest.raises(DataError, match="2 problems in 5 samples"):
         check.main(configuration(tmp_path))
     text = capsys.readouterr().out
     assert text.count("problems: 1") == 2

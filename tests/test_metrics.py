@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.config import Config
 from engine.errors import UserError
 from engine.inference import evaluate, predict
@@ -319,7 +320,7 @@ def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
 class Labelled:
     """Images whose labels may have another size than the image."""
 
-    CLASSES, SCORED = CLASSES, ()
+    CLASSES, SCORED, expected, split = CLASSES, (), CLASSES, "val"
 
     def __init__(self, length=5, scale=1):
         self.asked, self.length, self.scale = [], length, scale
@@ -343,6 +344,7 @@ def test_evaluate_counts_every_image_once_at_label_size_in_eval_mode(scale, trai
     assert sorted(dataset.asked) == list(range(5))
     pixels = 42 * scale**2 - 1
     assert matrix.matrix.sum(1).tolist() == [2 * pixels, 2 * pixels, pixels]
+    assert matrix.pixels().tolist() == [2 * pixels, 2 * pixels, pixels, 5]
     assert network.training_seen == {False} and network.training is training
     assert network.conv.weight.grad is None
 
@@ -362,6 +364,36 @@ def test_evaluate_scores_what_predict_says():
         scores = predict(network, sample["image"][None].float() / 255, options())
         expected.update(scores.argmax(1)[0].detach(), sample["label"].long())
     assert torch.equal(matrix.matrix, expected.matrix) and "ground" in matrix.summary()
+
+
+class Masks(Labelled):
+    """Everything ignored but one pixel of the first class."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["label"].fill_(255)[-1, -1] = 0
+        return sample
+
+
+def test_evaluate_says_once_what_is_suspicious_about_labels(caplog, monkeypatch):
+    def said(dataset, title=""):
+        caplog.clear()
+        matrix = evaluate(Pointwise(), dataset, options(), CPU, contextlib.nullcontext(), title)
+        assert matrix.pixels().tolist() == [5, 0, 0, 5 * 41]
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    data = Masks()
+    assert [level for level, _ in said(data, "night")] == ["WARNING"] * 2
+    assert said(data, "night") == [] and len(said(Masks())) == 2
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert said(Masks()) == []
+    monkeypatch.undo()
+    scored = Masks()
+    scored.expected = CLASSES[:1]
+    assert [text for _, text in said(scored, "night")] == [
+        "Masks val (night): 97.6% of the pixels are ignored (id 255); masks of 0 and 255 need "
+        "folder.Folder with id_map: {0: road, 255: tree}"
+    ]
 
 
 def test_evaluate_scores_the_classes_that_the_data_set_names():

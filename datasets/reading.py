@@ -1,0 +1,262 @@
+"""Reading image, label and map files, lists and folders. What is wrong with a file is a DataError that names it.
+
+Pillow decodes, because OpenCV returns truncated JPEGs half filled, silently, and turns palette indices into colours.
+"""
+
+import logging
+import os
+import re
+import struct
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from engine.errors import UserError
+from engine.files import read_text
+
+PICTURES = (".png", ".jpg", ".jpeg")
+# What Pillow raises, beside its own OSError and SyntaxError, on bytes that no encoder has written.
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError)
+BROKEN += (EOFError, MemoryError, RuntimeError, struct.error, zlib.error)
+SAMPLES, BITS, PLANES = 277, 258, 284  # tags of TIFF: channels, bits of each, interleaved or not
+GREY_DEPTHS = ("I", "I;16", "I;16B", "I;16L", "F")  # modes of Pillow for grey of more than 8 bits
+DARK = 4096  # 16 bits with no value above are data of 12 bits or fewer
+PIXEL_BYTES = 8  # while a picture is decoded: Pillow's four, the array's three, a grey original
+LARGE = 2**28  # bytes; below, memory is not asked for
+
+Image.MAX_IMAGE_PIXELS = None  # `check_header` has a limit that depends on the machine
+logger = logging.getLogger("engine")
+told = set()  # formats whose further pages have been mentioned
+
+
+class DataError(UserError):
+    """Data that cannot be used as it is; the message names the file and what to do."""
+
+
+# --- folders and lists -----------------------------------------------------------------------------------------------
+
+
+def files_below(folder, suffixes, depth=None, above=()):
+    """Files below a folder whose names end in one of the suffixes, in either case, sorted.
+
+    Hidden files and folders, whose names start with a dot, are left out. Links to folders are followed, but not back to
+    a folder that leads to them.
+
+    Args:
+        depth: 1 for the files in the folder itself, 2 for those in its sub folders; None: all.
+        above: real paths of the folders that lead here.
+    Raises:
+        DataError: a folder that cannot be listed.
+    """
+    real, found = os.path.realpath(folder), []
+    if real in above:
+        return []
+    try:
+        with os.scandir(folder) as listed:
+            entries = [entry for entry in listed if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from None
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    for entry in entries:
+        if entry.is_dir():
+            if depth != 1:
+                found += files_below(entry.path, endings, depth and depth - 1, (*above, real))
+        elif depth in (None, 1) and entry.name.lower().endswith(endings):
+            found.append(Path(entry.path))
+    return sorted(found)
+
+
+def folders_in(folder):
+    """Names of the folders in a folder, for messages."""
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    return ", ".join(names) or "none"
+
+
+def read_list(path):
+    """Text file in UTF-8, with or without a byte order mark -> its lines, without blanks around them or empty ones."""
+    if not (lines := [line.strip() for line in read_text(path).splitlines() if line.strip()]):
+        raise DataError(f"the list {path} is empty")
+    return lines
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path, kind):
+    """An image file whose header was checked. What goes wrong within is a DataError, which calls the file a `kind`."""
+    try:
+        with Image.open(path) as picture:
+            check_header(picture)
+            yield picture
+    except BROKEN as error:
+        reason = layout_of(path) if isinstance(error, UnidentifiedImageError) else ""
+        reason = reason or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read the {kind} {path}: {reason}") from None
+
+
+def check_header(picture):
+    """Raise ValueError where decoding takes too much memory, or gives something else than what the file holds."""
+    (width, height), tags = picture.size, getattr(picture, "tag_v2", {})
+    needed = width * height * PIXEL_BYTES
+    if needed > LARGE and needed > (free := free_memory()) / 2:
+        raise ValueError(
+            f"its {width}x{height} pixels take {needed / 1e9:.1f} GB to decode, more than half of the "
+            f"{free / 1e9:.1f} GB of free memory; make it smaller, or cut it into tiles"
+        )
+    separate = (
+        tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8
+    )  # Pillow takes the low bytes for pixels
+    if tags.get(SAMPLES, 1) > 4 or separate:
+        raise ValueError(layout(tags))
+    several = getattr(picture, "is_animated", False) and picture.format != "MPO"  # a photograph
+    if several and picture.format not in told:
+        told.add(picture.format)
+        logger.warning(
+            f"{picture.filename} holds several pictures: the first is read, in all such files"
+        )
+
+
+def free_memory():
+    """Bytes of memory that programs can get; infinity where the system does not say."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except OSError:
+        return float("inf")
+
+
+def layout(tags):
+    """What is wrong with the channels of a TIFF."""
+    count, bits = tags.get(SAMPLES, 1), "/".join(map(str, sorted({*tags.get(BITS, (1,))})))
+    kind = f"{count} channel{'s' * (count > 1)} of {bits} bits{', not interleaved' * (tags.get(PLANES) == 2)}"
+    return f"TIFFs of {kind} are not read: 1, 3 or 4 channels of 8 or 16 bits are expected"
+
+
+def layout_of(path):
+    """The same of a file that Pillow does not know; empty where it is no TIFF."""
+    with suppress(*BROKEN), open(path, "rb") as file:
+        tags = ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        return layout(tags)
+    return ""
+
+
+def depths(picture):
+    """Largest value in Pillow's pixels and the file's own; the pixels must not have been read yet. (0, 0): unknown.
+
+    Pillow spreads grey of 2 and 4 bits, and PGM files, over its 8 or 16, and keeps the high byte of colours of 16 bits.
+    """
+    codec, _, _, arguments = picture.tile[0] if picture.tile else ("", (), 0, "")
+    raw, *rest = (arguments,) if isinstance(arguments, str) else (arguments or ("",))
+    raw, mode = str(raw), picture.mode
+    if mode == "F":
+        return 1, 1
+    if mode.startswith("I"):
+        if raw == "I;12":
+            return 4095, 4095
+        if mode == "I" and picture.format not in ("PNG", "PPM"):
+            return 0, 0
+        return 65535, rest[0] if codec.startswith("ppm") else 65535
+    if codec.startswith("ppm") and rest:
+        return 255, rest[0]
+    if match := re.fullmatch(r"L;([24])R?", raw):
+        return 255, 2 ** int(match[1]) - 1
+    return 255, 65535 if re.search(r";16[BLN]$", raw) else 255
+
+
+def decode(path, kind, rgb=False):
+    """Image file -> pixels as viewers show them, turned by the EXIF tag: (H, W) or (H, W, C), and `depths`.
+
+    `rgb`: (H, W, 3) uint8, but for grey of more than 8 bits, which stays (H, W).
+    """
+    with opened(path, kind) as picture:
+        top, own = depths(picture)
+        picture.load()
+        with suppress(*BROKEN):  # damaged tags say nothing, and do no harm
+            ImageOps.exif_transpose(picture, in_place=True)
+        if rgb and picture.mode not in ("RGB", *GREY_DEPTHS):
+            picture = picture.convert("RGB")
+        return np.array(picture), top, own
+
+
+def was_turned(path):
+    """Whether the EXIF tag of an image has swapped its width and height."""
+    with suppress(DataError), opened(path, "image") as picture:
+        return picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return False
+
+
+def read_image(path):
+    """Image file -> (H, W, 3) uint8 RGB. 16 bits and floats of 0..1 are scaled to 8 bits; alpha is dropped.
+
+    Raises:
+        DataError: a file that cannot be read, integers of 32 bits, other floats, 12 bits or fewer stored as 16.
+    """
+    pixels, top, own = decode(path, "image", rgb=True)
+    if pixels.ndim == 3 and own <= 255:
+        return pixels
+    if not top:
+        raise DataError(
+            f"{path} holds integers of 32 bits, or with a sign: 8 or 16 bits, or floats of 0..1, are expected"
+        )
+    low, high = pixels.min(), pixels.max()
+    if top == 1 and not 0 <= low <= high <= 1:
+        raise DataError(
+            f"{path} holds floats from {low:g} to {high:g}: floats of 0..1, or 8 or 16 bits, are expected"
+        )
+    if own == 65535 and int(high) * own < DARK * top:
+        raise DataError(
+            f"{path} has 16 bits a channel and no value above {DARK - 1}: it would be black; scale the values to "
+            "0..65535, or store 8 bits"
+        )
+    if pixels.ndim == 3:
+        return pixels
+    return np.repeat(np.rint(pixels * (255 / top)).astype(np.uint8)[..., None], 3, 2)
+
+
+def read_ids(path):
+    """Grey or palette PNG, or another file of one channel -> (H, W) uint8 or uint16 ids, as the file holds them."""
+    ids, top, own = decode(path, "label")
+    if ids.ndim != 2:
+        raise DataError(
+            f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one channel, or a palette. "
+            "For labels stored as colours give the data set a colour table (folder.Folder: color_labels: true)"
+        )
+    if ids.dtype.itemsize > 2:  # integers of 32 bits, floats
+        wrong = ids[~((ids >= 0) & (ids <= 65535) & (ids == np.rint(ids)))]  # NaN is among them
+        if wrong.size:
+            some = ", ".join(f"{value:g}" for value in np.unique(wrong)[:5])
+            raise DataError(f"{path} holds {some}: ids must be whole numbers of 0 to 65535")
+        ids = ids.astype(np.uint16)
+    if 0 < own < top:
+        ids = ((ids.astype(np.int64) * own + top // 2) // top).astype(ids.dtype)
+    return ids.astype(np.uint8) if ids.dtype == bool else ids  # a 1-bit PNG: two classes
+
+
+def read_map(path):
+    """Grey or palette PNG of 8 bits -> (H, W) uint8."""
+    values, top, own = decode(path, "map")
+    if values.ndim != 2 or values.dtype != np.uint8 or own != top:
+        raise DataError(f"{path} is no map: one channel of 8 bits, grey or a palette, is expected")
+    return values
+
+
+def read_colors(path, colors):
+    """Colour picture -> (H, W) uint8 ids by a table {(r, g, b): id}; a colour that is not in it is an error."""
+    pixels = read_image(path).astype(np.int32)
+    codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
+    table = sorted((r << 16 | g << 8 | b, value) for (r, g, b), value in colors.items())
+    keys, values = (np.array(column) for column in zip(*table, strict=True))
+    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
+    unknown = np.unique(codes[keys[position] != codes]).tolist()
+    if unknown:
+        named = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:5])
+        raise DataError(
+            f"{path} holds {len(unknown)} colours that are not in the colour table, such as {named}"
+        )
+    return values[position].astype(np.uint8)
