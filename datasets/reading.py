@@ -21,7 +21,7 @@ from engine.files import read_text
 PICTURES = (".png", ".jpg", ".jpeg")
 # What Pillow raises, beside its own OSError and SyntaxError, on bytes that no encoder has written.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError)
-BROKEN += (EOFError, MemoryError, RuntimeError, struct.error, zlib.error)
+BROKEN += (EOFError, RuntimeError, struct.error, zlib.error)
 SAMPLES, BITS, PLANES = 277, 258, 284  # tags of TIFF: channels, bits of each, interleaved or not
 GREY_DEPTHS = ("I", "I;16", "I;16B", "I;16L", "F")  # modes of Pillow for grey of more than 8 bits
 DARK = 4096  # 16 bits with no value above are data of 12 bits or fewer
@@ -93,9 +93,10 @@ def opened(path, kind):
         with Image.open(path) as picture:
             check_header(picture)
             yield picture
-    except BROKEN as error:
-        reason = layout_of(path) if isinstance(error, UnidentifiedImageError) else ""
-        reason = reason or " ".join(str(error).split()) or type(error).__name__
+    except (*BROKEN, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = layout_of(path) or "it is damaged, or no picture"
         raise DataError(f"cannot read the {kind} {path}: {reason}") from None
 
 
@@ -108,9 +109,8 @@ def check_header(picture):
             f"its {width}x{height} pixels take {needed / 1e9:.1f} GB to decode, more than half of the "
             f"{free / 1e9:.1f} GB of free memory; make it smaller, or cut it into tiles"
         )
-    separate = (
-        tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8
-    )  # Pillow takes the low bytes for pixels
+    # Of 16 bits in separate planes Pillow takes the two bytes for two pixels.
+    separate = tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8
     if tags.get(SAMPLES, 1) > 4 or separate:
         raise ValueError(layout(tags))
     several = getattr(picture, "is_animated", False) and picture.format != "MPO"  # a photograph

@@ -133,7 +133,9 @@ def warnings_about(pixels, classes, where, expected=None):
     absent, sentences = [name for name in expected if name not in present], []
     if absent and (sum(counts) or ignored):
         some = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
-        sentences.append(f"{where}: {len(absent)} of {len(expected)} classes never occur: {some}")
+        sentences.append(
+            f"{where}: classes that never occur: {some} ({len(absent)} of {len(expected)})"
+        )
     if 2 * ignored > sum(counts) + ignored:
         share = ignored / (sum(counts) + ignored)
         sentences.append(f"{where}: {share:.1%} of the pixels are ignored (id 255)")

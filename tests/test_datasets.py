@@ -431,23 +431,23 @@ def test_classes_that_never_occur_and_ignored_pixels_are_suspicious():
     names, where = ["a", "b", "c"], "data.train"
     assert warnings_about([5, 4, 1, 10], names, where) == []
     assert warnings_about([0, 4, 0, 3], names, where) == [
-        "data.train: 2 of 3 classes never occur: a, c"
+        "data.train: classes that never occur: a, c (2 of 3)"
     ]
     assert warnings_about([2, 4, 1, 8], names, where) == [
         "data.train: 53.3% of the pixels are ignored (id 255)"
     ]
     assert warnings_about(torch.tensor([0, 4, 0, 3]), names, where, ["a", "b"]) == [
-        "data.train: 1 of 2 classes never occur: a"
+        "data.train: classes that never occur: a (1 of 2)"
     ]
     (many,) = warnings_about([3, *[0] * 9, 0], "abcdefghij", where)
-    assert many.endswith(": 9 of 10 classes never occur: b, c, d, e, f, ...")
+    assert many.endswith(": classes that never occur: b, c, d, e, f, ... (9 of 10)")
     assert warnings_about([0, 0, 0, 0], names, where) == []  # nothing was counted
 
 
 @pytest.mark.parametrize("ignored", [3, 30])
 def test_masks_of_0_and_255_get_their_remedy(ignored):
     said = warnings_about([10, 0, ignored], ["bg", "fg"], "val")
-    assert said[0].startswith("val: 1 of 2 classes never occur: fg")
+    assert said[0].startswith("val: classes that never occur: fg (1 of 2)")
     remedy = "; masks of 0 and 255 need folder.Folder with id_map: {0: bg, 255: fg}"
     assert "".join(said).count(remedy) == 1 and said[-1].endswith(remedy)
     assert "masks" not in "".join(warnings_about([0, 10, ignored], ["bg", "fg"], "val"))
@@ -1113,9 +1113,7 @@ def test_check_takes_suspicious_labels_for_problems(tmp_path, capsys):
     with pytest.raises(DataError, match=r"^4 problems in 4 samples; see above$"):
         check.main([*arguments, *two])
     text = capsys.readouterr().out
-    assert (
-        "    val: 1 of 2 classes never occur: fg\n    val: 62.5% of the pixels are ignored" in text
-    )
+    assert "    val: classes that never occur: fg (1 of 2)\n    val: 62.5% of the pixels" in text
     assert text.count("need folder.Folder with id_map: {0: bg, 255: fg}") == 2
     mapped = [f"data.{key}.id_map={{0: bg, 255: fg}}" for key in ("train", "val")]
     check.main([*arguments, *two, *mapped])

@@ -66,6 +66,13 @@ def test_eval_repeats_the_number_that_training_reported(trained):
 NIGHT = "data.test.night={name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}"
 
 
+def test_a_test_set_without_labels_is_an_error_and_not_a_table_of_nothing(trained):
+    with pytest.raises(
+        UserError, match=r"^data.test.toy has labels: false, .*; to label pictures use predict.py$"
+    ):
+        evaluation.main([str(trained / "best.pt"), "data.test.toy.labels=false"])
+
+
 def test_eval_writes_tables_and_pictures_for_several_data_sets(trained, capsys):
     evaluation.main([str(trained / "best.pt"), NIGHT])
     output = capsys.readouterr().out

@@ -349,6 +349,12 @@ def test_the_fuzzer_counts_tracebacks_by_kind_and_reader(monkeypatch):
     assert outcomes["traceback"] == outcomes["traceback error: map"] == 10
 
 
+def test_what_is_no_picture_is_said_so_without_naming_it_twice(tmp_path):
+    path = written(tmp_path / "a.png", b"<html>not found</html>")
+    with pytest.raises(DataError, match=f"^cannot read the label {path}: it is damaged, or no p"):
+        read_ids(path)
+
+
 def test_a_data_error_keeps_its_sentence_through_pickling():
     again = pickle.loads(pickle.dumps(DataError("a.png is no picture")))
     assert type(again) is DataError and str(again) == "a.png is no picture"
