@@ -14,9 +14,9 @@ from losses import gmmseg, protoseg
 from losses.occl import OCCL
 from models.classifiers._components import Ring, spread
 from models.classifiers.gmmseg import GMMSeg
+from models.classifiers.linear import Linear
 from models.classifiers.protoseg import ProtoSeg
 from models.prototypes._sinkhorn import balanced, transport
-from models.classifiers.linear import Linear
 from tests.records import a_step, an_output
 from tests.runs import as_two_processes, assert_same_state, last, train
 
