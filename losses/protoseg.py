@@ -67,5 +67,13 @@ class Distance(Contrast):
     def __init__(self, *, view: str = "source"):
         super().__init__(view=view)
 
+    def forward(self, step):
+        if step.prototypes["classifier"].densities:
+            raise UserError(
+                "protoseg.Distance needs cosines, and the scores of this classifier are log-densities: take "
+                "gmmseg.Contrast alone, or the classifier protoseg.ProtoSeg"
+            )
+        return super().forward(step)
+
     def cost(self, scores, own):
         return (1 - own).square()

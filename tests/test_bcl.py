@@ -21,7 +21,7 @@ from models.prototypes.basis import OrthogonalBasis
 from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
 from models.prototypes.pair import Pair
-from models.segmentor import Output
+from tests.records import a_batch, a_step, an_output
 
 IGNORE = 255
 K, D = 5, 8
@@ -29,8 +29,11 @@ FORWARD, BACKWARD = {"backward_weight": 0.0}, {"forward_weight": 0.0}
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
-def views(source, target):
-    return {"source": Output(None, source, {}), "target": Output(None, target, {})}
+def a_pair(source, target, truth, pseudo=None, prototypes=None, number=0, total=100, **fields):
+    """A step on features of both views and their labels; the target may have none."""
+    outputs = {"source": an_output(features=source), "target": an_output(features=target)}
+    labels = {"source": truth} | ({} if pseudo is None else {"target": pseudo})
+    return a_step(outputs, labels, None, prototypes, number, total, **fields)
 
 
 def maps(batch=2, size=(6, 5), dim=D, dtype=torch.float64, grad=False):
@@ -64,7 +67,7 @@ class Target:
             yield i, torch.full((1, 3, *self.size), i), torch.full((1, *self.size), IGNORE)
 
     def segment(self, image):
-        return Output(self.logits[image[:, 0, 0, 0].long()], None, {})
+        return an_output(self.logits[image[:, 0, 0, 0].long()])
 
     def store(self, name, dataset, make, settings, palette=False):
         assert name == "pseudo_labels" and dataset is self.target and palette
@@ -189,14 +192,10 @@ def test_label_gives_the_stored_labels_and_before_reads_them():
     again.load_state_dict(labeler.state_dict())
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 24, 30)
     assert torch.equal(again.label(target, images, {}), labels)
-    found, weights = labeler.before(
-        {"target": {"extra": {"pseudo_labels": labels.to(torch.uint8)}}}
-    )
-    assert (
-        found["target"].dtype == torch.int64
-        and torch.equal(found["target"], labels)
-        and not weights
-    )
+    step = a_step(target=a_batch(images, pseudo_labels=labels.to(torch.uint8)))
+    labeler.before(step)
+    assert step.labels["target"].dtype == torch.int64 and not step.weights
+    assert [*step.labels] == ["target"] and torch.equal(step.labels["target"], labels)
 
 
 def test_static_labels_of_bf16_logits_are_ranked_in_float32():
@@ -219,17 +218,17 @@ def transfer(num_classes=K, in_channels=D, **options):
     return LabelTransfer(num_classes=num_classes, in_channels=in_channels, **options).double()
 
 
-def after(labeler, source, target, truth, static, step=0, iters=100):
-    labels, weights = labeler.after(
-        views(source, target), {"source": truth, "target": static}, step, iters
-    )
-    assert not weights and [*labels] == ["target"]
-    return labels["target"]
+def after(labeler, source, target, truth, static, number=0):
+    step = a_pair(source, target, truth, static, number=number)
+    labeler.after(step)
+    assert not step.weights and {*step.labels} == {"source", "target"}
+    assert step.labels["source"] is truth
+    return step.labels["target"]
 
 
-def step_of(labeler, *arguments, step=0):
-    labels = after(labeler, *arguments, step=step)
-    labeler.update()
+def step_of(labeler, *arguments, number=0):
+    labels = after(labeler, *arguments, number=number)
+    labeler.update(a_step(number=number, total=100))
     return labels
 
 
@@ -326,7 +325,7 @@ def test_the_bias_follows_a_constant_offset_as_an_average_from_zero(steps):
     source, target, labels, turned = shifted(30.0)
     labeler = LabelTransfer(num_classes=3, in_channels=2, momentum=0.9).double()
     for step in range(steps):
-        step_of(labeler, source, target, labels, labels, step=step)
+        step_of(labeler, source, target, labels, labels, number=step)
     expected = (turned - torch.eye(2).double()) * (1 - 0.9**steps)
     torch.testing.assert_close(labeler.bias[:2], expected)
     assert not labeler.bias[2].any() and labeler.updates.tolist() == [steps, steps, 0]
@@ -367,7 +366,7 @@ def test_calibration_turns_wrong_labels_into_right_ones():
     assert torch.equal(first, off)  # the bias starts at zero
     assert first.flatten().tolist() == [0, 1, 1, 1]
     for step in range(1, 30):
-        last = step_of(labeler, source, target, labels, static, step=step)
+        last = step_of(labeler, source, target, labels, static, number=step)
     assert torch.equal(last, labels)
 
 
@@ -375,14 +374,15 @@ def test_the_ramp_lets_the_bias_in_step_by_step():
     source, target, labels, _ = shifted(60.0)
     labeler = transfer(2, 2, ramp=0.5, confidence=0.0, calibration="off")
     labeler.bias.copy_(target[0, :, 0, [0, 2]].T - torch.eye(2))
-    for step, share in ((0, 0.0), (10, 0.2), (25, 0.5), (50, 1.0), (99, 1.0)):
+    for number, share in ((0, 0.0), (10, 0.2), (25, 0.5), (50, 1.0), (99, 1.0)):
         expected = transfer(2, 2, confidence=0.0, calibration="off")
         expected.bias.copy_(labeler.bias * share)
         fine = torch.deg2rad(torch.linspace(0, 180, 200)).view(1, 1, 1, -1).double()
         fine = torch.cat([fine.cos(), fine.sin()], 1)
         arguments = (source, fine, labels, torch.full((1, 1, 200), IGNORE))
-        assert torch.equal(after(labeler, *arguments, step=step), after(expected, *arguments)), step
-    assert after(labeler, *arguments, step=50).ne(after(labeler, *arguments, step=0)).any()
+        filled = after(labeler, *arguments, number=number)
+        assert torch.equal(filled, after(expected, *arguments)), number
+    assert after(labeler, *arguments, number=50).ne(after(labeler, *arguments, number=0)).any()
 
 
 def test_dynamic_labels_do_not_move_the_bias():
@@ -411,29 +411,35 @@ def test_two_micro_batches_equal_one():
     batch[2][0][batch[2][0] == 1] = IGNORE  # so that classes differ in their number of pairs
     one, two = transfer(), transfer()
     for step in range(2):
-        step_of(one, *batch, step=step)
+        step_of(one, *batch, number=step)
         for part in (slice(0, 1), slice(1, 4)):
             before = two.bias.clone()
-            after(two, *(x[part] for x in batch), step=step)
+            after(two, *(x[part] for x in batch), number=step)
             assert torch.equal(
                 two.bias, before
             )  # the state of the last step until the step is done
-        two.update()
+        two.update(a_step(number=step))
     torch.testing.assert_close(two.bias, one.bias, rtol=0, atol=1e-15)
     assert one.bias[:2].any(1).all() and torch.equal(one.updates, two.updates)
 
 
-def test_a_skipped_step_leaves_no_trace():
+@pytest.mark.parametrize("factor", [1.0, math.nan, math.inf])
+def test_a_skipped_step_leaves_no_trace(factor):
     first, second = ((maps(), maps(), blocks(range(K)), blocks(range(K))) for _ in range(2))
     labeler, expected = transfer(), transfer()
-    after(labeler, *first, step=0)  # no update: fp16 overflowed
-    step_of(labeler, *second, step=1)
-    step_of(expected, *second, step=1)
-    assert torch.equal(labeler.bias, expected.bias) and labeler.bias.any()
-    labeler.update()  # nothing is left to apply
-    assert torch.equal(labeler.bias, expected.bias) and torch.equal(
-        labeler.updates, expected.updates
-    )
+    for part in (labeler, expected):
+        step_of(part, *second)
+    before = labeler.bias.clone()
+    after(labeler, first[0] * factor, *first[1:], number=1)
+    assert bool(labeler.moves.isfinite().all()) == (factor == 1) and labeler.moves.any()
+    labeler.update(a_step(number=1, skipped=torch.tensor(True)))
+    assert torch.equal(labeler.bias, before) and labeler.updates.tolist() == [1] * K
+    for part in (labeler, expected):
+        step_of(part, *second, number=2)
+    assert torch.equal(labeler.bias, expected.bias) and not torch.equal(labeler.bias, before)
+    labeler.update(a_step(number=3))  # nothing is left to apply
+    assert torch.equal(labeler.bias, expected.bias)
+    assert torch.equal(labeler.updates, expected.updates)
 
 
 def test_switched_off_it_is_the_released_behaviour():
@@ -449,10 +455,12 @@ def test_switched_off_it_is_the_released_behaviour():
 def test_without_static_labels_it_labels_from_scratch():
     source, target, truth = maps(), maps(), blocks(range(K))
     labeler = transfer(confidence=0.5)
-    labels, _ = labeler.after(views(source, target), {"source": truth}, step=0, iters=10)
-    assert torch.equal(labels["target"], after(labeler, source, target, truth, unlabelled(truth)))
-    labeler.update()
-    assert (labels["target"] != IGNORE).any() and not labeler.bias.any()
+    step = a_pair(source, target, truth)
+    labeler.after(step)
+    labels = step.labels["target"]
+    assert torch.equal(labels, after(labeler, source, target, truth, unlabelled(truth)))
+    labeler.update(step)
+    assert (labels != IGNORE).any() and not labeler.bias.any()
 
 
 def test_neither_labels_nor_the_bias_have_a_gradient():
@@ -467,10 +475,12 @@ def test_the_state_comes_back_and_holds_no_sums_of_a_step():
     labeler, other = transfer(), transfer()
     batch = maps(), maps(), blocks(range(K)), blocks(range(K))
     step_of(labeler, *batch)
-    after(labeler, *batch, step=1)
+    after(labeler, *batch, number=1)
     other.load_state_dict(labeler.state_dict())
     assert {*labeler.state_dict()} == {"bias", "updates"}
-    assert torch.equal(step_of(other, *batch, step=1), step_of(labeler, *batch, step=2))
+    # A checkpoint lies between two steps.
+    labeler.update(a_step(number=1, skipped=torch.tensor(True)))
+    assert torch.equal(step_of(other, *batch, number=1), step_of(labeler, *batch, number=2))
     assert torch.equal(other.bias, labeler.bias)
 
 
@@ -484,8 +494,7 @@ def test_impossible_momentum_and_ramp_are_errors(options):
 
 
 def contrast(f_s, f_t, y_s, y_t, prototypes=None, num_classes=K, **options):
-    term = Contrast(num_classes=num_classes, **options)
-    return term(views(f_s, f_t), {"source": y_s, "target": y_t}, prototypes or {})
+    return Contrast(num_classes=num_classes, **options)(a_pair(f_s, f_t, y_s, y_t, prototypes))
 
 
 def naive_direction(means, known, features, labels, both, tau):
@@ -714,7 +723,7 @@ def test_a_configured_pair_is_the_default():
 def test_a_member_with_the_means_of_a_pair_gives_the_loss_of_the_pair():
     source, target, truth, pseudo = maps(1), maps(1), blocks([0, 1, 2], 1), blocks([1, 2, 4], 1)
     member = Centroids(num_classes=K, in_channels=D).double()
-    member.update([(source, resize_labels(truth, (6, 5)), None)])
+    member.update([(source, resize_labels(truth, (6, 5)), None)], a_step())
     actual = contrast(source, target, truth, pseudo, {"bank": member}, source="bank")
     torch.testing.assert_close(actual, contrast(source, target, truth, pseudo))
 
@@ -742,7 +751,8 @@ def test_other_prototypes_give_finite_losses_with_gradients(name, role):
             **{role: name},
         )
         assert empty == 0  # it has seen no class yet
-        MEMBERS[name].update([(source.detach(), resize_labels(truth, (6, 5)), None)])
+        shown = source.detach(), resize_labels(truth, (6, 5)), None
+        MEMBERS[name].update([shown], a_step())
     value = contrast(source, target, truth, pseudo, MEMBERS, **{role: name})
     gradients = torch.autograd.grad(value, [source, target])
     assert value > 0 and value.isfinite() and all(g.isfinite().all() and g.any() for g in gradients)
@@ -752,15 +762,9 @@ def test_unknown_prototypes_are_an_error_that_lists_the_known_ones():
     batch = maps(), maps(), blocks(range(K)), blocks(range(K))
     with pytest.raises(
         UserError,
-        match="no prototypes named 'centroid', but basis, centroids, classifier, mixtures, pair",
+        match="Contrast needs the prototypes 'centroid'; there are centroids, mixtures, basis, cl",
     ):
         contrast(*batch, MEMBERS, source="centroid")
-
-
-def test_views_that_are_no_pairs_are_an_error():
-    for function in (contrast, lambda *batch: after(transfer(), *batch)):
-        with pytest.raises(ValueError, match="source has 2 images and target has 3 images"):
-            function(maps(2), maps(3), blocks(range(K), 2), blocks(range(K), 3))
 
 
 def test_contrast_draws_target_pixels_to_the_means_of_their_class():
@@ -786,7 +790,7 @@ def test_contrast_draws_target_pixels_to_the_means_of_their_class():
 
 
 def entropy(logits, view="target", **options):
-    return Entropy(view=view, **options)({view: Output(logits, None, {})})
+    return Entropy(view=view, **options)(a_step({view: an_output(logits)}))
 
 
 def test_entropy_is_the_mean_over_pixels():
@@ -796,7 +800,7 @@ def test_entropy_is_the_mean_over_pixels():
     torch.testing.assert_close(
         *(torch.autograd.grad(e, logits)[0] for e in (entropy(logits), expected))
     )
-    assert Entropy(view="source")({"source": Output(logits, None, {})}) == entropy(logits)
+    assert entropy(logits, "source") == entropy(logits)
 
 
 def test_entropy_lies_between_zero_and_its_maximum():
@@ -832,7 +836,7 @@ def state_after_training(rank=0, world=1):
         )
         truth, labels = (torch.randint(K, (4, 24, 20), generator=generator) for _ in range(2))
         labels[1::2][labels[1::2] == 2] = IGNORE
-        step_of(labeler, source[mine], features[mine], truth[mine], labels[mine], step=step)
+        step_of(labeler, source[mine], features[mine], truth[mine], labels[mine], number=step)
     return {"theta": static.theta, "stored": target.stored, **labeler.state_dict()}
 
 

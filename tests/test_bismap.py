@@ -40,7 +40,8 @@ from models.prototypes.basis import OrthogonalBasis
 from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
 from models.prototypes.pair import Pair
-from models.segmentor import Output, Segmentor
+from models.segmentor import Segmentor
+from tests.records import a_batch, a_step, an_output
 from tests.runs import as_two_processes
 
 IGNORE = 255
@@ -72,7 +73,7 @@ class Planted:
 
     def segment(self, image):
         index = image[:, 0, 0, 0].long()
-        return Output(self.logits[index], self.features[index], {})
+        return an_output(self.logits[index], self.features[index])
 
     def store(self, name, dataset, make, settings, palette=False):
         assert name == "pseudo_labels" and dataset == "target" and palette
@@ -226,7 +227,7 @@ def test_without_fit_a_member_stays_as_it_is_and_is_measured():
     """Mixtures that were only updated have no quantiles of their own."""
     features, labels = planted()
     mixtures = MEMBERS["mixtures"]().double()
-    mixtures.update([(features + 1, labels, None)])
+    mixtures.update([(features + 1, labels, None)], a_step())
     state = {key: value.clone() for key, value in mixtures.state_dict().items()}
     preparation = Planted(features, labels, {"mixtures": mixtures})
     labeler = LikelihoodLabels(
@@ -268,11 +269,10 @@ def test_label_gives_the_stored_labels_also_from_a_saved_state_and_before_reads_
     assert torch.equal(again.label(preparation, images, preparation.prototypes), found)
     alone = [again.label(preparation, image[None], preparation.prototypes) for image in images]
     assert torch.equal(torch.cat(alone), found)
-    batch = {"target": {"extra": {"pseudo_labels": found.to(torch.uint8)}}}
-    read, weights = labeler.before(batch)
-    assert (
-        read["target"].dtype == torch.int64 and torch.equal(read["target"], found) and not weights
-    )
+    step = a_step(target=a_batch(images, pseudo_labels=found.to(torch.uint8)))
+    labeler.before(step)
+    assert step.labels["target"].dtype == torch.int64 and not step.weights
+    assert [*step.labels] == ["target"] and torch.equal(step.labels["target"], found)
     expected = [None if t.isinf() else pytest.approx(float(t)) for t in labeler.threshold]
     assert (
         preparation.settings["rule"] == {"source_quantile": 0.3}
@@ -421,15 +421,16 @@ def test_a_map_of_ones_is_the_ordinary_cross_entropy_and_the_divisor_is_the_numb
     logits, labels = torch.randn(2, K, 16, 20).double(), torch.randint(K, (2, 16, 20))
     labels[:, :4] = IGNORE
     transferability = Transferability(num_classes=K, entropy="none")
-    outputs, valid = {"source": Output(logits, None, {})}, {"source": (labels != IGNORE).sum()}
     values = []
     for level in (255, 51):
         stored = torch.full((2, 16, 20), level, dtype=torch.uint8)
-        weights = transferability({"source": {"extra": {"transferability": stored}}})
+        source = a_batch(torch.zeros(2, 3, 16, 20), labels, transferability=stored)
+        step = a_step(an_output(logits), labels, source=source)
+        transferability.before(step)
+        weights = step.weights["source"]
         assert weights.dtype == torch.get_default_dtype() and weights.shape == stored.shape
-        values.append(
-            CrossEntropy()(outputs, {"source": labels}, valid, {"source": weights.double()})
-        )
+        step.weights["source"] = weights.double()
+        values.append(CrossEntropy()(step))
     mean = F.cross_entropy(logits, labels, ignore_index=IGNORE)
     torch.testing.assert_close(values[0], mean, rtol=1e-14, atol=0)
     torch.testing.assert_close(values[1], mean * 0.2, rtol=1e-7, atol=0)
@@ -553,7 +554,7 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
         def segment(self, image):
             label = labels[float(image.sum())]
             sharpness = torch.tensor([0.0, 2.0, 30.0])[label % 3] * (label != IGNORE)
-            return Output(sharpness[:, None] * F.one_hot(label % 11, 11).movedim(3, 1), None, {})
+            return an_output(sharpness[:, None] * F.one_hot(label % 11, 11).movedim(3, 1))
 
     preparation = toy(tmp_path)
     preparation.network = Sure().eval()
@@ -661,8 +662,7 @@ def parts_of_consistency(rank=None):
     for i in range(4):
         kept[i, : 8 * i // 3] = 1
     part = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
-    outputs = {"strong": Output(student[part], None, {})}
-    return Consistency()(outputs, Output(teacher[part], None, {}), {"strong": kept[part]}, 5000)
+    return consistent(student[part], teacher[part], kept[part], number=5000)
 
 
 @pytest.fixture
@@ -705,9 +705,8 @@ def test_consistency_is_normalised_by_the_kept_pixels_of_all_processes(monkeypat
 
 
 def symmetric(logits, labels, weights=None, **options):
-    valid = {"target": (labels != IGNORE).sum()}
-    term = SymmetricCrossEntropy(**options)
-    return term({"target": Output(logits, None, {})}, {"target": labels}, valid, weights or {})
+    step = a_step({"target": an_output(logits)}, {"target": labels}, weights)
+    return SymmetricCrossEntropy(**options)(step)
 
 
 def certain(probability, size=(1, 2)):
@@ -756,11 +755,9 @@ def test_symmetric_cross_entropy_divides_by_the_labelled_pixels_and_takes_weight
     ]
     expected = (torch.stack(each) * weights.flatten()).mean()
     torch.testing.assert_close(symmetric(logits, labels, {"target": weights}), expected)
-    term = SymmetricCrossEntropy()
-    twice = term(
-        {"target": Output(logits, None, {})}, {"target": labels}, {"target": torch.tensor(72.0)}, {}
-    )
-    torch.testing.assert_close(twice, symmetric(logits, labels) / 2)
+    step = a_step({"target": an_output(logits)}, {"target": labels})
+    step.counts["target"] = torch.tensor(72.0)
+    torch.testing.assert_close(SymmetricCrossEntropy()(step), symmetric(logits, labels) / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -774,9 +771,10 @@ def test_symmetric_cross_entropy_without_labels_is_zero_with_a_graph(dtype):
 # --- consistency -----------------------------------------------------------------------------------------------------
 
 
-def consistent(student, teacher, kept, step=4000, **options):
-    outputs = {"strong": Output(student, None, {})}
-    return Consistency(**options)(outputs, Output(teacher, None, {}), {"strong": kept}, step)
+def consistent(student, teacher, kept, number=4000, **options):
+    outputs, weights = {"strong": an_output(student)}, {"strong": kept}
+    step = a_step(outputs, None, weights, number=number, total=10000, teacher=an_output(teacher))
+    return Consistency(**options)(step)
 
 
 def test_consistency_is_the_mean_divergence_over_kept_pixels_and_classes():
@@ -789,7 +787,7 @@ def test_consistency_is_the_mean_divergence_over_kept_pixels_and_classes():
     expected = (t * (t.log() - s.log())).mean()
     torch.testing.assert_close(consistent(student, teacher, kept), expected)
     torch.testing.assert_close(
-        consistent(student, teacher, kept, step=2000), expected * math.exp(-1.25)
+        consistent(student, teacher, kept, number=2000), expected * math.exp(-1.25)
     )
 
 
@@ -832,16 +830,17 @@ def test_consistency_rises_over_the_ramp():
 
 
 def test_consistency_without_a_strong_view_names_the_mixer():
-    output = Output(torch.randn(1, K, 4, 4), None, {})
+    output = an_output(torch.randn(1, K, 4, 4))
     with pytest.raises(UserError, match=r"view 'strong': set uda.mixer=\{name: mixers.Strong\}"):
-        Consistency()({"target": output}, output, {}, 0)
+        Consistency()(a_step({"target": output}, teacher=output))
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
 def distilled(student, teacher, **options):
-    return Distillation(**options)({"target": Output(student, None, {})}, Output(teacher, None, {}))
+    step = a_step({"target": an_output(student)}, teacher=an_output(teacher))
+    return Distillation(**options)(step)
 
 
 def test_linear_distillation_has_the_gradient_of_minus_the_inner_product():

@@ -12,7 +12,7 @@ from torch import nn
 
 from datasets.toy import Toy
 from engine import distributed
-from engine.build import build, learners
+from engine.build import build
 from engine.config import load
 from engine.errors import UserError
 from engine.schedule import make_optimizer
@@ -22,7 +22,7 @@ from losses.protoseg import Contrast
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
 from models.prototypes import masked
-from models.segmentor import Output
+from tests.records import a_step, an_output
 from tests.runs import TINY, assert_same_state, last, train
 
 K, D = 5, 16
@@ -214,10 +214,18 @@ def test_options_that_contradict_each_other_are_errors():
 # --- how they are updated --------------------------------------------------------------------------------------------
 
 
-def test_only_ema_has_an_update():
-    for update in ("frozen", "gradient", "penalty", "ema"):
-        found = learners(nn.ModuleDict(), cbp(update=update), {})
-        assert [name for name, *_ in found] == ["classifier"] * (update == "ema")
+@pytest.mark.parametrize("update", ["frozen", "gradient", "penalty", "ema"])
+def test_only_ema_looks_at_the_features_of_a_step_and_moves(update):
+    classifier, looked = cbp(update=update, momentum=0.9), []
+    before = classifier.means().detach().clone()
+
+    def batches():  # in a run these may cost a forward pass
+        looked.append(update)
+        yield (*batch([0, 1, 3]), None)
+
+    classifier.update(batches(), a_step())
+    assert looked == ["ema"] * (update == "ema")
+    assert torch.equal(classifier.means(), before) == (update != "ema")
 
 
 def test_all_updates_start_from_the_frozen_prototypes():
@@ -239,15 +247,18 @@ def test_penalty_moves_the_prototypes_and_keeps_them_equal():
 
 
 def test_the_orthogonality_loss_is_the_mean_squared_cosine_and_pulls_apart():
-    term, classifier = Orthogonality(), cbp(update="penalty", ortho=False)
-    torch.testing.assert_close(term({"classifier": cbp()}), torch.tensor(0.0), atol=1e-12, rtol=0)
-    value = term({"classifier": classifier}).detach()
+    def term(classifier):
+        return Orthogonality()(a_step(prototypes=classifier))
+
+    classifier = cbp(update="penalty", ortho=False)
+    torch.testing.assert_close(term(cbp()), torch.tensor(0.0), atol=1e-12, rtol=0)
+    value = term(classifier).detach()
     torch.testing.assert_close(
         value.double(), off_diagonal(cosines(classifier.means())).square().mean()
     )
-    assert term({"classifier": cbp(1)}) == 0
-    trained(classifier, lambda classifier: 100 * term({"classifier": classifier}), steps=20)
-    assert term({"classifier": classifier}) < 0.3 * value
+    assert term(cbp(1)) == 0
+    trained(classifier, lambda classifier: 100 * term(classifier), steps=20)
+    assert term(classifier) < 0.3 * value
 
 
 def batch(classes, seed=0, images=4):
@@ -259,7 +270,7 @@ def batch(classes, seed=0, images=4):
 def test_ema_moves_the_classes_that_are_present_by_its_momentum():
     classifier = cbp(update="ema", momentum=0.9)
     before, (features, labels) = classifier.means().clone(), batch([1, 3, 255])
-    classifier.update([(features, labels, None)])
+    classifier.update([(features, labels, None)], a_step())
     after = classifier.means()
     assert torch.equal(after[[0, 2, 4]], before[[0, 2, 4]])
     for c in (1, 3):
@@ -275,14 +286,14 @@ def test_ema_on_two_processes_equals_one_and_micro_batches_change_nothing(per_cl
     )
     parts, seen = [(features[:1], labels[:1], None), (features[1:], labels[1:], None)], []
     whole, split, process = (cbp(**options) for _ in range(3))
-    whole.update([(features, labels, None)])
-    split.update(parts)
+    whole.update([(features, labels, None)], a_step())
+    split.update(parts, a_step())
     monkeypatch.setattr(
         distributed, "all_reduce", lambda total: seen.append(total.clone()) or total
     )
-    cbp(**options).update(parts[1:])
+    cbp(**options).update(parts[1:], a_step())
     monkeypatch.setattr(distributed, "all_reduce", lambda total: total + seen[0])
-    process.update(parts[:1])
+    process.update(parts[:1], a_step())
     for other in (split, process):
         torch.testing.assert_close(other.prototypes.vectors, whole.prototypes.vectors)
     assert not torch.isclose(whole.prototypes.vectors, cbp(**options).prototypes.vectors).all()
@@ -375,15 +386,11 @@ def test_balanced_assignment_keeps_prototypes_in_use_that_pooled_cross_entropy_d
         nn.init.normal_(network.weight, std=1e-3)
         optimizer = torch.optim.Adam(network.parameters(), 0.02)
         for _ in range(100):
-            features, aux = network(pixels), {}
-            outputs = {"source": Output(classifier(features, aux), features, aux)}
-            loss = F.cross_entropy(outputs["source"].logits, labels)
-            given = (
-                {"source": labels},
-                {"source": torch.tensor(labels.numel())},
-                {"classifier": classifier},
-            )
-            loss = loss + weight * Contrast()(outputs, *given)
+            features = network(pixels)
+            output = an_output(features=features)
+            output.logits = classifier(features, output)
+            loss = F.cross_entropy(output.logits, labels)
+            loss = loss + weight * Contrast()(a_step(output, labels, prototypes=classifier))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -396,13 +403,14 @@ def test_balanced_assignment_keeps_prototypes_in_use_that_pooled_cross_entropy_d
 
 
 def test_cosines_of_several_prototypes_are_left_in_training_alone():
-    classifier, features, aux = cbp(per_class=2), torch.randn(2, D, 4, 5), {}
-    assert torch.equal(classifier(features, aux), classifier(features))
+    classifier, features = cbp(per_class=2), torch.randn(2, D, 4, 5)
+    found, at_test, single = (an_output(features=features) for _ in range(3))
+    assert torch.equal(classifier(features, found), classifier(features))
     w, unit = F.normalize(classifier.components(), dim=2), F.normalize(features, dim=1)
-    torch.testing.assert_close(aux["cosines"], torch.einsum("bdhw,kmd->bkmhw", unit, w))
-    aux = {}
-    cbp()(features, aux)
-    assert not aux
+    torch.testing.assert_close(found.components, torch.einsum("bdhw,kmd->bkmhw", unit, w))
+    assert torch.equal(classifier.eval()(features, at_test), classifier.train()(features))
+    cbp()(features, single)
+    assert at_test.components is None and single.components is None
 
 
 # --- the readings of OCCL --------------------------------------------------------------------------------------------
@@ -487,12 +495,11 @@ def test_without_partner_the_positive_pulls_one_view_at_a_time():
 
 def test_occl_uses_the_mean_prototype_of_a_class_that_has_several():
     features, labels = batch([0, 1, 2])
-    outputs, samples = {"source": Output(None, features, {})}, {"source": torch.arange(4)}
     several = cbp(per_class=3)
     single = Linear(num_classes=K, in_channels=D)
     single.conv.weight.data.copy_(several.means()[:, :, None, None])
     a, b = (
-        OCCL(num_classes=K)(outputs, {"source": labels}, samples, {"classifier": c})
+        OCCL(num_classes=K)(a_step(an_output(features=features), labels, prototypes=c))
         for c in (several, single)
     )
     torch.testing.assert_close(a, b)

@@ -23,7 +23,8 @@ from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
 from models.prototypes.basis import OrthogonalBasis, orthogonal_rows
-from models.segmentor import Output, Segmentor
+from models.segmentor import Segmentor
+from tests.records import a_step, an_output
 
 IGNORE = 255
 TAU = 0.07
@@ -99,8 +100,8 @@ def test_frozen_prototypes_ignore_update_and_fit():
     basis = OrthogonalBasis(num_classes=3, in_channels=8)
     before = basis.means().clone()
     batch = (torch.randn(1, 8, 4, 4), torch.randint(3, (1, 4, 4)), None)
-    basis.update([batch])
-    basis.fit(lambda: [batch])
+    basis.update([batch], a_step())
+    basis.fit(lambda: [batch], {})
     assert torch.equal(basis.means(), before) and basis.seen.all()
 
 
@@ -269,13 +270,7 @@ def naive_occl(features, labels, views, w, centroid=1.0, category=0.1, tau=TAU):
 def occl(features, labels, classifier, samples=None, **options):
     """The loss term on one view."""
     term = OCCL(num_classes=len(classifier.means()), **options)
-    samples = torch.arange(len(labels)) if samples is None else samples
-    return term(
-        {"source": Output(None, features, {})},
-        {"source": labels},
-        {"source": samples},
-        {"classifier": classifier},
-    )
+    return term(a_step(an_output(None, features), labels, None, classifier, samples=samples))
 
 
 def contrast(means, present=None, w=None, **options):
@@ -425,13 +420,12 @@ def test_occl_does_not_depend_on_the_order_of_the_batch():
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
-def pixel_loss(logits, labels, valid=None, weights=None, **options):
-    valid = (labels != IGNORE).sum() if valid is None else torch.tensor(valid)
-    outputs, weights = (
-        {"source": Output(logits, None, {})},
-        {} if weights is None else {"source": weights},
-    )
-    return CrossEntropy(**options)(outputs, {"source": labels}, {"source": valid}, weights)
+def pixel_loss(logits, labels, pixels=None, weights=None, **options):
+    """The loss term on one view; `pixels` are those of the whole step."""
+    step = a_step(an_output(logits), labels, weights)
+    if pixels is not None:
+        step.counts["source"] = torch.tensor(pixels)
+    return CrossEntropy(**options)(step)
 
 
 def logits_and_labels(k=5, dtype=torch.float64):
@@ -457,7 +451,7 @@ def test_cross_entropy_is_that_of_pytorch_at_the_size_of_the_labels():
 def test_cross_entropy_divides_by_the_pixels_of_the_whole_step():
     logits, labels = logits_and_labels()
     torch.testing.assert_close(
-        pixel_loss(logits, labels, valid=1000) * 1000, pixel_loss(logits, labels, valid=1)
+        pixel_loss(logits, labels, pixels=1000) * 1000, pixel_loss(logits, labels, pixels=1)
     )
 
 

@@ -13,37 +13,30 @@ from datasets.style import FDA, ColorStats, lab_to_rgb, rgb_to_lab
 from datasets.toy import draw
 from engine.build import build
 from engine.errors import UserError
+from engine.step import View
+from tests.records import a_batch, a_step
 
 SIZE = (20, 30)
 
 
 def batch(samples=(4, 9), size=SIZE, dtype=torch.float32):
-    """Two source and two target images, labels 0 to 4, the first row ignored."""
+    """Source and target images, labels 0 to 4 of the source, the first row ignored."""
     generator, count = torch.Generator().manual_seed(0), len(samples)
     label = torch.randint(0, 5, (count, *size), generator=generator)
     label[:, 0] = 255
-    images = {
-        n: torch.rand(count, 3, *size, generator=generator, dtype=dtype)
-        for n in ("source", "target")
-    }
-    return {
-        "source": {"image": images["source"], "label": label},
-        "target": {
-            "image": images["target"],
-            "sample": torch.tensor(samples),
-            "numbers": list(samples),
-        },
-    }
+    source, target = (
+        torch.rand(count, 3, *size, generator=generator, dtype=dtype) for _ in range(2)
+    )
+    return a_batch(source, label), a_batch(target, samples=list(samples))
 
 
 def mixed(mixer, weights=(), **options):
-    """A mixer on a batch whose target is labelled 7 throughout."""
-    given = batch(**options)
-    labels = {
-        "source": given["source"]["label"],
-        "target": torch.full_like(given["source"]["label"], 7),
-    }
-    return given, *mixer(given, labels, dict(weights))
+    """The step after a mixer, whose target is labelled 7 throughout."""
+    source, target = batch(**options)
+    labels = {"source": source.label, "target": torch.full_like(source.label, 7)}
+    step = a_step(None, labels, dict(weights), source=source, target=target)
+    assert mixer(step) is None
+    return step
 
 
 def constant(value):
@@ -61,14 +54,12 @@ def test_what_a_mixer_is_given_passes_through_and_plain_views_are_the_images(nam
         "datasets", {"name": f"mixers.{name}", **MIXERS[name]}, seed=3, num_classes=5, in_channels=8
     )
     weights = {"source": torch.rand(2, *SIZE), "target": torch.rand(2, *SIZE)}
-    given, views, labels, trust = mixed(mixer, weights)
+    step = mixed(mixer, weights)
+    views, labels, trust = step.views, step.labels, step.weights
     assert all(trust[view] is weights[view] for view in weights)
-    assert labels["source"] is given["source"]["label"] and (labels["target"] == 7).all()
-    assert all(
-        views[view] == (given[view]["image"], view)
-        for view in ("source", "target")
-        if view in views
-    )
+    assert labels["source"] is step.source.label and (labels["target"] == 7).all()
+    for view, given in (("source", step.source), ("target", step.target)):
+        assert view not in views or views[view].image is given.image
     assert (
         set(views) - {"source"}
         == {
@@ -81,23 +72,23 @@ def test_what_a_mixer_is_given_passes_through_and_plain_views_are_the_images(nam
     new = {"ClassMix": {"mixed"}, "Strong": {"strong"}}.get(name, set())
     assert set(trust) == {"source", "target"} | new
     assert set(labels) == {"source", "target"} | ({"mixed"} if name == "ClassMix" else set())
-    assert all(
-        domain == ("source" if view == "source" else "target")
-        for view, (_, domain) in views.items()
-    )
+    for view, shown in views.items():
+        assert shown == View(shown.image, "source" if view == "source" else "target")
 
 
 @pytest.mark.parametrize("mixer", [Source(), SourceTarget(), Strong()])
 def test_without_a_labeler_the_labels_are_those_of_the_source(mixer):
-    given = batch()
-    views, labels, weights = mixer(given, {"source": given["source"]["label"]}, {})
-    assert list(labels) == ["source"] and "source" in views and "source" not in weights
+    source, target = batch()
+    step = a_step(labels=source.label, source=source, target=target)
+    mixer(step)
+    assert [*step.labels] == ["source"] and "source" in step.views
+    assert "source" not in step.weights
 
 
 def test_class_mix_without_a_labeler_says_that_it_needs_one():
-    given = batch()
+    source, target = batch()
     with pytest.raises(UserError, match=r"a labeler is needed, see uda\.labelers"):
-        ClassMix()(given, {"source": given["source"]["label"]}, {})
+        ClassMix()(a_step(labels=source.label, source=source, target=target))
 
 
 @pytest.mark.parametrize(
@@ -106,24 +97,22 @@ def test_class_mix_without_a_labeler_says_that_it_needs_one():
 def test_class_mix_weights_what_it_pastes_as_the_source_and_the_rest_as_the_target(
     name, pasted, rest
 ):
-    _, views, labels, weights = mixed(
-        ClassMix(), {} if name == "neither" else {name: constant(0.5)}
-    )
-    kept = labels["mixed"] == 7
+    step = mixed(ClassMix(), {} if name == "neither" else {name: constant(0.5)})
+    kept, weights = step.labels["mixed"] == 7, step.weights["mixed"]
     assert 0.2 < kept.float().mean() < 0.8
-    assert (weights["mixed"][~kept] == pasted).all() and (weights["mixed"][kept] == rest).all()
-    assert set(views) == {"source", "mixed"}
+    assert (weights[~kept] == pasted).all() and (weights[kept] == rest).all()
+    assert set(step.views) == {"source", "mixed"}
 
 
 @pytest.mark.parametrize("mixer", [ClassMix(color_p=1.0, blur_p=1.0), Strong(operations=8, p=1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_does_not_coarsen_the_images(mixer, dtype):
-    _, plain, *_ = mixed(mixer, dtype=dtype)
+    plain = mixed(mixer, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        _, views, _, weights = mixed(mixer, dtype=dtype)
-    for view, (image, _) in views.items():
-        assert image.dtype == dtype and torch.equal(image, plain[view][0])
-    assert all(value.dtype == dtype for value in weights.values())
+        step = mixed(mixer, dtype=dtype)
+    for name, view in step.views.items():
+        assert view.image.dtype == dtype and torch.equal(view.image, plain.views[name].image)
+    assert all(value.dtype == dtype for value in step.weights.values())
 
 
 @pytest.mark.parametrize("mixer", [ClassMix(color_p=1.0, blur_p=1.0), Strong(operations=8, p=1.0)])
@@ -141,8 +130,8 @@ def test_mixers_leave_the_global_generators_alone(mixer, monkeypatch):
 
 def strong(samples=(4, 9), **options):
     """Target images, their strong versions, weights."""
-    given, views, _, weights = mixed(Strong(**options), samples=samples)
-    return given["target"]["image"], views["strong"][0], weights["strong"]
+    step = mixed(Strong(**options), samples=samples)
+    return step.target.image, step.views["strong"].image, step.weights["strong"]
 
 
 def test_strong_depends_on_seed_and_sample_alone():

@@ -14,9 +14,10 @@ from losses import gmmseg, protoseg
 from losses.occl import OCCL
 from models.classifiers._components import Ring, spread
 from models.classifiers.gmmseg import GMMSeg
+from models.classifiers.linear import Linear
 from models.classifiers.protoseg import ProtoSeg
 from models.prototypes._sinkhorn import balanced, transport
-from models.segmentor import Output
+from tests.records import a_step, an_output
 from tests.runs import as_two_processes, assert_same_state, last, train
 
 K, M, D = 4, 3, 12
@@ -52,9 +53,10 @@ EVERY = pytest.mark.parametrize("name", PEERS)
 
 
 def build(name, **options):
-    """In float64; in eval mode, so that batch norm does not tell one batch from its halves."""
+    """In float64, training; its batch norm is not, so that it does not tell one batch from its halves."""
     torch.manual_seed(0)
     part = PEERS[name](**options).double().eval()
+    part.training = True
     part.vectors.copy_(F.normalize(part.vectors, dim=2))  # unit vectors in float64
     return part
 
@@ -80,15 +82,26 @@ def state_of(part):
     return {key: value.clone() for key, value in part.state_dict().items()}
 
 
-def evaluate(term, part, features, labels, valid=None):
-    """A loss on the features, which are labelled at twice their size."""
+def look(part, features):
+    """What the network makes of these features."""
+    output = an_output(features=features)
+    output.logits = part(features, output)
+    return output
+
+
+def follow(part, *batch, number=0):
+    """The update of a step of one micro-batch: features, labels and perhaps weights."""
+    features, labels, *weights = batch
+    part.update([(features, labels, *(weights or [None]))], a_step(number=number))
+
+
+def evaluate(term, part, features, labels, pixels=None):
+    """A loss on the features, which are labelled at twice their size; `pixels` are those of the step."""
     labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    aux = {}
-    logits = part(features, aux=aux)
-    valid = {"source": (labels != 255).sum() if valid is None else valid}
-    return term(
-        {"source": Output(logits, features, aux)}, {"source": labels}, valid, {"classifier": part}
-    )
+    step = a_step(look(part, features), labels, prototypes=part)
+    if pixels is not None:
+        step.counts["source"] = pixels
+    return term(step)
 
 
 def terms(part):
@@ -208,7 +221,7 @@ def test_prototypes_follow_the_direction_of_their_correct_pixels():
     state, z, classes = state_of(part), part.embed(features), labels.flatten()
     scores = z @ part.vectors.flatten(0, 1).T
     right = part(features).argmax(1).flatten() == classes
-    part.update([(features, labels, None)], step=0)
+    follow(part, features, labels)
     moved = 0
     for c in range(K):
         pixels = classes == c
@@ -226,7 +239,7 @@ def test_momentum_of_one_changes_nothing_and_of_a_half_goes_half_way():
     still, half, whole = (build("ProtoSeg", momentum=momentum) for momentum in (1.0, 0.5, 0.0))
     before = still.vectors.clone()
     for part in (still, half, whole):
-        part.update([(features, labels, None)], step=0)
+        follow(part, features, labels)
     torch.testing.assert_close(still.vectors, before, rtol=0, atol=1e-15)
     moved = (whole.vectors != before).any(2)
     between = torch.where(moved[..., None], F.normalize(before + whole.vectors, dim=2), before)
@@ -244,16 +257,15 @@ def test_logits_do_not_depend_on_the_order_of_classes():
             torch.testing.assert_close(
                 evaluate(term, other, features, renamed), evaluate(term, part, features, labels)
             )
-        part.update([(features, labels, None)], step=0)
-        other.update([(features, renamed, None)], step=0)
+        follow(part, features, labels)
+        follow(other, features, renamed)
         torch.testing.assert_close(other.vectors, part.vectors[order])
 
 
 def test_contrast_is_cross_entropy_towards_the_assigned_prototype():
     for part in (build("ProtoSeg"), build("GMMSeg")):
-        (features, labels), aux = scene(), {}
-        part(features, aux=aux)
-        scores = aux[part.leaves]
+        features, labels = scene()
+        scores = look(part, features).components
         targets = part.assign(scores, labels)
         assert torch.equal(targets // M, torch.where(labels < K, labels, -1))
         assert len(targets.unique()) == K * M + 1
@@ -292,7 +304,7 @@ def test_losses_count_every_labelled_pixel_alike():
     for term in terms(part):
         once = evaluate(term, part, features, labels)
         assert torch.isclose(
-            evaluate(term, part, features, labels, valid=torch.tensor(7)) * 7,
+            evaluate(term, part, features, labels, pixels=torch.tensor(7)) * 7,
             once * 4 * (labels < K).sum(),
         )
         fine = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -300,12 +312,13 @@ def test_losses_count_every_labelled_pixel_alike():
 
 
 def test_losses_say_which_classifier_they_need():
-    part, (features, labels) = build("GMMSeg"), scene()
-    for term in (protoseg.Contrast(), protoseg.Distance()):
-        with pytest.raises(UserError, match=r"protoseg\.\w+ needs .* \{name: protoseg\.ProtoSeg\}"):
+    part, (features, labels) = Linear(num_classes=K, in_channels=D).double(), scene()
+    for term in (protoseg.Contrast(), protoseg.Distance(), gmmseg.Contrast()):
+        name = f"{type(term).__module__}.{type(term).__name__}".removeprefix("losses.")
+        with pytest.raises(UserError, match=rf"{name} needs .*: protoseg\.ProtoSeg, gmmseg\.GMMSe"):
             evaluate(term, part, features, labels)
-    with pytest.raises(UserError, match=r"gmmseg\.Contrast needs .* \{name: gmmseg\.GMMSeg\}"):
-        evaluate(gmmseg.Contrast(), build("DNC"), features, labels)
+    with pytest.raises(UserError, match=r"protoseg\.Distance needs cosines.* protoseg\.ProtoSeg"):
+        evaluate(protoseg.Distance(), build("GMMSeg"), features, labels)
 
 
 @EVERY
@@ -313,11 +326,7 @@ def test_occl_refuses_vectors_of_another_space(name):
     features, labels = scene()
     term = OCCL(num_classes=K)
     with pytest.raises(UserError, match="embedding of its own"):
-        outputs, samples = (
-            {"source": Output(None, features, {})},
-            {"source": torch.arange(len(labels))},
-        )
-        term(outputs, {"source": labels}, samples, {"classifier": build(name)})
+        term(a_step(an_output(features=features), labels, prototypes=build(name)))
 
 
 # --- DNC -------------------------------------------------------------------------------------------------------------
@@ -331,7 +340,7 @@ def test_with_one_centroid_and_no_momentum_it_is_the_nearest_class_mean():
         z, ids = part.embed(features), labels.flatten()
         right = part(features).argmax(1).flatten() == ids
         rows, classes = [*rows, z[right]], [*classes, ids[right]]
-        part.update([(features, labels, None)], step)
+        follow(part, features, labels, number=step)
         assert right.sum() > 20
     rows, classes = torch.cat(rows), torch.cat(classes)
     means = torch.stack([rows[classes == c].mean(0) for c in range(K)])
@@ -346,7 +355,7 @@ def test_the_memory_takes_as_many_pixels_of_each_class_and_step():
     part = build("DNC", update_every=3)
     first = part.vectors.clone()
     for step in range(5):
-        part.update([(*scene(seed=step, classes=[0, 1] if step == 1 else range(K)), None)], step)
+        follow(part, *scene(seed=step, classes=[0, 1] if step == 1 else range(K)), number=step)
         assert torch.equal(part.vectors, first) == (step < 2)
     assert part.memory.count.tolist() == [40, 40, 32, 32] and part.memory.rows.shape == (
         K,
@@ -366,22 +375,22 @@ def random_gaussians(**options):
 
 
 def test_densities_are_those_of_torch_distributions():
-    part, (features, _), aux = random_gaussians(), scene(), {}
-    logits = part(features, aux=aux)
+    part, (features, _) = random_gaussians(), scene()
+    output = look(part, features)
     z = part.embed(features)
     expected = Independent(Normal(part.vectors, part.variances.sqrt()), 1).log_prob(
         z[:, None, None]
     )  # (N, K, M)
-    found = aux["densities"].permute(0, 3, 4, 1, 2).reshape(-1, K, M)
+    found = output.components.permute(0, 3, 4, 1, 2).reshape(-1, K, M)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    logits = logits.permute(0, 2, 3, 1).reshape(-1, K)
+    logits = output.logits.permute(0, 2, 3, 1).reshape(-1, K)
     torch.testing.assert_close(logits, F.layer_norm(expected.amax(2), (K,)))
-    torch.testing.assert_close(part.outlier(features).flatten(), -expected.amax((1, 2)))
-    single = copy.deepcopy(part).float().outlier(features.float())
-    torch.testing.assert_close(single.double(), part.outlier(features), rtol=1e-4, atol=1e-3)
+    single = look(copy.deepcopy(part).float(), features.float()).components.amax((1, 2))
+    largest = output.components.amax((1, 2))
+    torch.testing.assert_close(single.double(), largest, rtol=1e-4, atol=1e-3)
 
 
-def test_the_outlier_score_grows_with_the_distance():
+def test_the_largest_density_falls_with_the_distance():
     part = build("GMMSeg", width=D)
     part.embed = unit_rows
     away = torch.linalg.qr(part.vectors.flatten(0, 1).T, mode="complete").Q[
@@ -390,8 +399,8 @@ def test_the_outlier_score_grows_with_the_distance():
     part.vectors[0, 0] = F.normalize(part.vectors.flatten(0, 1).sum(0), dim=0)
     angles = torch.linspace(0, 1.5, 30).double()
     line = angles.cos()[:, None] * part.vectors[0, 0] + angles.sin()[:, None] * away
-    scores = part.outlier(line.T[None, :, :, None]).flatten()
-    assert (scores.diff() > 0).all()
+    scores = look(part, line.T[None, :, :, None]).components.amax((1, 2)).flatten()
+    assert (scores.diff() < 0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"queue": 3000, "pixels": 3000}], ids=["moments", "queue"])
@@ -407,7 +416,7 @@ def test_the_m_step_recovers_planted_directions_and_spreads(options):
     spread_ = torch.linspace(0.01, 0.1, D).double()
     which = torch.arange(3000) % M
     z = truth[which] + spread_ * torch.randn(3000, D, generator=generator, dtype=torch.float64)
-    part.update([(z.T[None, :, :, None], torch.zeros(1, 3000, 1, dtype=torch.long), None)], step=0)
+    follow(part, z.T[None, :, :, None], torch.zeros(1, 3000, 1, dtype=torch.long))
     assert F.cosine_similarity(part.vectors[0], truth).min() > 0.999
     unit = F.normalize(z, dim=1)
     for m in range(M):
@@ -420,11 +429,11 @@ def test_the_m_step_recovers_planted_directions_and_spreads(options):
 
 
 def test_pixels_are_shared_out_by_log_densities_over_the_largest_of_their_class():
-    part, (features, labels), aux = random_gaussians(), scene(), {}
-    part(features, aux=aux)
-    found = part.assign(aux["densities"], labels).flatten()
+    part, (features, labels) = random_gaussians(), scene()
+    densities = look(part, features).components
+    found = part.assign(densities, labels).flatten()
     for c in range(K):
-        scores = aux["densities"][:, c].movedim(1, -1)[labels == c]
+        scores = densities[:, c].movedim(1, -1)[labels == c]
         expected = one_class(scores / scores.abs().max(), 0.05, 3).argmax(1)
         assert torch.equal(found[labels.flatten() == c], M * c + expected)
         assert not torch.equal(expected, one_class(scores, 0.05, 3).argmax(1))
@@ -432,15 +441,15 @@ def test_pixels_are_shared_out_by_log_densities_over_the_largest_of_their_class(
 
 @pytest.mark.parametrize("options", [{}, {"queue": 500, "pixels": 500}], ids=["moments", "queue"])
 def test_the_m_step_is_that_of_the_correct_pixels_about_their_direction(options):
-    part, (features, labels), aux = (
-        build("GMMSeg", momentum=0.3, update_every=1, **options),
-        scene(),
-        {},
+    part, (features, labels) = build("GMMSeg", momentum=0.3, update_every=1, **options), scene()
+    output = look(part, features)
+    right = output.logits.argmax(1) == labels
+    targets, z = (
+        part.assign(output.components, labels)[right],
+        part.embed(features)[right.flatten()],
     )
-    right = part(features, aux=aux).argmax(1) == labels
-    targets, z = part.assign(aux["densities"], labels)[right], part.embed(features)[right.flatten()]
     before = part.vectors.clone().flatten(0, 1)
-    part.update([(features, labels, None)], step=0)
+    follow(part, features, labels)
     found, bent = 0, 0
     for number in targets.unique():
         own = z[targets == number]
@@ -461,7 +470,7 @@ def test_variances_never_fall_below_the_floor(options):
         torch.eye(K, dtype=torch.float64).repeat(1, 12).view(1, K, 6, 8)
     )  # each class in one point
     part.vectors[:] = F.normalize(torch.eye(K, D).double()[:, None] + 0.01 * part.vectors, dim=2)
-    part.update([(features, features.argmax(1), None)], step=0)
+    follow(part, features, features.argmax(1))
     assert (
         part.variances.sqrt().min() >= 0.1
         and torch.isclose(part.variances, torch.tensor(0.01).double()).any()
@@ -471,9 +480,8 @@ def test_variances_never_fall_below_the_floor(options):
 def test_running_sums_that_do_not_fade_are_a_queue_that_is_not_full():
     sums, queue = build("GMMSeg", decay=1.0, pixels=500), build("GMMSeg", queue=5000, pixels=500)
     for step in range(4):
-        batch = (*scene(seed=step), None)
-        sums.update([batch], step)
-        queue.update([batch], step)
+        for part in (sums, queue):
+            follow(part, *scene(seed=step), number=step)
         for one, other in zip(sums.sums(), queue.sums()):
             torch.testing.assert_close(one, other)
         torch.testing.assert_close(sums.vectors, queue.vectors)
@@ -486,12 +494,11 @@ def test_a_step_weighs_as_many_pixels_as_the_queue_would_take():
     counts = torch.zeros(K, M, 1).double()
     for step in range(4):
         features, labels = scene(seed=step)
-        aux = {}
-        right = part(features, aux=aux).argmax(1) == labels
-        targets = part.assign(aux["densities"], labels)[right]
+        output = look(part, features)
+        targets = part.assign(output.components, labels)[output.logits.argmax(1) == labels]
         number = torch.bincount(targets, minlength=K * M).view(K, M, 1)
         counts = torch.where(number > 0, 0.5 * counts + number.clamp_max(2), counts)
-        part.update([(features, labels, None)], step)
+        follow(part, features, labels, number=step)
     torch.testing.assert_close(part.mass, counts)
 
 
@@ -507,7 +514,7 @@ def test_loss_does_not_depend_on_the_order_in_which_pixels_enter(options):
             features.flatten(2)[..., order].view_as(features),
             labels.flatten(1)[:, order].view_as(labels),
         )
-        part.update([(*shuffled, None)], step=0)
+        follow(part, *shuffled)
         values.append(evaluate(gmmseg.Contrast(), part, features, labels))
     assert (values[0] - evaluate(gmmseg.Contrast(), build("GMMSeg"), features, labels)).abs() > 1e-3
     torch.testing.assert_close(*values, rtol=1e-10, atol=0)
@@ -517,8 +524,8 @@ def test_loss_does_not_depend_on_the_order_in_which_pixels_enter(options):
 
 
 def learned(part, batches, start=0):
-    for step, batch in enumerate(batches, start):
-        part.update([batch], step)
+    for number, batch in enumerate(batches, start):
+        follow(part, *batch, number=number)
     return state_of(part)
 
 
@@ -527,7 +534,7 @@ def test_updates_move_unit_vectors_of_the_classes_that_occur(name):
     part = build(name, update_every=1)
     learned(part, [(*scene(seed=1), None)])
     state = state_of(part)
-    part.update([(*scene([1, 3], seed=2), None)], step=1)
+    follow(part, *scene([1, 3], seed=2), number=1)
     torch.testing.assert_close(part.vectors.norm(dim=2), torch.ones(K, M).double())
     for key, value in part.state_dict().items():
         if (
@@ -547,10 +554,10 @@ def test_an_update_without_labels_changes_nothing_and_losses_are_zero(name):
     part = build(name, update_every=1).train()
     features, labels = scene(seed=1)
     if name != "DNC":
-        part.update([(features, labels, None)], step=0)
+        follow(part, features, labels)
     state, nothing = state_of(part), torch.full_like(labels, 255)
-    part.update([(features, nothing, None)], step=1)
-    part.update([(features, labels, torch.zeros(labels.shape))], step=2)
+    follow(part, features, nothing, number=1)
+    follow(part, features, labels, torch.zeros(labels.shape), number=2)
     assert all(
         torch.equal(value, state[key]) for key, value in part.state_dict().items()
     )  # batch norm too
@@ -566,7 +573,7 @@ def test_a_memory_without_new_pixels_is_unchanged(name):
     part = build(name, update_every=1)
     learned(part, [(*scene(seed=1), None)])
     state, (features, labels) = state_of(part), scene(seed=2)
-    part.update([(features, torch.full_like(labels, 255), None)], step=1)
+    follow(part, features, torch.full_like(labels, 255), number=1)
     kept = [
         key
         for key in state
@@ -585,7 +592,7 @@ def test_micro_batches_change_nothing(name):
         iter([(features[:1], labels[:1], None), (features[1:], labels[1:], None)]),
     ):
         part = build(name, update_every=1)
-        part.update(batches, step=0)
+        part.update(batches, a_step())
         states.append(state_of(part))
     assert (states[0]["vectors"] != build(name).vectors).any()
     torch.testing.assert_close(states[0], states[1], rtol=1e-10, atol=1e-12)
@@ -597,12 +604,12 @@ def test_two_processes_equal_one(name, monkeypatch):
     for _, labels in steps:
         labels[2:][labels[2:] == 2] = 255  # class 2 is seen by one of them only
     features, labels = steps[0]
-    valid = 4 * (labels < K).sum()
+    pixels = 4 * (labels < K).sum()
 
     def run(part, share, of):
         state = learned(part, [(x[share], y[share], None) for x, y in steps])
         leaf = features[share].clone().requires_grad_()
-        values = [evaluate(term, part, leaf, labels[share], valid / of) for term in terms(part)]
+        values = [evaluate(term, part, leaf, labels[share], pixels / of) for term in terms(part)]
         return state, torch.stack(values).detach(), torch.autograd.grad(sum(values) / of, leaf)[0]
 
     state, values, gradient = run(build(name), slice(None), 1)
@@ -633,13 +640,12 @@ def test_half_precision_is_lifted_before_anything_is_added_up(name):
     torch.manual_seed(0)
     part, (features, labels) = PEERS[name](update_every=1), scene()
     single, half = copy.deepcopy(part), features.bfloat16()
-    aux = {}
     with torch.autocast("cpu", torch.bfloat16):
-        logits = part(half, aux=aux)
-        part.update([(half, labels, None)], step=0)
+        output = look(part, half)
+        follow(part, half, labels)
         value = evaluate(terms(part)[0], part, half, labels)
-    single.update([(half.float(), labels, None)], step=0)
-    assert logits.dtype == aux[part.leaves].dtype == value.dtype == torch.float32
+    follow(single, half.float(), labels)
+    assert output.logits.dtype == output.components.dtype == value.dtype == torch.float32
     assert all(
         b.dtype in (torch.float32, torch.long) and b.isfinite().all() for b in part.buffers()
     )

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models.text_attention import TextAttention
 
+from engine.config import ConfigError
 from engine.errors import UserError
 from engine.statistics import pure_labels
 from losses.cross_entropy import CrossEntropy
@@ -17,11 +17,13 @@ from losses.ppar import (
     TextFidelity,
     at_labels,
     balanced,
-    class_means,
+    means_of_classes,
 )
+from models.heads.text_attention import TextAttention
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
 from models.prototypes.visual_text import VisualText, blended
-from models.segmentor import Output
+from tests.records import a_step, an_output
+from train_dg import check_parts
 
 K, D, IGNORE = 4, 8, 255
 
@@ -30,9 +32,9 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
 
 
-def outputs(embedding, logits=None, **aux):
-    logits = embedding[:, :K] if logits is None else logits
-    return {"source": Output(logits, embedding, {"embedding": embedding, **aux})}
+def shown(embedding, **fields):
+    """What the network makes of a view with this embedding; its logits are the first K channels."""
+    return an_output(embedding[:, :K], embedding, embedding=embedding, **fields)
 
 
 def members(easy=None, hard=None, seen=None):
@@ -47,12 +49,8 @@ def members(easy=None, hard=None, seen=None):
     return result
 
 
-def align(loss, embedding, labels, prototypes, step=100, iters=100, weights=None, **aux):
-    samples = {"source": torch.arange(len(labels))}
-    given = {"source": weights} if weights is not None else {}
-    return loss(
-        outputs(embedding, **aux), {"source": labels}, given, prototypes, samples, step, iters
-    )
+def align(loss, embedding, labels, prototypes, number=100, weights=None, **fields):
+    return loss(a_step(shown(embedding, **fields), labels, weights, prototypes, number, 100))
 
 
 # --- visual-text prototypes ------------------------------------------------------------------------------------------
@@ -92,7 +90,7 @@ def test_the_mean_is_weighted_by_agreement_with_the_text():
                 a = (text @ g / 0.1).softmax(0)[y]
                 sums[y] += a * g
                 mass[y] += a
-    member.update([(features, labels, None)], prototypes, 0, 10)
+    member.update([(features, labels, None)], a_step(prototypes=prototypes))
     expected = F.normalize(sums[:2] / mass[:2, None], dim=1)
     torch.testing.assert_close(member.means()[:2], expected)
     torch.testing.assert_close(member.means()[2:], text[2:])
@@ -103,9 +101,8 @@ def test_the_running_average_has_no_bias_towards_its_start():
     member = VisualText(num_classes=K, in_channels=D, momentum=0.9).double()
     prototypes, first, second = members(), unit(K, D), unit(K, D)
     for rows in (first, second):
-        member.update(
-            [(rows.T[None, :, None], torch.arange(K)[None, None], None)], prototypes, 5, 10
-        )
+        batch = rows.T[None, :, None], torch.arange(K)[None, None], None
+        member.update([batch], a_step(prototypes=prototypes, number=5))
     visual = member.average / member.mass[:, None]
     torch.testing.assert_close(visual, (0.9 * first + second) / 1.9)
 
@@ -113,14 +110,14 @@ def test_the_running_average_has_no_bias_towards_its_start():
 def test_nothing_is_learned_before_start_or_by_an_offline_member():
     late = VisualText(num_classes=K, in_channels=D, start=0.5).double()
     batch = [(unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), None)]
-    late.update(batch, members(), 4, 10)
+    late.update(batch, a_step(prototypes=members(), number=4, total=10))
     assert not late.seen.any() and not late.means().any()
-    late.update(batch, members(), 5, 10)
+    late.update(batch, a_step(prototypes=members(), number=5, total=10))
     assert late.seen.tolist() == [True, False, False, False]
     offline = VisualText(num_classes=K, in_channels=D, offline=5).double()
     offline.fit(lambda: batch, members())
     before = offline.means().clone()
-    offline.update([(unit(1, D, 2, 2), batch[0][1], None)], members(), 9, 10)
+    offline.update([(unit(1, D, 2, 2), batch[0][1], None)], a_step(prototypes=members(), number=9))
     assert offline.seen[0] and torch.equal(offline.means(), before)
 
 
@@ -149,28 +146,24 @@ def test_omega_and_the_kept_share_grow_from_their_start_to_one():
 
 def test_prototypes_go_from_easy_to_hard_or_back():
     prototypes = members(unit(K, D), unit(K, D))
+    begin, middle, end = (a_step(prototypes=prototypes, number=number) for number in (0, 5, 10))
     easy, hard = prototypes["visual"].vectors, prototypes["text"].vectors
     forth, back = (
         Alignment(num_classes=K, order=order) for order in ("easy_to_hard", "hard_to_easy")
     )
     for loss, first, last in ((forth, easy, hard), (back, hard, easy)):
-        torch.testing.assert_close(loss.targets(None, prototypes, 0.0), [first])
-        torch.testing.assert_close(loss.targets(None, prototypes, 1.0), [last])
-        torch.testing.assert_close(
-            loss.targets(None, prototypes, 0.5), [F.normalize(easy + hard, dim=1)]
-        )
-    torch.testing.assert_close(
-        Alignment(num_classes=K, order="both").targets(None, prototypes, 0.3), [easy, hard]
-    )
-    torch.testing.assert_close(
-        Alignment(num_classes=K, order="hard").targets(None, prototypes, 0.0), [hard]
-    )
+        torch.testing.assert_close(loss.targets(begin), [first])
+        torch.testing.assert_close(loss.targets(end), [last])
+        torch.testing.assert_close(loss.targets(middle), [F.normalize(easy + hard, dim=1)])
+    both, only = (Alignment(num_classes=K, order=order) for order in ("both", "hard"))
+    torch.testing.assert_close(both.targets(a_step(prototypes=prototypes, number=3)), [easy, hard])
+    torch.testing.assert_close(only.targets(begin), [hard])
 
 
 def test_classes_without_an_easy_prototype_take_the_hard_one():
     seen = torch.tensor([True, True, False, True])
     prototypes = members(unit(K, D), unit(K, D), seen)
-    found = Alignment(num_classes=K, order="easy").targets(None, prototypes, 0.0)[0]
+    found = Alignment(num_classes=K, order="easy").targets(a_step(prototypes=prototypes))[0]
     assert torch.equal(found[2], prototypes["text"].vectors[2])
     torch.testing.assert_close(found[seen], prototypes["visual"].vectors[seen])
 
@@ -219,11 +212,11 @@ def test_scores_are_taken_at_the_label_of_each_pixel():
         assert found[b, row, column] == scores[b, labels[b, row, column], row // 3, column // 3]
 
 
-def weigh(embedding, labels, prototypes, step=100, tower=None, **options):
-    part = Reweight(**options)
-    return part.after(outputs(embedding), {"source": labels}, prototypes, step, 100, tower)[1][
-        "source"
-    ]
+def weigh(embedding, labels, prototypes, number=100, tower=None, **options):
+    step = a_step(shown(embedding), labels, None, prototypes, number, 100, tower=tower)
+    Reweight(**options).after(step)
+    assert [*step.labels] == [*step.weights] == ["source"] and step.labels["source"] is labels
+    return step.weights["source"]
 
 
 def test_weights_have_mean_one_in_each_class_and_none_where_ignored():
@@ -251,21 +244,18 @@ def test_alpha_0_and_the_first_step_weigh_all_pixels_alike_so_that_cross_entropy
     labels[1, 5:] = IGNORE
     ones = (labels != IGNORE).double()
     assert torch.equal(weigh(embedding, labels, members(), alpha=0.0), ones)
-    assert torch.equal(weigh(embedding, labels, members(), step=0), ones)
-    result, valid = outputs(embedding), {"source": (labels != IGNORE).sum()}
-    plain = CrossEntropy()(result, {"source": labels}, valid, {})
-    assert (
-        CrossEntropy(by_weights=True)(result, {"source": labels}, valid, {"source": ones}) == plain
-    )
+    assert torch.equal(weigh(embedding, labels, members(), number=0), ones)
+    plain = CrossEntropy()(a_step(shown(embedding), labels))
+    assert CrossEntropy(by_weights=True)(a_step(shown(embedding), labels, ones)) == plain
 
 
 def test_cross_entropy_is_divided_by_the_sum_of_the_weights():
     embedding, labels = unit(2, D, 3, 4), torch.randint(0, K, (2, 3, 4))
     labels[0, 0] = IGNORE
     weights = torch.rand(2, 3, 4, dtype=torch.float64)
-    found = CrossEntropy(by_weights=True)(
-        outputs(embedding), {"source": labels}, {"source": labels.sum()}, {"source": weights}
-    )
+    step = a_step(shown(embedding), labels, weights)
+    step.counts["source"] = labels.sum()  # not what it divides by
+    found = CrossEntropy(by_weights=True)(step)
     each = F.cross_entropy(embedding[:, :K], labels, ignore_index=IGNORE, reduction="none")
     known = labels != IGNORE
     torch.testing.assert_close(found, (each * weights)[known].sum() / weights[known].sum())
@@ -283,7 +273,7 @@ def test_weights_of_images_have_mean_one_over_the_batch():
 
 def test_class_means_are_those_of_a_loop():
     values, labels = torch.rand(2, 5, 6, dtype=torch.float64), torch.randint(0, K - 1, (2, 5, 6))
-    means = class_means(values, labels, K)
+    means = means_of_classes(values, labels, K)
     torch.testing.assert_close(
         means[:3], torch.stack([values[labels == c].mean() for c in range(3)])
     )
@@ -312,10 +302,10 @@ def test_alignment_falls_when_pixels_move_to_their_prototype_and_moves_them_ther
     prototypes, labels = members(), torch.randint(0, K, (1, 6, 6))
     embedding = unit(1, D, 6, 6).requires_grad_()
     loss = Alignment(num_classes=K)
-    before = align(loss, embedding, labels, prototypes, step=50)
+    before = align(loss, embedding, labels, prototypes, 50)
     before.backward()
     moved = F.normalize(embedding.detach() - 2 * embedding.grad * labels.numel(), dim=1)
-    assert align(loss, moved, labels, prototypes, step=50) < before
+    assert align(loss, moved, labels, prototypes, 50) < before
     assert not any(vector.requires_grad for vector in prototypes["text"].buffers())
 
 
@@ -352,10 +342,7 @@ def test_all_ignored_and_single_class_batches_are_finite_and_keep_the_graph(labe
         50,
         weights=weights,
     )
-    result = outputs(embedding)
-    loss = loss + CrossEntropy(by_weights=True)(
-        result, {"source": ids}, {"source": torch.tensor(1)}, {"source": weights}
-    )
+    loss = loss + CrossEntropy(by_weights=True)(a_step(shown(embedding), ids, weights))
     loss.backward()
     assert (
         torch.isfinite(loss)
@@ -368,34 +355,33 @@ def test_all_ignored_and_single_class_batches_are_finite_and_keep_the_graph(labe
 def test_the_loss_grows_over_its_ramp():
     embedding, labels, prototypes = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4)), members()
     loss = Alignment(num_classes=K, ramp=0.1, order="hard", curriculum=1.0)
-    values = [float(align(loss, embedding, labels, prototypes, step)) for step in (0, 5, 10)]
+    values = [float(align(loss, embedding, labels, prototypes, number)) for number in (0, 5, 10)]
     assert values[0] == 0 and values[1] == pytest.approx(values[2] / 2) and values[2] > 0
 
 
 def test_what_is_missing_is_named():
     embedding, labels = unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
-    bare = {"source": Output(embedding, embedding, {})}
-    given = (
-        {"source": labels},
-        {},
-        members(),
-        {"source": torch.zeros(1, dtype=torch.int64)},
-        1,
-        10,
-    )
-    with pytest.raises(UserError, match=r"set model\.projector\.channels"):
-        Alignment(num_classes=K)(bare, *given)
+    bare = a_step(an_output(embedding, embedding), labels, None, members(), 1)
+    with pytest.raises(UserError, match=r"set model\.heads\.projector=\{name: projector\.Proj"):
+        Alignment(num_classes=K)(bare)
     with pytest.raises(UserError, match="needs the prototypes 'clip'; there are text, visual"):
         align(Alignment(num_classes=K, hard="clip"), embedding, labels, members())
-    with pytest.raises(UserError, match=r"set dg\.tower"):
-        weigh(embedding, labels, members(), source="clip")
-    with pytest.raises(UserError, match=r"set model\.text_attention\.layers"):
-        TextFidelity()(bare, members())
+    for loss in (TextFidelity(), Alignment(num_classes=K, easy="attention")):
+        with pytest.raises(UserError, match=r"set model\.heads\.text_attention=\{name: text_att"):
+            loss(a_step(shown(embedding), labels, None, members()))
     for options in ({"temperature": 0.0}, {"curriculum": 0.0}, {"start": 0.9}):
         with pytest.raises(ValueError, match="temperature must be above 0"):
             Alignment(num_classes=K, **options)
     with pytest.raises(ValueError, match=r"low=1\.5"):
         Reweight(low=1.5)
+
+
+def test_parts_that_look_at_the_tower_are_refused_without_one():
+    sources = ("student", "clip", "both")
+    parts = [*(Reweight(source=name) for name in sources), FrozenFeatures(), TextFidelity()]
+    assert [part.needs_tower for part in parts] == [False, True, True, True, False]
+    with pytest.raises(ConfigError, match=r"frozen image tower: set dg\.tower"):
+        check_parts({}, {}, None, None, needs_tower=True, text=False)
 
 
 # --- the network's side ----------------------------------------------------------------------------------------------
@@ -409,42 +395,36 @@ def test_of_an_embedding_only_the_directions_count(granularity):
     for measured in (
         lambda x: weigh(x, labels, prototypes),
         lambda x: align(loss, x, labels, prototypes, 50),
-        lambda x: FrozenFeatures()(outputs(x), embedding.roll(1, 3)),
+        lambda x: FrozenFeatures()(a_step(shown(x), tower=embedding.roll(1, 3))),
     ):
         torch.testing.assert_close(measured(longer), measured(embedding))
 
 
 def test_attention_starts_from_the_text_and_is_held_there():
     text = F.normalize(torch.randn(K, D), dim=1)
-    attention = TextAttention(D, layers=1, width=16, heads=2)
-    rows = attention(text, torch.randn(2, D, 3, 3))
+    attention = TextAttention(joint=D, layers=1, width=16, heads=2)
+    rows = attention.attend(text, torch.randn(2, D, 3, 3))
     assert rows.shape == (2, K, D) and float((rows - text).detach().abs().max()) < 1e-2
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, K))
     prototypes = members(hard=text.double())
     near, far = (
-        TextFidelity()(outputs(unit(2, D, 2, 2), prototypes=x.double()), prototypes)
+        TextFidelity()(a_step(shown(unit(2, D, 2, 2), text=x.double()), prototypes=prototypes))
         for x in (rows, rows.roll(1, 1))
     )
     assert near < far
     loss = Alignment(num_classes=K, easy="attention", order="easy")
-    given = (
-        {"source": torch.randint(0, K, (2, 3, 3))},
-        {},
-        prototypes,
-        {"source": torch.arange(2)},
-        50,
-        100,
-    )
-    loss(outputs(unit(2, D, 3, 3), prototypes=rows.double()), *given).backward()
+    labels = torch.randint(0, K, (2, 3, 3))
+    align(loss, unit(2, D, 3, 3), labels, prototypes, 50, text=rows.double()).backward()
     assert attention.gamma.grad.abs().sum() > 0
 
 
 def test_the_student_is_held_to_the_frozen_tower():
     embedding, tower = unit(2, D, 3, 3), unit(2, D, 2, 2)
-    loss = FrozenFeatures()(outputs(embedding), tower)
+    loss = FrozenFeatures()(a_step(shown(embedding), tower=tower))
     mine, frozen = (F.normalize(x.mean((2, 3)), dim=1) for x in (embedding, tower))
     torch.testing.assert_close(loss, (2 - 2 * (mine * frozen).sum(1)).mean())
-    assert FrozenFeatures()(outputs(embedding), embedding) == pytest.approx(0, abs=1e-12)
+    same = FrozenFeatures()(a_step(shown(embedding), tower=embedding))
+    assert same == pytest.approx(0, abs=1e-12)
 
 
 def test_any_member_stands_in_for_the_text():

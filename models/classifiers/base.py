@@ -15,9 +15,11 @@ class Classifier(Prototypes):
 
     Attributes:
         takes_masks: it is a query decoder that asks `output.regions.opens` for further pixels.
+        densities: the scores of its components are log-densities, not cosines.
     """
 
     takes_masks = False
+    densities = False
 
     def forward(self, features: Tensor, output: Output | None = None) -> Tensor:
         raise NotImplementedError

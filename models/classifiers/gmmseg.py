@@ -57,6 +57,8 @@ class GMMSeg(Components):
     (K, M, E).
     """
 
+    densities = True
+
     def __init__(
         self,
         *,

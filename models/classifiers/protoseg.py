@@ -132,4 +132,5 @@ class ProtoSeg(Components):
         moved = F.normalize(
             torch.lerp(F.normalize(sums, dim=2), self.vectors, self.momentum), dim=2
         )
-        self.vectors.copy_(torch.where((length > 0) & length.isfinite(), moved, self.vectors))
+        fits = (length > 0) & length.isfinite() & ~step.skipped  # a memory is full without a step
+        self.vectors.copy_(torch.where(fits, moved, self.vectors))

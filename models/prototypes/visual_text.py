@@ -90,7 +90,8 @@ class VisualText(Prototypes):
             state.copy_(torch.where(where, torch.lerp(new, state, momentum), state))
         self.seen |= present
         visual = self.average / torch.where(self.seen, self.mass, 1)[:, None]
-        self.vectors.copy_(blended(text, visual, self.seen, self.blend, self.center))
+        moved = blended(text, visual, self.seen, self.blend, self.center)
+        self.vectors.copy_(torch.where(present.any(), moved, self.vectors))
 
     def _rows(self, prototypes):
         if self.text not in prototypes:
