@@ -129,7 +129,8 @@ class Step(Record):
         """Labelled pixels of a view, 0-dim, the mean over processes: divide sums over pixels by it.
 
         Of the source it is also the mean over the micro-batches of the step, so that every pixel of
-        the step weighs the same. Pseudo labels exist only micro-batch by micro-batch.
+        the step weighs the same. Pseudo labels exist only micro-batch by micro-batch: terms on them
+        change with train.accumulate (tests/test_accumulation.py lists them).
         """
         if view not in self.counts:
             self.counts[view] = distributed.mean((self.labels[view] != IGNORE).sum().double())
