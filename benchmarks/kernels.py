@@ -73,7 +73,7 @@ def patches(batch, height, width, num_classes):
 
 
 def record(views, labels, **fields):
-    """The Step of one micro-batch: images and labels of its views, the first of which is the source."""
+    """The Step of a micro-batch of {view: images} and {view: labels}; the first is the source."""
     views = {name: View(image, name) for name, image in views.items()}
     (name, view), *_ = views.items()
     numbers = list(range(len(view.image)))
