@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import compare, patches
-from engine.build import build, build_losses, call
-from engine.statistics import IGNORE, resize_labels
+from benchmarks.kernels import compare, patches, record
+from engine.build import build
+from engine.statistics import IGNORE
+from engine.step import evidence
+from losses.build import build_losses
 from models.backbones.resnet import ResNet
 from models.classifiers._components import Ring
 from models.decoders.deeplabv3plus import DeepLabV3Plus
-from models.segmentor import Segmentor, View
+from models.segmentor import Segmentor
 
 CROSS = {"name": "cross_entropy.CrossEntropy"}
 CONTRAST, DISTANCE = (
@@ -76,42 +78,26 @@ class Row:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=1e-4
         )
-        self.image = torch.rand(options.batch, 3, *options.size, device=device)
+        self.views = {"source": torch.rand(options.batch, 3, *options.size, device=device)}
         labels = patches(options.batch, *options.size, k).to(device)
         self.labels = {"source": torch.where(labels < k, labels, IGNORE)}
-        self.valid = {"source": (self.labels["source"] != IGNORE).sum()}
-        self.samples = {"source": torch.arange(options.batch, device=device)}
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=options.precision == "bf16"
         )
         self.device, self.count = device, 0
+        self.taken = torch.zeros((), dtype=torch.bool, device=device)  # no step is skipped
 
     def step(self):
         """A training step, as train_supervised.py makes it."""
+        classifier = self.model.classifier
+        step = record(self.views, self.labels, prototypes={"classifier": classifier})
+        step.number, step.skipped = self.count, self.taken
         with self.autocast:
-            outputs = self.model({"source": View(self.image)})
-        members = {"classifier": self.model.classifier}
-        loss = sum(
-            self.weights[name]
-            * call(
-                term,
-                outputs=outputs,
-                labels=self.labels,
-                weights={},
-                valid=self.valid,
-                samples=self.samples,
-                prototypes=members,
-                step=self.count,
-            )
-            for name, term in self.terms.items()
-        )
-        loss.backward()
+            step.outputs = self.model(step.views)
+        sum(self.weights[name] * term(step) for name, term in self.terms.items()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if hasattr(self.model.classifier, "update"):
-            features = outputs["source"].features.detach()
-            batch = features, resize_labels(self.labels["source"], features.shape[-2:]), None
-            call(self.model.classifier.update, batches=[batch], step=self.count)
+        classifier.update(evidence([step], "source"), step)
         self.count += 1
         self.wait()
 
@@ -123,7 +109,7 @@ class Row:
     def infer(self):
         """Logits of the batch at feature size."""
         with self.autocast:
-            self.model.eval().segment(self.image)
+            self.model.eval().segment(self.views["source"])
         self.model.train()
         self.wait()
 

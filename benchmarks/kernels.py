@@ -15,13 +15,14 @@ import time
 import torch
 
 from engine.statistics import IGNORE, class_sums
+from engine.step import Batch, Output, Step, View
 from losses.cross_entropy import CrossEntropy
 from losses.occl import OCCL, halve
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
 from models.decoders.deeplabv3plus import DeepLabV3Plus
-from models.segmentor import Output, Segmentor, View
+from models.segmentor import Segmentor
 
 SUMS = [
     (2, 256, 64, 64, 19),
@@ -71,6 +72,16 @@ def patches(batch, height, width, num_classes):
     return labels
 
 
+def record(views, labels, **fields):
+    """The Step of a micro-batch of {view: images} and {view: labels}; the first is the source."""
+    views = {name: View(image, name) for name, image in views.items()}
+    (name, view), *_ = views.items()
+    numbers = list(range(len(view.image)))
+    samples = torch.tensor(numbers, device=view.image.device)
+    source = Batch(view.image, labels[name], samples, numbers)
+    return Step(0, 1, source, views=views, labels=labels, **fields)
+
+
 def time_class_sums(shape, layout, rounds):
     """Forward and backward of every way of summing, with the gradient in the layout of the features."""
     *size, num_classes = shape
@@ -104,11 +115,11 @@ def time_occl(shape, layout, rounds):
     labels, samples = patches(size[0], *size[2:], k).clamp_max(IGNORE), torch.arange(size[0])
     classifier, term = Linear(in_channels=size[1], num_classes=k), OCCL(num_classes=k)
     views, direction = halve(labels, samples, k, 0), torch.randn(2 * k, size[1])
+    step = record({"source": features}, {"source": labels}, prototypes={"classifier": classifier})
+    step.outputs["source"] = Output(features=features)
 
     def whole():
-        outputs = {"source": Output(None, features, {})}
-        value = term(outputs, {"source": labels}, {"source": samples}, {"classifier": classifier})
-        torch.autograd.grad(value, features)
+        torch.autograd.grad(term(step), features)
 
     parts = {"OCCL": whole}
     parts["of it class_sums"] = lambda: torch.autograd.grad(
@@ -127,34 +138,35 @@ def time_step(_, precision, rounds, num_classes=11):
     )
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    image, labels = (
-        torch.rand(8, 3, 256, 320),
-        {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)},
-    )
-    samples, members = {"source": torch.arange(8)}, {"classifier": model.classifier}
-    valid = {"source": (labels["source"] != IGNORE).sum()}
+    views = {"source": torch.rand(8, 3, 256, 320)}
+    labels = {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)}
+    members = {"classifier": model.classifier}
     pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes)
     autocast = (
         torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     )
 
-    def losses(outputs, occl, cross_entropy=True):
-        loss = pixel(outputs, labels, valid, {}) if cross_entropy else 0
-        return loss + contrast(outputs, labels, samples, members) if occl else loss
-
-    def step(occl):
+    def forward():
+        step = record(views, labels, prototypes=members)
         with autocast:
-            outputs = model({"source": View(image)})
-        losses(outputs, occl).backward()
+            step.outputs = model(step.views)
+        return step
+
+    def train(*terms):
+        step = forward()
+        sum(term(step) for term in terms).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    with autocast:
-        output = model({"source": View(image)})["source"]
-    leaf = Output(*(x.detach().requires_grad_() for x in output[:2]), {})
-    variants = {"step without OCCL": lambda: step(False), "step with OCCL": lambda: step(True)}
-    variants["of it cross-entropy"] = lambda: losses({"source": leaf}, False).backward()
-    variants["of it OCCL"] = lambda: losses({"source": leaf}, True, False).backward()
+    leaves = forward()
+    output = leaves.outputs["source"]
+    output.logits, output.features = (
+        x.detach().requires_grad_() for x in (output.logits, output.features)
+    )
+    variants = {"step without OCCL": lambda: train(pixel)}
+    variants["step with OCCL"] = lambda: train(pixel, contrast)
+    variants["of it cross-entropy"] = lambda: pixel(leaves).backward()
+    variants["of it OCCL"] = lambda: contrast(leaves).backward()
     return compare(variants, rounds)
 
 

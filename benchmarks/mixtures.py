@@ -68,7 +68,7 @@ def fit(options):
         pass
     drawing, (before, _) = clock() - start, megabytes()
     start = clock()
-    mixtures.fit(batches)
+    mixtures.fit(batches, {})
     seconds = clock() - start - drawing
     pool = options["classes"] * options["pool"] * options["dim"] * 4 / 2**20
     print(

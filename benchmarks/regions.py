@@ -14,13 +14,12 @@ import contextlib
 
 import torch
 
-from benchmarks.kernels import compare, patches
-from engine.build import build_segmentor
+from benchmarks.kernels import compare, patches, record
 from engine.config import load
 from engine.statistics import IGNORE
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial
-from models.segmentor import View
+from models.build import build_segmentor
 
 K = 19
 HOSTS = {
@@ -51,33 +50,29 @@ def build_step(host, row, options):
     ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
     device, side = options.device, options.side
-    model = build_segmentor(cfg.model, K).to(device).train()
+    model = build_segmentor(cfg.model, range(K)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    views = {
-        name: View(torch.rand(1, 3, side, side, device=device), name)
-        for name in ("source", "target")
-    }
-    labels = {name: patches(1, side, side, K).clamp_max(IGNORE).to(device) for name in views}
-    valid = {name: (values != IGNORE).sum() for name, values in labels.items()}
-    scored = [CrossEntropy(view=name) for name in views]
-    auxiliary, adversarial = CrossEntropy(head="region"), RegionAdversarial()
+    names = ("source", "target")
+    views = {name: torch.rand(1, 3, side, side, device=device) for name in names}
+    labels = {name: patches(1, side, side, K).clamp_max(IGNORE).to(device) for name in names}
+    terms = [(1, CrossEntropy(view=name)) for name in names]
+    if "region" in model.heads:
+        terms += [(0.4, CrossEntropy(head="region")), (0.1, RegionAdversarial())]
     kind = {"fp32": contextlib.nullcontext, "bf16": lambda: torch.autocast(device, torch.bfloat16)}[
         options.precision
     ]
 
-    def step():
+    def train():
+        step = record(views, labels)
         with kind():
-            outputs = model(views, 1000)
-        loss = sum(term(outputs, labels, valid, {}) for term in scored)
-        if model.region:
-            loss = loss + 0.4 * auxiliary(outputs, labels, valid, {}) + 0.1 * adversarial(outputs)
-        loss.backward()
+            step.outputs = model(step.views, 1000)
+        sum(factor * term(step) for factor, term in terms).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return train
 
 
 def kernels_of(step):

@@ -38,9 +38,10 @@ class Contrast(Loss):
     def forward(self, step):
         scores, labels = step.outputs[self.view].components, step.labels[self.view]
         if scores is None:
+            name = f"{type(self).__module__}.{type(self).__name__}".removeprefix("losses.")
             raise UserError(
-                f"{type(self).__module__.removeprefix('losses.')}.{type(self).__name__} needs a classifier with several "
-                "components a class: protoseg.ProtoSeg, gmmseg.GMMSeg, or cbp.CBP with per_class above 1"
+                f"{name} needs a classifier with several components a class: protoseg.ProtoSeg, "
+                "gmmseg.GMMSeg, or cbp.CBP with per_class above 1"
             )
         with torch.autocast(scores.device.type, enabled=False):
             scores = precise(scores)  # (B, K, M, h, w)
@@ -70,8 +71,8 @@ class Distance(Contrast):
     def forward(self, step):
         if step.prototypes["classifier"].densities:
             raise UserError(
-                "protoseg.Distance needs cosines, and the scores of this classifier are log-densities: take "
-                "gmmseg.Contrast alone, or the classifier protoseg.ProtoSeg"
+                "protoseg.Distance needs cosines, and the scores of this classifier are "
+                "log-densities: take gmmseg.Contrast alone, or the classifier protoseg.ProtoSeg"
             )
         return super().forward(step)
 

@@ -53,7 +53,7 @@ EVERY = pytest.mark.parametrize("name", PEERS)
 
 
 def build(name, **options):
-    """In float64, training; its batch norm is not, so that it does not tell one batch from its halves."""
+    """In float64, training but for batch norm, which would tell one batch from its halves."""
     torch.manual_seed(0)
     part = PEERS[name](**options).double().eval()
     part.training = True
@@ -96,7 +96,7 @@ def follow(part, *batch, number=0):
 
 
 def evaluate(term, part, features, labels, pixels=None):
-    """A loss on the features, which are labelled at twice their size; `pixels` are those of the step."""
+    """A loss on features that are labelled at twice their size; `pixels` are those of the step."""
     labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
     step = a_step(look(part, features), labels, prototypes=part)
     if pixels is not None:

@@ -1,4 +1,4 @@
-"""The record of a step: its fields, what it counts, what is refused, and that a skipped step teaches nothing."""
+"""The record of a step: its fields, what it counts, what is refused, what a skipped step leaves."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ from tests.runs import TINY_UDA, train
 
 K, D, IGNORE = 4, 8, 255
 
-# --- fields ----------------------------------------------------------------------------------------------------------
+# --- fields ---------------------------------------------------------------------------------------
 
 RECORDS = {
     "Step": (a_step, "number, total, source"),
@@ -82,7 +82,7 @@ def test_a_batch_is_loaded_as_floats_ids_and_numbers():
     assert batch.extra["pseudo_labels"].item() == 3
 
 
-# --- what it counts --------------------------------------------------------------------------------------------------
+# --- what it counts -------------------------------------------------------------------------------
 
 
 def test_pixels_are_the_labelled_ones_of_the_view_or_those_of_the_whole_step(monkeypatch):
@@ -133,7 +133,7 @@ def test_scores_are_found_by_the_name_of_their_head():
         bare.scores("region")
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["parameter", "buffer", "layer"])
@@ -195,7 +195,7 @@ def test_a_missing_member_is_named_with_who_asks_and_the_remedy():
     )
 
 
-# --- what a skipped step teaches -------------------------------------------------------------------------------------
+# --- what a skipped step teaches ------------------------------------------------------------------
 
 GIVEN = {"num_classes": K, "in_channels": D}
 FOLLOWERS = {

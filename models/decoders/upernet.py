@@ -1,7 +1,7 @@
 """UPerNet (Xiao et al., ECCV 2018): pyramid pooling on the coarsest map, then a feature pyramid, all maps joined.
 
     model.decoder: {name: upernet.UPerNet, width: 512}
-    model.auxiliary: {stage: 3}        the head for training alone that usually comes with it
+    model.heads.auxiliary: {name: auxiliary.Auxiliary, stage: 3}      # usually comes with it
     losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}]
 
 Layers as in MMSegmentation, by general knowledge: every convolution without bias and followed by batch norm and ReLU.
