@@ -100,3 +100,6 @@ def check(content, path, needed=EVALUATED):
         raise WeightsError(f"{foreign}: 'classes' must be different, each with one colour")
     content["config"] = config.modern(content["config"])
     config.check(content["config"], f"the configuration in {path}")
+    stages = config.stages(config.override(content["config"], [])) if "stage" in content else []
+    if content.get("stage", -1) >= len(stages):
+        raise WeightsError(f"{foreign}: 'stage' must be one of its {len(stages)} stages")

@@ -283,7 +283,7 @@ WRONG = {
     "model": [[1], {"w": 3}, {3: torch.zeros(1)}, torch.zeros(2)],
     "teacher": [None, {"network.w": [1.0]}],
     "step": ["3", 3.5, -1, True, torch.tensor(3)],
-    "stage": [-1, "main", None],
+    "stage": [-1, "main", None, 1, 10**30],
     "stage_step": [0.5],
     "best": ["high", float("nan"), None],
     "seconds": [[1], float("inf")],
