@@ -83,7 +83,7 @@ METHODS = {
         TINY_UDA,
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none},"
         " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, frozen_bn: [decoder],"
-        " region: {stage: 3, cell: 2, ramp: 0, dropout: 0.0}}",
+        " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 0, dropout: 0.0}}}",
         TEACHER,
         "uda.mixer={name: mixers.ClassMix, target: true}",
         f"losses=[{CE}, {MIXED}, {{name: cross_entropy.CrossEntropy, head: region}}, {{name: tmt.RegionAdversarial}}]",
@@ -99,7 +99,7 @@ METHODS = {
     ),
     "PPAR": (  # weights relative to class means, their sum; order of the pixels
         TINY_DG,
-        "model.text_attention.layers=1",
+        "model.heads.text_attention={name: text_attention.TextAttention, layers: 1}",
         "dg.reweight.warmup=0.0",
         "losses=[{name: cross_entropy.CrossEntropy, by_weights: true}, {name: ppar.Alignment, ramp: 0.0},"
         " {name: ppar.TextFidelity}]",

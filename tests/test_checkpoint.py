@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from engine import checkpoint, distributed, weights
+from engine.config import Config
 from engine.errors import UserError
 from engine.weights import WeightsError, load_into, load_pretrained
+
+
+def find(folder, resume):
+    """The checkpoint that a run goes on from, None for a fresh start."""
+    path, saved = checkpoint.find(Config({"folder": str(folder), "resume": resume}))
+    assert (path is None) == (saved is None)
+    return saved
+
 
 
 def content(step, **more):
@@ -145,7 +154,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_checkpoint(tmp_path, 
         checkpoint.save_step(tmp_path, content(2), keep=2)
     monkeypatch.undo()
     assert len(list(tmp_path.glob("*.tmp.*"))) == 1 and steps(tmp_path) == [1]
-    assert checkpoint.find(tmp_path, "auto")["step"] == 1
+    assert find(tmp_path, "auto")["step"] == 1
+    checkpoint.tidy(tmp_path, 1, "auto")
     assert not list(tmp_path.glob("*.tmp.*"))
 
 
@@ -220,7 +230,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(tmp_path, 
     for step in (1, 2, 3):
         checkpoint.save_step(tmp_path, content(step), keep=3)
     truncate(tmp_path / "step_0000003.pt", size)
-    found = checkpoint.find(tmp_path, "auto")
+    found = find(tmp_path, "auto")
     assert found["step"] == 2 and torch.equal(found["model"]["w"], torch.full((3,), 2.0))
     assert (
         "skipping" in log.text
@@ -230,28 +240,28 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(tmp_path, 
 
 
 def test_without_a_usable_checkpoint_auto_starts_anew(tmp_path):
-    assert checkpoint.find(tmp_path, "auto") is None
-    assert checkpoint.find(tmp_path / "missing", "auto") is None
+    assert find(tmp_path, "auto") is None
+    assert find(tmp_path / "missing", "auto") is None
     (tmp_path / "step_0000001.pt").touch()
-    assert checkpoint.find(tmp_path, "auto") is None
+    assert find(tmp_path, "auto") is None
 
 
 def test_none_starts_anew_but_never_into_the_folder_of_another_run(tmp_path):
-    assert checkpoint.find(tmp_path, "none") is None
+    assert find(tmp_path, "none") is None
     checkpoint.save_step(tmp_path, content(1), keep=1)
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} holds checkpoints.*folder="):
-        checkpoint.find(tmp_path, "none")
+        find(tmp_path, "none")
 
 
 def test_a_path_is_taken_as_it_is_and_must_exist(tmp_path):
     checkpoint.save_step(tmp_path / ".", content(1), keep=5)
     checkpoint.save_step(tmp_path / ".", content(2), keep=5)
-    assert checkpoint.find(tmp_path, str(tmp_path / "step_0000001.pt"))["step"] == 1
+    assert find(tmp_path, str(tmp_path / "step_0000001.pt"))["step"] == 1
     with pytest.raises(WeightsError, match=r"there is no file .*step_0000007\.pt"):
-        checkpoint.find(tmp_path, str(tmp_path / "step_0000007.pt"))
+        find(tmp_path, str(tmp_path / "step_0000007.pt"))
     truncate(tmp_path / "step_0000002.pt")
     with pytest.raises(WeightsError, match=r"step_0000002\.pt is incomplete"):
-        checkpoint.find(tmp_path, str(tmp_path / "step_0000002.pt"))
+        find(tmp_path, str(tmp_path / "step_0000002.pt"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import yaml
 
 from engine import build as building
 from engine import config
-from engine.build import build, build_losses, build_members, call
+from engine.build import build
 from engine.config import (
     ConfigError,
     check_sections,
@@ -22,6 +22,8 @@ from engine.config import (
     save,
 )
 from engine.ranges import describe, is_a
+from losses.build import build_losses
+from models.build import build_prototypes
 from tests.fuzz import configurations
 from tests.runs import TINY, TINY_DG, TINY_UDA
 
@@ -31,14 +33,10 @@ data.rare_classes.min_pixels data.rare_classes.temperature data.root data.seen d
 data.target_augment.name data.test data.train.name data.val.name data.workers
 deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
 eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
-eval.subsets eval.weights folder log.every log.images_every losses model.auxiliary.convs model.auxiliary.dropout
-model.auxiliary.stage model.auxiliary.width model.backbone.name model.channels_last
+eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
 model.compile
-model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.projector.channels model.projector.width
-model.region.blocks model.region.cell model.region.detach model.region.dropout model.region.kappa
-model.region.opened model.region.ramp model.region.regions
-model.region.reverse model.region.rounds model.region.stage model.region.strength model.region.variant
-model.sync_bn model.text_attention.layers optimizer.betas optimizer.clip
+model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
+model.sync_bn optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
 resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers
@@ -327,13 +325,7 @@ WRONG = {
     "data.rare_classes.temperature": "-0.1",
     "data.rare_classes.min_pixels": "-1",
     "data.workers": "-1 1000000",
-    "model.projector.channels": "-1 1000000000",
-    "model.text_attention.layers": "-1 1000",
-    "model.auxiliary.dropout": "1.0 -0.1",
-    "model.region.variant": "biass",
-    "model.region.dropout": "1.0",
-    "model.region.cell": "0",
-    "model.region.opened": "1.5",
+    "model.heads": "[] {a/b:{}} {region:3}",
     "model.frozen_bn": "[head] backbone",
     "model.bn_views": "[1]",
     "uda.labelers": "{} [1]",
@@ -804,15 +796,15 @@ SCRIPTS = {"train_supervised": TINY, "train_uda": TINY_UDA, "train_dg": TINY_DG}
         ("train_supervised", "data.target_augment={name: transforms.Augment}", r"data\.target_augment has"),
         ("train_supervised", "model.bn_views=[source]", r"model\.bn_views has no effect"),
         ("train_supervised", "dg.style={name: style.FDA}", r"dg has no effect .* train_dg\.py"),
-        ("train_supervised", "model.projector.channels=16", r"model\.projector has no effect"),
-        ("train_supervised", "model.text_attention.layers=1", r"model\.text_attention has no effect"),
+        ("train_supervised", "model.heads.projector={name: projector.Projector, channels: 8}", r"model\.heads\.projector has"),
+        ("train_supervised", "model.heads.text_attention={name: none}", r"model\.heads\.text_attention has"),
         ("train_supervised", "prototypes.centroids.view=target", "train_supervised.py has no view 'target'"),
         ("train_supervised", "losses.0.view=mixed", "has no view 'mixed'; there are source, none"),
         ("train_dg", "uda.compare=false", "uda has no effect in train_dg"),
         ("train_dg", "stages=[{}]", "stages has no effect"),
         ("train_dg", "losses.0.view=target", "train_dg.py has no view 'target'"),
         ("train_uda", "dg.strong={name: mixers.ColorBlur}", "dg has no effect in train_uda"),
-        ("train_uda", "stages=[{model: {projector: {channels: 8}}}]", r"model\.projector has no effect"),
+        ("train_uda", "stages=[{model: {heads: {projector: {channels: 8}}}}]", r"model\.heads\.projector has"),
         ("train_supervised", "train.teacher=0", "there is no teacher: set train.teacher"),
         ("train_dg", "train.teacher=0", "there is no teacher"),
         ("train_uda", "stages=[{teacher: ema}, {teacher: none}]", "there is no teacher"),
@@ -1065,32 +1057,29 @@ def test_mistakes_in_real_components(package, spec, message):
 
 
 @pytest.mark.parametrize(
-    "package, spec, role",
+    "package, spec, face",
     [
-        ("datasets", {"name": "mixers.ClassMix"}, "data set"),
-        ("datasets", {"name": "transforms.Augment", "crop": [4, 4]}, "data set"),
-        ("datasets", {"name": "toy.Toy"}, "augmentation"),
-        ("datasets", {"name": "style.FDA"}, "mixer"),
-        ("datasets", {"name": "mixers.ClassMix"}, "style"),
-        ("losses", {"name": "self_training.TeacherConfidence"}, "loss"),
-        ("losses", {"name": "entropy.Entropy"}, "labeler"),
-        ("losses", {"name": "entropy.Entropy"}, "reweighting"),
-        ("losses", {"name": "occl.OCCL"}, "weight of the source"),
+        ("datasets", {"name": "mixers.ClassMix"}, "SegmentationData"),
+        ("datasets", {"name": "transforms.Augment", "crop": [4, 4]}, "SegmentationData"),
+        ("datasets", {"name": "toy.Toy"}, "Augment"),
+        ("datasets", {"name": "style.FDA"}, "Mixer"),
+        ("datasets", {"name": "mixers.ClassMix"}, "Style"),
+        ("losses", {"name": "self_training.TeacherConfidence"}, "Loss"),
+        ("losses", {"name": "entropy.Entropy"}, "Labeler"),
+        ("losses", {"name": "occl.OCCL"}, "Labeler"),
     ],
 )
-def test_a_part_in_the_place_of_another_kind_is_an_error(package, spec, role):
+def test_a_part_in_the_place_of_another_kind_is_an_error(package, spec, face):
     with pytest.raises(
-        ConfigError, match=rf"{spec['name']} is no {role}: it belongs to another key"
+        ConfigError, match=rf"{spec['name']} is no {face}: it belongs to another key"
     ):
-        build(package, spec, role, num_classes=3)
+        build(package, spec, face, num_classes=3)
 
 
-@pytest.mark.parametrize("name", ["classifier", "a.b", "keys", "training"])
+@pytest.mark.parametrize("name", ["classifier", "keys", "training"])
 def test_a_member_cannot_have_a_name_that_is_taken(name):
-    with pytest.raises(
-        ConfigError, match=f"prototypes: the name '{name}' is taken, or holds a '.'"
-    ):
-        build_members({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
+    with pytest.raises(ConfigError, match=f"prototypes: the name {name} is taken"):
+        build_prototypes({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
 
 
 def test_losses_are_named_after_their_modules():
@@ -1121,19 +1110,33 @@ def test_a_loss_that_is_not_understood_is_an_error(spec, message):
         build_losses([spec], num_classes=3)
 
 
-def test_call_passes_what_is_asked_for_and_nothing_else():
-    class Term:
-        def forward(self, b):
-            return b
+# --- keys that have moved ----------------------------------------------------------------------------------------------
 
-        def __call__(self, **arguments):
-            return self.forward(**arguments)
 
-    assert call(lambda a, c=7: (a, c), a=1, b=2) == (1, 7)
-    assert call(lambda c=7, a=0: (a, c), a=1, c=2) == (1, 2)
-    assert call(Term(), a=1, b=2) == 2
-    with pytest.raises(TypeError, match="missing"):
-        call(lambda missing: missing, a=1)
+@pytest.mark.parametrize("name", ["projector", "text_attention", "auxiliary", "region"])
+def test_a_key_that_has_moved_names_its_new_place(name):
+    with pytest.raises(ConfigError, match=rf"'model.{name}' has moved to model.heads.{name}=\{{name"):
+        load(TINY, [f"model.{name}={{stage: 1}}"])
+    with pytest.raises(ConfigError, match=rf"moved to stages.0.model.heads.{name}"):
+        load(TINY, [f"stages=[{{model: {{{name}: {{stage: 1}}}}}}]"])
+
+
+def test_the_configuration_of_an_older_checkpoint_becomes_one_of_today():
+    cfg = config.plain(load(TINY))
+    model = {k: v for k, v in cfg["model"].items() if k != "heads"}
+    old = {"projector": {"channels": 16, "width": 0}, "text_attention": {"layers": 0}}
+    old |= {"region": {"stage": 3, "cell": 2}, "auxiliary": {"stage": 0, "width": 8}}
+    stage = {"name": "source", "model": {"region": {"stage": 0}}}
+    new = config.modern(cfg | {"model": model | old, "stages": [stage, {"name": "adapt"}]})
+    assert new["model"]["heads"] == {
+        "projector": {"name": "projector.Projector", "channels": 16, "width": 0},
+        "text_attention": {"name": "none"},
+        "auxiliary": {"name": "none"},
+        "region": {"name": "region.Region", "stage": 3, "cell": 2},
+    }
+    assert new["stages"][0]["model"] == {"heads": {"region": {"name": "none"}}}
+    config.check(new, "here")
+    assert config.modern(cfg) == cfg
 
 
 # --- the fuzzer ----------------------------------------------------------------------------------------------------

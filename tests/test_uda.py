@@ -43,8 +43,8 @@ METHODS = {  # overrides of the smallest adaptation
     "TMT": (
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
         " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
-        " region: {stage: 3, cell: 2, ramp: 4, dropout: 0.0}}",
-        f"stages=[{SOURCE[:-1]}, model: {{region: {{stage: 0}}}}, losses: [{{name: cross_entropy.CrossEntropy}}]}},"
+        " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 4, dropout: 0.0}}}",
+        f"stages=[{SOURCE[:-1]}, model: {{heads: {{region: {{name: none}}}}}}, losses: [{{name: cross_entropy.CrossEntropy}}]}},"
         "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
         "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
         "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
@@ -67,7 +67,7 @@ def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
         path.unlink()
     (tmp_path / "parts" / "results.json").unlink()
     code, output = run(tmp_path / "parts", *options, config=TINY_UDA)
-    assert code == 0 and f"resumed at step {steps if steps <= 3 else steps - 3}" in output, output
+    assert code == 0 and f"step_{steps:07d}.pt" in output, output
     averaged = ("teacher",) if method != "BCL" else ()
     assert_same_state(last(tmp_path / "straight"), last(tmp_path / "parts"), keys=KEYS + averaged)
     one, two = (leaves(last(tmp_path / name)["rng"]).values() for name in ("straight", "parts"))

@@ -19,8 +19,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from engine import build, config, distributed, precision, schedule
+from datasets.build import Stream, build_data
+from engine import config, distributed, precision, schedule
+from engine.build import PACKAGES, build_any
 from engine.errors import UserError
+from losses.build import build_adaptation, build_losses
+from models.build import build_prototypes, build_segmentor, build_tower, joint_channels
 
 ROOT = Path(__file__).parent.parent.parent
 BASES = {
@@ -51,7 +55,7 @@ PARTS = [
     ("", "model.classifier", "{name: protoseg.ProtoSeg, per_class: 2, width: 8, momentum: 0.9, memory: 2, pixels: 5}"),
     ("", "model.classifier", "{name: gmmseg.GMMSeg, components: 2, width: 8, queue: 20, pixels: 5, update_every: 2}"),
     ("", "model.classifier", "{name: queries.Queries, layers: 1, heads: 2}"),
-    ("", "model.auxiliary", "{stage: 2, width: 8, convs: 1, dropout: 0.1}"),
+    ("", "model.heads.auxiliary", "{name: auxiliary.Auxiliary, stage: 2, width: 8, convs: 1, dropout: 0.1}"),
     ("", "model.frozen_bn", "[backbone, decoder]"),
     ("", "losses", "[{name: cross_entropy.CrossEntropy, ohem: 0.7, ohem_min: 9}, {name: occl.OCCL, temperature: 1}]"),
     ("", "losses", "[{name: occl.Orthogonality, weight: 0.1}, {name: protoseg.Contrast, temperature: 0.1}]"),
@@ -71,11 +75,11 @@ PARTS = [
     ("train_uda", "losses", "[{name: bcl.Contrast, temperature: 1, forward_weight: 2}, {name: tmt.RegionAdversarial}]"),
     ("train_uda", "losses", "[{name: bismap.SymmetricCrossEntropy, ce: 0.1, floor: 0.01}, {name: bismap.Consistency}]"),
     ("train_uda", "stages", "[{name: a, iters: 2, repeat: 2, lr_scale: 0.5}, {init: previous, teacher: frozen}]"),
-    ("train_uda", "model.region", "{stage: -1, variant: none, cell: 2, kappa: 5.0, rounds: 1}"),
+    ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0, rounds: 1}"),
     ("train_dg", "dg.reweight", "{name: ppar.Reweight, alpha: 1.0, low: 0.5, high: 2.0, temperature: 1, warmup: 0.5}"),
     ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], sigma: [0.1, 1.0]}"),
     ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, end: 0.9, samples: 100}, {name: ppar.TextFidelity}]"),
-    ("train_dg", "model.text_attention", "{layers: 1}"),
+    ("train_dg", "model.heads.text_attention", "{name: text_attention.TextAttention, layers: 1}"),
 ]  # fmt: skip
 
 ODD = [
@@ -85,7 +89,7 @@ ODD = [
     [0, 0], [2, 1], [0, 5], [1, 2, 3, 4], [[1]], [None], ["x"], {}, {"name": "none"}, {"name": 3}, {"name": "toy.Toy"},
     {"a": {"b": 1}}, {1: 2}, {None: None}, [{}], [{"name": "occl.OCCL"}],
 ]  # fmt: skip
-NAMES = [f"{path.stem}.{name}" for package in build.PACKAGES for path, name in (
+NAMES = [f"{path.stem}.{name}" for package in PACKAGES for path, name in (
     (path, line[6:].split("(")[0].split(":")[0])
     for path in sorted((ROOT / package.replace(".", "/")).glob("*.py"))
     for line in path.read_text("utf-8").splitlines() if line.startswith("class "))]  # fmt: skip
@@ -288,26 +292,25 @@ def attempt(script, path, overrides):
     for stage in config.stages(cfg)[:2]:
         stage.data |= {"cache": "cache", "workers": 0}
         distributed.seed_everything(stage.seed)
-        train, val, tests, target, monitor = build.build_data(stage)
-        joint = stage.model.projector.channels
-        network = build.build_segmentor(stage.model, len(train.CLASSES), False, train.CLASSES)
-        context = {
-            "num_classes": len(train.CLASSES),
-            "classes": tuple(train.CLASSES),
-            "seed": stage.seed,
-        }
+        data = build_data(stage)
+        classes, joint = tuple(data.train.CLASSES), joint_channels(stage.model)
+        network = build_segmentor(stage.model, classes, pretrained=False)
+        context = {"num_classes": len(classes), "classes": classes, "seed": stage.seed}
         context["in_channels"] = network.decoder.channels
-        build.build_members(stage.prototypes, joint if script == "train_dg" else 0, **context)
-        build.build_losses(stage.losses, **context)
-        build.build_adaptation(stage.uda, **context)
-        build.build_generalisation(stage, **context)
+        build_prototypes(stage.prototypes, joint if script == "train_dg" else 0, **context)
+        build_losses(stage.losses, **context)
+        build_adaptation(stage.uda, **context)
+        build_tower(stage.dg.tower, joint)
+        build_any("losses", stage.dg.reweight, "Labeler", **context)
+        build_any("datasets", stage.dg.style, "Style", **context)
+        build_any("datasets", stage.dg.strong, "ColorBlur", **context)
         schedule.set_lr(
             schedule.make_optimizer(network, stage.optimizer),
             schedule.factor(0, stage.train.iters, stage.schedule),
         )
-        for dataset in filter(None, (train, target)):
-            next(build.batches(dataset, stage, stage.seed, 0, device))
-        for dataset in filter(None, (val, monitor, *tests.values())):
+        for dataset in filter(None, (data.train, data.target)):
+            next(Stream(dataset, stage, stage.seed, 0, device))
+        for dataset in filter(None, (data.val, data.monitor, *data.test.values())):
             dataset[0]
 
 
