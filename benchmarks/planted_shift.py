@@ -19,17 +19,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datasets.base import IGNORE
-from datasets.toy import draw
+from datasets.toy import Toy, draw
 from engine import pictures
-from engine.build import build_segmentor
 from engine.config import load
-from engine.report import side_by_side
+from engine.step import Batch, Step, View
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial
-from models.segmentor import View
+from models.build import build_segmentor
 
-SIZE, K = (96, 128), 11
+SIZE = (96, 128)
 
 
 def scene(seed, index, shift=None):
@@ -69,7 +67,7 @@ def train(seed, reverse, options):
         f"model.heads.region={{name: region.Region, stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}",
     ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
-    model = build_segmentor(cfg.model, K).train()
+    model = build_segmentor(cfg.model, Toy.CLASSES).train()
     groups = [
         {"params": model.region.discriminator.parameters(), "lr": 1e-2}
     ]  # ten times the rate, as a head
@@ -87,13 +85,15 @@ def train(seed, reverse, options):
         optimizer, 1.0, 0.0, options.steps
     )  # else the last steps decide
     scored, adversarial = CrossEntropy(), RegionAdversarial()
-    for step in range(options.steps):
+    for number in range(options.steps):
         some, others = torch.randint(options.scenes, (2, 8))
         image, label, _ = (column[some] for column in scenes(1000, options.scenes))
         other = scenes(2000, options.scenes, options.shift)[0][others]
-        outputs = model({"source": View(image, "source"), "target": View(other, "target")}, step)
-        labels, valid = {"source": label}, {"source": (label != IGNORE).sum()}
-        (scored(outputs, labels, valid, {}) + adversarial(outputs)).backward()
+        step = Step(number, options.steps, Batch(image, label, some, some.tolist()))
+        step.views = {"source": View(image, "source"), "target": View(other, "target")}
+        step.labels["source"] = label
+        step.outputs = model(step.views, number)
+        (scored(step) + adversarial(step)).backward()
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
@@ -104,7 +104,7 @@ def train(seed, reverse, options):
 def measure(model, shift):
     """Area under the curve over 32 unseen pictures, and those pictures with 1 - T and box for the eye."""
     images, _, boxes = scenes(3000, 32, shift)
-    found = torch.cat([1 - model.segment(image[None]).aux["transferability"] for image in images])
+    found = torch.cat([1 - model.segment(image[None]).regions.transferability for image in images])
     inside = F.interpolate(boxes[:, None].float(), found.shape[1:], mode="area")[:, 0] > 0.5
     return area_under_curve(found, inside), (images, found, boxes)
 
@@ -115,7 +115,7 @@ def picture(images, found, boxes, count=4):
     high = (high - high.amin()) / (high.amax() - high.amin())
     columns = list(zip(images, boxes.float(), high))[:count]
     return pictures.stack(
-        [side_by_side(image, (), box=box, found=values) for image, box, values in columns]
+        [pictures.side_by_side(image, (), box=box, found=values) for image, box, values in columns]
     )
 
 

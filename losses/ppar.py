@@ -203,7 +203,7 @@ class Alignment(Loss):
     Args:
         view: the view whose embedding is aligned.
         easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes of each image
-            (models/text_attention.py). Classes that `easy` has not seen take `hard`.
+            (models/heads/text_attention.py). Classes that `easy` has not seen take `hard`.
         order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy" or "hard".
         start: share of the training after which one prototype becomes the other, until 0.8 of it.
         curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps all at all times.
