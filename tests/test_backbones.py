@@ -16,9 +16,10 @@ from torchvision.models import (
     swin_transformer,
 )
 
-from engine.build import TRAINING, build, build_segmentor, unwanted
+from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
+from engine.step import View
 from engine.weights import WeightsError, backbone_of, load_into
 from losses.cross_entropy import CrossEntropy
 from models.backbones.convnext import ConvNeXt
@@ -28,10 +29,13 @@ from models.backbones.resnet import ResNet
 from models.backbones.swin import Swin
 from models.backbones.vit import ViT
 from models.blocks import Guide
+from models.build import build_segmentor, training_keys
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
 from models.decoders.upernet import PooledNorm, UPerNet
-from models.segmentor import Auxiliary, Segmentor, View
+from models.heads.auxiliary import Auxiliary
+from models.segmentor import Segmentor
+from tests.records import a_step
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-dequantised.pth"
@@ -91,7 +95,7 @@ def test_networks_of_ade20k_have_their_published_size(backbone, decoder, million
         backbone = backbone()
         decoder = decoder(in_channels=backbone.channels)
         classifier = Linear(in_channels=decoder.channels, num_classes=150)
-        auxiliary = Auxiliary(backbone.channels[2], 150, stage=3, width=256, convs=1, dropout=0.1)
+        auxiliary = Auxiliary(map_channels=backbone.channels, num_classes=150, stage=3)
     assert decoder.channels == 512
     total = count(backbone, decoder, classifier, auxiliary) / 1e6
     assert round(total, 1 if isinstance(millions, float) else None) == millions
@@ -106,7 +110,8 @@ def test_base_networks_have_their_published_size(quick):
     for name, millions in sizes.items():
         model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
         with torch.device("meta"):
-            network = build_segmentor(model, 19 if "mobilenet" in name else 150, pretrained=False)
+            classes = [str(k) for k in range(19 if "mobilenet" in name else 150)]
+            network = build_segmentor(model, classes, pretrained=False)
         assert round(count(network) / 1e6, 1) == millions
 
 
@@ -699,20 +704,14 @@ def test_deep_stem_says_that_torchvisions_weights_do_not_fit(tmp_path):
 # --- checkpointing ---------------------------------------------------------------------------------------------------
 
 
-def guides(heads):
-    """Biases of attention that depend on what enters a block, so that gradients flow through them too."""
-
-    def bias(stage, block, x, keys):
-        small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[
-            :, None, 0
-        ]  # (B, 1, M)
-        return (
-            Guide(bias=small[:, :, None], values=1 + small[..., None].tanh())
-            if block == 1
-            else small[:, :, None]
-        )
-
-    return bias
+def guide(stage, block, x, keys):
+    """A bias of attention that depends on what enters a block, so that gradients flow through it too."""
+    small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[:, None, 0]  # (B, 1, M)
+    return (
+        Guide(bias=small[:, :, None], values=1 + small[..., None].tanh())
+        if block == 1
+        else small[:, :, None]
+    )
 
 
 CHECKPOINTED = {
@@ -759,7 +758,8 @@ def step(make, checkpointing, frozen, autocast):
     for norm in backbone.modules():
         if frozen and isinstance(norm, nn.BatchNorm2d):
             norm.eval()
-    guide = guides(backbone.heads) if hasattr(backbone, "heads") else None
+    given = {"bias": guide} if backbone.depths else {}
+    domains = [{"domain": name} if backbone.per_domain else {} for name in ("source", "target")]
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(
         2, 2, 3, 48, 64, generator=generator, dtype=torch.float32 if autocast else torch.float64
@@ -768,7 +768,9 @@ def step(make, checkpointing, frozen, autocast):
         Kept() as kept,
         torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext(),
     ):
-        maps = [*backbone(images[0], "source", guide), *backbone(images[1], "target", guide)]
+        maps = [
+            x for image, domain in zip(images, domains) for x in backbone(image, **domain, **given)
+        ]
         loss = sum((x.float() if autocast else x).square().mean() for x in maps)
     loss.backward()
     gradients = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
@@ -886,63 +888,45 @@ def test_a_single_mean_is_normalised_by_running_statistics():
 
 
 def with_auxiliary(**options):
-    model = load(
-        ROOT / "tests" / "tiny.yaml",
-        [f"model.auxiliary.{key}={value}" for key, value in options.items()],
-    ).model
+    heads = {"auxiliary": {"name": "auxiliary.Auxiliary", **options}} if options else {}
+    model = load(ROOT / "tests" / "tiny.yaml", [f"model.heads={heads}"]).model
     torch.manual_seed(0)
-    return build_segmentor(model, 5)
+    return build_segmentor(model, "abcde")
 
 
 def test_the_auxiliary_head_learns_in_training_and_costs_nothing_in_eval():
     network, plain = with_auxiliary(stage=2, width=12, convs=2), with_auxiliary()
-    assert plain.auxiliary is None
+    assert plain.heads == {}
     head = network.auxiliary
     assert [tuple(conv[0].weight.shape) for conv in head.convs] == [(12, 128, 3, 3), (12, 12, 3, 3)]
     assert head.classifier.weight.shape == (5, 12, 1, 1) and head.dropout.p == 0.1
-    views = {"source": View(torch.rand(2, 3, 48, 64), "source")}
-    outputs = network.train()(views)
-    assert outputs["source"].aux["auxiliary"].shape == (2, 5, 6, 8)
-    assert "auxiliary" not in plain.train()(views)["source"].aux
-    labels = {"source": torch.randint(0, 5, (2, 48, 64))}
-    valid = {"source": torch.tensor(2 * 48 * 64)}
-    CrossEntropy(head="auxiliary")(outputs, labels, valid, {}).backward()
+    image, labels = torch.rand(2, 3, 48, 64), torch.randint(0, 5, (2, 48, 64))
+    outputs = network.train()({"source": View(image, "source")})
+    assert outputs["source"].auxiliary.shape == (2, 5, 6, 8)
+    bare = plain.train()({"source": View(image)})
+    assert bare["source"].auxiliary is None
+    CrossEntropy(head="auxiliary")(a_step(outputs, labels)).backward()
     learned = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
-    assert learned == {"backbone", "auxiliary"} and all(
-        p.grad is not None for p in head.parameters()
-    )
+    assert learned == {"backbone", "auxiliary"}
+    assert all(p.grad is not None for p in head.parameters())
     assert network.backbone.layer3[0].conv1.weight.grad is None  # the map of stage 2
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    assert (
-        not network.eval()(views)["source"].aux
-        and not network.segment(views["source"].image).aux
-        and not calls
-    )
-    with pytest.raises(
-        UserError, match=r"no head 'auxiliary'; 'auxiliary' is that of model\.auxiliary\.stage"
-    ):
-        CrossEntropy(head="auxiliary")(plain(views), labels, valid, {})
+    assert network.eval().segment(image).auxiliary is None and not calls
+    with pytest.raises(UserError, match=r"no head 'auxiliary'; .*needs model\.heads\.auxiliary"):
+        CrossEntropy(head="auxiliary")(a_step(bare, labels))
 
 
 def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
     network, plain = with_auxiliary(stage=3, convs=0), with_auxiliary()
     assert network.auxiliary.classifier.in_channels == 256 and not len(network.auxiliary.convs)
-    load_into(
-        network,
-        plain.state_dict(),
-        source="a stage",
-        allow_missing=TRAINING,
-        drop=unwanted(network),
-    )
-    load_into(
-        plain, network.state_dict(), source="a stage", allow_missing=TRAINING, drop=unwanted(plain)
-    )
-    for stage in (4, -1):
-        with pytest.raises(
-            ConfigError,
-            match=rf"model\.auxiliary\.stage={stage} must be a map of resnet\.ResNet, 1 to 3",
-        ):
+    for new, old in ((network, plain), (plain, network)):
+        added, left_out = training_keys(new)
+        state = old.state_dict()
+        load_into(new, state, source="a stage", allow_missing=added, drop=left_out)
+    for stage in (4, 0, -1):
+        message = rf"auxiliary\.Auxiliary: stage={stage} must be a map of the backbone, 1 to 3"
+        with pytest.raises(ConfigError, match=message):
             with_auxiliary(stage=stage)
 
 

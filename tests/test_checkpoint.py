@@ -24,7 +24,6 @@ def find(folder, resume):
     return saved
 
 
-
 def content(step, **more):
     """The smallest checkpoint that a run can go on from."""
     states = {"model": {"w": torch.full((3,), float(step))}, "prototypes": {}, "scaler": {}}
@@ -136,7 +135,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, 
         raise OSError("No space left on device")
 
     monkeypatch.setattr(function, fail)
-    with pytest.raises(OSError, match=rf"{re.escape(str(path))} \(No space left.* GiB are free"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} \(No space left.* GiB are free"):
         checkpoint.save(path, content(2))
     monkeypatch.undo()
     assert checkpoint.load(path)["step"] == 1
@@ -188,7 +187,7 @@ def test_a_periodic_save_that_fails_is_a_warning_and_the_last_one_an_error(
         and str(error) in log.text
         and "training continues" in log.text
     )
-    with pytest.raises(OSError, match=re.escape(str(error))):
+    with pytest.raises(UserError, match=re.escape(str(error))):
         checkpoint.save_step(tmp_path, content(5), keep=1, final=True)
     assert not list(tmp_path.iterdir())
 

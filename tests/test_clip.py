@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.build import build, build_segmentor
+from engine.build import build
 from engine.config import Config, ConfigError
 from engine.errors import UserError
 from engine.weights import WeightsError
 from models.backbones.clip import MEAN, STD, ResNet, ViT
+from models.build import build_segmentor
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
 
@@ -583,12 +584,9 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
         frozen_bn=[],
         bn_views=[],
         channels_last=True,
-        projector=Config(channels=0, width=0),
-        text_attention=Config(layers=0),
-        region=Config(stage=0),
-        auxiliary=Config(stage=0),
+        heads=Config(),
     )
-    first, second = (build_segmentor(model, 3).eval() for _ in range(2))
+    first, second = (build_segmentor(model, "abc").eval() for _ in range(2))
     second.load_state_dict(first.state_dict())
     image = torch.rand(1, 3, 70, 49)
     assert torch.equal(first.segment(image).logits, second.segment(image).logits)

@@ -1025,8 +1025,8 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         ("datasets", {"name": "base.DataError"}, "has no class 'DataError'"),
         (
             "datasets",
-            {"name": "mixers.ColorBlur", "sigma": [1]},
-            "'sigma' must be a list of length 2",
+            {"name": "mixers.ColorBlur", "color": [1]},
+            "'color' must be a list of length 4",
         ),
         (
             "models.prototypes",
@@ -1115,7 +1115,9 @@ def test_a_loss_that_is_not_understood_is_an_error(spec, message):
 
 @pytest.mark.parametrize("name", ["projector", "text_attention", "auxiliary", "region"])
 def test_a_key_that_has_moved_names_its_new_place(name):
-    with pytest.raises(ConfigError, match=rf"'model.{name}' has moved to model.heads.{name}=\{{name"):
+    with pytest.raises(
+        ConfigError, match=rf"'model.{name}' has moved to model.heads.{name}=\{{name"
+    ):
         load(TINY, [f"model.{name}={{stage: 1}}"])
     with pytest.raises(ConfigError, match=rf"moved to stages.0.model.heads.{name}"):
         load(TINY, [f"stages=[{{model: {{{name}: {{stage: 1}}}}}}]"])

@@ -9,16 +9,11 @@ from torch import nn
 
 from benchmarks import reproduce
 from datasets.base import DataError
-from engine.build import (
-    build,
-    build_adaptation,
-    build_generalisation,
-    build_losses,
-    build_members,
-    build_segmentor,
-)
+from engine.build import build, build_any
 from engine.config import check_sections, load, stages
 from engine.schedule import make_optimizer
+from losses.build import build_adaptation, build_losses
+from models.build import build_prototypes, build_segmentor, build_tower, joint_channels
 from tests.runs import ROOT
 
 EXPERIMENTS = sorted(
@@ -67,10 +62,8 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
             if spec["name"] != "none":
                 build("datasets", spec)
         classes = classes_of(train[0])
-        context, joint = (
-            {"num_classes": len(classes), "classes": classes, "seed": 0},
-            cfg.model.projector.channels,
-        )
+        context = {"num_classes": len(classes), "classes": classes, "seed": 0}
+        joint = joint_channels(cfg.model)
         specs = dict(cfg.prototypes)
         if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped
             torch.save(
@@ -82,14 +75,16 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
             cfg.dg.tower["weights"] = "none"
         context["in_channels"] = 1
         text = {name: spec for name, spec in specs.items() if spec["name"] == "text.Text"}
-        build_members(text, joint, **context)
+        build_prototypes(text, joint, **context)
         with torch.device("meta"):
-            network = build_segmentor(cfg.model, len(classes), pretrained=False)
+            network = build_segmentor(cfg.model, classes, pretrained=False)
             context["in_channels"] = network.decoder.channels
-            members, _ = build_members(
-                {k: v for k, v in specs.items() if k not in text}, joint, **context
-            )
-            build_generalisation(cfg, **context)
+            others = {name: spec for name, spec in specs.items() if name not in text}
+            members, *_ = build_prototypes(others, joint, **context)
+            build_tower(cfg.dg.tower, joint)
+        build_any("losses", cfg.dg.reweight, **context)
+        for key in ("style", "strong"):
+            build_any("datasets", cfg.dg[key], **context)
         members = {*members, *text}
         terms, _ = build_losses(cfg.losses, **context)
         labelers, *_ = build_adaptation(cfg.uda, **context)

@@ -278,7 +278,8 @@ def test_a_wrong_configuration_is_one_clear_error(tmp_path, override, message):
 
 def test_a_tower_of_another_space_is_an_error(tmp_path, tiny_clip):
     with pytest.raises(
-        UserError, match=r"has 24 channels, and that of model\.heads\.projector 16: set its channels to 24"
+        UserError,
+        match=r"has 24 channels, and that of model\.heads\.projector 16: set its channels to 24",
     ):
         train(tmp_path / "run", *tiny_clip[2:3], config=TINY_DG)
 

@@ -10,19 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from engine.build import build, build_segmentor
+from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
+from engine.step import View
 from engine.weights import WeightsError
 from models.backbones.mit import MiT
 from models.backbones.resnet import IBN, ResNet
+from models.build import build_segmentor
 from models.classifiers.branch_sum import BranchSum
 from models.classifiers.linear import Linear
 from models.decoders.daformer import DAFormer
 from models.decoders.deeplabv2 import DeepLabV2
 from models.decoders.fcn import FCN
 from models.decoders.segformer_mlp import SegFormerMLP
-from models.segmentor import Segmentor, View
+from models.segmentor import Segmentor
 
 ROOT = Path(__file__).parent.parent
 
@@ -360,7 +362,7 @@ def test_mit_bias_of_a_constant_changes_nothing_and_none_is_no_bias_at_all(mit):
 def test_mit_asks_for_the_bias_of_every_block_and_gives_it_to_that_one(mit):
     entered, got, calls, handles = [], [], [], []
     for s in range(1, 5):
-        for block in getattr(mit, f"block{s}"):
+        for block in mit.stage_blocks(s):
             handles.append(
                 block.register_forward_pre_hook(
                     lambda m, a: entered.append(a[0].permute(0, 3, 1, 2))
@@ -686,7 +688,8 @@ NETWORKS = [
 def test_base_networks_build_and_run(name, num_classes, channels, stride):
     model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
     with torch.device("meta"):
-        network = build_segmentor(model, num_classes, pretrained=False).eval()
+        classes = [str(number) for number in range(num_classes)]
+        network = build_segmentor(model, classes, pretrained=False).eval()
         output = network.segment(torch.rand(1, 3, 128, 96))
     assert output.features.shape == (1, channels, 128 // stride, 96 // stride)
     assert output.logits.shape == (1, num_classes, 128 // stride, 96 // stride)

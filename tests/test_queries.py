@@ -3,15 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models.region import uncertainty
 
-from engine.build import build_segmentor
-from engine.config import load
-from engine.errors import UserError
-from engine.report import draw_regions
+from engine.config import ConfigError, load
+from engine.step import Output, Regions, View
 from losses.cross_entropy import CrossEntropy
+from models.build import build_segmentor
 from models.classifiers.queries import Queries, positions
-from models.segmentor import View
+from models.heads.region import uncertainty
+from tests.records import a_step
 
 K, D = 5, 16
 NETWORK = [
@@ -19,11 +18,12 @@ NETWORK = [
     "model.decoder={name: deeplabv3plus.DeepLabV3Plus, width: 16}",
     "model.classifier={name: queries.Queries, layers: 2}",
 ]
-REGION = "model.region={stage: -1, variant: mask, cell: 4, ramp: 0}"
+REGION = "model.heads.region={name: region.Region, stage: -1, variant: mask, cell: 4, ramp: 0}"
 
 
 def network(*texts):
-    return build_segmentor(load("configs/toy/uda_source_only.yaml", [*NETWORK, *texts]).model, K)
+    cfg = load("configs/toy/uda_source_only.yaml", [*NETWORK, *texts])
+    return build_segmentor(cfg.model, "abcde")
 
 
 def one_layer():
@@ -77,7 +77,8 @@ def test_opened_pixels_are_seen_by_every_query():
     part.layers[0].cross.register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[3])
     )
-    opened = part(features, opens=lambda logits: corner)
+    regions = Regions(None, None, None, opens=lambda logits: corner)
+    opened = part(features, Output(regions=regions))
     own = torch.eye(K, dtype=torch.bool).repeat(1, 4)
     assert torch.equal(seen[0][0], own | corner.flatten(1))
     assert (opened - part(features)).abs().max() > 1e-6
@@ -106,20 +107,18 @@ def test_heads_must_divide_the_channels():
 
 def test_logits_of_the_layers_before_are_for_training_alone():
     model, image = network(), torch.rand(2, 3, 32, 40)
-    aux = model.train()({"source": View(image)})["source"].aux
-    assert set(aux) == {"query0", "query1"} and aux["query0"].shape[1] == K
-    assert not model.eval().segment(image).aux
+    output = model.train()({"source": View(image)})["source"]
+    assert [logits.shape[:2] for logits in output.layers] == [(2, K)] * 2
+    assert output.scores("query0") is output.layers[0]
+    assert output.scores("query1") is output.layers[1]
+    assert model.eval().segment(image).layers == ()
 
 
 def test_every_parameter_learns_where_all_layers_are_scored():
     model = network().train()
     labels = {"source": torch.randint(K, (2, 32, 40))}
-    outputs = model({"source": View(torch.rand(2, 3, 32, 40))})
-    valid = {"source": torch.tensor(labels["source"].numel())}
-    sum(
-        CrossEntropy(head=head)(outputs, labels, valid, {})
-        for head in ("logits", "query0", "query1")
-    ).backward()
+    step = a_step(model({"source": View(torch.rand(2, 3, 32, 40))}), labels)
+    sum(CrossEntropy(head=head)(step) for head in ("logits", "query0", "query1")).backward()
     silent = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
@@ -127,7 +126,10 @@ def test_every_parameter_learns_where_all_layers_are_scored():
 
 
 def test_tmt_opens_its_share_of_the_pixels_where_priority_is_highest():
-    model, image = network(REGION, "model.region.opened=0.25").eval(), torch.rand(1, 3, 64, 64)
+    model, image = (
+        network(REGION, "model.heads.region.opened=0.25").eval(),
+        torch.rand(1, 3, 64, 64),
+    )
     seen, logits = [], []
     layer = model.classifier.layers[1]
     layer.cross.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
@@ -135,9 +137,9 @@ def test_tmt_opens_its_share_of_the_pixels_where_priority_is_highest():
         lambda module, arguments, output: logits.append(output)
     )
     output = model.segment(image)
-    before = torch.einsum("bkd,bdhw->bkhw", model.classifier.vectors(logits[0]), output.features)
-    priority = ((1 - output.aux["transferability"]) * uncertainty(before)).flatten(1)
-    torch.testing.assert_close(output.aux["priority"].flatten(1), priority)
+    before = torch.einsum("bkd,bdhw->bkhw", model.classifier.project(logits[0]), output.features)
+    priority = ((1 - output.regions.transferability) * uncertainty(before)).flatten(1)
+    torch.testing.assert_close(output.regions.priority.flatten(1), priority)
     opened = priority >= priority.quantile(0.75)
     assert 0.24 < opened.double().mean() < 0.27
     assert torch.equal(seen[0][0] | opened, seen[0][0])  # every query sees what is opened
@@ -145,14 +147,14 @@ def test_tmt_opens_its_share_of_the_pixels_where_priority_is_highest():
     log = type(
         "Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})}
     )()
-    draw_regions(log, 1, model, image)
+    model.region.draw(log, 1, model, image)
     assert drawn["regions"].shape[1] > 3 * 64 and drawn["regions"].std() > 10
 
 
 def test_opening_nothing_is_the_plain_decoder():
     torch.manual_seed(0)
     guided, plain, image = (
-        network(REGION, "model.region.opened=0").eval(),
+        network(REGION, "model.heads.region.opened=0").eval(),
         network().eval(),
         torch.rand(2, 3, 32, 40),
     )
@@ -163,13 +165,15 @@ def test_opening_nothing_is_the_plain_decoder():
 
 
 def test_the_mask_needs_queries_and_the_decoders_features():
-    with pytest.raises(UserError, match=r"queries\.Queries"):
+    with pytest.raises(ConfigError, match=r"queries\.Queries"):
         network(REGION, "model.classifier={name: linear.Linear}")
-    with pytest.raises(UserError, match="variant"):
-        network("model.region={stage: -1, variant: bias}")
+    with pytest.raises(ConfigError, match="on stage -1 variant must be none or mask, not bias"):
+        network("model.heads.region={name: region.Region, stage: -1, variant: bias}")
 
 
 def test_regions_of_the_decoder_without_a_mask_suit_any_classifier():
-    model = network(REGION, "model.region.variant=none", "model.classifier={name: linear.Linear}")
-    aux = model.train()({"source": View(torch.rand(2, 3, 32, 40))})["source"].aux
-    assert aux["domain"].requires_grad and "priority" not in aux
+    model = network(
+        REGION, "model.heads.region.variant=none", "model.classifier={name: linear.Linear}"
+    )
+    regions = model.train()({"source": View(torch.rand(2, 3, 32, 40))})["source"].regions
+    assert regions.domain.requires_grad and regions.priority is None and regions.opens is None

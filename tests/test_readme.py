@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.build import build_segmentor
 from engine.config import load, read_yaml
+from models.build import build_segmentor
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -71,4 +71,4 @@ def test_the_recipe_for_own_data_loads(tmp_path):
 def test_what_experiments_start_from_loads_and_its_network_can_be_built(path):
     cfg = load(path)
     with torch.device("meta"):
-        build_segmentor(cfg.model, 19, pretrained=False)
+        build_segmentor(cfg.model, [str(k) for k in range(19)], pretrained=False)

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models.region import (
+
+from benchmarks.planted_shift import area_under_curve
+from engine.build import build
+from engine.config import ConfigError, load
+from engine.errors import UserError
+from engine.step import Output, Regions
+from losses.cross_entropy import CrossEntropy
+from losses.tmt import RegionAdversarial
+from models.build import build_segmentor
+from models.heads.region import (
     Region,
     Reversal,
     assign,
@@ -19,44 +28,27 @@ from models.region import (
     to_cells,
     uncertainty,
 )
-
-from benchmarks.planted_shift import area_under_curve
-from engine.build import build_segmentor, call
-from engine.config import load
-from engine.errors import UserError
-from engine.report import draw_regions
-from losses.cross_entropy import CrossEntropy
-from losses.tmt import RegionAdversarial
-from models.segmentor import Output
+from tests.records import a_step, an_output
 from tests.runs import TINY_UDA
 
 D, K = 6, 4
-OPTIONS = {
-    "channels": D,
-    "num_classes": K,
-    "depth": 3,
-    "variant": "bias",
-    "stage": 2,
-    "blocks": 1,
-    "regions": "adaptive",
-    "cell": 4,
-    "kappa": 10.0,
-    "rounds": 3,
-    "strength": 1.0,
-    "opened": 0.1,
-    "detach": True,
-    "ramp": 0,
-    "reverse": True,
-    "dropout": 0.5,
-}
 
 
 def maps(height=16, width=20, batch=2):
     return torch.randn(batch, D, height, width, dtype=torch.float64)
 
 
-def region(**options):
-    return Region(**OPTIONS | options).double()
+def region(channels=D, depth=3, **options):
+    """On the second stage of a transformer, without a ramp unless it is asked for."""
+    context = {"in_channels": 1, "map_channels": [1, channels], "depths": [9, depth]}
+    context |= {"num_classes": K, "classifier": None, "stage": 2, "ramp": 0}
+    return Region(**context | options).double()
+
+
+def adversarial(part, x, step=0):
+    """Loss of the domains of {view: maps (B, D, h, w)}."""
+    found = {view: part.find(value, step) for view, value in x.items()}
+    return RegionAdversarial()(a_step({view: Output(regions=r) for view, r in found.items()}))
 
 
 def dense(assignment, cell, size):
@@ -186,15 +178,12 @@ def test_dense_transferability_lies_between_that_of_the_regions():
     part = region()
     x = maps()
     means = group(x, 4, 10.0, 3)[1]
-    tau, found = part.transferability(means), part.look(x, 0)
-    assert (
-        found["transferability"].min() >= tau.min() - 1e-12
-        and found["transferability"].max() <= tau.max() + 1e-12
-    )
-    assert (found["priority"] >= 0).all() and (found["priority"] <= 1).all()
-    torch.testing.assert_close(
-        found["priority"], (1 - found["transferability"]) * found["uncertainty"]
-    )
+    tau, found = part.transferability(means), part.find(x, 0)
+    assert found.transferability.min() >= tau.min() - 1e-12
+    assert found.transferability.max() <= tau.max() + 1e-12
+    assert (found.priority >= 0).all() and (found.priority <= 1).all()
+    torch.testing.assert_close(found.priority, (1 - found.transferability) * found.uncertainty)
+    torch.testing.assert_close(found.uncertainty, uncertainty(found.logits))
 
 
 def test_uncertainty_is_one_for_equal_logits_and_zero_for_a_certain_one():
@@ -219,8 +208,7 @@ def test_the_discriminator_learns_and_the_features_learn_the_opposite(reverse):
     part = region(reverse=reverse, ramp=10).eval()
     x = {name: maps().requires_grad_() for name in ("source", "target")}
     for step, factor in ((0, 0.0), (10, reversal(10, 10))):
-        outputs = {name: Output(None, None, part.look(value, step)) for name, value in x.items()}
-        loss = RegionAdversarial()(outputs)
+        loss = adversarial(part, x, step)
         weights = list(part.discriminator.parameters())
         grads = torch.autograd.grad(loss, [*x.values(), *weights], allow_unused=True)
         assert all(g.abs().sum() > 0 for g in grads[2:])
@@ -229,39 +217,43 @@ def test_the_discriminator_learns_and_the_features_learn_the_opposite(reverse):
             continue
         straight = region(reverse=True, ramp=0).eval()
         straight.load_state_dict(part.state_dict())
-        outputs = {name: Output(None, None, straight.look(value, 0)) for name, value in x.items()}
-        full = torch.autograd.grad(RegionAdversarial()(outputs), list(x.values()))
+        full = torch.autograd.grad(adversarial(straight, x), list(x.values()))
         for found, one in zip(grads, full):
             torch.testing.assert_close(found, factor * one)
 
 
+def regions_of(domain=None, **fields):
+    """An Output whose regions have these fields."""
+    return an_output(regions=Regions(None, domain, None, **fields))
+
+
 def test_the_adversarial_loss_is_the_mean_of_both_domains():
     domain = {"source": torch.randn(2, 3, 4), "target": torch.randn(1, 3, 4)}
-    outputs = {name: Output(None, None, {"domain": value}) for name, value in domain.items()}
+    outputs = {name: regions_of(domain=value) for name, value in domain.items()}
     expected = [
         F.binary_cross_entropy_with_logits(value, torch.full_like(value, float(name == "source")))
         for name, value in domain.items()
     ]
-    torch.testing.assert_close(RegionAdversarial()(outputs), sum(expected) / 2)
+    torch.testing.assert_close(RegionAdversarial()(a_step(outputs)), sum(expected) / 2)
 
 
 def test_swapping_the_domains_changes_no_transferability():
     part = region().eval()
     x = maps()
-    before = part.look(x, 0)["transferability"]
+    before = part.find(x, 0).transferability
     last = part.discriminator[-1]
     with torch.no_grad():
         last.weight.neg_()
         last.bias.neg_()
-    torch.testing.assert_close(part.look(x, 0)["transferability"], before)
+    torch.testing.assert_close(part.find(x, 0).transferability, before)
 
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_segmentation_loss_trains_the_discriminator_only_if_it_may(detach):
     part = region(detach=detach).eval()
-    found = part.look(maps(), 0)
+    found = part.find(maps(), 0)
     guide = part.guide(found, (2, 3))
-    loss = guide.bias.square().sum() + 0 * found["domain"].sum()
+    loss = guide.bias.square().sum() + 0 * found.domain.sum()
     loss.backward()
     moved = sum(float(p.grad.abs().sum()) for p in part.discriminator.parameters())
     assert (moved == 0) == detach
@@ -270,22 +262,13 @@ def test_the_segmentation_loss_trains_the_discriminator_only_if_it_may(detach):
 def test_the_head_of_the_regions_learns_as_cross_entropy_does():
     logits, labels = torch.randn(2, K, 4, 5), torch.randint(0, K, (2, 8, 10))
     labels[0, :3] = 255
-    outputs = {"source": Output(None, None, {"region": logits})}
-    found = CrossEntropy(head="region")(
-        outputs, {"source": labels}, {"source": (labels != 255).sum()}, {}
-    )
+    found = CrossEntropy(head="region")(a_step(regions_of(logits=logits), labels))
     big = F.interpolate(logits, (8, 10), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, F.cross_entropy(big, labels, ignore_index=255))
+    bare = a_step(an_output(logits, logits), labels)
     for loss in (CrossEntropy(head="region"), RegionAdversarial(target="source")):
-        with pytest.raises(UserError, match=r"model\.region\.stage"):
-            bare = {"source": Output(logits, logits, {})}
-            call(
-                loss,
-                outputs=bare,
-                labels={"source": labels},
-                valid={"source": labels.sum()},
-                weights={},
-            )
+        with pytest.raises(UserError, match=r"model\.heads\.region"):
+            loss(bare)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -301,7 +284,7 @@ def attention(guide, queries=7, keys=6, dim=8):
 
 
 def guided(priority, **options):
-    found = {"priority": priority, "transferability": priority}
+    found = Regions(None, None, transferability=priority, priority=priority)
     return region(**options).guide(found, (2, 3))
 
 
@@ -310,10 +293,9 @@ def test_equal_priorities_and_no_strength_leave_attention_as_it_is():
     for value in (0.0, 0.3, 1.0):
         same = attention(guided(torch.full((2, 4, 6), value).double()))[0]
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
-    found, calls = {}, []
-    watch = region(strength=0.0).watch(0, found)
-    calls.append(watch(2, 2, maps(), (2, 3)))
-    assert calls == [None] and "priority" in found
+    output = Output()
+    bias = region(strength=0.0).bias(output, 0)
+    assert bias(2, 2, maps(), (2, 3)) is None and output.regions.priority is not None
 
 
 def test_the_bias_is_multiplication_and_normalisation():
@@ -334,9 +316,9 @@ def test_keys_of_low_transferability_and_high_uncertainty_gain():
     ratio = weights / plain
     assert (ratio.diff(dim=3) > 0).all()
     part, x = region().eval(), maps()
-    found = part.look(x, 0)
-    best = found["priority"].flatten(1).argmax(1)
-    product = (1 - found["transferability"]).flatten(1) * found["uncertainty"].flatten(1)
+    found = part.find(x, 0)
+    best = found.priority.flatten(1).argmax(1)
+    product = (1 - found.transferability).flatten(1) * found.uncertainty.flatten(1)
     assert torch.equal(best, product.argmax(1))
 
 
@@ -350,23 +332,44 @@ def test_tvt_multiplies_by_transferability_without_normalising():
 
 
 def test_only_the_last_blocks_are_guided():
-    part, found = region(blocks=2, depth=4), {}
-    watch = part.watch(0, found)
+    part, output = region(blocks=2, depth=4), Output()
+    bias = part.bias(output, 0)
     x = maps()
-    assert watch(1, 3, x, (4, 5)) is None and watch(2, 1, x, (4, 5)) is None and not found
-    assert watch(2, 2, x, (4, 5)).bias.shape == (2, 1, 1, 20)
-    first = dict(found)
-    assert watch(2, 3, maps(), (2, 2)).bias.shape == (2, 1, 1, 4)
-    assert all(found[name] is first[name] for name in first)  # grouped once
-    tvt = region(variant="tvt", blocks=2, depth=4).watch(0, {})
+    assert bias(1, 3, x, (4, 5)) is None and bias(2, 1, x, (4, 5)) is None
+    assert output.regions is None
+    assert bias(2, 2, x, (4, 5)).bias.shape == (2, 1, 1, 20)
+    first = dict(vars(output.regions))
+    assert first["keys"] == (4, 5)
+    assert bias(2, 3, maps(), (2, 2)).bias.shape == (2, 1, 1, 4)
+    assert all(vars(output.regions)[name] is first[name] for name in first)  # grouped once
+    tvt = region(variant="tvt", blocks=2, depth=4).bias(Output(), 0)
     assert tvt(2, 2, x, (4, 5)) is None and tvt(2, 3, x, (4, 5)).values.shape == (2, 1, 20, 1)
 
 
-def test_a_wrong_option_is_a_clear_error():
-    with pytest.raises(UserError, match="variant must be none, bias, tvt, and"):
-        region(variant="mask")
-    with pytest.raises(UserError, match="blocks=4 must be 1 to 3"):
-        region(blocks=4)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variant": "mask"}, "variant must be none, bias or tvt, not mask"),
+        ({"blocks": 4}, "blocks=4 must be 1 to 3"),
+        ({"cell": 0}, "cell=0 at least 1"),
+        ({"rounds": -1}, "rounds=-1 at least 0"),
+        ({"opened": 1.5}, "opened=1.5 a share, 0 to 1"),
+        ({"stage": 3}, "stage=3 must be a stage of a transformer"),
+        ({"stage": 0}, "stage=0 must be a stage of a transformer"),
+    ],
+)
+def test_a_wrong_option_is_a_clear_error(options, message):
+    spec = {"name": "region.Region", "stage": 2, **options}
+    context = {"in_channels": 1, "map_channels": [1, D], "depths": [9, 3], "num_classes": K}
+    with pytest.raises(ConfigError, match=message):
+        build("models.heads", spec, classifier=None, **context)
+
+
+class Drawn(dict):
+    """A log that keeps its pictures."""
+
+    def picture(self, name, picture, step):
+        self[name] = picture
 
 
 @pytest.mark.parametrize("variant", ["bias", "tvt", "none"])
@@ -378,20 +381,19 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
         f"model.backbone={ {'name': backbone, 'weights': 'none', 'drop_path': 0.0, **spec} }",
         "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}",
         "model.classifier={name: linear.Linear}",
-        f"model.region={ {'stage': stage, 'cell': 2, 'variant': variant} }",
+        f"model.heads.region={ {'name': 'region.Region', 'stage': stage, 'cell': 2, 'variant': variant} }",
     ]
-    network = build_segmentor(load(TINY_UDA, changes).model, 4, pretrained=False).eval()
+    network = build_segmentor(load(TINY_UDA, changes).model, "abcd", pretrained=False).eval()
     image = torch.rand(1, 3, 64, 96)
     guided = network.segment(image)
-    assert guided.aux["priority"].shape == guided.aux["transferability"].shape == (1, 4, 6)
-    drawn = {}
-    log = type(
-        "Log", (), {"picture": lambda self, name, picture, step: drawn.update({name: picture})}
-    )()
-    draw_regions(log, 1, network, image)
+    assert guided.regions.priority.shape == guided.regions.transferability.shape == (1, 4, 6)
+    drawn = Drawn()
+    network.region.draw(drawn, 1, network.train(), image)
     assert drawn["regions"].shape[1] > 6 * 96 and drawn["regions"].std() > 10
-    network.region = None
+    assert network.training
+    network.eval().head_names.remove("region")
     plain = network.segment(image)
+    assert plain.regions is None
     assert torch.allclose(plain.logits, guided.logits) == (variant == "none")
 
 
@@ -409,12 +411,9 @@ def test_a_shift_in_one_part_of_the_picture_is_found_by_a_probe():
     optimizer = torch.optim.Adam(part.discriminator.parameters(), 1e-2)
     for _ in range(150):
         source, target = (layout + 0.3 * torch.randn(4, 32, 16, 20).double() for _ in range(2))
-        outputs = {"source": Output(None, None, part.look(source, 0))}
-        outputs["target"] = Output(None, None, part.look(target + moved, 0))
         optimizer.zero_grad()
-        RegionAdversarial()(outputs).backward()
+        adversarial(part, {"source": source, "target": target + moved}).backward()
         optimizer.step()
-    found = part.eval().look(layout + 0.3 * torch.randn(1, 32, 16, 20).double() + moved, 0)[
-        "transferability"
-    ]
-    assert area_under_curve(1 - found.detach().flatten(), shift.flatten()) > 0.8
+    found = part.eval().find(layout + 0.3 * torch.randn(1, 32, 16, 20).double() + moved, 0)
+    doubtful = 1 - found.transferability.detach()
+    assert area_under_curve(doubtful.flatten(), shift.flatten()) > 0.8

@@ -16,6 +16,7 @@ from engine.build import build
 from engine.config import ConfigError
 from engine.errors import UserError
 from models.prototypes.text import CLASSES, TEMPLATES, main, read_classes, read_names
+from tests.records import a_step
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "clip"
@@ -107,8 +108,8 @@ def test_score_is_the_cosine_and_nothing_changes_the_rows(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         assert member.score(features.bfloat16()).dtype == torch.float32
     before = {key: value.clone() for key, value in member.state_dict().items()}
-    member.update([(features, labels, None)])
-    member.fit(lambda: [(features, labels, None)])
+    member.update([(features, labels, None)], a_step())
+    member.fit(lambda: [(features, labels, None)], {})
     assert all(torch.equal(value, before[key]) for key, value in member.state_dict().items())
 
 

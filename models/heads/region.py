@@ -238,17 +238,16 @@ class Region(Head):
         depth = blocks if on_decoder else depths[stage - 1]
         variants = ("none", "mask") if on_decoder else ("none", "bias", "tvt")
         if variant not in variants:
-            raise ValueError(
-                f"on stage {stage} variant must be {' or '.join(variants)}, not {variant}"
-            )
+            allowed = f"{', '.join(variants[:-1])} or {variants[-1]}"
+            raise ValueError(f"on stage {stage} variant must be {allowed}, not {variant}")
         if variant == "mask" and not classifier.takes_masks:
             raise ValueError(
                 "variant=mask opens the masks of model.classifier: {name: queries.Queries}"
             )
         if not 0 <= opened <= 1 or not 1 <= blocks <= depth or cell < 1 or rounds < 0:
             raise ValueError(
-                f"opened={opened} must be a share, 0 to 1, blocks={blocks} 1 to {depth}, cell={cell} at least 1, "
-                f"rounds={rounds} at least 0"
+                f"blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
+                f"least 0, and opened={opened} a share, 0 to 1"
             )
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
