@@ -5,7 +5,7 @@ model.backbone: {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options
 """
 
 from engine.errors import UserError
-from engine.weights import load_into, read
+from engine.weights import load_into, read, reason
 from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
 from models.blocks import Normalize
@@ -29,7 +29,10 @@ def create(model, **options):
     ) as error:  # of many types: no features, no such tag or option, no weights, no connection
         if isinstance(error, TypeError) and options.pop("dynamic_img_size", False):
             return create(model, **options)  # only some vision transformers know it
-        raise ValueError(f"timm cannot make {model}: {type(error).__name__}: {error}") from error
+        hint = "; give a local copy by weights=PATH, or set HF_HUB_OFFLINE=1 to skip the retries"
+        raise ValueError(
+            f"timm cannot make {model} ({reason(error)}){hint if isinstance(error, OSError) else ''}"
+        ) from error
 
 
 class Timm(Backbone):

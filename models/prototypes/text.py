@@ -238,7 +238,12 @@ def load_clip(model, pretrained):
         raise UserError(f"open_clip has no model '{model}'; {near(model, open_clip.list_models())}")
     if tag := open_clip.pretrained.get_pretrained_cfg(model, pretrained):
         quick = tag.get("quick_gelu", False)
-        network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
+        try:
+            network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"could not download or read {pretrained} of {model} ({reason(error)}); give a copy by pretrained=PATH"
+            ) from None
     elif Path(pretrained).is_file():
         state = unwrap(read(pretrained), pretrained)
         quick = config.get("quick_gelu", False) or bool(OPENAI & state.keys())
