@@ -148,7 +148,7 @@ def test_plain_arrays_take_names_from_a_list_or_a_file(tmp_path):
         (NAMES, {"rows": ["a"]}, "leave out the option rows"),
         (NAMES, {"classes": ("Road", "Car", "Sky")}, None),
         (NAMES, {"classes": ("Road", "Car", "ROAD", "Sky")}, "several classes are called road"),
-        (NAMES, {"in_channels": 8}, r"6 channels.* 8: set model\.projector\.channels=6"),
+        (NAMES, {"in_channels": 8}, r"6 channels.* 8: set model\.heads\.projector=.*channels: 6}"),
     ],
 )
 def test_mismatches_name_what_is_wrong_and_what_to_do(names, options, message, tmp_path):

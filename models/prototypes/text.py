@@ -204,8 +204,8 @@ class Text(Prototypes):
         if vectors.shape[1] != in_channels:
             raise ValueError(
                 f"{file} has rows of {vectors.shape[1]} channels and the features have {in_channels}: set "
-                f"model.heads.projector={{name: projector.Projector, channels: {vectors.shape[1]}}} "
-                "and space: joint, or take text of another model"
+                "model.heads.projector={name: projector.Projector, channels: "
+                f"{vectors.shape[1]}}} and space: joint, or take text of another model"
             )
         vectors, taken = F.normalize(vectors, dim=1), choose(names, classes, map or {}, file)
         text = F.normalize(torch.stack([vectors[rows].mean(0) for rows in taken]), dim=1)
