@@ -82,12 +82,17 @@ def leave(code, message=""):
     if message:
         say(message)
     kill_loaders()
-    last = threading.Timer(3.0, os._exit, [code])
-    last.daemon = True
-    last.start()
+    end_by_force(code, 3.0)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     sys.exit(code)
+
+
+def end_by_force(code, seconds):
+    """After some seconds, if the process still runs."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def kill_loaders():

@@ -22,7 +22,7 @@ from datasets.statistics import class_counts, read_counts, write_counts
 from datasets.voc import VOC
 from engine import checkpoint, weights
 from engine.build import build
-from engine.config import ConfigError
+from engine.config import Config, ConfigError
 from engine.errors import UserError
 from engine.files import read_array, read_json, read_json_lines, read_text
 from engine.weights import WeightsError, load_pretrained
@@ -91,7 +91,7 @@ def test_find_takes_an_older_checkpoint_for_any_flip_in_the_newest(tmp_path, cap
         damaged = bytearray(data)
         damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        content = checkpoint.find(tmp_path, "auto")
+        content = checkpoint.find(Config({"folder": tmp_path, "resume": "auto"}))[1]
         steps.append(content["step"])
         expected = a_checkpoint() | {"step": content["step"]}
         assert content.keys() == expected.keys()
@@ -320,7 +320,7 @@ def test_a_checkpoint_without_what_evaluation_or_a_resumed_run_needs_says_what_i
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
 
     def resume(path):
-        checkpoint.find(tmp_path, str(path))
+        checkpoint.find(Config({"folder": tmp_path / "none", "resume": str(path)}))
 
     text = refused(tmp_path / "best.pt", read=resume)
     assert "cannot be resumed from: it lacks optimizer, scaler, rng; take a step_<n>.pt" in text

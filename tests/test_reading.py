@@ -26,6 +26,7 @@ from datasets.reading import (
 )
 from datasets.voc import VOC
 from engine.build import build
+from engine.errors import UserError
 from tests.fuzz import pictures
 from tests.fuzz.pictures import png, tiff
 from tests.test_datasets import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
@@ -467,7 +468,7 @@ def test_lists_are_utf_8_with_or_without_a_mark_and_names_may_have_blanks(tmp_pa
 def test_lists_in_other_encodings_are_named(tmp_path, data, encoding):
     path, read = listed(tmp_path, data)
     path.write_bytes("a\nü c\n".encode(encoding))
-    with pytest.raises(DataError, match=f"the list {path} is not UTF-8 text: save it as UTF-8"):
+    with pytest.raises(UserError, match=f"{path} is not text in UTF-8 but .*: save it as UTF-8"):
         read()
 
 

@@ -77,7 +77,7 @@ class CBP(Classifier):
         ortho: bool = True,
         init: str = "random",
         rows: str | list[str] | None = None,
-        map: dict[str, list[str]] | None = None,
+        map: dict[str, list[str] | str] | None = None,
         fallback: Literal["none", "project", "polar", "etf"] = "none",
         per_class: Few = 1,
         pool: Literal["max", "logsumexp"] = "max",

@@ -194,7 +194,7 @@ class Text(Prototypes):
         classes,
         file: str,
         rows: str | list[str] | None = None,
-        map: dict[str, list[str]] | None = None,
+        map: dict[str, list[str] | str] | None = None,
         center: bool = True,
     ):
         super().__init__()
