@@ -40,6 +40,7 @@ DAMAGE = (
     struct.error,
 )
 FOLDER = 0x10  # a bit that no checksum covers: PyTorch returns whatever lies in memory for a folder
+UNSAFE = re.compile(rb"\n(bytearray|_rebuild_sparse_tensor)\n")
 DEPTH = 50  # of lists and dicts within each other
 
 
@@ -121,10 +122,14 @@ def check_archive(path):
 
 
 def check_pickle(data, path):
-    """Raise WeightsError where unpickling, though it runs no code, would allocate as many bytes as it likes."""
-    if data.find(b"\nbytearray\n") >= 0:
+    """Raise WeightsError for what PyTorch takes for safe and is not.
+
+    Unpickling a bytearray allocates as many bytes as it likes, and a damaged sparse tensor makes PyTorch refuse the
+    next file too.
+    """
+    if found := UNSAFE.search(data):
         raise WeightsError(
-            f"{path} holds more than tensors and plain values (bytearray); it is not loaded"
+            f"{path} holds more than tensors and plain values ({found[1].decode()}); it is not loaded"
         )
 
 
@@ -200,7 +205,7 @@ def check_content(content, path):
 def check_tensor(tensor, size, path):
     """Raise WeightsError unless a file of so many bytes can hold every number of a tensor."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise WeightsError(f"{path} holds a tensor that is sparse or has no data")
+        raise WeightsError(f"{path} holds a tensor without its numbers")
     needed = tensor.numel() * tensor.element_size()
     stored = min(tensor.untyped_storage().nbytes(), size)
     if needed > stored:
