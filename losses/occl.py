@@ -24,8 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
+<<<<<<< HEAD
 from engine.ranges import Count, NonNegative, Positive
 from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
+=======
+from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels
+>>>>>>> w/h
 from losses.base import Loss, member
 
 # Logit of a class without pixels: finite, so that fully masked rows have finite gradients.
@@ -187,6 +191,6 @@ class Orthogonality(Loss):
     def forward(self, step):
         vectors = member(step.prototypes, self.prototypes, "occl.Orthogonality").every()
         with torch.autocast(vectors.device.type, enabled=False):
-            vectors = F.normalize(vectors, dim=1, eps=1e-6)
+            vectors = F.normalize(precise(vectors), dim=1, eps=1e-6)
             squares, count = (vectors @ vectors.T).square(), len(vectors)
             return (squares.sum() - squares.trace()) / max(1, count * (count - 1))

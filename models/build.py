@@ -49,12 +49,14 @@ def joint_channels(model):
     return present(model.heads).get("projector", {}).get("channels", 0)
 
 
-# Parts for training alone, which a stage may add to the network of the one before or leave out.
-def training_keys(network):
-    """(patterns of heads that may keep their initial values, patterns of heads that the network does not have)."""
-    return [f"{name}.*" for name in HEADS], [
-        f"{name}.*" for name in HEADS if name not in network.heads
-    ]
+def head_keys(network, state):
+    """What a stage may add to the network of the one before or leave out, which is every head.
+
+    Returns:
+        patterns of the heads of the network; patterns of those that the state dict alone has.
+    """
+    gone = {key.partition(".")[0] for key in state} - {name for name, _ in network.named_children()}
+    return [f"{name}.*" for name in network.heads], [f"{name}.*" for name in sorted(gone)]
 
 
 def initial_network(cfg, classes, previous):
@@ -70,7 +72,7 @@ def initial_network(cfg, classes, previous):
         # A stem per domain starts from the shared one.
         stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
         known = {own: state[shared] for own, shared in stems.items() if shared in state}
-        new, unwanted = training_keys(network)
+        new, unwanted = head_keys(network, state)
         weights.load_into(network, known | state, source=init, allow_missing=new, drop=unwanted)
     return network
 

@@ -24,20 +24,24 @@ class Segmentor(nn.Module):
         bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
             normalised by its own batch all the same.
     Raises:
-        ValueError: `frozen_bn` names something else.
+        UserError: `frozen_bn` names something else, or a head has a name that the network needs itself.
     """
 
     def __init__(self, backbone, decoder, classifier, heads=None, frozen_bn=(), bn_views=()):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
+        self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         self.head_names = list(heads or {})
+        if taken := {*self.head_names} & {*dir(self)}:
+            raise UserError(
+                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, the network has that already"
+            )
         for name, head in (heads or {}).items():
             self.add_module(name, head)
         if unknown := set(frozen_bn) - {"backbone", "decoder", "projector"}:
-            raise ValueError(
+            raise UserError(
                 f"model.frozen_bn may name backbone, decoder and projector, not {', '.join(sorted(unknown))}"
             )
-        self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         for norm in self._frozen_norms():
             norm.requires_grad_(False)
 

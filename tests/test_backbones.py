@@ -29,7 +29,7 @@ from models.backbones.resnet import ResNet
 from models.backbones.swin import Swin
 from models.backbones.vit import ViT
 from models.blocks import Guide
-from models.build import build_segmentor, training_keys
+from models.build import build_segmentor, head_keys
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
 from models.decoders.upernet import PooledNorm, UPerNet
@@ -921,8 +921,8 @@ def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
     network, plain = with_auxiliary(stage=3, convs=0), with_auxiliary()
     assert network.auxiliary.classifier.in_channels == 256 and not len(network.auxiliary.convs)
     for new, old in ((network, plain), (plain, network)):
-        added, left_out = training_keys(new)
         state = old.state_dict()
+        added, left_out = head_keys(new, state)
         load_into(new, state, source="a stage", allow_missing=added, drop=left_out)
     for stage in (4, 0, -1):
         message = rf"auxiliary\.Auxiliary: stage={stage} must be a map of the backbone, 1 to 3"

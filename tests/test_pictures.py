@@ -2,8 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 
-from engine.pictures import GREY, WHITE, colorize, heatmap, legend, overlay, stack, strip
+from engine.pictures import (
+    GREY,
+    SMALLEST,
+    WHITE,
+    colorize,
+    heatmap,
+    legend,
+    overlay,
+    side_by_side,
+    stack,
+    strip,
+)
 
 PALETTE = np.array([[128, 128, 128], [128, 0, 0], [0, 128, 192]])
 NAMES = ["Sky", "Building", "Bicyclist"]
@@ -132,3 +144,15 @@ def test_heatmap_of_any_size_stays_a_sensible_picture(rows, columns):
 def test_what_does_not_fit_is_an_error_with_the_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_maps_stand_beside_their_image_and_small_ones_are_enlarged():
+    image = torch.zeros(3, 10, 12)
+    labels, weights = torch.ones(10, 12, dtype=torch.long), torch.full((10, 12), 2.0)
+    picture = side_by_side(image, PALETTE, labels=labels, weights=weights)
+    assert picture.dtype == np.uint8 and picture.shape[0] >= SMALLEST
+    third = picture.shape[1] // 3
+    middle = [picture[-SMALLEST // 2, third // 2 + i * third] for i in range(3)]
+    assert middle[0].tolist() == [0, 0, 0] and middle[2].tolist() == [255, 255, 255]  # 2 is clipped
+    assert middle[1][0] > 0 and middle[1][1:].tolist() == [0, 0]
+    assert side_by_side(image, PALETTE, labels=labels).shape[1] < picture.shape[1]

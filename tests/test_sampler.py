@@ -8,11 +8,14 @@ import torch
 from PIL import Image
 
 from datasets.base import DataError, SegmentationData
+from datasets.build import Stream
 from datasets.folder import Folder
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.statistics import class_counts
 from datasets.toy import Toy
-from tests.runs import as_two_processes
+from engine import distributed
+from engine.config import load
+from tests.runs import TINY, as_two_processes
 
 
 def micro_batches(length, make=StreamSampler, **options):
@@ -35,6 +38,30 @@ def steps(length, *, accumulate=1, world_size=1, **options):
         ]
         for s in range(count)
     ]
+
+
+@pytest.mark.parametrize("make", [StreamSampler, lambda _, **o: RareClassSampler(ALONE, **o)])
+def test_the_samples_of_a_step_are_those_of_all_processes(make):
+    options = {"batch_size": 8, "stop": 3, "make": make}
+    sampler = make(11, batch_size=8, accumulate=2, world_size=2, rank=1, start=1, stop=3)
+    expected = steps(11, accumulate=2, world_size=2, **options)
+    assert [sampler.samples(step) for step in range(3)] == expected
+
+
+def test_a_stream_goes_on_at_its_step_and_knows_the_whole_of_one(monkeypatch):
+    cfg = load(TINY, ["train={iters: 3, batch_size: 4, accumulate: 2}"])
+    data, device = Toy(length=5, size=[16, 24]), torch.device("cpu")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    batches = {}
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        stream = Stream(data, cfg, 3, 1, device)
+        batches |= {(part, rank): next(stream) for part in range(2)}
+        assert next(stream)["sample"].tolist() == [8 + rank]  # the first of the next step
+    whole, parts = stream.whole(1), [batches[key] for key in sorted(batches)]
+    assert whole["sample"].tolist() == [4, 5, 6, 7]
+    for key in ("image", "label", "index", "sample"):
+        assert torch.equal(whole[key], torch.cat([part[key] for part in parts]))
 
 
 def test_each_epoch_is_another_permutation():

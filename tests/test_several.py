@@ -12,13 +12,16 @@ from PIL import Image
 
 from datasets import check
 from datasets.base import DataError, SegmentationData, to_device
+from datasets.build import build_data
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.several import Several
 from datasets.statistics import class_counts
 from datasets.toy import Toy
 from datasets.transforms import Augment
+from engine.config import ConfigError, load
 from engine.inference import evaluate
 from engine.prepare import Preparation
+from tests.runs import TINY
 
 SIZE = (8, 12)
 
@@ -301,3 +304,31 @@ def test_check_walks_over_several_sets_and_reports_what_is_left_out(tmp_path, ca
     text = capsys.readouterr().out
     assert "train: Several Toy train + Toy train, 5 images" in text and "target: Several" in text
     assert (Path(tmp_path) / "run" / "check" / "augmented.png").is_file()
+
+
+# --- the data of a configuration -------------------------------------------------------------------------------------
+
+ONE = "{name: toy.Toy, size: [16, 24], length: 3}"
+
+
+def test_a_configuration_names_the_sets_of_a_run():
+    texts = [f"data.{name}={ONE}" for name in ("train", "val", "monitor")]
+    texts += [f"data.test={{toy: {{name: none}}, other: {ONE}}}", f"data.target=[{ONE}, {ONE}]"]
+    data = build_data(load(TINY, texts))
+    assert [len(data.train), len(data.val), len(data.monitor)] == [3, 3, 3]
+    assert list(data.test) == ["other"]
+    assert isinstance(data.target, Several) and len(data.target) == 6
+    assert all((sample["label"] == 255).all() for sample in data.target)
+    assert data.train.augment and data.target.parts[0].augment and not data.val.augment
+    assert data.target.parts[0].seed == data.train.seed + 1
+    small = build_data(load(TINY, ["data.val={name: none}", f"data.train=[{ONE}]"]))
+    assert isinstance(small.train, Toy) and small[1] is small.target is small.monitor is None
+
+
+def test_sets_that_do_not_belong_together_are_named():
+    other = "{name: toy.Toy, size: [16, 24], length: 3, label_space: {road: [Road], sky: [Sky]}}"
+    for key in ("val", "target", "monitor", "test.other"):
+        with pytest.raises(ConfigError, match=rf"data\.{key} has 2 classes \(road, sky\) and data"):
+            build_data(load(TINY, [f"data.{key}={other}"]))
+    with pytest.raises(ConfigError, match=r"set data\.val or data\.test"):
+        build_data(load(TINY, ["data.val={name: none}", "data.test.toy={name: none}"]))
