@@ -24,12 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
-<<<<<<< HEAD
 from engine.ranges import Count, NonNegative, Positive
-from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
-=======
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels
->>>>>>> w/h
 from losses.base import Loss, member
 
 # Logit of a class without pixels: finite, so that fully masked rows have finite gradients.

@@ -1183,18 +1183,20 @@ def test_unlabelled_dataset_has_the_same_images_and_ignore_everywhere(name, tmp_
 # --- who may import whom ---------------------------------------------------------------------------------------------
 
 OURS = ("engine", "models", "losses", "datasets", "benchmarks", "eval", "predict", "train_")
-<<<<<<< HEAD
-LEAVES = (
-    "engine.ranges",
-    "engine.distributed",
-    "engine.statistics",
-    "engine.weights",
-    "engine.errors",
-=======
 LEAVES = tuple(
     f"engine.{name}"
-    for name in ("distributed", "errors", "pictures", "process", "statistics", "step", "weights")
->>>>>>> w/h
+    for name in (
+        "distributed",
+        "errors",
+        "files",
+        "metrics",
+        "pictures",
+        "process",
+        "ranges",
+        "statistics",
+        "step",
+        "weights",
+    )
 )
 EXTRA = {  # beside its own folder and the leaves
     "models": ("models.blocks",),
