@@ -30,12 +30,13 @@ from datasets.transforms import Augment
 from engine.build import build
 from engine.config import ConfigError, load, stages
 from engine.errors import UserError
-from engine.step import Record, Regions, View
+from engine.step import Record, View
 from losses.base import Labeler, Loss
 from models.backbones.base import Backbone
 from models.build import HEADS, build_segmentor, initial_network, restore
 from models.classifiers.base import Classifier
 from models.heads.base import Head
+from models.heads.region import Regions
 from models.prototypes.base import Prototypes
 from models.segmentor import Segmentor
 from tests.records import a_batch, a_step, an_output

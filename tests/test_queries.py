@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import ConfigError, load
-from engine.step import Output, Regions, View
+from engine.step import Output, View
 from losses.cross_entropy import CrossEntropy
 from models.build import build_segmentor
 from models.classifiers.queries import Queries, positions
-from models.heads.region import uncertainty
+from models.heads.region import Regions, uncertainty
 from tests.records import a_step
 
 K, D = 5, 16

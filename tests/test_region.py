@@ -10,12 +10,13 @@ from benchmarks.planted_shift import area_under_curve
 from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
-from engine.step import Output, Regions
+from engine.step import Output
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial
 from models.build import build_segmentor
 from models.heads.region import (
     Region,
+    Regions,
     Reversal,
     assign,
     doubt,
