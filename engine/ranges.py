@@ -102,6 +102,8 @@ def describe(kind):
         return f"{', '.join(most)} or {last}" if most else last
     if origin is list:
         return f"a list, each {describe(arguments[0])}"
+    if origin is dict:
+        return f"a mapping, each value {describe(arguments[1])}"
     words = {int: "an int", float: "a float", str: "a string", bool: "true or false"}
     words |= {list: "a list", dict: "a mapping", None: "null", types.NoneType: "null"}
     return words.get(origin or kind) or f"a {kind.__name__}"

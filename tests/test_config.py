@@ -483,7 +483,7 @@ def test_an_override_that_cannot_be_is_one_short_sentence(write, given, message)
         ([0.5], config.Scales, "a list of length 1 to 100, each a float in (0, 16]"),
         (None, int | None, "an int or null"),
         (2, config.Literal["a", 2], "a or 2"),
-        ({"a": {}}, dict[config.Name, dict], "a mapping"),
+        ({"a": {}}, dict[config.Name, dict], "a mapping, each value a mapping"),
     ],
 )
 def test_a_kind_in_words(value, kind, words):
