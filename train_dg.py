@@ -57,6 +57,7 @@ def evidence(steps, view, space, teacher, tower, autocast):
 @record
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
+    config.check_sections(cfg, "train_dg")
     device = distributed.setup(cfg)
     to_console()
     run = Run(cfg, device)

@@ -25,6 +25,7 @@ from models.build import build_prototypes, build_segmentor
 @record
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
+    config.check_sections(cfg, "train_supervised")
     device = distributed.setup(cfg)
     to_console()
     run = Run(cfg, device)

@@ -29,6 +29,32 @@ from models.build import build_prototypes, build_segmentor, initial_network, res
 logger = logging.getLogger("engine")
 
 
+def build_parts(cfg, model, classes):
+    """The parts of a stage around its network.
+
+    Returns:
+        members, {name: view that a member follows}, losses, their factors, labelers, the same after
+        the source weights, style, mixer.
+    Raises:
+        ConfigError: a part that is not one, or that needs a teacher where there is none.
+    """
+    context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
+    context |= {"classes": classes, "seed": cfg.seed}
+    members, view_of, _ = build_prototypes(cfg.prototypes, **context)
+    losses, factors = build_losses(cfg.losses, **context)
+    labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
+    labeling = [source_weights, *labelers] if source_weights else [*labelers]
+    if any(part.needs_teacher for part in [*labeling, *losses.values()]):
+        where = f"stage {cfg.stage.name}"
+        if cfg.stage.teacher == "none":
+            raise config.ConfigError(f"{where}: a labeler or a loss needs a teacher: ema or frozen")
+        if cfg.stage.teacher == "ema" and not cfg.train.teacher:
+            raise config.ConfigError(
+                f"{where}: train.teacher=0 would copy the student; set 0.99 to 0.999"
+            )
+    return members, view_of, losses, factors, labelers, labeling, style, mixer
+
+
 def train_stage(run, cfg, number, offset, data, previous):
     """One stage from its start, or from the checkpoint of the run in it.
 
@@ -42,38 +68,24 @@ def train_stage(run, cfg, number, offset, data, previous):
     # --- build ---
     classes, device, resumed = tuple(data.train.CLASSES), run.device, run.resumes(number)
     distributed.seed_everything(cfg.seed + 1009 * number)
-    model = (
-        build_segmentor(cfg.model, classes, False)
-        if resumed
-        else initial_network(cfg, classes, previous)
-    )
+    if resumed:
+        model = build_segmentor(cfg.model, classes, pretrained=False)
+    else:
+        model = initial_network(cfg, classes, previous)
     model = distributed.place(model, device, cfg.model.sync_bn)
-    context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
-    context |= {"classes": classes, "seed": cfg.seed}
-    members, view_of, _ = build_prototypes(cfg.prototypes, **context)
-    members = members.to(device)
+    members, view_of, losses, factors, labelers, labeling, style, mixer = build_parts(
+        cfg, model, classes
+    )
+    members, labelers = members.to(device), labelers.to(device)
     prototypes = {"classifier": model.classifier, **members}
-    losses, factors = build_losses(cfg.losses, **context)
-    labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
-    labelers = labelers.to(device)
-    labeling = [source_weights, *labelers] if source_weights else [*labelers]
-    origin = (
-        model if previous is None else previous
-    )  # the network that labels: what the stage starts or learns from
+    # The network that labels: what the stage starts or learns from.
+    origin = model if previous is None else previous
     teacher = None
     if cfg.stage.teacher == "ema":
         teacher = Teacher(model, cfg.train.teacher)
     elif cfg.stage.teacher == "frozen":
         teacher = Teacher(origin, 1.0)
     needs_teacher = any(part.needs_teacher for part in [*labeling, *losses.values()])
-    if needs_teacher and not teacher:
-        raise config.ConfigError(
-            f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen"
-        )
-    if needs_teacher and cfg.stage.teacher == "ema" and not cfg.train.teacher:
-        raise config.ConfigError(
-            f"stage {cfg.stage.name}: train.teacher=0 would copy the student; set 0.99 to 0.999"
-        )
     optimizer = schedule.make_optimizer(model, cfg.optimizer)
     scaler = precision.make_scaler(device, cfg.precision)
     autocast = precision.autocast(device, cfg.precision)
@@ -201,15 +213,18 @@ def train_stage(run, cfg, number, offset, data, previous):
 @record
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
+    config.check_sections(cfg, "train_uda")
     device = distributed.setup(cfg)
     to_console()
     run = Run(cfg, device)
     stages = config.stages(cfg)
-    data = [
-        build_data(stage) for stage in stages
-    ]  # all of them first: a mistake should not show up only after hours
+    # All of them first: a mistake should not show up only after hours.
+    data = [build_data(stage) for stage in stages]
     if any(one.target is None for one in data):
         raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
+    classes = tuple(data[0].train.CLASSES)
+    for stage in {str(stage | {"stage": stage.stage.teacher}): stage for stage in stages}.values():
+        build_parts(stage, build_segmentor(stage.model, classes, False), classes)
     run.open(sum(stage.train.iters for stage in stages), train=data[0].train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 

@@ -103,7 +103,7 @@ def replacing(path):
         UserError: the file cannot be written, because the disk is full, say.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

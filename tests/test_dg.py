@@ -79,7 +79,7 @@ def test_the_branch_changes_no_logit_at_inference(tmp_path):
     network = restore(path, ["eval.weights=student"])[0]
     image = torch.rand(1, 3, 32, 48)
     expected = network.segment(image)
-    assert expected.aux == {}
+    assert expected.embedding is None and expected.text is None
     network.head_names = []
     assert torch.equal(network.segment(image).logits, expected.logits)
 
@@ -249,7 +249,7 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.seen=[day]", "data.seen names day; the test sets are"),
+        ("data.seen=[day]", "data.seen names 'day', which is not in data.test"),
         (
             "prototypes.visual.view=tower",
             "prototypes.visual: view must be source, none, teacher .* or tower",
@@ -266,7 +266,7 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
         ),
         ("prototypes.visual.text=clip", "VisualText needs the prototypes 'clip'"),
         (
-            "model.heads.text_attention={name:text_attention.TextAttention} prototypes.text={name: none}",
+            "model.heads.text_attention={name: text_attention.TextAttention} prototypes.text={name: none}",
             "needs the rows that look at the image",
         ),
     ],

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.build import build_data
 from datasets.toy import Toy
 from engine import report
-from engine.build import build_data
 from engine.config import load
 from engine.errors import UserError
 from engine.files import inside, replacing, write, write_picture
@@ -63,6 +63,15 @@ def matrix(classes, counts):
     return filled
 
 
+def a_run(folder):
+    """What the reports ask of an engine.run.Run."""
+    log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
+    standing = {"done": 5, "offset": 2, "total": 7, "best": 0.0, "known": {}, "about": {}}
+    return types.SimpleNamespace(
+        writer=log, device=CPU, folder=folder, seconds=lambda: 1.0, **standing
+    )
+
+
 def test_before_and_after_is_about_the_classes_that_both_have(monkeypatch, said):
     names = ["Sky", "Road", "Car"]
     # Neither the truth nor the network before has a car, the network after sees some: its IoU is 0 there.
@@ -91,8 +100,7 @@ def test_of_no_pseudo_labels_none_is_right_or_wrong(said, labelled, text):
         def label(self, network, image, prototypes):
             return torch.full((1, *image.shape[-2:]), 3 if labelled else 255)
 
-    log = types.SimpleNamespace(scalars=lambda values, step: None)
-    report.log_pseudo_labels(Constant(), Labeler(), {}, toys(), CPU, PLAIN, log, 0)
+    report.log_pseudo_labels(Constant(), Labeler(), {}, toys(), PLAIN, a_run(Path()), 0)
     assert re.search(f"pseudo labels: {text}", said())
 
 
@@ -115,15 +123,15 @@ def test_a_test_set_that_is_the_validation_set_is_evaluated_once(tmp_path, monke
     cfg = load(TINY, ["data.test.toy={split: val}", "data.test.night={name: toy.Toy, length: 2}"])
     _, val_set, test_sets, *_ = build_data(cfg)
     assert test_sets["toy"] is val_set and test_sets["night"] is not val_set
-    log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
-    network, known, data = Constant(), {}, {"toy": val_set, "other": toys()}
-    score = report.validate(network, val_set, options(), CPU, PLAIN, log, 7, known)
+    network, data, run = Constant(), {"toy": val_set, "other": toys()}, a_run(tmp_path)
+    score = report.validate(network, val_set, options(), PLAIN, run)
     assert network.seen == len(val_set)
-    arguments = (network, data, options(pictures=0), CPU, PLAIN, tmp_path, {})
-    report.final_report(*arguments, known=known)
+    arguments = (network, data, options(pictures=0), PLAIN, run)
+    report.final_report(*arguments)
     assert network.seen == len(val_set) + 2
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert results["toy"]["mIoU"] == pytest.approx(score, abs=1e-4)
+    run.known = {}
     report.final_report(*arguments)
     assert network.seen == 2 * len(val_set) + 4
     assert results == json.loads((tmp_path / "results.json").read_text())["results"]
@@ -131,11 +139,15 @@ def test_a_test_set_that_is_the_validation_set_is_evaluated_once(tmp_path, monke
 
 def test_scores_that_are_not_finite_choose_nothing_and_are_not_reported(tmp_path, said):
     network = Constant(float("nan"))
-    arguments = (options(), CPU, PLAIN)
-    score, known = report.validate(network, toys(), *arguments, None, 5), {}
-    assert score != score and "step 5: val, 2 of 2 images: the network's scores" in said()
+    run = a_run(tmp_path)
+    score = report.validate(network, toys(), options(), PLAIN, run)
+    assert (
+        run.known == {}
+        and score != score
+        and "step 7: val, 2 of 2 images: the network's scores" in said()
+    )
     with pytest.raises(NonFiniteScores, match="real, 2 of 2 images"):
-        report.report(network, {"real": toys()}, *arguments, tmp_path, {}, known)
+        report.report(network, {"real": toys()}, options(), CPU, PLAIN, tmp_path, {}, run.known)
     assert not [*tmp_path.iterdir()]
 
 

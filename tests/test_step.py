@@ -12,13 +12,14 @@ import train_dg
 from engine import distributed
 from engine.config import ConfigError
 from engine.errors import UserError
-from engine.step import Batch, Output, Regions, Step, evidence
+from engine.step import Batch, Output, Step, evidence
 from losses import entropy
 from losses.base import Labeler, Loss, member
 from losses.build import build_losses
 from models.classifiers.cbp import CBP
 from models.classifiers.gmmseg import GMMSeg
 from models.classifiers.protoseg import ProtoSeg
+from models.heads.region import Regions
 from models.prototypes.basis import RandomDirections
 from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
