@@ -223,7 +223,9 @@ def main(arguments):
     if any(one.target is None for one in data):
         raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
     classes = tuple(data[0].train.CLASSES)
-    for stage in {str(stage | {"stage": stage.stage.teacher}): stage for stage in stages}.values():
+    for stage in {
+        str(stage | {"stage": stage.stage.teacher, "optimizer": 0}): stage for stage in stages
+    }.values():
         build_parts(stage, build_segmentor(stage.model, classes, False), classes)
     run.open(sum(stage.train.iters for stage in stages), train=data[0].train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
