@@ -67,13 +67,13 @@ SCRIPTS = {  # script: configuration, overrides
 }
 
 # A component that the copy of the repository gets: it does what a loss must not do, once, at a step of one process.
-COMPONENT = '''
+COMPONENT = """
 import time
 
 import torch
-from torch import nn
 
 from engine import distributed
+from losses.base import Loss
 
 
 class Poison(torch.autograd.Function):
@@ -86,26 +86,22 @@ class Poison(torch.autograd.Function):
         return torch.full_like(grad, torch.nan)
 
 
-class Fault(nn.Module):
-    """kind: gradient (NaN; the loss is finite), error, sleep. `step` is the record of engine/step.py, or a number."""
-
-    needs_teacher = needs_tower = False
-
+class Fault(Loss):
     def __init__(self, *, kind: str, at: int, rank: int = 0):
         super().__init__()
         self.kind, self.at, self.rank = kind, at, rank
 
-    def forward(self, step, outputs=None):
-        logits = (outputs or step.outputs)["source"].logits
-        if getattr(step, "number", step) != self.at or distributed.rank() != self.rank:
-            return logits.mean() * 0
+    def forward(self, step):
+        mean = step.outputs["source"].logits.mean()
+        if step.number != self.at or distributed.rank() != self.rank:
+            return 0 * mean
         if self.kind == "error":
             raise RuntimeError("an injected error")
         if self.kind == "sleep":
             print("sleeping", flush=True)
             time.sleep(60)
-        return Poison.apply(logits.mean()) if self.kind == "gradient" else logits.mean() * 0
-'''
+        return Poison.apply(mean) if self.kind == "gradient" else 0 * mean
+"""
 # As Python 3.14 does by default: loaders come from a server and not from a fork.
 SITE = f"""
 import multiprocessing, os
@@ -127,12 +123,24 @@ def limit():
     return LIMIT * max(1.0, os.getloadavg()[0] / (2 * os.cpu_count()))
 
 
-def wait(condition, seconds, pause=0.02):
-    """What `condition()` returns once it is true; its last value, false, after some seconds."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < deadline:
+def wait(condition, seconds, pause=0.02, pid=None):
+    """What `condition()` returns once it is true; its last value, false, after some seconds.
+
+    Time in which the process `pid` is stopped, as others do on a shared machine, does not count.
+    """
+    before = time.monotonic()
+    while not (value := condition()) and seconds > 0:
         time.sleep(pause)
+        now = time.monotonic()
+        seconds -= 0 if pid and stopped(pid) else now - before
+        before = now
     return value
+
+
+def stopped(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 # --- runs and their processes --------------------------------------------------------------------------------------
@@ -167,6 +175,7 @@ class Run:
         with open(output, "wb") as file:
             self.process = subprocess.Popen(
                 arguments,
+                stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 env=environment,
@@ -193,7 +202,7 @@ class Run:
 
     def until(self, condition, what, pause=0.02):
         """Wait for a condition while the run goes on."""
-        wait(lambda: condition() or self.code is not None, PATIENCE, pause)
+        wait(lambda: condition() or self.code is not None, PATIENCE, pause, self.process.pid)
         if not condition():
             state = "still" if self.code is None else f"ended with {self.code}"
             raise Wrong(f"{what} was waited for, but the run {state}: {self.end_of_text()}")
@@ -215,7 +224,7 @@ class Run:
         """Wait for the end -> exit code."""
         self.alive()
         seconds = seconds or limit()
-        if not wait(lambda: self.code is not None, seconds):
+        if not wait(lambda: self.code is not None, seconds, pid=self.process.pid):
             raise Wrong(f"still runs {seconds:.0f} s after {after}: {self.end_of_text()}")
         return self.code
 
@@ -490,7 +499,7 @@ def kinds_of(script):
 
 
 def disturb(kind, start, folder, durations, rng, ranks, restarts):
-    """Start the run and disturb it once; the disturbed process has ended afterwards, or the run is complete."""
+    """Start the run and disturb it once, then it has ended -> whether it was still running when that came."""
     fresh, run, everyone = not folder.exists(), start(), rng.random() < 0.5
 
     def over():
@@ -508,7 +517,8 @@ def disturb(kind, start, folder, durations, rng, ranks, restarts):
     else:
         wait(lambda: over() or folder.exists(), PATIENCE)
         wait(over, rng.uniform(0, durations[1] if fresh else sum(durations)))
-    if over():
+    hit = not over()
+    if not hit:
         expect(run, {0}, "by itself")
     elif kind in DAMAGES or kind in SIGHTS or kind.startswith("killed"):
         kill(run, everyone or kind in DAMAGES, ranks, restarts)
@@ -525,8 +535,10 @@ def disturb(kind, start, folder, durations, rng, ranks, restarts):
     if kind in DAMAGES:
         name, damage = DAMAGES[kind]
         path = folder / name if name else (steps(folder) or [None])[-1]
-        if path is not None and path.exists():
+        hit = path is not None and path.exists()
+        if hit:
             damage(path, rng)
+    return hit
 
 
 def kill(run, everyone, ranks, restarts):
@@ -556,13 +568,15 @@ def random_run(place, references, script, kind, rng, ranks, workers):
         return place.start(script, f"data.workers={workers}", ranks=ranks, restarts=restarts)
 
     for each in ["killed at any time"] * (rng.random() < 0.3) + [kind]:
-        disturb(each, start, folder, durations, rng, ranks, restarts)
+        hit = disturb(each, start, folder, durations, rng, ranks, restarts)
     last = start()  # at once, as a supervisor does
     last.end("the last start", PATIENCE)
     expect(last, {0}, "when it was started again")
     for run in place.runs:
         run.nothing_left()
     compare(reference, folder)
+    if not hit:
+        raise Skip("equal, but complete before it could be disturbed")
 
 
 # --- one fault of each kind ----------------------------------------------------------------------------------------
@@ -685,15 +699,17 @@ def orphans(place, method):
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
-    """A file system of its own in a folder."""
+def small_disk(place, size):
+    """A run folder with a file system of its own."""
+    folder = place.folder / "run"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         raise Skip("cannot mount a small file system: needs root")
     try:
-        yield
+        yield folder
     finally:
+        place.close()
         wait(lambda: not subprocess.run(["umount", folder], capture_output=True).returncode, 5, 0.2)
         if os.path.ismount(folder):
             subprocess.run(["umount", "-l", folder])
@@ -702,48 +718,48 @@ def small_disk(folder, size):
 @fault("full disk from the start")
 def full_disk(place):
     """Checkpoints in between are warnings, the last one is an error."""
-    folder = place.folder / "run"
-    with small_disk(folder, "2m"):
-        try:
-            run = place.start("train_supervised")
-            run.fails("could not write .*step_0000002", "could not write .*step_0000012")
-            if left := list(folder.glob("*.tmp.*")):
-                raise Wrong(f"left: {left}")
-        finally:
-            place.close()
+    with small_disk(place, "2m") as folder:
+        run = place.start("train_supervised")
+        run.fails("could not write .*step_0000002", "could not write .*step_0000012")
+        if left := list(folder.glob("*.tmp.*")):
+            raise Wrong(f"left: {left}")
 
 
 @fault("full disk while training")
 def disk_fills(place):
     """Somebody else fills it: the run ends, its last checkpoint stays, and with room again it goes on."""
-    folder = place.folder / "run"
-    with small_disk(folder, "200m"):
-        try:
-            run = place.start("train_supervised", "train.iters=40")
-            run.until(lambda: steps(folder), "a checkpoint")
-            with contextlib.suppress(OSError), open(folder / "filler", "wb") as file:
-                while True:
-                    file.write(bytes(2**16))
-            run.fails()
-            finite(folder)
-            if not steps(folder):
-                raise Wrong("no checkpoint is left")
-            (folder / "filler").unlink()
-            again = place.start("train_supervised", "train.iters=40")
-            again.end("the next start", PATIENCE)
-            expect(again, {0}, "with room again")
-        finally:
-            place.close()
+    with small_disk(place, "200m") as folder:
+        run = place.start("train_supervised", "train.iters=40")
+        run.until(lambda: steps(folder), "a checkpoint")
+        with contextlib.suppress(OSError), open(folder / "filler", "wb") as file:
+            while True:
+                file.write(bytes(2**16))
+        run.fails()
+        finite(folder)
+        if not steps(folder):
+            raise Wrong("no checkpoint is left")
+        (folder / "filler").unlink()
+        again = place.start("train_supervised", "train.iters=40")
+        again.end("the next start", PATIENCE)
+        expect(again, {0}, "with room again")
 
 
 @fault("nobody reads the output")
 def broken_pipe(place):
     """`| head -1`: it leaves soon, with a code that is not 0 and without a traceback, or trains to its end."""
-    pipe = place.folder / "pipe"
+    pipe, closed = place.folder / "pipe", []
     os.mkfifo(pipe)
-    threading.Thread(target=lambda: pipe.open("rb").readline(), daemon=True).start()
+
+    def head():
+        with open(pipe, "rb") as file:
+            file.readline()
+        closed.append(time.monotonic())
+
+    threading.Thread(target=head, daemon=True).start()
     run = place.start("train_supervised", "data.workers=2", stdout=pipe)
     code = run.end("its start", PATIENCE)
+    if code and time.monotonic() > closed[0] + limit():
+        raise Wrong(f"ended with {code} {time.monotonic() - closed[0]:.0f} s after the reader")
     run.nothing_left()
     complete = (place.folder / "run" / "results.json").exists()
     if (code == 0) != complete or "Traceback" in run.text():
