@@ -460,8 +460,8 @@ def test_a_new_run_replaces_its_row_and_seed_alone(tmp_path, monkeypatch, capsys
     )
     facts = {"step": 3, "iters": 3, "seconds": 60, "device": "d", "torch": "t"}
     old = [
-        facts | {"row": row, "seed": seed, "commit": "old", "results": {"toy": {"mIoU": 10.0}}}
-        for row, seed in (("a", 0), ("a", 1), ("gone", 0))
+        facts | {"row": row, "seed": seed, "commit": commit, "results": {"toy": {"mIoU": 10.0}}}
+        for row, seed, commit in (("a", 0, "old"), ("a", 1, "old"), ("gone", 0, "gone"))
     ]
     (tmp_path / "g.json").write_text(json.dumps({"grid": {}, "runs": old}))
     folder = tmp_path / "runs" / "g" / "a" / "seed1"
@@ -474,7 +474,7 @@ def test_a_new_run_replaces_its_row_and_seed_alone(tmp_path, monkeypatch, capsys
     runs = json.loads((tmp_path / "g.json").read_text())["runs"]
     assert [(r["row"], r["seed"], r["commit"]) for r in runs] == [
         ("a", 0, "old"),
-        ("gone", 0, "old"),
+        ("gone", 0, "gone"),
         ("a", 1, "new"),
     ]
     text = (tmp_path / "g.md").read_text()
