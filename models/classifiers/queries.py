@@ -8,8 +8,9 @@ pixels that the layer before gave to it, and its embedding is compared with ever
 query is that of one class, so nothing has to be matched (the "fixed" variant of MaskFormer, NeurIPS 2021) and the masks
 are the logits of ordinary cross-entropy; there is one scale of features, that of the decoder.
 
-TMT puts its region transferability after a pixel decoder, into attention masks like these: `model.heads.region:
-{name: region.Region, stage: -1, variant: mask}` opens further pixels to all queries (models/heads/region.py).
+TMT puts its region transferability after a pixel decoder, into attention masks like these:
+`model.heads.region: {name: region.Region, stage: -1, variant: mask}` opens further pixels to all
+queries (models/heads/region.py).
 """
 
 import math
