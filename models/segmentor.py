@@ -24,7 +24,7 @@ class Segmentor(nn.Module):
         bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
             normalised by its own batch all the same.
     Raises:
-        UserError: `frozen_bn` names something else, or a head has a name that the network needs itself.
+        UserError: `frozen_bn` names something else, or a head has a name that the network has.
     """
 
     def __init__(self, backbone, decoder, classifier, heads=None, frozen_bn=(), bn_views=()):
@@ -33,9 +33,8 @@ class Segmentor(nn.Module):
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         self.head_names = list(heads or {})
         if taken := {*self.head_names} & {*dir(self)}:
-            raise UserError(
-                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, the network has that already"
-            )
+            names = ", ".join(sorted(taken))
+            raise UserError(f"model.heads: a head cannot be named {names}, that name is taken")
         for name, head in (heads or {}).items():
             self.add_module(name, head)
         if unknown := set(frozen_bn) - {"backbone", "decoder", "projector"}:

@@ -705,7 +705,7 @@ def test_deep_stem_says_that_torchvisions_weights_do_not_fit(tmp_path):
 
 
 def guide(stage, block, x, keys):
-    """A bias of attention that depends on what enters a block, so that gradients flow through it too."""
+    """A bias of attention that depends on what enters a block: gradients flow through it too."""
     small = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), keys).flatten(2)[:, None, 0]  # (B, 1, M)
     return (
         Guide(bias=small[:, :, None], values=1 + small[..., None].tanh())

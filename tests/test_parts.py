@@ -1,8 +1,8 @@
 """One test for every part: what lies in models/*, losses/ and datasets/ is found, built as from a
 YAML, and held to the face of its folder (base.py).
 
-A new file is tested the day it is added. `SMALL` gives a class the options that keep it small, where
-it needs some.
+A new file is tested the day it is added. `SMALL` gives a class the options that keep it small,
+where it needs some.
 """
 
 import ast
@@ -409,8 +409,8 @@ def tensors(record):
 
 
 class Alone(nn.Module):
-    """A head by itself: features (B, D, h, w), which are also the map of the backbone and those of the
-    image tower -> the tensors that it writes."""
+    """A head by itself: features (B, D, h, w), which are also the map of the backbone and what the
+    image tower sees -> the tensors that it writes."""
 
     def __init__(self, head):
         super().__init__()
@@ -642,7 +642,7 @@ def test_every_backbone_fits_every_decoder_and_classifier(backbone, decoder):
     assert all(p.grad is not None for p in trained)
 
 
-# --- heads -----------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 YAML = {  # every head, as a configuration names it
     part.split(".")[0]: {"name": part, **SMALL[part]} for part in parts("models.heads")
@@ -1271,8 +1271,8 @@ def test_engine_imports_no_part_not_even_inside_a_function(path):
     assert dynamic == ({"importlib"} if path.name == "build.py" else set())
 
 
-# What may be asked of an object of Python or PyTorch. Of our own parts nothing is guessed: their faces
-# have every attribute.
+# What may be asked of an object of Python or PyTorch. Of our own parts nothing is guessed: their
+# faces have every attribute.
 ASKED = {
     ("engine/log.py", "progress"),  # a record of logging
     ("engine/config.py", "problem"),  # an error of PyYAML

@@ -21,8 +21,8 @@ def blocks(language):
 def test_the_second_command_is_what_ci_runs():
     command = next(block for block in blocks("bash") if "pytest" in block)
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "pip install -r requirements.txt pytest && pytest" in command
-    assert "pip install -q -r requirements.txt pytest && pytest" in ci
+    assert "pip install -r requirements.txt pytest pytest-xdist && pytest -n 2" in command
+    assert "pip install -q -r requirements.txt pytest pytest-xdist && pytest -n 2" in ci
 
 
 def test_nothing_needs_a_window():

@@ -382,7 +382,7 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
         f"model.backbone={ {'name': backbone, 'weights': 'none', 'drop_path': 0.0, **spec} }",
         "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}",
         "model.classifier={name: linear.Linear}",
-        f"model.heads.region={ {'name': 'region.Region', 'stage': stage, 'cell': 2, 'variant': variant} }",
+        f"model.heads.region={{name: region.Region, cell: 2, stage: {stage}, variant: {variant}}}",
     ]
     network = build_segmentor(load(TINY_UDA, changes).model, "abcd", pretrained=False).eval()
     image = torch.rand(1, 3, 64, 96)

@@ -306,7 +306,7 @@ def test_check_walks_over_several_sets_and_reports_what_is_left_out(tmp_path, ca
     assert (Path(tmp_path) / "run" / "check" / "augmented.png").is_file()
 
 
-# --- the data of a configuration -------------------------------------------------------------------------------------
+# --- the data of a configuration ------------------------------------------------------------------
 
 ONE = "{name: toy.Toy, size: [16, 24], length: 3}"
 

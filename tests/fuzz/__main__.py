@@ -1,16 +1,18 @@
-"""Damage configurations and picture files at random, and count how the project answers.
+"""Damage configurations, pictures and files of weights and tables at random; count how the project answers.
 
-    python -m tests.fuzz --seed 0                       1000 configurations, 500 pictures
+    python -m tests.fuzz --seed 0                       1000 configurations, 500 pictures, 500 other files
     python -m tests.fuzz --seed 0 --only 17             one configuration: what was read, with its traceback
 
 The exit code is 1 after a traceback, after more than five seconds for one of them, or if anything was executed.
 """
 
 import argparse
-import importlib.util
 import sys
+from collections import Counter
 
-from tests.fuzz import configurations
+from tests.fuzz import configurations, files, pictures
+
+GOOD = {"accepted", "DataError", "ok", "UserError"}  # read as it was, or refused in one line
 
 
 def show(seed, number):
@@ -29,6 +31,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--configurations", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--only", type=int, help="number of one configuration")
     parser.add_argument("--messages", action="store_true", help="print every message")
     options = parser.parse_args()
@@ -40,15 +43,12 @@ def main():
         if outcome in shown:
             print(f"{number:4d} {outcome}: {what[:300] if options.messages is False else what}")
     print("configurations: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
-    if options.pictures:
-        if importlib.util.find_spec("tests.fuzz.pictures") is None:
-            sys.exit("there is no tests/fuzz/pictures.py; --pictures 0 tries configurations alone")
-        from tests.fuzz import pictures
-
-        more = pictures.run(options.seed, options.pictures)
-        print("pictures: " + ", ".join(f"{number} {name}" for name, number in more.items()))
-        counts = {name: counts.get(name, 0) + more.get(name, 0) for name in configurations.BAD}
-    return int(any(counts[name] for name in configurations.BAD))
+    wrong = any(counts[name] for name in configurations.BAD)
+    for kind, module in (("pictures", pictures), ("files", files)):
+        found = Counter(module.run(options.seed, getattr(options, kind)))
+        print(f"{kind}: " + ", ".join(f"{number} {name}" for name, number in found.items()))
+        wrong |= any(number for name, number in found.items() if name not in GOOD)
+    return int(wrong)
 
 
 if __name__ == "__main__":
