@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,6 +46,12 @@ class _Console(logging.Handler):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
             logger.warning("nobody reads the output any more")
             os.kill(os.getpid(), signal.SIGHUP)
+
+
+def _thread_failed(arguments):
+    """Said once: the thread that writes for TensorBoard passes its error on at the next call, see `Log`."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 def to_console():
@@ -152,6 +159,7 @@ class Log:
         self.handler = logging.FileHandler(self.folder / "log.txt")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(self.handler)
+        threading.excepthook = _thread_failed
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
         path = self.folder / "scalars.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
