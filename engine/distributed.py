@@ -165,6 +165,13 @@ def synced_sum(tensor):
     return _SyncedSum.apply(tensor) if world_size() > 1 else tensor
 
 
+def of_the_first(tensor):
+    """The main process's tensor, on every process; in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def any_process(flag):
     """True on every process if the flag is set on one of them. A collective on the CPU: no GPU waits for it."""
     return bool(all_reduce(torch.tensor(int(flag))))

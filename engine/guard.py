@@ -52,6 +52,8 @@ class Guard:
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
         self.names, self.values, self.generators = [], None, {}
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # What is saved is the main process's. Were the others' their own, a run that goes on would predict otherwise.
+        self.local = not all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         statistics = [buffer for norm in norms for buffer in norm.buffers()]
         # Means and variances, and counters: each kind as one tensor, since there may be hundreds.
         kinds = ([s for s in statistics if s.is_floating_point() is kind] for kind in (True, False))
@@ -64,7 +66,7 @@ class Guard:
 
     @torch.no_grad()
     def judge(self, step, losses, norm):
-        """After the backward pass.
+        """After the backward pass. Batch statistics become those of the main process, or what they were before the step.
 
         Args:
             losses: {name: 0-dim tensor} of the step on this process.
@@ -86,7 +88,10 @@ class Guard:
         self.overflows = torch.where(overflow, self.overflows + 1, 0)
         skipped = self.failed | overflow
         for kind, kept in zip(self.statistics, self.kept):
-            parts = torch.where(skipped, kept, _joined(kind)).split([s.numel() for s in kind])
+            new = _joined(kind)
+            if self.local:
+                distributed.of_the_first(new)
+            parts = torch.where(skipped, kept, new).split([s.numel() for s in kind])
             torch._foreach_copy_(kind, [part.view_as(s) for part, s in zip(parts, kind)])
         return skipped
 

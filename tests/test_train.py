@@ -552,3 +552,22 @@ def test_averages_are_means_since_the_last_look():
 
 def test_single_process_helpers_are_identities():
     assert distributed.world_size() == 1 and distributed.gather(3) == [3]
+
+
+def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
+    """Each of two processes predicts one of two images: a run that only reports again must say the same."""
+    options = (
+        "data.test.toy={name: toy.Toy, domain: real, split: test, length: 2, size: [32, 48]}",
+        "data.augment.crop=[25, 37]",
+        "train.iters=4",
+        "train.teacher=0.5",
+        "eval.pictures=0",
+    )
+    results = []
+    for _ in range(2):
+        code, output = run(tmp_path / "run", *options, processes=2)
+        assert code == 0, output
+        results.append(json.loads((tmp_path / "run" / "results.json").read_text()))
+        (tmp_path / "run" / "results.json").unlink()
+    assert results[0]["IoU"] == results[1]["IoU"]
+    assert results[0]["results"]["toy"]["mIoU"] > 0
