@@ -11,6 +11,7 @@ at all, and each process makes its share of them.
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from engine.files import inside, replacing, write
 logger = logging.getLogger("engine")
 KINDS = ("source", "target")
 SETTINGS = "settings.json"
+UNFINISHED = re.compile(r"\.settings\.\d+\.tmp\.json")  # what a kill before the first map leaves
 
 
 def images(dataset, device, workers=0, count=None):
@@ -142,10 +144,17 @@ def write_maps(root, name, dataset, images, make, settings, palette=False):
             if not os.path.lexists(old):
                 continue
             ours = old.is_dir() and not old.is_symlink()
-            if not ours or (any(old.iterdir()) and not (old / SETTINGS).is_file()):
+            inner = list(old.iterdir()) if ours else []
+            unfinished = all(UNFINISHED.fullmatch(path.name) for path in inner)
+            if not ours or not (unfinished or (old / SETTINGS).is_file()):
                 raise UserError(
                     f"{old} holds no maps (there is no {SETTINGS} in it) and is not replaced: move it away"
                 )
+            for (
+                path
+            ) in inner:  # the settings last: a kill must leave a folder that says whose it is
+                if path.name != SETTINGS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(old)
         content = {"images": len(dataset), "classes": list(dataset.CLASSES), **settings}
         write(
