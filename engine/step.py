@@ -71,6 +71,16 @@ class View(NamedTuple):
     dense: Tensor | None = None  # (B, D', h, w) of a frozen image tower; None: the network's own
 
 
+class ByView(dict):
+    """{view: value}; what a part asks of a view that the step lacks is an error that lists those it has."""
+
+    def __missing__(self, view):
+        raise UserError(
+            f"nothing of this kind in the step for the view '{view}', only for {', '.join(self) or 'none'}: give the loss "
+            "another view=..., or the step a mixer or labeler that makes it"
+        )
+
+
 @dataclass(eq=False)
 class Output(Record):
     """What the network makes of one view; None where no part of it makes that."""
@@ -118,10 +128,10 @@ class Step(Record):
     prototypes: dict = field(default_factory=dict)  # members by name, and "classifier"
     teacher: Output | None = None  # on target.image, if a part needs_teacher
     tower: Tensor | None = None  # (B, D', h, w) of the image tower, if a part needs_tower
-    views: dict[str, View] = field(default_factory=dict)
-    labels: dict[str, Tensor] = field(default_factory=dict)  # (B, H, W) int64, 255 = ignore
+    views: dict[str, View] = field(default_factory=ByView)
+    labels: dict[str, Tensor] = field(default_factory=ByView)  # (B, H, W) int64, 255 = ignore
     weights: dict[str, Tensor] = field(default_factory=dict)  # of pixels (B, H, W); none: 1
-    outputs: dict[str, Output] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=ByView)
     counts: dict[str, Tensor] = field(default_factory=dict)  # what `pixels` returns
     skipped: Tensor = field(default_factory=lambda: torch.tensor(False))  # 0-dim: was not taken
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.step import Output, View
+from engine.step import ByView, Output, View
 from models.blocks import still
 
 
@@ -97,7 +97,7 @@ class Segmentor(nn.Module):
             raise UserError(
                 "stem: per_domain on several processes needs views of both domains in every step"
             )
-        outputs = {}
+        outputs = ByView()
         for name, view in views.items():
             moves = not self.bn_views or name in self.bn_views
             with contextlib.nullcontext() if moves else still(self):

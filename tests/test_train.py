@@ -21,7 +21,19 @@ from engine.log import Averages, claim, release
 from engine.process import signals
 from engine.run import Run
 from losses.occl import OCCL
-from tests.runs import ROOT, assert_same_state, command, last, leaves, run, scalars, train
+from tests.runs import (
+    ROOT,
+    TINY,
+    TINY_DG,
+    TINY_UDA,
+    assert_same_state,
+    command,
+    last,
+    leaves,
+    run,
+    scalars,
+    train,
+)
 
 # --- resume --------------------------------------------------------------------------------------------------------
 
@@ -571,3 +583,16 @@ def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
         (tmp_path / "run" / "results.json").unlink()
     assert results[0]["IoU"] == results[1]["IoU"]
     assert results[0]["results"]["toy"]["mIoU"] > 0
+
+
+@pytest.mark.parametrize(
+    "config, loss, has",
+    [
+        (TINY, "{name: entropy.Entropy}", "'target', only for source"),
+        (TINY_UDA, "{name: cross_entropy.CrossEntropy, view: strong}", "'strong', only for source"),
+        (TINY_DG, "{name: entropy.Entropy}", "'target', only for source"),
+    ],
+)
+def test_a_view_that_the_step_lacks_is_one_sentence(tmp_path, config, loss, has):
+    with pytest.raises(UserError, match=f"for the view {has}.*: give the loss another view"):
+        train(tmp_path / "run", f"losses=[{loss}]", config=config)
