@@ -208,12 +208,15 @@ class Run:
 
     def score(self, score):
         """The validation of the network at this step: the best one is kept. None: a signal cut it short."""
-        self.pending = score is None
+        late, self.pending = self.pending, score is None
         if self.pending:
             self.stopped = self.saves = True
         elif score > self.best:
             self.best = score
             checkpoint.save_light(self.folder / "best.pt", self._content())
+        if late and not self.pending:  # the checkpoint that a signal left is now what it would have been
+            known = self.saved | {"best": self.best, "pending": False}
+            checkpoint.save_step(self.folder, known, self.cfg.checkpoint.keep)
 
     def save(self):
         """A checkpoint, where one is due."""

@@ -479,22 +479,25 @@ def test_log_txt_has_the_loss_the_rate_the_pace_and_the_time_that_is_left(tmp_pa
     assert re.fullmatch(pattern, lines[1]), lines
 
 
-def test_a_validation_that_a_signal_prevents_is_made_up_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_validation_that_a_signal_prevents_is_made_up_for(tmp_path, monkeypatch, step):
     options = ("eval.every=2", "train.iters=4", "checkpoint.every=100")
     train(tmp_path / "whole", *options)
     log = Run.log
 
     def interrupted(self, *arguments):
-        signals.received = signal.SIGTERM if self.done == 1 else signals.received
+        signals.received = signal.SIGTERM if self.done == step - 1 else signals.received
         log(self, *arguments)
 
     monkeypatch.setattr(Run, "log", interrupted)
     train(tmp_path / "parts", *options)
-    assert last(tmp_path / "parts")["step"] == 2 and last(tmp_path / "parts")["pending"]
-    assert not (tmp_path / "parts" / "best.pt").exists()
+    assert last(tmp_path / "parts")["step"] == step and last(tmp_path / "parts")["pending"]
+    assert (tmp_path / "parts" / "best.pt").exists() == (step > 2)
     monkeypatch.undo()
     train(tmp_path / "parts", *options)
-    assert last(tmp_path / "parts")["best"] == last(tmp_path / "whole")["best"]
+    ends = [last(tmp_path / name) for name in ("parts", "whole")]
+    assert ends[0]["best"] == ends[1]["best"] and not ends[0]["pending"]
+    assert_same_state(*ends)
     best = [checkpoint.load(tmp_path / name / "best.pt") for name in ("parts", "whole")]
     assert best[0]["step"] == best[1]["step"]
     assert_same_state(*best, keys=("model", "teacher", "prototypes"))
