@@ -166,10 +166,9 @@ def synced_sum(tensor):
 
 
 def of_the_first(tensor):
-    """The main process's tensor, on every process; in place."""
+    """Overwrite a tensor with that of the main process."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
-    return tensor
 
 
 def any_process(flag):

@@ -14,9 +14,8 @@ from engine import distributed
 from engine.checkpoint import rng_state
 from engine.errors import UserError
 
-OVERFLOWS = (
-    25  # skipped steps in a row after which the loss scale of fp16 can no longer rescue the run
-)
+# Skipped steps in a row after which the loss scale of fp16 can no longer rescue the run.
+OVERFLOWS = 25
 
 
 class NonFinite(UserError):

@@ -2,13 +2,13 @@
 
 run = Run(cfg, device)                      # finds the checkpoint to go on from
 model = ...                                 # a typo shows before the run folder is touched
-run.open(train=train_set)                   # claims the folder, compares configuration and data, opens the log
+run.open(iters, train=train_set)            # claims the folder, compares configuration and data, opens the log
 run.begin({"model": model, ...}, ...)       # loads their states, if the run goes on
 for number in run.steps():
     ...
     run.add(losses)                         # of a micro-batch
     skipped = run.optimise(optimizer, scaler)
-    run.log(rates)
+    run.log(rates, scaler)
     if run.validates():
         run.score(validate(...))
     run.save()
@@ -223,9 +223,8 @@ class Run:
         if not self.saves:
             return
         content, final = self._content(), self.done == self.iters
-        if (
-            final and self.keep
-        ):  # first: a run that goes on at the end of the stage would never make it
+        # First: a run that goes on at the end of the stage would never make it.
+        if final and self.keep:
             checkpoint.save_light(self.folder / self.keep, content, required=True)
         checkpoint.save_step(self.folder, content, self.cfg.checkpoint.keep, final or self.stopped)
         if self.stopped:
