@@ -22,7 +22,7 @@ from datasets.toy import Toy
 from engine import checkpoint
 from engine.errors import UserError
 from tests.runs import TINY_UDA
-from tests.test_uda import METHODS
+from tests.test_train_uda import METHODS
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 

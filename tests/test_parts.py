@@ -243,7 +243,7 @@ SMALL = {
 # Modules that hold no part of their package's kind, beside base.py, the face, and build.py.
 HELPERS = {
     "datasets.check": "command line tool",
-    "datasets.mixers": "views of domain adaptation, tested in test_mixers.py and test_uda.py",
+    "datasets.mixers": "views of domain adaptation, tested in test_mixers.py and test_train_uda.py",
     "datasets.reading": "files to arrays, tested in test_reading.py",
     "datasets.sampler": "order of the samples",
     "datasets.several": "several sets as one, tested in test_several.py",

@@ -1,4 +1,4 @@
-"""The options of cbp.CBP and occl.OCCL, one by one; the default of both is tested in test_losses.py."""
+"""The options of cbp.CBP and occl.OCCL, one by one; the default of both is tested in test_occl.py."""
 
 import json
 import math

@@ -36,9 +36,9 @@ from engine.config import load
 from engine.errors import UserError
 from engine.metrics import warnings_about
 from engine.step import Batch
-from tests.runs import TINY
+from tests.runs import ROOT, TINY
 
-REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "camvid"
+REAL = ROOT.parent / "shared" / "data" / "camvid"
 FACADES = REAL.parent / "labelmefacade"
 SIZE = (8, 12)  # height, width
 

@@ -3,7 +3,6 @@ files in their official formats."""
 
 import struct
 import zlib
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -39,8 +38,8 @@ from datasets.voc import VOC
 from engine.build import build
 from engine.config import load
 from engine.metrics import ConfusionMatrix
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 MAPS = ROOT.parent / "shared" / "data" / "maps"
 
 # The official tables, copied out once more: train id, class, id on disk, colour.

@@ -2,7 +2,6 @@
 head, DAFormer's decoder. Shapes and contracts of all parts: test_parts.py."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from models.decoders.deeplabv2 import DeepLabV2
 from models.decoders.fcn import FCN
 from models.decoders.segformer_mlp import SegFormerMLP
 from models.segmentor import Segmentor
-
-ROOT = Path(__file__).parent.parent
+from tests.runs import ROOT
 
 
 def count(*modules):

@@ -1,6 +1,6 @@
 """Mixers and styles: which views the student sees, that labels and weights fit them, and that styles are what they say.
 
-What ClassMix pastes is tested in test_uda.py.
+What ClassMix pastes is tested in test_train_uda.py.
 """
 
 import numpy as np

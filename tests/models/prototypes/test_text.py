@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from engine.config import ConfigError
 from engine.errors import UserError
 from models.prototypes.text import CLASSES, TEMPLATES, main, read_classes, read_names
 from tests.records import a_step
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "clip"
 NAMES = ("Road", "Car", "Sky", "traffic light")
 D = 6

@@ -21,6 +21,7 @@ from models.prototypes._em import Pool, expectation, maximisation, reseed
 from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import ABSENT, Mixtures
 from models.prototypes.pair import Pair
+from tests.runs import ROOT
 
 K, M, D = 3, 4, 6
 
@@ -600,9 +601,7 @@ print(size()[1] - before)
 def test_working_memory_is_a_few_chunks():
     """8192 vectors x 128 are 4 MiB; a tensor N x M x D of them 32 MiB."""
     command = [sys.executable, "-c", MEMORY]
-    output = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-    ).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     fit, score = map(float, output.split())
     assert fit < 60, output
     assert score < 60, output

@@ -4,7 +4,6 @@ import logging
 import os
 import pickle
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,12 +26,13 @@ from datasets.reading import (
 from datasets.voc import VOC
 from engine.build import build
 from engine.errors import UserError
+from tests.datasets.test_base import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
 from tests.fuzz import pictures
 from tests.fuzz.pictures import png, tiff
-from tests.test_datasets import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
+from tests.runs import ROOT
 
 GREY, COLORS = picture()[..., 0], picture()
-CASES = Path(__file__).parent.parent.parent / "shared" / "cases"
+CASES = ROOT.parent / "shared" / "cases"
 
 
 def written(path, content):

@@ -2,7 +2,6 @@
 sizes and foreign files; and checkpointing of every backbone. Shapes and contracts of all parts: test_parts.py."""
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +35,8 @@ from models.decoders.upernet import PooledNorm, UPerNet
 from models.heads.auxiliary import Auxiliary
 from models.segmentor import Segmentor
 from tests.records import a_step
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-dequantised.pth"
 SMALL = {"width": 32, "depths": [2, 1, 2, 1]}  # of ConvNeXt and Swin
 
