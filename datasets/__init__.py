@@ -9,12 +9,14 @@
     read_label(path)    (H, W) ids as they are on disk; the default reads grey and palette PNGs
     is_mapped(path, ids)    whether a file was converted to class ids before, so that ID_MAP does not apply
 
-Everything else is inherited: checks, id mapping, another label space, augmentation. A sample is a dict
+Everything else is inherited: checks, id mapping, another label space, augmentation. A sample is a
+dict
 
     image (3, H, W) uint8 RGB    label (H, W) uint8, 255 = ignore    index in the data set    sample: its stream number
     pixels (K + 1) int64: of each class, and last ignored ones; only where there are labels
     extra {name: (H, W) uint8}: maps that a run has stored, such as pseudo labels
 
-A set without files, such as toy.Toy, fills `samples`, `extra`, `stylised` and `left_out` itself and overrides `load`,
-`load_label`, `stem` and `label_key`. Several sets are used as one by several.Several.
+A set without files, such as toy.Toy, fills `samples`, `extra`, `stylised` and `left_out` itself and
+overrides `load`, `load_label`, `stem` and `label_key`. Several sets are used as one by
+several.Several.
 """

@@ -1,4 +1,5 @@
-"""ACDC (Sakaridis et al., 2021): street scenes of 1920x1080 in fog, night, rain and snow, the 19 classes of Cityscapes.
+"""ACDC (Sakaridis et al., 2021): street scenes of 1920x1080 in fog, night, rain and snow, the 19
+classes of Cityscapes.
 
     data: {root: PATH, test: {acdc_night: {name: acdc.ACDC, split: val, condition: night}}}
 
@@ -6,8 +7,9 @@
     gt/<condition>/<split>/<sequence>/*_gt_labelTrainIds.png    train ids; where it is missing:
     gt/<condition>/<split>/<sequence>/*_gt_labelIds.png         ids of Cityscapes, mapped here
 
-From general knowledge: 400 train images per condition, 100 val (night 106), 500 test, whose labels are kept for the
-benchmark server; the reference splits hold the same places in good weather, named *_rgb_ref_anon.png, without labels.
+From general knowledge: 400 train images per condition, 100 val (night 106), 500 test, whose labels
+are kept for the benchmark server; the reference splits hold the same places in good weather, named
+*_rgb_ref_anon.png, without labels.
 """
 
 from datasets.base import SegmentationData
@@ -64,7 +66,8 @@ class ACDC(SegmentationData):
         images = self.root / "rgb_anon" / condition
         if not (images / self.split).is_dir():
             raise DataError(
-                f"ACDC {condition} has no split '{self.split}': the folders in {images} are {folders_in(images)}"
+                f"ACDC {condition} has no split '{self.split}': the folders in {images} are "
+                f"{folders_in(images)}"
             )
         found = files_below(images / self.split, ["_rgb_anon.png", "_rgb_ref_anon.png"], depth=2)
         return [

@@ -2,9 +2,10 @@
 
     python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
 
-Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and problems, and
-draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1: a
-sample that cannot be used, a class that never occurs, most of the pixels ignored.
+Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each
+class and problems, and draws four samples of each set, and four as training sees them, into <run
+folder>/check/. A problem is exit code 1: a sample that cannot be used, a class that never occurs,
+most of the pixels ignored.
 """
 
 from pathlib import Path
@@ -26,7 +27,8 @@ DRAWN, HEIGHT = 4, 240  # samples per picture, pixels of each
 
 
 class Measured(Dataset):
-    """Of each sample ((height, width), pixels of each of the 256 ids, None), or (None, None, problem)."""
+    """Of each sample ((height, width), pixels of each of the 256 ids, None), or
+    (None, None, problem)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -43,7 +45,8 @@ class Measured(Dataset):
 
 
 def measure(dataset, name, workers):
-    """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256), problems [text]."""
+    """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256),
+    problems [text]."""
     loader = DataLoader(Measured(dataset), batch_size=None, num_workers=workers, collate_fn=tuple)
     measured = list(tqdm(loader, desc=name, unit=" images", disable=None, leave=False))
     sizes = [size for size, _, problem in measured if not problem]
@@ -78,7 +81,8 @@ def describe(dataset, name, sizes, counts, problems):
 
 
 def draw(dataset, path):
-    """Write evenly spaced samples of a data set as rows image | overlay | labels, as the set augments them."""
+    """Write evenly spaced samples of a data set as rows image | overlay | labels, as the set
+    augments them."""
     rows, palette = [], dataset.PALETTE
     for index in np.unique(np.linspace(0, len(dataset) - 1, DRAWN).astype(int)).tolist():
         try:

@@ -1,5 +1,5 @@
-"""Dark Zurich (Sakaridis et al., ICCV 2019): streets of 1920x1080 by day, at twilight and by night, with the 19 classes
-of Cityscapes.
+"""Dark Zurich (Sakaridis et al., ICCV 2019): streets of 1920x1080 by day, at twilight and by night,
+with the 19 classes of Cityscapes.
 
     data:
       target: {name: dark_zurich.DarkZurich, split: train, time: night, root: PATH}
@@ -12,8 +12,9 @@ of Cityscapes.
     gt/val/night/<sequence>/*_gt_labelTrainIds.png                    train ids; where it is missing:
     gt/val/night/<sequence>/*_gt_labelIds.png                         ids of Cityscapes, mapped here
 
-All of this is general knowledge, as are the numbers: for training 3041 images by day, 2920 at twilight, 2416 by night;
-50 of val; the labels of the 151 of test are kept for the benchmark server (`labels: false`).
+All of this is general knowledge, as are the numbers: for training 3041 images by day, 2920 at
+twilight, 2416 by night; 50 of val; the labels of the 151 of test are kept for the benchmark server
+(`labels: false`).
 """
 
 from typing import Literal
@@ -69,7 +70,8 @@ class DarkZurich(SegmentationData):
         if not times:
             wanted = " or ".join(self.times)
             raise DataError(
-                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {folders_in(folder)}"
+                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are "
+                f"{folders_in(folder)}"
             )
         images = [p for time in times for p in files_below(folder / time, ["_anon.png"], depth=2)]
         return [(image, self.label_of(image) if self.labels else None) for image in images]

@@ -1,4 +1,5 @@
-"""Your own data, from YAML alone. A complete `data` section, for images/train/*.jpg, labels/train/*.png and so on:
+"""Your own data, from YAML alone. A complete `data` section, for images/train/*.jpg,
+labels/train/*.png and so on:
 
     data:
       root: my_data                   # everything below is relative to this folder
@@ -15,7 +16,8 @@
       val: {name: folder.Folder, split: val, classes: *classes, palette: *palette, id_map: *ids}
       augment: {name: transforms.Augment, crop: [256, 256], scale: [0.5, 2.0], flip: 0.5}
 
-`python -m datasets.check CONFIG` counts, finds what is wrong and draws overlays: run it before training.
+`python -m datasets.check CONFIG` counts, finds what is wrong and draws overlays: run it before
+training.
 """
 
 import cv2
@@ -26,7 +28,8 @@ from datasets.reading import DataError, files_below, read_colors, read_list
 
 
 def distinct_colors(count):
-    """The first colours of a fixed sequence: each differs most, in CIELAB, from black, white and those before it."""
+    """The first colours of a fixed sequence: each differs most, in CIELAB, from black, white and
+    those before it."""
     grid = np.stack(np.meshgrid(*[np.arange(40, 241, 20)] * 3), -1).reshape(-1, 3)
     every = np.concatenate(
         [[[0] * 3, [255] * 3], grid]
@@ -40,20 +43,23 @@ def distinct_colors(count):
 
 
 def class_ids(id_map, classes):
-    """The option `id_map` with names -> {id on disk: class id}; 255 stays ignore unless the map says something else."""
+    """The option `id_map` with names -> {id on disk: class id}; 255 stays ignore unless the map
+    says something else."""
     known = {"ignore": IGNORE, IGNORE: IGNORE} | {
         key: i for i, name in enumerate(classes) for key in (i, name)
     }
     for raw, target in id_map.items():
         if not isinstance(raw, int) or not 0 <= raw < 65536 or target not in known:
             raise DataError(
-                f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, ignore"
+                f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, "
+                "ignore"
             )
     return {IGNORE: IGNORE} | {raw: known[target] for raw, target in id_map.items()}
 
 
 def find(folder, suffixes, others):
-    """Files below a folder -> {name: file}; the longest suffix counts, so a.png and a_mask.png may lie side by side."""
+    """Files below a folder -> {name: file}; the longest suffix counts, so a.png and a_mask.png may
+    lie side by side."""
     if not folder.is_dir():
         raise DataError(
             f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir"
@@ -82,13 +88,16 @@ class Folder(SegmentationData):
     """Args:
         classes: names of the K classes, in the order of their ids.
         image_dir, label_dir: folders below the root; `{split}` becomes the split.
-        image_suffix, label_suffix: how the names end. The rest of the path must agree between image and label.
-        list: text file below the root with the names (sub folder, no suffix) to use, one per line, such as
-            "lists/{split}.txt". Without it all images are used, and each label must have its image.
+        image_suffix, label_suffix: how the names end. The rest of the path must agree between image
+            and label.
+        list: text file below the root with the names (sub folder, no suffix) to use, one per line,
+            such as "lists/{split}.txt". Without it all images are used, and each label must have
+            its image.
         palette: K colours [r, g, b]; without it `distinct_colors`.
         id_map: {id on disk: class name, class id or ignore}. Ids that are not listed are errors, but for 255 (ignore).
         color_labels: labels hold the colours of the palette; black is ignored unless it is a class.
-    Raises DataError: contradictory options, missing folders, images without labels, labels without images.
+    Raises DataError: contradictory options, missing folders, images without labels, labels without
+    images.
     """
 
     def __init__(
@@ -116,7 +125,8 @@ class Folder(SegmentationData):
             raise DataError(f"Folder: the class {wrong[0]!r} is no name: write it in quotes")
         if not 0 < len(names) < UNKNOWN:
             raise DataError(
-                f"Folder: there are {len(names)} classes, but 1 to {UNKNOWN - 1} are possible: ids have 8 bits"
+                f"Folder: there are {len(names)} classes, but 1 to {UNKNOWN - 1} are possible: ids "
+                "have 8 bits"
             )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"Folder: classes must have different names; {twice[0]!r} is repeated")

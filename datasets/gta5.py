@@ -1,4 +1,5 @@
-"""GTA5 (Richter et al., 2016): 24,966 frames of a game, about 1914x1052, with the 19 classes of Cityscapes.
+"""GTA5 (Richter et al., 2016): 24,966 frames of a game, about 1914x1052, with the 19 classes of
+Cityscapes.
 
     data: {root: PATH, train: {name: gta5.GTA5}}
 
@@ -7,8 +8,8 @@
     labels/00001_labelTrainIds.png      converted to train ids; read where the official label is missing
     lists/<split>.txt                   optional: one stem such as 00001 per line
 
-Papers on domain adaptation and generalisation train on all images, which is the default. In two of them image and label
-have different sizes; they are left out.
+Papers on domain adaptation and generalisation train on all images, which is the default. In two of
+them image and label have different sizes; they are left out.
 """
 
 from datasets.base import IGNORE, SegmentationData
@@ -24,13 +25,15 @@ def stems_of(data, images):
     if not listing.is_file():
         splits = ", ".join(["all", *sorted(path.stem for path in listing.parent.glob("*.txt"))])
         raise DataError(
-            f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: {splits}"
+            f"{type(data).__name__} has no split '{data.split}' and no list {listing}; there are: "
+            f"{splits}"
         )
     return read_list(listing)
 
 
 def listed_pairs(data, images, labels):
-    """The pairs of `data.split`, of two folders with the same names in both: all, or those that a list names."""
+    """The pairs of `data.split`, of two folders with the same names in both: all, or those that a
+    list names."""
     pairs = []
     for stem in stems_of(data, images):
         official, converted = labels / f"{stem}.png", labels / f"{stem}_labelTrainIds.png"

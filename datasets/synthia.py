@@ -1,4 +1,5 @@
-"""SYNTHIA-RAND-CITYSCAPES (Ros et al., 2016): 9,400 drawn street scenes of 1280x760, with 16 of Cityscapes' 19 classes.
+"""SYNTHIA-RAND-CITYSCAPES (Ros et al., 2016): 9,400 drawn street scenes of 1280x760, with 16 of
+Cityscapes' 19 classes.
 
     data: {root: PATH, train: {name: synthia.Synthia}}
 
@@ -9,7 +10,8 @@
 
 Labels of 8 bits and one channel, under either name, are train ids already and are not mapped again.
 
-Terrain, truck and train do not occur. Scores on Cityscapes follow one of two conventions; say which:
+Terrain, truck and train do not occur. Scores on Cityscapes follow one of two conventions; say
+which:
 
     A   labels of 19 classes, the mean over a subset of the IoUs: `eval.subsets` = SUBSETS   (BiSMAP, BCL, DAFormer)
     B   also, pixels of the three classes are ignored: Cityscapes with `ignore: [terrain, truck, train]`   (ProDA)
@@ -98,7 +100,8 @@ class Synthia(SegmentationData):
         ids = super().read_label(path)
         if ids.dtype != np.uint8:
             raise DataError(
-                f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and train ids"
+                f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and "
+                "train ids"
             )
         return ids
 

@@ -1,9 +1,10 @@
-"""The embedded data set: street scenes seen from a car, drawn with NumPy and OpenCV. No files, no download.
+"""The embedded data set: street scenes seen from a car, drawn with NumPy and OpenCV. No files, no
+download.
 
     data.train: {name: toy.Toy, domain: synthetic, split: train, length: 400, size: [96, 128]}
 
-The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes nothing but the
-appearance:
+The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes
+nothing but the appearance:
 
     synthetic   a game: saturated flat colours, hardly any texture or shadow, crisp edges
     real        a camera: muted palette that varies per image, brick, grain and foliage, cast shadows, uneven light,
@@ -13,8 +14,8 @@ appearance:
     rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the lens
     snow        the real scene, whitened on the ground and on whatever looks up, with flakes
 
-The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours and depth are
-look-ups in that map, so they agree to the pixel.
+The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours
+and depth are look-ups in that map, so they agree to the pixel.
 
     image, label = draw(seed=0, index=7, domain="real", size=(240, 320))      # (240, 320, 3) uint8, (240, 320) uint8
 """
@@ -32,7 +33,8 @@ from engine.errors import UserError
 from engine.ranges import Size
 
 DOMAINS = ("synthetic", "real", "night", "fog", "rain", "snow")
-# material: (colours in the game, colours in the real world, strength of its grain in the real world)
+# material: (colours in the game, colours in the real world, strength of its grain in the real
+# world)
 MATERIALS = {
     "sky": ("4fa8f0 6cbcf5 8fcdf2", "8fa9c4 a9bccb c3c9cc b7c4d6", 0.0),
     "cloud": ("eef6fc", "c9d0d6", 0.0),
@@ -148,7 +150,8 @@ def look(camera, shapes, parts):
 
 
 def blur(image, radius):
-    """Gaussian blur; radius in pixels. Large ones are taken at a quarter of the size, which is as good and fast."""
+    """Gaussian blur; radius in pixels. Large ones are taken at a quarter of the size, which is as
+    good and fast."""
     if radius > 2.5:
         small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         return cv2.resize(cv2.GaussianBlur(small, (0, 0), radius / 4), image.shape[1::-1])
@@ -163,7 +166,8 @@ def smooth_field(rng, size, cells):
 
 @cache
 def texture_tile():
-    """Grain and brickwork that repeat every 512 pixels = 16 metres: (512, 512, 2) float32 about 0."""
+    """Grain and brickwork that repeat every 512 pixels = 16 metres: (512, 512, 2) float32 about
+    0."""
     rng, side = np.random.default_rng(0), 512
     speckle = rng.standard_normal((side, side)) * 0.5
     for cells in (32, 64, 128, 256):
@@ -175,7 +179,8 @@ def texture_tile():
 
 
 def texture(rng, shapes, parts, view):
-    """Relative brightness, (H, W, 1): bricks on some facades, grain elsewhere, fading with depth."""
+    """Relative brightness, (H, W, 1): bricks on some facades, grain elsewhere, fading with
+    depth."""
     x, y, z = cv2.split(view.world)
     s = (x + z) * 32 + int(
         rng.integers(512)
@@ -197,7 +202,8 @@ def texture(rng, shapes, parts, view):
 
 
 def colours(rng, shapes, game):
-    """One colour and a spare byte per shape, (shapes, 4) uint8; outside the game every picture has its own palette."""
+    """One colour and a spare byte per shape, (shapes, 4) uint8; outside the game every picture has
+    its own palette."""
     table = {}
     for name, row in MATERIALS.items():
         choices = np.array([list(bytes.fromhex(code)) for code in row[not game].split()])
@@ -321,7 +327,8 @@ WEATHER = {"night": night, "fog": fog, "rain": rain, "snow": snow}
 
 
 def lay_out(seed, index, size):
-    """What a scene is in every domain: camera, sun, shapes, and the map of their numbers at twice the size."""
+    """What a scene is in every domain: camera, sun, shapes, and the map of their numbers at twice
+    the size."""
     height, width = size
     camera, sun, shapes = compose(np.random.default_rng((seed, index, 1)), (height, width))
     fine = np.zeros(
@@ -344,7 +351,8 @@ def draw_label(seed, index, size):
 def draw(
     seed: int, index: int, domain: str, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `index` of the series `seed`: (H, W, 3) uint8 RGB and (H, W) uint8 ids. Equal arguments, equal arrays."""
+    """Picture `index` of the series `seed`: (H, W, 3) uint8 RGB and (H, W) uint8 ids. Equal
+    arguments, equal arrays."""
     if domain not in DOMAINS:
         raise UserError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     height, width = size
@@ -387,8 +395,9 @@ SPLITS = ("train", "val", "test")
 class Toy(SegmentationData):
     """A series of drawn scenes with the 11 classes of CamVid.
 
-    Training scenes differ between domains, so that a source and a target are never pairs; the scenes of `val` and
-    `test` are the same in all domains, so that results differ by the appearance alone.
+    Training scenes differ between domains, so that a source and a target are never pairs; the
+    scenes of `val` and `test` are the same in all domains, so that results differ by the appearance
+    alone.
 
     Args:
         domain: one of DOMAINS.
@@ -418,7 +427,8 @@ class Toy(SegmentationData):
             )
         if length < 1 or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
             raise UserError(
-                f"toy.Toy needs a length of 1 or more and a size [height, width] in pixels, not {length}, {size}"
+                "toy.Toy needs a length of 1 or more and a size [height, width] in pixels, not "
+                f"{length}, {size}"
             )
         self.set_classes(label_space=label_space)
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels

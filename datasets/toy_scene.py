@@ -1,7 +1,8 @@
-"""The geometry of the toy scenes: which flat shapes stand where, in metres, in front of a pinhole camera.
+"""The geometry of the toy scenes: which flat shapes stand where, in metres, in front of a pinhole
+camera.
 
-`compose` draws one scene from a random generator: a camera, a sun, and the shapes from far to near. Appearance is the
-business of `datasets/toy.py`; here a shape only names its class and its material.
+`compose` draws one scene from a random generator: a camera, a sun, and the shapes from far to near.
+Appearance is the business of `datasets/toy.py`; here a shape only names its class and its material.
 """
 
 from functools import cache
@@ -22,7 +23,8 @@ NO_PLANE = (0.0, 0.0, 0.0)  # infinitely far
 
 
 class Camera(NamedTuple):
-    """Pinhole camera over flat ground; metres, and picture coordinates u, v in units of the picture's height."""
+    """Pinhole camera over flat ground; metres, and picture coordinates u, v in units of the
+    picture's height."""
 
     horizon: float  # v
     vanishing: float  # u where a straight road would meet the horizon
@@ -33,7 +35,8 @@ class Camera(NamedTuple):
     size: tuple  # (H, W) pixels
 
     def lateral(self, x, z):
-        """Metres right of the optical axis, for x metres right of the (curved) middle of the road."""
+        """Metres right of the optical axis, for x metres right of the (curved) middle of the
+        road."""
         return x - self.x + 0.5 * self.bend * z * z
 
     def project(self, points):
@@ -43,7 +46,8 @@ class Camera(NamedTuple):
         return np.stack([u, self.horizon + self.focal * (self.height - y) / z], -1)
 
     def wall(self, x, z0, z1):
-        """Upright plane along the road as (a, b, c): of any plane, 1 / z = a + b (u - vanishing) + c (v - horizon)."""
+        """Upright plane along the road as (a, b, c): of any plane, 1 / z = a + b (u - vanishing) +
+        c (v - horizon)."""
         slope = (self.lateral(x, z1) - self.lateral(x, z0)) / (z1 - z0)
         offset = self.lateral(x, z0) - slope * z0
         offset = np.copysign(max(abs(offset), 0.5), offset)  # a plane through the eye has no depth
@@ -51,7 +55,8 @@ class Camera(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Polygons of one colour, painted in the order of falling `depth`. In the stock, `plane` is "across" or "along"."""
+    """Polygons of one colour, painted in the order of falling `depth`. In the stock, `plane` is
+    "across" or "along"."""
 
     label: int
     material: str
@@ -90,7 +95,8 @@ def boxes(left, right, bottom, top):
     return np.stack([left, bottom, right, bottom, right, top, left, top], -1).reshape(-1, 4, 2)
 
 
-# Every maker below builds an object around the origin (x to the outside of the street); `stock` keeps what it made.
+# Every maker below builds an object around the origin (x to the outside of the street); `stock`
+# keeps what it made.
 
 
 def tree(rng, number):
@@ -117,7 +123,8 @@ def tree(rng, number):
 
 
 def building(rng, number, town=False):
-    """Wall along the road and near end: a house with a pitched roof, or (`town`) a block with shops."""
+    """Wall along the road and near end: a house with a pitched roof, or (`town`) a block with
+    shops."""
     floors, storey, deep, long = (
         rng.integers(1, 3) + town * rng.integers(2, 6),
         3.1,
@@ -184,7 +191,8 @@ def fence(rng, number):
 
 
 def car(rng, number, front=False):
-    """Car or van, an extruded profile whose flank at +x is seen; the near end is its `front` or its back."""
+    """Car or van, an extruded profile whose flank at +x is seen; the near end is its `front` or its
+    back."""
     half, tall, tone = (
         (1.0, 1.45, rng.random())
         if number % 8 == 0
@@ -256,7 +264,8 @@ def oncoming(rng, number):
 
 
 def person(rng, number, label=PEDESTRIAN, size=1.0, lean=0.0, lift=0.0):
-    """Legs, arms, torso, head, hair; `lean` bends the upper body forward. Pedestrians are one metre high."""
+    """Legs, arms, torso, head, hair; `lean` bends the upper body forward. Pedestrians are one metre
+    high."""
     tone, stride, legs = rng.random(), rng.uniform(-0.14, 0.14), rng.random()
     shoulder, hand, head = np.array([(lean, 0.82), (lean + 0.12, 0.48), (lean * 1.2, 0.92)])
     hand = np.array([lean * 1.9, 0.6]) if lean else hand
@@ -361,7 +370,8 @@ def stock(maker, number):
 
 
 def place(camera, maker, number, x, z, size=(1, 1, 1), y=0.0, order=0.0, light=1.0):
-    """Put an object of the stock on the street, mirrored if size[0] < 0; `order`: paint it as if so much farther."""
+    """Put an object of the stock on the street, mirrored if size[0] < 0; `order`: paint it as if so
+    much farther."""
     near, offset, shapes = max(z, NEAR), (x, y, z), []
     smallest = near / (
         camera.focal * camera.size[0] * max(map(abs, size))
@@ -415,7 +425,8 @@ def scenery(rng, camera):
 
 
 def street(rng, camera, half, outer, green):
-    """The ground: road and markings, kerbs, pavements, and beyond them grass (`green`) or slabs; two sides each."""
+    """The ground: road and markings, kerbs, pavements, and beyond them grass (`green`) or slabs;
+    two sides each."""
     shapes, surface = [], rng.random()
     far = np.geomspace(NEAR, 300, 20)
 
@@ -458,7 +469,8 @@ def street(rng, camera, half, outer, green):
 
 
 def roadside(rng, camera, side, half, edge, kind, sunny):
-    """What stands along one side: blocks, houses or a park; fences, trees, street lights, signs, people."""
+    """What stands along one side: blocks, houses or a park; fences, trees, street lights, signs,
+    people."""
     shapes, z, style = [], rng.uniform(-10, 0), rng.integers(STOCK)
 
     def put(maker, x, z, tall=1.0, wide=1.0, number=None, **options):
@@ -521,7 +533,8 @@ def roadside(rng, camera, side, half, edge, kind, sunny):
 
 
 def compose(rng, size):
-    """One scene: camera, sun (metres of shadow per metre of height, along x and z), shapes from far to near."""
+    """One scene: camera, sun (metres of shadow per metre of height, along x and z), shapes from far
+    to near."""
     parked = rng.random(2) < 0.55
     half, drive = rng.uniform(2.8, 4.1) + 0.8 * parked.sum(), rng.choice([-1, 1])
     camera = Camera(

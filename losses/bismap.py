@@ -1,5 +1,6 @@
-"""BiSMAP: "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain Adaptive Semantic Segmentation"
-(Lu et al., ACM MM 2022). Equations and constants of its released code [C]; [R] marks what is reconstructed.
+"""BiSMAP: "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain Adaptive
+Semantic Segmentation" (Lu et al., ACM MM 2022). Equations and constants of its released code [C];
+[R] marks what is reconstructed.
 
     prototypes: {mixtures: {name: mixtures.Mixtures, components: 8, pool: 300000, view: none}}
     uda:
@@ -26,15 +27,17 @@
           - {name: bismap.SymmetricCrossEntropy, view: target}
           - {name: bismap.Distillation}
 
-1. Source pixels that look like nothing in the target lose weight (Transferability). 2. A warm-up learns the source in
-the style of the target (`data.train.stylised`, or `uda.style` as it trains). 3. A mixture of Gaussians per class is
-fitted to its features and labels the target by likelihood (LikelihoodLabels). 4. Self-training on these labels, from
-ImageNet weights, consistent with an averaged teacher. 5. Distillation, twice, each with the labels of the last network.
+1. Source pixels that look like nothing in the target lose weight (Transferability). 2. A warm-up
+learns the source in the style of the target (`data.train.stylised`, or `uda.style` as it trains).
+3. A mixture of Gaussians per class is fitted to its features and labels the target by likelihood
+(LikelihoodLabels). 4. Self-training on these labels, from ImageNet weights, consistent with an
+averaged teacher. 5. Distillation, twice, each with the labels of the last network.
 
-Differences from the released code: the teacher is in eval mode (there it normalises by its batch); distances are
-divided by their mean over the whole source (there a running mean, which depends on the order); scores are upsampled
-(there features); the vectors of a class are a uniform sample of 300,000 (there the first million at a rate kappa_c,
-then 300,000 of these); variances are clamped to 1e-6 (there 1e-6 is added).
+Differences from the released code: the teacher is in eval mode (there it normalises by its batch);
+distances are divided by their mean over the whole source (there a running mean, which depends on
+the order); scores are upsampled (there features); the vectors of a class are a uniform sample of
+300,000 (there the first million at a rate kappa_c, then 300,000 of these); variances are clamped to
+1e-6 (there 1e-6 is added).
 """
 
 import math
@@ -58,7 +61,7 @@ def resized(logits, size):
     return logits if logits.shape[-2:] == tuple(size) else resize_logits(logits, size)
 
 
-# --- source -> target: labels by likelihood --------------------------------------------------------------------------
+# --- source -> target: labels by likelihood -------------------------------------------------------
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to look at
 SAMPLE = (
@@ -68,15 +71,17 @@ NEVER = 2**32  # above every hash
 
 
 class LikelihoodLabels(Labeler):
-    """Labeler: the class with the largest score, where the score of that class's prototype reaches its threshold.
+    """Labeler: the class with the largest score, where the score of that class's prototype reaches
+    its threshold.
 
-    The prototypes are fitted to the source, to pixels that the network classifies correctly at feature size. Scores of
-    mixtures are log-densities, without a prior. **Nats do not carry over to another network**: with 256 channels a
-    deviation of 0.1 gives 354 nats at a mean and one of 1 gives -235, so 100 is right for the paper's network alone.
-    `source_quantile` adapts to the network [R]: the share of a class's own source pixels below its threshold.
+    The prototypes are fitted to the source, to pixels that the network classifies correctly at
+    feature size. Scores of mixtures are log-densities, without a prior. **Nats do not carry over to
+    another network**: with 256 channels a deviation of 0.1 gives 354 nats at a mean and one of 1
+    gives -235, so 100 is right for the paper's network alone. `source_quantile` adapts to the
+    network [R]: the share of a class's own source pixels below its threshold.
 
-    [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than the upsampled features
-    of the released code, and not bit-identical.
+    [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than
+    the upsampled features of the released code, and not bit-identical.
 
     Args:
         prototypes: name of a member of the prototype family, or "classifier" for the logits.
@@ -86,8 +91,8 @@ class LikelihoodLabels(Labeler):
         ValueError: not exactly one of the two thresholds, or no number.
         UserError, from `prepare` or `label`: there is no such member.
 
-    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct source pixels; both
-    infinite for classes without a prototype.
+    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct
+    source pixels; both infinite for classes without a prototype.
     """
 
     stored = True
@@ -121,7 +126,8 @@ class LikelihoodLabels(Labeler):
         return member(prototypes, self.prototypes, "bismap.LikelihoodLabels", remedy)
 
     def scores(self, output, prototypes):
-        """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a prototype."""
+        """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a
+        prototype."""
         if self.prototypes == "classifier":
             # Of the network that made the output, which is not always the one that is trained.
             return precise(output.logits), torch.ones_like(self.threshold, dtype=torch.bool)
@@ -135,7 +141,8 @@ class LikelihoodLabels(Labeler):
         fitted = None if self.prototypes == "classifier" else self.member(prototypes)
 
         def correct():
-            """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source image."""
+            """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source
+            image."""
             for index, image, label in preparation.images(preparation.source):
                 output = preparation.segment(image)
                 label = resize_labels(label, output.logits.shape[-2:])
@@ -167,10 +174,11 @@ class LikelihoodLabels(Labeler):
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def measure(self, correct, prototypes, levels):
-        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct pixel.
+        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct
+        pixel.
 
-        Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same on any number of
-        processes.
+        Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same
+        on any number of processes.
         """
         classes = torch.arange(len(self.threshold), device=self.threshold.device)[:, None]
         lots = torch.full((len(classes), SAMPLE), NEVER, device=classes.device)
@@ -199,7 +207,8 @@ class LikelihoodLabels(Labeler):
         return torch.where(best >= self.threshold.to(best.dtype)[classes], classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was fitted to."""
+        """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was
+        fitted to."""
         return self.choose(network.segment(image), image.shape[-2:], prototypes)
 
     def before(self, step):
@@ -207,7 +216,7 @@ class LikelihoodLabels(Labeler):
         step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
 
-# --- target -> source: how much a source pixel looks like the target -------------------------------------------------
+# --- target -> source: how much a source pixel looks like the target ------------------------------
 
 # e of the 19 classes of Cityscapes in the released code, which does not say how they were measured.
 ENTROPY = {
@@ -268,7 +277,8 @@ def region_weights(distances, mean):
 
 
 def class_offsets(entropies):
-    """e (K) -> (e - min e) / (max e - min e). 0 for classes whose e is NaN, and for all if none differ."""
+    """e (K) -> (e - min e) / (max e - min e). 0 for classes whose e is NaN, and for all if none
+    differ."""
     known = ~entropies.isnan()
     low, high = (torch.where(known, entropies, bound) for bound in (torch.inf, -torch.inf))
     low, high = low.amin(), high.amax()
@@ -276,7 +286,8 @@ def class_offsets(entropies):
 
 
 def pixel_weights(regions, labels, offset):
-    """W = clip(w + e_class, 0, 1): w (B, rows, columns), labels (B, H, W), offset (K) -> (B, H, W)."""
+    """W = clip(w + e_class, 0, 1): w (B, rows, columns), labels (B, H, W), offset (K) ->
+    (B, H, W)."""
     table = torch.zeros(256, dtype=regions.dtype, device=regions.device)
     table[: len(offset)] = offset
     return (resize_labels(regions, labels.shape[-2:]) + table[labels]).clamp(0, 1)
@@ -287,21 +298,24 @@ class Transferability(Labeler):
 
         w(r) = 2^-(d(r) / mean d)^2        W(p) = clip(w(r(p)) + e_class(p), 0, 1)
 
-    d is the distance of a region's feature to the nearest of the target's centres, so nothing depends on the scale of
-    the features. e lies in 0..1, and pixels of rare and hard classes keep their weight. W is stored once per image, in
-    8 bits, and read back in training. The images are those on the disk: stylised ones by `data.train.stylised` as in
-    the paper, but not by `uda.style`.
+    d is the distance of a region's feature to the nearest of the target's centres, so nothing
+    depends on the scale of the features. e lies in 0..1, and pixels of rare and hard classes keep
+    their weight. W is stored once per image, in 8 bits, and read back in training. The images are
+    those on the disk: stylised ones by `data.train.stylised` as in the paper, but not by
+    `uda.style`.
 
     Args:
-        encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101, weights: PATH}; the paper
-            has a SimCLR ResNet-152 with selective kernels, on pictures that are not normalised. {name: none} is the
-            backbone of the network that the stage starts from [R].
+        encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101,
+            weights: PATH}; the paper has a SimCLR ResNet-152 with selective kernels, on pictures
+            that are not normalised. {name: none} is the backbone of the network that the stage
+            starts from [R].
         size: [H, W] to which images are resized for it.
         grid: [rows, columns] of regions, means over parts of its coarsest map.
         clusters: centres of k-means, at most as many as there are regions of the target.
-        entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean entropy that predictions
-            of the network that the stage starts from have on the source pixels of a class [R]; not in a first stage,
-            whose network has learnt nothing. "none": no offset.
+        entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean
+            entropy that predictions of the network that the stage starts from have on the source
+            pixels of a class [R]; not in a first stage, whose network has learnt nothing. "none":
+            no offset.
     Raises:
         ValueError: released constants for other than 19 classes; sizes that are none.
     """
@@ -325,7 +339,8 @@ class Transferability(Labeler):
         for name, value in (("size", size), ("grid", grid), ("clusters", [clusters, 1])):
             if len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
                 raise ValueError(
-                    f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}"
+                    f"{name} needs positive whole numbers, [rows, columns] of size and grid, not "
+                    f"{value}"
                 )
         self.num_classes, self.seed = num_classes, seed
         self.clusters, self.entropy = clusters, entropy
@@ -374,7 +389,8 @@ class Transferability(Labeler):
         return F.adaptive_avg_pool2d(precise(encoder(small)[-1]), self.grid)[0].flatten(1).T
 
     def centres(self, regions):
-        """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the same on all."""
+        """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the
+        same on all."""
         regions = {
             index: rows for part in distributed.gather(regions) for index, rows in part.items()
         }
@@ -389,7 +405,8 @@ class Transferability(Labeler):
         return torch.from_numpy(distributed.gather(centres)[0])
 
     def entropies(self, logits, labels):
-        """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The unit cancels."""
+        """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The
+        unit cancels."""
         log_p = precise(logits).log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
         sums, counts = class_sums(
@@ -403,15 +420,16 @@ class Transferability(Labeler):
         step.weights["source"] = weights.to(torch.get_default_dtype()) / 255
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 class SymmetricCrossEntropy(Loss):
     """sum_p w(p) (ce CE(p) + rce RCE(p)) / number of labelled pixels (Wang et al., ICCV 2019).
 
-    RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at least `floor`. Of a
-    labelled pixel that is -log(floor) (1 - p_y): bounded by 9.2103, so that a wrong label does little harm. (The
-    released code clamps p to at least 1e-7 too, which adds less than K 1e-6.)
+    RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at
+    least `floor`. Of a labelled pixel that is -log(floor) (1 - p_y): bounded by 9.2103, so that a
+    wrong label does little harm. (The released code clamps p to at least 1e-7 too, which adds less
+    than K 1e-6.)
 
     Args:
         view: the view whose logits are scored.
@@ -448,14 +466,16 @@ class SymmetricCrossEntropy(Loss):
 
 
 class Consistency(Loss):
-    """The student on the strong view follows the teacher on the plain target image, outside the cut-out:
+    """The student on the strong view follows the teacher on the plain target image, outside the
+    cut-out:
 
         w(t) mean_p mean_c t_c (log t_c - log s_c)        w(t) = exp(-5 (1 - min(t, ramp) / ramp)^2)
 
     The paper's factor is 30 (`weight: 30`); the mean over 19 classes makes it 1.6 per pixel.
 
     Args:
-        view: the strong view of `mixers.Strong`, whose weights are 0 in the cut-out and 1 elsewhere.
+        view: the strong view of `mixers.Strong`, whose weights are 0 in the cut-out and 1
+            elsewhere.
         ramp: steps until w is 1; 0: always 1.
     Raises:
         ValueError: a negative ramp.
@@ -477,7 +497,8 @@ class Consistency(Loss):
     def forward(self, step):
         if self.view not in step.outputs or self.view not in step.weights:
             raise UserError(
-                f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}"
+                f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: "
+                f"mixers.Strong}}"
             )
         logits, kept = step.outputs[self.view].logits, step.weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
@@ -491,12 +512,14 @@ class Consistency(Loss):
 
 
 class Distillation(Loss):
-    """The student follows a frozen teacher on the target; mean over pixels, at feature size, and classes.
+    """The student follows a frozen teacher on the target; mean over pixels, at feature size, and
+    classes.
 
     Args:
         view: the plain target view.
-        kd: "linear" is the released form, which has probabilities in the place of log-probabilities,
-            sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c. "kl" is the divergence [R].
+        kd: "linear" is the released form, which has probabilities in the place of
+            log-probabilities, sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c.
+            "kl" is the divergence [R].
     """
 
     needs_teacher = True

@@ -1,11 +1,12 @@
-"""Entropy of the predictions: lowering it moves the boundaries between classes to where features are sparse.
+"""Entropy of the predictions: lowering it moves the boundaries between classes to where features
+are sparse.
 
     losses: [..., {name: entropy.Entropy, view: target, weight: 0.12}]
 
     L = mean_p H(softmax(logits(p)))
 
-Direct entropy minimisation of ADVENT (Vu et al., CVPR 2019), which divides H by log K (`normalized`). BCL (bcl.py) uses
-it on both domains, undivided.
+Direct entropy minimisation of ADVENT (Vu et al., CVPR 2019), which divides H by log K
+(`normalized`). BCL (bcl.py) uses it on both domains, undivided.
 """
 
 import math

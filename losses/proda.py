@@ -1,5 +1,6 @@
-"""ProDA's denoising of pseudo labels by prototypes: the closest peer of BiSMAP and BCL (Zhang et al., "Prototypical
-Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semantic Segmentation", CVPR 2021).
+"""ProDA's denoising of pseudo labels by prototypes: the closest peer of BiSMAP and BCL (Zhang et
+al., "Prototypical Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semantic
+Segmentation", CVPR 2021).
 
     prototypes:
       target: {name: centroids.Centroids, momentum: 0.9999, view: target}
@@ -12,14 +13,15 @@ Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semanti
       - {name: proda.Regularity, weight: 0.1}
     stages: [{name: source, teacher: none, ...}, {name: adapt, init: previous, teacher: frozen}]
 
-The predictions of the source model stay fixed; what changes while the student learns is how far each class is believed,
-by the distance of the pixel's feature to the target's class centroids:
+The predictions of the source model stay fixed; what changes while the student learns is how far
+each class is believed, by the distance of the pixel's feature to the target's class centroids:
 
     w_k(p) = softmax_k(-|f(p) - eta_k| / tau)            label(p) = argmax_k w_k(p) p_k(p)
 
-[R] Where the paper stores the soft predictions once and takes features of an averaged teacher, here a frozen teacher
-predicts the same crop again (no K maps per image on the disk) and the features are the student's. Its third part, the
-consistency of prototype assignments between views, is not built; `bismap.Consistency` is the nearest term here.
+[R] Where the paper stores the soft predictions once and takes features of an averaged teacher, here
+a frozen teacher predicts the same crop again (no K maps per image on the disk) and the features are
+the student's. Its third part, the consistency of prototype assignments between views, is not built;
+`bismap.Consistency` is the nearest term here.
 """
 
 import torch
@@ -34,8 +36,8 @@ class Denoise(Labeler):
     """Labeler: the teacher's probabilities, weighted by the distances to the target's prototypes.
 
     Args:
-        prototypes: name of the member that holds the target's centroids; `prepare` fits it with the predictions of the
-            network that the stage starts from.
+        prototypes: name of the member that holds the target's centroids; `prepare` fits it with the
+            predictions of the network that the stage starts from.
         temperature: tau.
     """
 
@@ -62,7 +64,8 @@ class Denoise(Labeler):
         self.member(preparation.prototypes).fit(batches, preparation.prototypes)
 
     def denoise(self, logits, features, prototypes, size):
-        """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels (B, H, W)."""
+        """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels
+        (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
             centroids = prototypes.means().to(dtype)  # (K, D)
@@ -94,8 +97,8 @@ class Denoise(Labeler):
 
 
 class Regularity(Loss):
-    """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to a constant, which
-    keeps predictions from becoming too sure of noisy labels.
+    """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to
+    a constant, which keeps predictions from becoming too sure of noisy labels.
 
     Args:
         view: the view whose logits it takes.

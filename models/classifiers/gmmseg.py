@@ -1,22 +1,26 @@
-"""GMMSeg: "Gaussian Mixture based Generative Semantic Segmentation Models" (Liang et al., NeurIPS 2022).
+"""GMMSeg: "Gaussian Mixture based Generative Semantic Segmentation Models" (Liang et al., NeurIPS
+2022).
 
     model.classifier: {name: gmmseg.GMMSeg}
     losses: [{name: cross_entropy.CrossEntropy}, {name: gmmseg.Contrast, weight: 0.01}]
 
-A class has M Gaussians of equal weight with diagonal covariance. The score of a class is the log-density of the one
-that a pixel fits best (the maximum, as in the released code, not the mixture's sum), and logits are its LayerNorm over
-classes. The square is expanded: two matrix products, of z and of z^2, as in models/prototypes/mixtures.py.
+A class has M Gaussians of equal weight with diagonal covariance. The score of a class is the
+log-density of the one that a pixel fits best (the maximum, as in the released code, not the
+mixture's sum), and logits are its LayerNorm over classes. The square is expanded: two matrix
+products, of z and of z^2, as in models/prototypes/mixtures.py.
 
     E step   pixels of a class shared out among its components in equal parts, by log-density / its largest in the class
     M step   of the correctly classified pixels q of a component, f = norm(mean q):
              mu <- norm(0.999 mu + 0.001 f)      sigma^2 <- mean (q - f)^2 + 0.01
 
-The M step needs sums of q and q^2 alone. The paper takes them over a queue of 32,000 pixels per component (ADE20K with
-8 components: 9.8 GB). The default keeps the sums themselves and lets old steps fade, S <- decay S + S_step, a step with
-the weight that the queue would give it, at most `pixels` [R]: no more than twice the memory of the means.
+The M step needs sums of q and q^2 alone. The paper takes them over a queue of 32,000 pixels per
+component (ADE20K with 8 components: 9.8 GB). The default keeps the sums themselves and lets old
+steps fade, S <- decay S + S_step, a step with the weight that the queue would give it, at most
+`pixels` [R]: no more than twice the memory of the means.
 
-What differs from the released code: the arg max of the shares, not a draw; one assignment over all processes; classes
-move that have a correctly classified pixel at the step of the M step, not any pixel.
+What differs from the released code: the arg max of the shares, not a draw; one assignment over all
+processes; classes move that have a correctly classified pixel at the step of the M step, not any
+pixel.
 """
 
 from typing import Annotated
@@ -34,8 +38,8 @@ CHUNK = 1024  # places of the queue whose squares are made at a time
 
 
 class GMMSeg(Components):
-    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components` (B, K, M, h, w), log-densities in
-    nats.
+    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components`
+    (B, K, M, h, w), log-densities in nats.
 
     Args:
         components: M: 5, and 8 on ADE20K.
@@ -45,16 +49,18 @@ class GMMSeg(Components):
         rounds: of the assignment.
         update_every: steps from one M step to the next.
         floor: added to the variances.
-        decay: of the running sums, 0.999 for an age of 1,000 steps that a component was in (queue: 800).
-        queue: pixels of each component that a queue keeps instead of the running sums, 32000 in the paper; 0: none. It
-            takes K x M x queue x E floats, also in checkpoints, and as often again in a teacher.
-        pixels: most pixels of a component that enter the queue at a step, evenly spaced; without a queue all do, but
-            weigh as many.
+        decay: of the running sums, 0.999 for an age of 1,000 steps that a component was in (queue:
+            800).
+        queue: pixels of each component that a queue keeps instead of the running sums, 32000 in the
+            paper; 0: none. It takes K x M x queue x E floats, also in checkpoints, and as often
+            again in a teacher.
+        pixels: most pixels of a component that enter the queue at a step, evenly spaced; without a
+            queue all do, but weigh as many.
     Raises:
         ValueError: options out of range.
 
-    State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and first, second
-    (K, M, E).
+    State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and
+    first, second (K, M, E).
     """
 
     densities = True
@@ -127,7 +133,8 @@ class GMMSeg(Components):
 
     @torch.no_grad()
     def update(self, batches, step):
-        """E step at every step, M step where it is due, for the classes that occur; the others stay as they are."""
+        """E step at every step, M step where it is due, for the classes that occur; the others stay
+        as they are."""
         rows, classes, scores, right = self.observe(batches)
         k, m, width = shape = self.vectors.shape
         groups = torch.where(right, m * classes + self.share_out(scores, classes), k * m)

@@ -2,8 +2,8 @@
 
     prototypes.centroids: {name: centroids.Centroids, momentum: 0.99}
 
-Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has already moved would
-pull a class back wherever one process has not seen it.)
+Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has
+already moved would pull a class back wherever one process has not seen it.)
 """
 
 import torch
