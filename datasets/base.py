@@ -119,12 +119,13 @@ class SegmentationData(Dataset):
     SCORED = ()
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
+    SPLIT = "train"  # where no split is named
 
     def __init__(
         self,
         *,
         root,
-        split: str = "train",
+        split: str | None = None,
         labels: bool = True,
         ignore: list = (),
         augment=None,
@@ -134,7 +135,7 @@ class SegmentationData(Dataset):
     ):
         if root is None:
             raise DataError(f"{type(self).__name__} needs its folder: set data.root=PATH")
-        self.root, self.split, self.labels = Path(root), split, labels
+        self.root, self.split, self.labels = Path(root), split or self.SPLIT, labels
         self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
             remedy = "set data.root=PATH, or the root that this data set has of its own (layouts: README, Data)"
@@ -241,7 +242,8 @@ class SegmentationData(Dataset):
         return copies
 
     def pairs(self):
-        raise NotImplementedError
+        """[(image, its label or None)]: a data set has these, or its `images` and `label_of`."""
+        return [(image, self.label_of(image) if self.labels else None) for image in self.images()]
 
     def read_image(self, path):
         return read_image(path)

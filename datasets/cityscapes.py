@@ -85,10 +85,9 @@ class Cityscapes(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    def pairs(self):
+    def images(self):
         folder = self.split_folder(self.root / "leftImg8bit")
-        found = files_below(folder, ["_leftImg8bit.png"], depth=2)
-        return [(image, self.label_of(image) if self.labels else None) for image in found]
+        return files_below(folder, ["_leftImg8bit.png"], depth=2)
 
     def label_of(self, image):
         folder = self.root / "gtFine" / self.split / image.parent.name

@@ -241,12 +241,10 @@ class CocoStuff164k(SegmentationData):
     CLASSES, PALETTE = CLASSES, PALETTE
     ID_MAP = {255: IGNORE} | {coco - 1: i for i, coco in enumerate(IDS)}
 
-    def pairs(self):
+    def images(self):
         folder = self.root / "images"
-        images = files_below(
-            self.split_folder(folder if folder.is_dir() else self.root), [".jpg"], depth=1
-        )
-        return [(image, self.label_of(image) if self.labels else None) for image in images]
+        folder = self.split_folder(folder if folder.is_dir() else self.root)
+        return files_below(folder, [".jpg"], depth=1)
 
     def label_of(self, image):
         folders = [self.root / name / self.split for name in ("stuffthingmaps", "annotations")]

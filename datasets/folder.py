@@ -20,11 +20,14 @@ labels/train/*.png and so on:
 training.
 """
 
+from typing import Annotated
+
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, UNKNOWN, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.reading import DataError, files_below, read_colors, read_list
+from engine.ranges import Text
 
 
 def distinct_colors(count):
@@ -84,6 +87,9 @@ def demand(names, files, what):
         raise DataError(f"Folder: {len(missing)} of {len(names)} {what}: {', '.join(missing[:5])}")
 
 
+Palette = Annotated[list[Annotated[list[Annotated[int, "[0, 255]"]], "[3, 3]"]], "[1, 253]"]
+
+
 class Folder(SegmentationData):
     """Args:
         classes: names of the K classes, in the order of their ids.
@@ -104,14 +110,14 @@ class Folder(SegmentationData):
         self,
         *,
         root,
-        classes: list,
+        classes: Annotated[list[Text], "[1, 253]"],  # 254 and 255 are taken
         split: str = "train",
         image_dir: str = "images/{split}",
         label_dir: str = "labels/{split}",
         image_suffix: str | list = ".jpg",
         label_suffix: str = ".png",
         list: str | None = None,
-        palette: list | None = None,
+        palette: Palette | None = None,
         id_map: dict | None = None,
         color_labels: bool = False,
         labels: bool = True,
@@ -121,22 +127,11 @@ class Folder(SegmentationData):
         label_space: dict | None = None,
     ):
         names = tuple(classes)
-        if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-            raise DataError(f"Folder: the class {wrong[0]!r} is no name: write it in quotes")
-        if not 0 < len(names) < UNKNOWN:
-            raise DataError(
-                f"Folder: there are {len(names)} classes, but 1 to {UNKNOWN - 1} are possible: ids "
-                "have 8 bits"
-            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"Folder: classes must have different names; {twice[0]!r} is repeated")
         colors = palette or distinct_colors(len(names))
-        if len(colors) != len(names) or any(
-            np.shape(c) != (3,) or not {*c} <= {*range(256)} for c in colors
-        ):
-            raise DataError(
-                f"Folder: palette must hold {len(names)} colours [r, g, b] of 0..255, not {palette}"
-            )
+        if len(colors) != len(names):
+            raise DataError(f"Folder: palette must hold {len(names)} colours, not {len(colors)}")
         if color_labels and (not palette or id_map or len(set(map(tuple, colors))) < len(names)):
             raise DataError(
                 "Folder: color_labels needs a palette of different colours, and no id_map"

@@ -34,6 +34,7 @@ from PIL import Image
 from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import CLASSES, PALETTE
 from datasets.reading import DataError, files_below
+from engine.ranges import Natural
 
 STRICT = {
     "road": (13, 24, 41),  # road, lane marking, manhole
@@ -87,7 +88,7 @@ class Mapillary(SegmentationData):
         train_ids: folder, relative to the root, of labels that others converted to the 19 ids,
             under the images' names; `{split}` becomes the split. They are read in place of the
             official ones, and `ids` plays no part.
-    Raises DataError: labels of v2.0, a negative long_side, an unknown map.
+    Raises DataError: labels of v2.0.
     """
 
     CLASSES, PALETTE = CLASSES, PALETTE
@@ -98,7 +99,7 @@ class Mapillary(SegmentationData):
         root,
         split: str = "training",
         ids: Literal["strict", "wide"] = "strict",
-        long_side: int = 0,
+        long_side: Natural = 0,
         train_ids: str | None = None,
         labels: bool = True,
         ignore: list = (),
@@ -107,11 +108,6 @@ class Mapillary(SegmentationData):
         stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        if ids not in ID_MAPS or long_side < 0:
-            raise DataError(
-                f"Mapillary: ids {ids!r}, long_side {long_side}: strict or wide, and 0 or more are "
-                "needed"
-            )
         self.ID_MAP, self.long_side, self.train_ids = ID_MAPS[ids], long_side, train_ids
         super().__init__(
             root=root,

@@ -196,7 +196,6 @@ class Strong(Mixer):
         operations: how many are drawn for an image, with replacement.
         p: probability that a drawn operation is applied.
         cutout: side of the square as a share of the width of the image; it lies inside the image.
-    Raises ValueError: a share or a probability outside 0..1.
     """
 
     def __init__(
@@ -204,14 +203,9 @@ class Strong(Mixer):
         *,
         seed=0,
         operations: Annotated[int, "[0, 100]"] = 2,
-        p: float = 0.5,
-        cutout: float = 0.2,
+        p: Share = 0.5,
+        cutout: Share = 0.2,
     ):
-        if operations < 0 or not 0 <= p <= 1 or not 0 <= cutout <= 1:
-            raise ValueError(
-                "operations must not be negative, p and cutout must lie in 0..1, not "
-                f"{operations}, {p}, {cutout}"
-            )
         self.seed, self.operations, self.p, self.cutout = seed, operations, p, cutout
 
     def __call__(self, step):

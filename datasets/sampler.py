@@ -93,7 +93,7 @@ class RareClassSampler(StreamSampler):
         min_pixels: in the whole image; 3000 are meant for 2048 x 1024 pixels.
         The others are those of StreamSampler.
     Raises:
-        UserError: no labelled pixel, a temperature that is not positive; as StreamSampler.
+        UserError: no labelled pixel; as StreamSampler.
     """
 
     def __init__(
@@ -114,10 +114,6 @@ class RareClassSampler(StreamSampler):
         super().__init__(
             len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options
         )
-        if temperature <= 0:
-            raise UserError(
-                f"the temperature of rare class sampling must be positive, not {temperature}"
-            )
         counts = np.asarray(counts)
         if not counts.any():
             raise UserError("rare class sampling: no pixel of the data set is labelled")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from engine.ranges import NonNegative, Share
 from engine.statistics import precise
 
 # Linear RGB of sRGB's primaries -> CIE XYZ, each row divided by its sum: white is (1, 1, 1).
@@ -83,12 +84,9 @@ class ColorStats(Style):
     Args:
         strength: 1 takes over the target's statistics, 0 changes nothing; linear in Lab between
             them.
-    Raises ValueError: a strength outside 0..1.
     """
 
-    def __init__(self, *, strength: float = 1.0):
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in 0..1, not {strength}")
+    def __init__(self, *, strength: Share = 1.0):
         self.strength = strength
 
     def __call__(self, source, target):
@@ -121,12 +119,9 @@ class FDA(Style):
     Args:
         beta: 0 changes nothing; 1 replaces all amplitudes unless one side is more than twice the
             other. The paper uses 0.01, 0.05 and 0.09.
-    Raises ValueError: a negative beta.
     """
 
-    def __init__(self, *, beta: float = 0.01):
-        if beta < 0:
-            raise ValueError(f"beta must not be negative, it is {beta}")
+    def __init__(self, *, beta: NonNegative = 0.01):
         self.beta = beta
 
     def __call__(self, source, target):

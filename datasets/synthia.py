@@ -20,9 +20,9 @@ which:
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, SegmentationData
-from datasets.cityscapes import CLASSES, PALETTE
-from datasets.gta5 import listed_pairs
+from datasets.base import IGNORE
+from datasets.cityscapes import CLASSES
+from datasets.gta5 import GTA5
 from datasets.reading import DataError, depths, opened
 
 ABSENT = ("terrain", "truck", "train")
@@ -57,35 +57,13 @@ ID_MAP = {
 }
 
 
-class Synthia(SegmentationData):
+class Synthia(GTA5):
     """Args: split: all, or the stem of a file in `lists/`."""
 
-    CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
+    ID_MAP = ID_MAP
     SCORED = tuple(SUBSETS["mIoU16"])
-
-    def __init__(
-        self,
-        *,
-        root,
-        split: str = "all",
-        labels: bool = True,
-        ignore: list = (),
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
-    ):
-        options = {
-            "labels": labels,
-            "ignore": ignore,
-            "augment": augment,
-            "seed": seed,
-            "stylised": stylised,
-        }
-        super().__init__(root=root, split=split, label_space=label_space, **options)
-
-    def pairs(self):
-        return listed_pairs(self, self.root / "RGB", self.root / "GT" / "LABELS")
+    KNOWN_BAD = {}  # noqa: RUF012
+    FOLDERS = ("RGB", "GT/LABELS")
 
     def read_label(self, path):
         with opened(path, "label") as picture:

@@ -21,7 +21,7 @@ and depth are look-ups in that map, so they agree to the pixel.
 """
 
 from functools import cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -412,8 +412,8 @@ class Toy(SegmentationData):
     def __init__(
         self,
         *,
-        domain: str = "synthetic",
-        split: str = "train",
+        domain: Literal[DOMAINS] = "synthetic",
+        split: Literal[SPLITS] = "train",
         length: Annotated[int, "[1, 1000000]"] = 400,
         size: Size = (96, 128),
         labels: bool = True,
@@ -421,15 +421,6 @@ class Toy(SegmentationData):
         seed=0,
         label_space: dict | None = None,
     ):
-        if domain not in DOMAINS or split not in SPLITS:
-            raise UserError(
-                f"toy.Toy has the domains {', '.join(DOMAINS)} and the splits {', '.join(SPLITS)}"
-            )
-        if length < 1 or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-            raise UserError(
-                "toy.Toy needs a length of 1 or more and a size [height, width] in pixels, not "
-                f"{length}, {size}"
-            )
         self.set_classes(label_space=label_space)
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels
         self.augment, self.seed, self.extra, self.stylised, self.left_out = (

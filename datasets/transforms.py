@@ -83,7 +83,6 @@ class Augment:
         color: largest relative change of brightness, contrast and saturation, and largest shift of
             hue (0.5 = half circle); [] for none.
         photometric: `distort` in place of `color`.
-        blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     """
 
     def __init__(
@@ -92,39 +91,25 @@ class Augment:
         crop: Size,
         scale: Annotated[list[Scale], "[2, 2]"] = (0.5, 2.0),
         short_side: OptionalWidth = 0,
-        cat_max_ratio: float = 1.0,
+        cat_max_ratio: Annotated[float, "(0, 1]"] = 1.0,
         flip: Share = 0.5,
-        color: list[NonNegative] = (),
+        color: Annotated[list[NonNegative], "[4, 4]"] | Annotated[list, "[0, 0]"] = (),
         photometric: bool = False,
-        blur: Share = 0.0,
     ):
-        if len(crop) != 2 or len(scale) != 2 or len(color) not in (0, 4):
-            raise ValueError(
-                f"crop and scale take two numbers and color four or none, not {crop}, {scale}, "
-                f"{color}"
-            )
-        if min(crop) < 1 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(
-                f"crop and scale must be positive, and scale [low, high], not {crop}, {scale}"
-            )
-        if not 0 < cat_max_ratio <= 1 or short_side < 0:
-            raise ValueError(
-                "cat_max_ratio is a share up to 1 (off), short_side at least 0, not "
-                f"{cat_max_ratio}, {short_side}"
-            )
+        if scale[0] > scale[1]:
+            raise ValueError(f"scale must be [low, high], not {scale}")
         if photometric and color:
             raise ValueError(
                 f"photometric and color both change colours: choose one, not {photometric} and "
                 f"{color}"
             )
-        self.crop, self.scale, self.flip, self.blur = list(crop), scale, flip, blur
+        self.crop, self.scale, self.flip = list(crop), scale, flip
         self.short_side, self.cat_max_ratio, self.photometric = (
             short_side,
             cat_max_ratio,
             photometric,
         )
         self.color = v2.ColorJitter(*color) if color else None
-        self.gaussian = v2.GaussianBlur(5, (0.15, 1.15))
 
     def __call__(self, image, *maps):
         """Image (3, H, W) and maps (H, W) uint8 as tv_tensors -> the same at the size of the crop.
@@ -140,8 +125,6 @@ class Augment:
             image = self.color(image)
         if self.photometric:
             image = distort(image)
-        if uniform(0, 1) < self.blur:
-            image = self.gaussian(image)
         return image, *maps
 
     def scale_and_crop(self, image, *maps):
