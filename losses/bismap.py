@@ -41,7 +41,7 @@ the order); scores are upsampled (there features); the vectors of a class are a 
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.errors import UserError
-from engine.ranges import NonNegative
+from engine.ranges import Count, Natural, NonNegative, Size
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -317,7 +317,7 @@ class Transferability(Labeler):
             pixels of a class [R]; not in a first stage, whose network has learnt nothing. "none":
             no offset.
     Raises:
-        ValueError: released constants for other than 19 classes; sizes that are none.
+        ValueError: released constants for other than 19 classes.
     """
 
     def __init__(
@@ -326,9 +326,9 @@ class Transferability(Labeler):
         num_classes,
         seed=0,
         encoder: dict = {"name": "none"},  # noqa: B006 (never changed)
-        size: list = (128, 256),
-        grid: list = (4, 4),
-        clusters: int = 40,
+        size: Size = (128, 256),
+        grid: Size = (4, 4),
+        clusters: Count = 40,
         entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
     ):
         super().__init__()
@@ -336,12 +336,6 @@ class Transferability(Labeler):
             raise ValueError(
                 f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none"
             )
-        for name, value in (("size", size), ("grid", grid), ("clusters", [clusters, 1])):
-            if len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
-                raise ValueError(
-                    f"{name} needs positive whole numbers, [rows, columns] of size and grid, not "
-                    f"{value}"
-                )
         self.num_classes, self.seed = num_classes, seed
         self.clusters, self.entropy = clusters, entropy
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
@@ -435,8 +429,6 @@ class SymmetricCrossEntropy(Loss):
         view: the view whose logits are scored.
         ce, rce: factors.
         floor: smallest value of a label.
-    Raises:
-        ValueError: a floor outside 0..1.
     """
 
     def __init__(
@@ -445,11 +437,9 @@ class SymmetricCrossEntropy(Loss):
         view: str = "target",
         ce: NonNegative = 0.1,
         rce: NonNegative = 1.0,
-        floor: float = 1e-4,
+        floor: Annotated[float, "(0, 1]"] = 1e-4,
     ):
         super().__init__()
-        if not 0 < floor <= 1:
-            raise ValueError(f"floor={floor} must be above 0 and at most 1")
         self.view, self.ce, self.rce, self.floor = view, ce, rce, floor
 
     def forward(self, step):
@@ -478,16 +468,13 @@ class Consistency(Loss):
             elsewhere.
         ramp: steps until w is 1; 0: always 1.
     Raises:
-        ValueError: a negative ramp.
         UserError, from `forward`: there is no such view.
     """
 
     needs_teacher = True
 
-    def __init__(self, *, view: str = "strong", ramp: int = 4000):
+    def __init__(self, *, view: str = "strong", ramp: Natural = 4000):
         super().__init__()
-        if ramp < 0:
-            raise ValueError(f"ramp={ramp} is a number of steps: it must not be negative")
         self.view, self.ramp = view, ramp
 
     def factor(self, step):

@@ -34,7 +34,7 @@ Difficulty and reliability look at nearly the same thing (their correlation is 0
 look at them one by one before stacking them.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +48,6 @@ from losses.base import Labeler, Loss, member
 BINS = 128  # of the difficulty, which lies in -1..3
 END = 0.8  # share of the training after which the second prototype alone is left
 RAMP = 0.6  # share of the training after which no pixel is left out
-
-
-def progress(done, start, end):
-    """0 until `done` = start, 1 from end on, linear between them; shares of the training."""
-    return min(1.0, max(0.0, (done - start) / (end - start))) if end > start else float(done >= end)
 
 
 def embedding(output):
@@ -141,7 +136,6 @@ class Reweight(Labeler):
         warmup: share of the training in which weights move from 1 to their value.
         level: "pixel", or "image" for the mean of an image, relative to the batch.
     Raises:
-        ValueError: bounds that do not hold 1.
         UserError, from `after`: there is no projector or no such member.
     """
 
@@ -153,16 +147,14 @@ class Reweight(Labeler):
         hard: str = "text",
         source: Literal["clip", "student", "both"] = "student",
         alpha: NonNegative = 1.0,
-        low: NonNegative = 0.2,
-        high: Positive = 2.0,
+        low: Share = 0.2,
+        high: Annotated[float, "[1, inf)"] = 2.0,
         temperature: Positive = 0.1,
         scale: Positive = 100.0,
         warmup: Share = 0.1,
         level: Literal["pixel", "image"] = "pixel",
     ):
         super().__init__()
-        if not 0 <= low <= 1 <= high:
-            raise ValueError(f"low={low} and high={high} must lie on either side of 1")
         self.view, self.easy, self.hard, self.source, self.level = view, easy, hard, source, level
         self.alpha, self.low, self.high, self.warmup = alpha, low, high, warmup
         self.temperature, self.scale = temperature, scale
@@ -228,7 +220,6 @@ class Alignment(Loss):
         samples: most pixels of an image, of all its classes alike.
         ramp: share of the training in which the loss grows from 0 to its weight.
     Raises:
-        ValueError: shares outside 0..1, or no temperature.
         UserError, from `forward`: there is no projector or no such member.
     """
 
@@ -241,19 +232,14 @@ class Alignment(Loss):
         easy: str = "visual",
         hard: str = "text",
         order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
-        start: float = 0.2,
-        curriculum: float = 0.5,
+        start: Annotated[float, "[0, 0.8]"] = 0.2,
+        curriculum: Annotated[float, "(0, 1]"] = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         samples: Count = 4096,
         ramp: Share = 0.05,
     ):
         super().__init__()
-        if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= END:
-            raise ValueError(
-                f"temperature must be above 0, curriculum in 0..1, and start in 0..{END}, not "
-                f"{temperature}, {curriculum}, {start}"
-            )
         self.num_classes, self.seed, self.view = num_classes, seed, view
         self.easy, self.hard, self.order = easy, hard, order
         self.start, self.curriculum = start, curriculum
@@ -262,7 +248,9 @@ class Alignment(Loss):
 
     def omega(self, done):
         """Share of the second prototype after a share of the training."""
-        return progress(done, self.start, END)
+        if self.start == END:
+            return float(done >= END)
+        return min(1.0, max(0.0, (done - self.start) / (END - self.start)))
 
     def kept(self, done):
         """Share of the pixels of each class that takes part."""

@@ -107,11 +107,6 @@ class Components(Classifier):
 
     def __init__(self, num_classes, components, width, sharpness, rounds):
         super().__init__()
-        if components < 1 or width < 1 or sharpness <= 0 or rounds < 0:
-            raise ValueError(
-                f"components={components} and width={width} must be at least 1, "
-                f"sharpness={sharpness} above 0 and rounds={rounds} at least 0"
-            )
         self.sharpness, self.rounds = sharpness, rounds
         self.norm, self.calibration = nn.LayerNorm(width), nn.LayerNorm(num_classes)
         self.register_buffer(

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import distributed
-from engine.ranges import Few, Width
+from engine.ranges import Count, Few, Positive, Share, Width
 from models.blocks import conv_bn_relu
 from models.classifiers._components import Components, Ring, of_all
 from models.prototypes._em import log_joint
@@ -57,7 +57,7 @@ class GMMSeg(Components):
         pixels: most pixels of a component that enter the queue at a step, evenly spaced; without a
             queue all do, but weigh as many.
     Raises:
-        ValueError: options out of range.
+        ValueError: a queue that does not hold the pixels of a step.
 
     State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and
     first, second (K, M, E).
@@ -72,26 +72,16 @@ class GMMSeg(Components):
         num_classes,
         components: Few = 5,
         width: Width = 64,
-        momentum: float = 0.999,
-        sharpness: float = 0.05,
+        momentum: Share = 0.999,
+        sharpness: Positive = 0.05,
         rounds: Few = 3,
-        update_every: int = 5,
-        floor: float = 0.01,
-        decay: float = 0.999,
+        update_every: Count = 5,
+        floor: Positive = 0.01,
+        decay: Share = 0.999,
         queue: Annotated[int, "[0, 10000000]"] = 0,
-        pixels: int = 20,
+        pixels: Count = 20,
     ):
         super().__init__(num_classes, components, width, sharpness, rounds)
-        if (
-            not (0 <= momentum <= 1 and 0 <= decay <= 1)
-            or floor <= 0
-            or update_every < 1
-            or pixels < 1
-        ):
-            raise ValueError(
-                f"momentum={momentum} and decay={decay} must be in [0, 1], floor={floor} above 0, "
-                f"update_every={update_every} and pixels={pixels} at least 1"
-            )
         if queue and queue < pixels:
             raise ValueError(f"queue={queue} must be 0, or hold the pixels={pixels} of a step")
         self.momentum, self.update_every, self.floor = momentum, update_every, floor

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
-from engine.ranges import Few, OptionalWidth
+from engine.ranges import Count, Few, OptionalWidth, Positive, Share
 from engine.statistics import unit
 from models.classifiers._components import Components, Ring
 
@@ -69,8 +69,6 @@ class ProtoSeg(Components):
             reaches further back.
         update_every: steps from one move of the prototypes to the next; DNC moves them once per
             filled memory.
-    Raises:
-        ValueError: options out of range.
     """
 
     def __init__(
@@ -80,20 +78,15 @@ class ProtoSeg(Components):
         num_classes,
         per_class: Few = 10,
         width: OptionalWidth = 0,
-        momentum: float = 0.999,
-        sharpness: float = 0.05,
+        momentum: Share = 0.999,
+        sharpness: Positive = 0.05,
         rounds: Few = 3,
         memory: Annotated[int, "[0, 100000]"] = 0,
         pixels: Annotated[int, "[1, 100000]"] = 20,
-        update_every: int = 1,
+        update_every: Count = 1,
     ):
         width = width or in_channels
         super().__init__(num_classes, per_class, width, sharpness, rounds)
-        if not 0 <= momentum <= 1 or memory < 0 or pixels < 1 or update_every < 1:
-            raise ValueError(
-                f"momentum={momentum} must be in [0, 1], memory={memory} at least 0, "
-                f"pixels={pixels} and update_every={update_every} at least 1"
-            )
         self.momentum, self.update_every = momentum, update_every
         convs = nn.Conv2d(in_channels, in_channels, 1), nn.Conv2d(in_channels, width, 1)
         self.project = nn.Sequential(convs[0], nn.ReLU(inplace=True), convs[1], Unit())

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.pictures import side_by_side
+from engine.ranges import Few, Momentum, Natural, NonNegative, Positive, Share
 from engine.statistics import precise, resize_logits
 from engine.step import Record
 from models.blocks import Guide, received
@@ -229,17 +230,17 @@ class Region(Head):
         num_classes,
         classifier,
         stage: int,
-        blocks: int = 1,
+        blocks: Few = 1,
         variant: Literal["bias", "tvt", "mask", "none"] = "bias",
-        strength: float = 1.0,
-        opened: float = 0.1,
+        strength: NonNegative = 1.0,
+        opened: Share = 0.1,
         regions: Literal["adaptive", "patches"] = "adaptive",
-        cell: int = 4,
-        kappa: float = 10.0,
-        rounds: int = 3,
+        cell: Few = 4,
+        kappa: Positive = 10.0,
+        rounds: Natural = 3,
         detach: bool = True,
-        ramp: int = 10000,
-        dropout: float = 0.5,
+        ramp: Natural = 10000,
+        dropout: Momentum = 0.5,
         reverse: bool = True,
     ):
         super().__init__()
@@ -259,11 +260,8 @@ class Region(Head):
             raise ValueError(
                 "variant=mask opens the masks of model.classifier: {name: queries.Queries}"
             )
-        if not 0 <= opened <= 1 or not 1 <= blocks <= depth or cell < 1 or rounds < 0:
-            raise ValueError(
-                f"blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
-                f"least 0, and opened={opened} a share, 0 to 1"
-            )
+        if blocks > depth:
+            raise ValueError(f"blocks={blocks} must be 1 to {depth}")
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0

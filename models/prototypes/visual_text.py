@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
-from engine.ranges import Momentum, Natural, Share
+from engine.ranges import Momentum, Natural, Positive, Share
 from engine.statistics import class_means, cosine, unit
 from models.prototypes.base import Prototypes
 
@@ -58,18 +58,14 @@ class VisualText(Prototypes):
         num_classes,
         in_channels,
         text: str = "text",
-        temperature: float = 0.01,
+        temperature: Positive = 0.01,
         momentum: Momentum = 0.99,
-        blend: float = 0.5,
+        blend: Share = 0.5,
         center: bool = True,
         start: Share = 0.0,
         offline: Natural = 0,
     ):
         super().__init__()
-        if not 0 <= blend <= 1 or temperature <= 0:
-            raise ValueError(
-                f"blend must lie in 0..1 and temperature above 0, not {blend} and {temperature}"
-            )
         self.text, self.temperature, self.momentum = text, temperature, momentum
         self.blend, self.center, self.start, self.offline = blend, center, start, offline
         self.register_buffer("vectors", torch.zeros(num_classes, in_channels))
