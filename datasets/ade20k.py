@@ -7,7 +7,8 @@ validation images of many sizes with 150 classes.
       val: {name: ade20k.ADE20K, split: validation}
 
     images/{training,validation}/ADE_*.jpg
-    annotations/{training,validation}/ADE_*.png       8-bit grey: 0 is "other" and ignored, 1 to 150 are the classes
+    annotations/{training,validation}/ADE_*.png       8-bit grey: 0 is "other" and ignored, 1 to 150
+                                                      are the classes
 
 The ids become 0 to 149 here; a file with 255 was converted before and is an error: its ids would be
 lowered twice. Names are the first of the official ones. From general knowledge: the palette, which

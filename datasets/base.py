@@ -101,17 +101,18 @@ class SegmentationData(Dataset):
             same path as the image has below the root, or directly in it a file of the same name;
             .png, .jpg or .jpeg whatever the image has. The copies are read in place of the images;
             label, `stem` and size are those of the image.
-        label_space: {class: [own classes]}, the classes of another label space in the order of their ids. They replace
-            CLASSES, PALETTE and SCORED, and `ignore` means them. Own classes that no entry names are ignored; a class
-            with an empty list does not occur here and is not scored.
+        label_space: {class: [own classes]}, the classes of another label space in the order of
+            their ids. They replace CLASSES, PALETTE and SCORED, and `ignore` means them. Own
+            classes that no entry names are ignored; a class with an empty list does not occur here
+            and is not scored.
     Attributes:
         expected: names of the classes that ought to occur: those that are scored and not ignored.
-        extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
-            before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
+        extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty
+            at first, set before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or
+            a palette.
     Raises:
         DataError: missing folder, no images, images without labels or copies, two images with one
-        stem, unknown names
-            in `ignore`, unknown or repeated ones in `label_space`.
+            stem, unknown names in `ignore`, unknown or repeated ones in `label_space`.
     """
 
     CLASSES = ()
@@ -138,8 +139,10 @@ class SegmentationData(Dataset):
         self.root, self.split, self.labels = Path(root), split or self.SPLIT, labels
         self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
-            remedy = "set data.root=PATH, or the root that this data set has of its own (layouts: README, Data)"
-            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; {remedy}")
+            raise DataError(
+                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or "
+                "the root that this data set has of its own (layouts: README, Data)"
+            )
         self.set_classes(ignore, label_space)
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
@@ -149,9 +152,8 @@ class SegmentationData(Dataset):
             if image not in self.left_out
         ]
         self._check()
-        self.stylised = (
-            {} if stylised is None else self._find_stylised(self.root / stylised)
-        )  # {image: its copy}
+        # {image: its copy}
+        self.stylised = {} if stylised is None else self._find_stylised(self.root / stylised)
 
     def set_classes(self, ignore=(), label_space=None):
         """Make CLASSES, PALETTE and SCORED those of the label space, and the tables from ids on

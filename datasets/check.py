@@ -106,27 +106,19 @@ def draw(dataset, path):
 
 def main(arguments):
     cfg = load(arguments[0], arguments[1:])
-    specs = {
-        "train": cfg.data.train,
-        "val": cfg.data.val,
-        "monitor": cfg.data.monitor,
-        "target": cfg.data.target,
-    }
+    specs = {name: cfg.data[name] for name in ("train", "val", "monitor", "target")}
     specs |= {f"test.{name}": spec for name, spec in cfg.data.test.items()}
     specs = {name: spec if isinstance(spec, list) else [spec] for name, spec in specs.items()}
-    specs["target"] = [
-        {**spec, "labels": False} for spec in specs["target"]
-    ]  # as training reads it
     specs = {name: several for name, several in specs.items() if several[0].get("name") != "none"}
+    if "target" in specs:  # as training reads it
+        specs["target"] = [spec | {"labels": False} for spec in specs["target"]]
     if not specs:
         raise ConfigError(
             f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty"
         )
-    # all of them first: a mistake should not show up only after minutes of reading
-    sets = {
-        name: build_set(several, root=cfg.data.root, seed=cfg.seed)
-        for name, several in specs.items()
-    }
+    # All of them first: a mistake should not show up only after minutes of reading.
+    context = {"root": cfg.data.root, "seed": cfg.seed}
+    sets = {name: build_set(several, **context) for name, several in specs.items()}
     for name, dataset in sets.items():
         if name != "target":
             check_scored(name, dataset)
@@ -138,9 +130,8 @@ def main(arguments):
         draw(dataset, folder / f"{name}.png")
         bad += len(problems)
     if "train" in sets:
-        train = build_set(specs["train"], root=cfg.data.root, seed=cfg.seed, augment=augment)
         print("train, augmented:")
-        draw(train, folder / "augmented.png")
+        draw(build_set(specs["train"], augment=augment, **context), folder / "augmented.png")
     if bad:
         raise DataError(
             f"{bad} problem{'s' * (bad > 1)} in {sum(map(len, sets.values()))} samples; see above"

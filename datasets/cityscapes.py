@@ -8,7 +8,8 @@
 
     leftImg8bit/<split>/<city>/*_leftImg8bit.png
     gtFine/<split>/<city>/*_gtFine_labelIds.png         official: ids 0-33, mapped to train ids here
-    gtFine/<split>/<city>/*_gtFine_labelTrainIds.png    converted by its scripts; read where labelIds is missing
+    gtFine/<split>/<city>/*_gtFine_labelTrainIds.png    converted by its scripts; read where
+                                                        labelIds is missing
 
 The labels of test are dummies; the benchmark server wants predictions as ids again:
 `TRAIN_IDS[train id]`. SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default

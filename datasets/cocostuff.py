@@ -9,13 +9,16 @@ CocoStuff10k, 9000 training and 1000 test images, as MMSegmentation's script con
 release has MATLAB files, which are not read):
 
     images/{train2014,test2014}/*.jpg
-    annotations/{train2014,test2014}/*_labelTrainIds.png      0 is unlabelled and ignored, 1 to 171 are the classes
+    annotations/{train2014,test2014}/*_labelTrainIds.png      0 is unlabelled and ignored, 1 to 171
+                                                              are the classes
 
 CocoStuff164k, 118,287 training and 5000 validation images, as released:
 
     images/{train2017,val2017}/*.jpg          or directly {train2017,val2017}/*.jpg
-    stuffthingmaps/{train2017,val2017}/*.png  or annotations/{train2017,val2017}/*.png      255 is unlabelled
-    .../*_labelTrainIds.png                   converted: 0 to 170 and 255; read where the official label is missing
+    stuffthingmaps/{train2017,val2017}/*.png  or
+    annotations/{train2017,val2017}/*.png     255 is unlabelled
+    .../*_labelTrainIds.png                   converted: 0 to 170 and 255; read where the official
+                                              label is missing
 
 COCO counts its ids from 1 to 182, and eleven of them were never annotated (MISSING). The maps of
 164k hold the id minus one, 0 to 181; the classes are what remains, in order. From general

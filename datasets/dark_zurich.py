@@ -6,10 +6,10 @@ with the 19 classes of Cityscapes.
       test:
         dark_zurich: {name: dark_zurich.DarkZurich, split: val, root: PATH}
 
-    rgb_anon/train/{day,twilight,night}/<sequence>/*_rgb_anon.png     no labels: a target of adaptation
+    rgb_anon/train/{day,twilight,night}/<sequence>/*_rgb_anon.png  no labels: a target of adaptation
     rgb_anon/{val,test}/night/<sequence>/*_rgb_anon.png
-    rgb_anon/{val_ref,test_ref}/day/<sequence>/*_anon.png             the same places by day, without labels
-    gt/val/night/<sequence>/*_gt_labelTrainIds.png                    train ids; where it is missing:
+    rgb_anon/{val_ref,test_ref}/day/<sequence>/*_anon.png     the same places by day, without labels
+    gt/val/night/<sequence>/*_gt_labelTrainIds.png                   train ids; where it is missing:
     gt/val/night/<sequence>/*_gt_labelIds.png                         ids of Cityscapes, mapped here
 
 All of this is general knowledge, as are the numbers: for training 3041 images by day, 2920 at

@@ -8,7 +8,7 @@ labels/train/*.png and so on:
         split: train
         image_dir: images/{split}     # sub folders are searched too: images/train/berlin/0001.jpg
         label_dir: labels/{split}     # the same sub folder and name, with the label's suffix
-        image_suffix: [.jpg, .jpeg]   # one or several; more than an extension is fine: _leftImg8bit.png
+        image_suffix: [.jpg, .jpeg]   # one or several, also such as _leftImg8bit.png
         label_suffix: .png
         classes: &classes [road, building, car]
         palette: &palette [[128, 64, 128], [70, 70, 70], [0, 0, 142]]
@@ -100,7 +100,8 @@ class Folder(SegmentationData):
             such as "lists/{split}.txt". Without it all images are used, and each label must have
             its image.
         palette: K colours [r, g, b]; without it `distinct_colors`.
-        id_map: {id on disk: class name, class id or ignore}. Ids that are not listed are errors, but for 255 (ignore).
+        id_map: {id on disk: class name, class id or ignore}. Ids that are not listed are errors,
+            but for 255 (ignore).
         color_labels: labels hold the colours of the palette; black is ignored unless it is a class.
     Raises DataError: contradictory options, missing folders, images without labels, labels without
     images.

@@ -4,8 +4,10 @@ Cityscapes.
     data: {root: PATH, train: {name: gta5.GTA5}}
 
     images/00001.png ... 24966.png      sizes differ by a few rows: crop before stacking
-    labels/00001.png ... 24966.png      official: palette PNGs, the indices are Cityscapes' ids, 34 is license plate
-    labels/00001_labelTrainIds.png      converted to train ids; read where the official label is missing
+    labels/00001.png ... 24966.png      official: palette PNGs, the indices are Cityscapes' ids, 34
+                                        is license plate
+    labels/00001_labelTrainIds.png      converted to train ids; read where the official label is
+                                        missing
     lists/<split>.txt                   optional: one stem such as 00001 per line
 
 Papers on domain adaptation and generalisation train on all images, which is the default. In two of

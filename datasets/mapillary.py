@@ -14,7 +14,8 @@ Two maps from the 66 ids to the 19 classes are in use, and their numbers are not
 which:
 
     ids: strict     RobustNet and its descendants, the line of CNNs [C]
-    ids: wide       openseg and Rein, the line of foundation models [C]: also bike lane, crosswalk, parking, service
+    ids: wide       openseg and Rein, the line of foundation models [C]: also bike lane, crosswalk,
+                    parking, service
                     lane, curb cut, pedestrian area, street light, frame and back of signs, but no
                     manhole
 

@@ -187,10 +187,9 @@ class Strong(Mixer):
     the released code).
 
     Views: "source", "target", and "strong": operations drawn from OPERATIONS, each applied with
-    probability `p` and a
-    magnitude of 1 to 9 tenths, then a square that is set to 0, black: weights["strong"] is 0 in it
-        and 1 outside. There
-    are no labels of "strong"; those of the target fit it.
+    probability `p` and a magnitude of 1 to 9 tenths, then a square that is set to 0, black:
+    weights["strong"] is 0 in it and 1 outside. There are no labels of "strong"; those of the target
+    fit it.
 
     Args:
         operations: how many are drawn for an image, with replacement.

@@ -137,7 +137,8 @@ def free_memory():
 def layout(tags):
     """What is wrong with the channels of a TIFF."""
     count, bits = tags.get(SAMPLES, 1), "/".join(map(str, sorted({*tags.get(BITS, (1,))})))
-    kind = f"{count} channel{'s' * (count > 1)} of {bits} bits{', not interleaved' * (tags.get(PLANES) == 2)}"
+    kind = f"{count} channel{'s' * (count > 1)} of {bits} bits"
+    kind += ", not interleaved" * (tags.get(PLANES) == 2)
     return f"TIFFs of {kind} are not read: 1, 3 or 4 channels of 8 or 16 bits are expected"
 
 

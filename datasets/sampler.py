@@ -78,7 +78,8 @@ class RareClassSampler(StreamSampler):
     """Draw a class, a rare one more often, then one of the images that show it (Hoyer et al.,
     DAFormer, CVPR 2022).
 
-        P(c) ~ exp((1 - f_c) / T),      f_c = share of the class in the labelled pixels of the data set
+        P(c) ~ exp((1 - f_c) / T),      f_c = share of the class in the labelled pixels of the data
+                                        set
 
     over the classes that occur, then uniformly one of the images with more than `min_pixels` pixels
     of c; of a class that has none, one of all images that hold it [R]. Samples are independent of

@@ -24,7 +24,8 @@ class Several(Dataset):
     Attributes:
         SCORED, expected: the classes that any of the parts scores, or ought to show; SCORED is
         empty for all. PALETTE, seed: of the first part; the others as in base.SegmentationData.
-        extra: {name: folder} of maps; those of part i lie in `<folder>/<i>`, which is what `stem` says.
+        extra: {name: folder} of maps; those of part i lie in `<folder>/<i>`, which is what `stem`
+            says.
     Raises:
         DataError: no parts, parts with different classes, only some of them with labels.
     """

@@ -31,7 +31,8 @@ XYZ /= XYZ.sum(1, keepdims=True)
 # The cube roots of X, Y, Z -> (L + 16) / 100, a / 500, b / 200.
 LAB = np.array([[0, 1.16, 0], [1, -1, 0], [0, 1, -1]])
 DELTA = 6 / 29  # below the cube of it the cube root is replaced by its tangent
-FLAT = 1e-4  # standard deviation of a channel that is constant but for rounding; that of 8 bits is larger
+# Standard deviation of a channel that is constant but for rounding; that of 8 bits is larger.
+FLAT = 1e-4
 
 
 def mix_channels(matrix, image):

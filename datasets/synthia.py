@@ -4,8 +4,10 @@ Cityscapes' 19 classes.
     data: {root: PATH, train: {name: synthia.Synthia}}
 
     RGB/0000000.png ... 0009399.png
-    GT/LABELS/0000000.png ...           official: 16 bits, 3 channels: the class in the first, instances in the second
-    GT/LABELS/*_labelTrainIds.png       converted to train ids; read where the official label is missing
+    GT/LABELS/0000000.png ...           official: 16 bits, 3 channels: the class in the first,
+                                        instances in the second
+    GT/LABELS/*_labelTrainIds.png       converted to train ids; read where the official label is
+                                        missing
     lists/<split>.txt                   optional: one stem per line
 
 Labels of 8 bits and one channel, under either name, are train ids already and are not mapped again.
@@ -13,8 +15,10 @@ Labels of 8 bits and one channel, under either name, are train ids already and a
 Terrain, truck and train do not occur. Scores on Cityscapes follow one of two conventions; say
 which:
 
-    A   labels of 19 classes, the mean over a subset of the IoUs: `eval.subsets` = SUBSETS   (BiSMAP, BCL, DAFormer)
-    B   also, pixels of the three classes are ignored: Cityscapes with `ignore: [terrain, truck, train]`   (ProDA)
+    A   labels of 19 classes, the mean over a subset of the IoUs: `eval.subsets` = SUBSETS
+        (BiSMAP, BCL, DAFormer)
+    B   also, pixels of the three classes are ignored: Cityscapes with
+        `ignore: [terrain, truck, train]` (ProDA)
 """
 
 import cv2

@@ -7,17 +7,20 @@ The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; t
 nothing but the appearance:
 
     synthetic   a game: saturated flat colours, hardly any texture or shadow, crisp edges
-    real        a camera: muted palette that varies per image, brick, grain and foliage, cast shadows, uneven light,
+    real        a camera: muted palette that varies per image, brick, grain and foliage, cast
+                shadows, uneven light,
                 white balance, sometimes an overexposed sky, slight blur, sensor noise
     night       the real scene in the dark: lit windows, head lights, street lamps with their glow
     fog         the real scene behind a veil that thickens with depth
-    rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the lens
+    rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the
+                lens
     snow        the real scene, whitened on the ground and on whatever looks up, with flakes
 
 The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours
 and depth are look-ups in that map, so they agree to the pixel.
 
-    image, label = draw(seed=0, index=7, domain="real", size=(240, 320))      # (240, 320, 3) uint8, (240, 320) uint8
+    # (240, 320, 3) uint8, (240, 320) uint8
+    image, label = draw(seed=0, index=7, domain="real", size=(240, 320))
 """
 
 from functools import cache

@@ -339,23 +339,19 @@ def stock(maker, number):
 def place(camera, maker, number, x, z, size=(1, 1, 1), y=0.0, order=0.0, light=1.0):
     """Put an object of the stock on the street, mirrored if size[0] < 0; `order`: paint it as if so
     much farther."""
-    near, offset, shapes = max(z, NEAR), (x, y, z), []
-    smallest = near / (
-        camera.focal * camera.size[0] * max(map(abs, size))
-    )  # metres of the stock that fill a pixel
+    near, shapes = max(z, NEAR), []
+    # Metres of the stock that fill a pixel.
+    smallest = near / (camera.focal * camera.size[0] * max(map(abs, size)))
     across_plane = along_plane = 1 / near, 0.0, 0.0
     if maker in (building, block, fence):
         along_plane = camera.wall(x, near, near + 10)
-    for label, material, polygons, shade, variant, casts, plane, _, extent in stock(maker, number):
-        if extent > smallest and len(polygons):
-            polygons = polygons * size + offset
-            if z > NEAR or polygons[..., 2].max() > NEAR:
-                plane = across_plane if plane == "across" else along_plane
-                shapes.append(
-                    Shape(
-                        label, material, polygons, shade * light, variant, casts, plane, z + order
-                    )
-                )
+    for shape in stock(maker, number):
+        polygons = shape.polygons * size + (x, y, z)
+        seen = shape.extent > smallest and len(polygons)
+        if seen and (z > NEAR or polygons[..., 2].max() > NEAR):
+            plane = across_plane if shape.plane == "across" else along_plane
+            look = {"plane": plane, "shade": shape.shade * light, "depth": z + order}
+            shapes.append(shape._replace(polygons=polygons, **look))
     return shapes
 
 

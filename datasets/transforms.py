@@ -1,14 +1,23 @@
 """Augmentation: geometry replayed on image, label and stored maps alike, colour on the image alone.
 
     data:
-      augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3, 0.05]}
+      augment:
+        name: transforms.Augment
+        crop: [256, 320]
+        scale: [0.5, 2.0]
+        color: [0.3, 0.3, 0.3, 0.05]
 
 The window is cut out of the original and then resized; resizing the whole image first costs five
 times as much.
 
 What ADE20K, COCO-Stuff and VOC are trained with, as MMSegmentation does it:
 
-    augment: {name: transforms.Augment, crop: [512, 512], short_side: 512, cat_max_ratio: 0.75, photometric: true}
+    augment:
+      name: transforms.Augment
+      crop: [512, 512]
+      short_side: 512
+      cat_max_ratio: 0.75
+      photometric: true
 """
 
 from typing import Annotated

@@ -2,14 +2,17 @@
 1449 val photographs.
 
     data:
-      root: PATH                            # the folder VOC2012, VOCdevkit, or what VOCdevkit lies in
+      root: PATH                            # the folder VOC2012, VOCdevkit, or what holds it
       train: {name: voc.VOC, split: train_aug}
       val: {name: voc.VOC, split: val}
 
     JPEGImages/*.jpg
-    SegmentationClass/*.png                 palette PNGs whose indices are the classes; 255 is the border and ignored
-    SegmentationClassAug/*.png              labels of Hariharan et al. (SBD, ICCV 2011) in the same ids, grey or palette
-    ImageSets/Segmentation/<split>.txt      train, val, trainval, test ... : a name per line, or image and label file
+    SegmentationClass/*.png                 palette PNGs whose indices are the classes; 255 is the
+                                            border and ignored
+    SegmentationClassAug/*.png              labels of Hariharan et al. (SBD, ICCV 2011) in the same
+                                            ids, grey or palette
+    ImageSets/Segmentation/<split>.txt      train, val, trainval, test ... : a name per line, or
+                                            image and label file
 
 `train_aug`, 10,582 images, is the training set of most papers since DeepLab. Both arrangements in
 use are read: `train_aug.txt` or `trainaug.txt` with all labels in SegmentationClassAug, and

@@ -4,23 +4,30 @@ Semantic Segmentation" (Lu et al., ACM MM 2022). Equations and constants of its 
 
     prototypes: {mixtures: {name: mixtures.Mixtures, components: 8, pool: 300000, view: none}}
     uda:
-      source_weights: {name: bismap.Transferability, encoder: {name: resnet.ResNet, depth: 101}, entropy: gta5}
+      source_weights:
+        {name: bismap.Transferability, encoder: {name: resnet.ResNet, depth: 101}, entropy: gta5}
     losses: [{name: cross_entropy.CrossEntropy, view: source}]
     stages:
       - {name: warmup, teacher: none}
       - name: self_training
         init: imagenet
-        uda: {labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}], mixer: {name: mixers.Strong}}
+        uda:
+          labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}]
+          mixer: {name: mixers.Strong}
         losses:
           - {name: cross_entropy.CrossEntropy, view: source}
           - {name: bismap.SymmetricCrossEntropy, view: target}
           - {name: bismap.Consistency, weight: 30}
       - name: distillation
         repeat: 2
-        init: imagenet                            # the paper: model.backbone.weights=PATH of a SimCLR ResNet-101
+        init: imagenet                            # the paper: a SimCLR ResNet-101
         teacher: frozen
         uda:
-          labelers: [{name: self_training.StoredConfidence, threshold: 0, scales: [0.75, 1.0, 1.5], flip: true}]
+          labelers:
+            - name: self_training.StoredConfidence
+              threshold: 0
+              scales: [0.75, 1.0, 1.5]
+              flip: true
           mixer: {name: mixers.SourceTarget}
         losses:
           - {name: cross_entropy.CrossEntropy, view: source}
@@ -149,28 +156,30 @@ class LikelihoodLabels(Labeler):
                 yield index, output, torch.where(output.logits.argmax(1) == label, label, IGNORE)
 
         if self.fit and fitted:
-            batches = lambda: ((out.features, label, None) for _, out, label in correct())  # noqa: E731
-            fitted.fit(batches, prototypes)
+            fitted.fit(
+                lambda: ((out.features, label, None) for _, out, label in correct()), prototypes
+            )
         levels = [*LEVELS, self.rule.get("source_quantile", 0.5)]
         quantiles = [fitted.quantiles(q) if self.fit and fitted else None for q in levels]
-        known = all(values is not None for values in quantiles)
-        quantiles = (
-            torch.stack(quantiles, 1) if known else self.measure(correct(), prototypes, levels)
-        )
-        bound = quantiles[:, -1]
+        if any(values is None for values in quantiles):
+            quantiles = self.measure(correct(), prototypes, levels).unbind(1)
+        *quantiles, bound = quantiles
         if "nats" in self.rule:
             bound = torch.full_like(self.threshold, self.rule["nats"])
         seen = fitted.seen if fitted else torch.ones_like(self.threshold, dtype=torch.bool)
-        states = (self.threshold, bound), (self.source_quantiles.T, quantiles[:, :-1].T)
-        for state, found in states:
+        for state, found in zip((self.threshold, *self.source_quantiles.T), (bound, *quantiles)):
             state.copy_(torch.where(seen, found.to(state), torch.inf))
 
         def make(index, image, label):
             return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
 
         reached = [float(t) if t.isfinite() else None for t in self.threshold.to("cpu")]
-        settings = {"labeler": "bismap.LikelihoodLabels", "prototypes": self.prototypes}
-        settings |= {"rule": self.rule, "threshold": reached}
+        settings = {
+            "labeler": "bismap.LikelihoodLabels",
+            "prototypes": self.prototypes,
+            "rule": self.rule,
+            "threshold": reached,
+        }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def measure(self, correct, prototypes, levels):
@@ -361,18 +370,25 @@ class Transferability(Labeler):
                 entropies += self.entropies(preparation.segment(image).logits, label)
         sums, entropies = distributed.all_reduce(sums), distributed.all_reduce(entropies)
         mean = sums[0] / sums[1]
-        released = ENTROPY.get(self.entropy, [0.0] * self.num_classes)
         known = entropies[:, 0] / entropies[:, 1]
-        known = known if self.entropy == "measured" else entropies.new_tensor(released)
+        if self.entropy != "measured":
+            known = known.new_tensor(ENTROPY.get(self.entropy, [0.0] * self.num_classes))
         offset = class_offsets(known)
 
         def make(index, image, label):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "size": self.size}
-        settings |= {"grid": self.grid, "clusters": len(centres), "mean_distance": float(mean)}
-        settings |= {"entropy": self.entropy, "offsets": [float(e) for e in offset.to("cpu")]}
+        settings = {
+            "rule": "bismap.Transferability",
+            "encoder": self.encoder,
+            "size": self.size,
+            "grid": self.grid,
+            "clusters": len(centres),
+            "mean_distance": float(mean),
+            "entropy": self.entropy,
+            "offsets": [float(e) for e in offset.to("cpu")],
+        }
         preparation.store("transferability", preparation.source, make, settings)
 
     def regions(self, encoder, image):
@@ -392,10 +408,15 @@ class Transferability(Labeler):
         if distributed.is_main():
             rows = np.concatenate([regions[index] for index in sorted(regions)]).astype(np.float32)
             cv2.setRNGSeed(SEED + self.seed)
-            # Or when nothing moves: a distance would depend on the scale.
-            stop = (cv2.TERM_CRITERIA_COUNT, 100, 0)
-            clusters = min(self.clusters, len(rows))
-            *_, centres = cv2.kmeans(rows, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+            *_, centres = cv2.kmeans(
+                rows,
+                min(self.clusters, len(rows)),
+                None,
+                # Or when nothing moves: a distance would depend on the scale.
+                (cv2.TERM_CRITERIA_COUNT, 100, 0),
+                1,
+                cv2.KMEANS_PP_CENTERS,
+            )
         return torch.from_numpy(distributed.gather(centres)[0])
 
     def entropies(self, logits, labels):
@@ -491,8 +512,7 @@ class Consistency(Loss):
         with torch.autocast(logits.device.type, enabled=False):
             student = resized(logits, kept.shape[-2:]).log_softmax(1)
             guide = resized(step.teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
-            divergence = F.kl_div(student, guide, reduction="none", log_target=True)
-            divergence = divergence.mean(1)  # (B, H, W)
+            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)
             kept = kept.to(divergence.dtype)
             pixels = distributed.mean(kept.sum()).clamp_min(1)
             return self.factor(step.number) * (divergence * kept).sum() / pixels

@@ -4,7 +4,8 @@ and reweighting.
     model.heads.projector: {name: projector.Projector, channels: 512}
     prototypes:
       text: {name: text.Text, space: joint, view: none, file: PATH}
-      visual: {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
+      visual:
+        {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
     dg: {reweight: {name: ppar.Reweight}}
     losses:
       - {name: cross_entropy.CrossEntropy, by_weights: true}
@@ -20,12 +21,13 @@ source data. How that became equations, with s the share of the training done, z
 of a pixel in the joint space (the projector's output), g those of CLIP's image tower, y its label
 and tau a temperature:
 
-    P(s) = norm((1 - omega) U + omega T)      omega = clip((s - 0.2) / 0.6, 0, 1)          order of the prototypes
-    d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                                       difficulty of a pixel
-    m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of each class                  order of the pixels
-    L    = sum m w CE(z P(s)^T / tau, y) / sum m w                                          Alignment
-    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y                          reliability
-    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)                                Reweight
+    P(s) = norm((1 - omega) U + omega T)                                  order of the prototypes
+           with omega = clip((s - 0.2) / 0.6, 0, 1)
+    d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                     difficulty of a pixel
+    m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of a class   order of the pixels
+    L    = sum m w CE(z P(s)^T / tau, y) / sum m w                        Alignment
+    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y        reliability
+    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)              Reweight
 
 U is nearer to the pixels (easy), T has nothing of any domain but lies across the gap between text
 and images (difficult). The opposite order is as defensible, so it is an option. Weights are
@@ -188,8 +190,7 @@ class Reweight(Labeler):
                 self.low, self.high
             )
             if self.level == "image":
-                pixels = known.sum((1, 2)).clamp_min(1)
-                image = (weights * known).sum((1, 2)) / pixels
+                image = (weights * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)
                 weights = (image / distributed.mean(image.mean()))[:, None, None]
             ramp = min(1.0, step.number / (self.warmup * step.total)) if self.warmup else 1.0
             step.weights[self.view] = (1 + ramp * (weights - 1)) * known

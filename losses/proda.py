@@ -49,8 +49,10 @@ class Denoise(Labeler):
         self.prototypes, self.temperature = prototypes, temperature
 
     def member(self, prototypes):
-        spec = "{name: centroids.Centroids, momentum: 0.9999, view: target}"
-        remedy = f"Add prototypes.{self.prototypes}={spec}"
+        remedy = (
+            f"Add prototypes.{self.prototypes}={{name: centroids.Centroids, momentum: 0.9999, "
+            f"view: target}}"
+        )
         return member(prototypes, self.prototypes, "proda.Denoise", remedy)
 
     def prepare(self, preparation):
@@ -67,19 +69,15 @@ class Denoise(Labeler):
         """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels
         (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            dtype = torch.promote_types(features.dtype, torch.float32)
-            centroids = prototypes.means().to(dtype)  # (K, D)
-            rows = features.to(dtype).flatten(2).transpose(1, 2)  # (B, N, D)
-            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(
-                1, 2
-            )  # (B, K, N)
+            rows = precise(features).flatten(2).mT  # (B, N, D)
+            centroids = prototypes.means().to(rows.dtype)  # (K, D)
+            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).mT  # (B, K, N)
             distances = distances.masked_fill(~prototypes.seen[:, None], torch.inf)
+            trust = (-distances / self.temperature).softmax(1)
             # Nothing seen: every class is believed alike.
-            trust = torch.where(
-                prototypes.seen.any(), (-distances / self.temperature).softmax(1), 1.0
-            )
-            trust = trust.unflatten(2, features.shape[-2:])
-            belief = resize_logits(trust, logits.shape[-2:]) * logits.to(dtype).softmax(1)
+            trust = torch.where(prototypes.seen.any(), trust, 1.0)
+            trust = resize_logits(trust.unflatten(2, features.shape[-2:]), logits.shape[-2:])
+            belief = trust * logits.to(rows.dtype).softmax(1)
             return resize_logits(belief, size).argmax(1)
 
     def after(self, step):

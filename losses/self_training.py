@@ -14,7 +14,11 @@ Once per stage, by the network that the stage starts from, as in the distillatio
 (Zhang et al., CVPR 2021) and BiSMAP:
 
     uda:
-      labelers: [{name: self_training.StoredConfidence, threshold: 0.0, scales: [0.75, 1.0, 1.5], flip: true}]
+      labelers:
+        - name: self_training.StoredConfidence
+          threshold: 0.0
+          scales: [0.75, 1.0, 1.5]
+          flip: true
       mixer: {name: mixers.SourceTarget}
 """
 
@@ -92,8 +96,12 @@ class StoredConfidence(Labeler):
             with preparation.autocast:
                 return self.label(preparation.network, image, preparation.prototypes)[0]
 
-        settings = {"rule": "StoredConfidence", "threshold": self.threshold}
-        settings |= {"scales": self.options.scales, "flip": self.options.flip}
+        settings = {
+            "rule": "StoredConfidence",
+            "threshold": self.threshold,
+            "scales": self.options.scales,
+            "flip": self.options.flip,
+        }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def label(self, network, image, prototypes):

@@ -3,7 +3,7 @@ builds them.
 
     model.backbone: {name: clip.ResNet, model: RN50, output_stride: 16, weights: openai}
     model.backbone: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}
-    dg.tower: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}      frozen, for its `dense` features
+    dg.tower: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}    # frozen, for `dense`
 
 `dense` features lie in the joint space of images and texts: the last attention without attending,
 so that every cell keeps its own value (MaskCLIP, Zhou et al., ECCV 2022). models/prototypes/text.py

@@ -46,7 +46,8 @@ HUGGING_FACE = {  # names inside a stage in the files of the Hugging Face hub: N
 }
 
 
-MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm: names as in the files of the hub
+# Its layers.0 to layers.3, each of patches, blocks and norm: names as in the files of the hub.
+MMSEGMENTATION = {
     r"^layers\.(\d)\.0\.projection\.": r"patch_embeddings.\1.proj.",
     r"^layers\.(\d)\.0\.norm\.": r"patch_embeddings.\1.norm.",
     r"^layers\.(\d)\.1\.": r"block.\1.",
@@ -56,7 +57,8 @@ MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm
     r"\.ffn\.layers\.1\.": ".mlp.dwconv.dwconv.",
     r"\.ffn\.layers\.4\.": ".mlp.fc2.",
 }
-TRANSFORMERS = {  # what the package calls them in memory from its version 5 on: names as in the files of the hub
+# What the package calls them in memory from its version 5 on: names as in the files of the hub.
+TRANSFORMERS = {
     r"^stages\.(\d)\.patch_embeddings\.": r"patch_embeddings.\1.",
     r"^stages\.(\d)\.blocks\.": r"block.\1.",
     r"^stages\.(\d)\.layer_norm\.": r"layer_norm.\1.",

@@ -25,7 +25,8 @@ SIZES = dict(t=(96, (2, 2, 6, 2)), s=(96, (2, 2, 18, 2)), b=(128, (2, 2, 18, 2))
 OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this order -> torchvision's
     r"^swin\.": "",
     r"^encoder\.": "",
-    r"^(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection)\.": "features.0.0.",
+    r"^patch_embed\.proj(?:ection)?\.": "features.0.0.",
+    r"^embeddings\.patch_embeddings\.projection\.": "features.0.0.",
     r"^(?:patch_embed|embeddings)\.norm\.": "features.0.2.",
     r"^(?:layers|stages)\.(\d)\.blocks\.": lambda m: f"features.{2 * int(m[1]) + 1}.",
     r"^(?:layers|stages)\.(\d)\.downsample\.": lambda m: f"features.{2 * int(m[1]) + 2}.",

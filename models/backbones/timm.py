@@ -1,7 +1,8 @@
 """Networks of the package timm: DINOv2, DINOv3, EVA02, ConvNeXt, Swin ...
 
 model.backbone: {name: timm.Timm, model: vit_base_patch14_dinov2.lvd142m}
-model.backbone: {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
+model.backbone:
+  {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
 """
 
 from engine.errors import UserError

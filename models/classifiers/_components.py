@@ -1,7 +1,8 @@
 """What ProtoSeg, DNC and GMMSeg share: a class has M components, and the one that a pixel fits best
 speaks for it.
 
-    z = a unit embedding of the features     s_c = max_m score(z, component m of class c)     logits = LayerNorm_K(s)
+    z = a unit embedding of the features     s_c = max_m score(z, component m of class c)
+    logits = LayerNorm_K(s)
 
 The components are buffers that no gradient reaches. `update` embeds the features of the step once
 more, with the parameters that the step left, and moves the components of the classes that it finds;

@@ -9,7 +9,8 @@ log-density of the one that a pixel fits best (the maximum, as in the released c
 mixture's sum), and logits are its LayerNorm over classes. The square is expanded: two matrix
 products, of z and of z^2, as in models/prototypes/mixtures.py.
 
-    E step   pixels of a class shared out among its components in equal parts, by log-density / its largest in the class
+    E step   pixels of a class shared out among its components in equal parts, by log-density / its
+             largest in the class
     M step   of the correctly classified pixels q of a component, f = norm(mean q):
              mu <- norm(0.999 mu + 0.001 f)      sigma^2 <- mean (q - f)^2 + 0.01
 
@@ -90,9 +91,11 @@ class GMMSeg(Components):
         self.register_buffer("variances", torch.ones_like(self.vectors))
         self.queue = Ring(num_classes * components, queue, width, pixels) if queue else None
         if not queue:
-            self.register_buffer("mass", torch.zeros(num_classes, components, 1))
-            self.register_buffer("first", torch.zeros_like(self.vectors))
-            self.register_buffer("second", torch.zeros_like(self.vectors))
+            self.keep(
+                mass=torch.zeros(num_classes, components, 1),
+                first=torch.zeros_like(self.vectors),
+                second=torch.zeros_like(self.vectors),
+            )
 
     def compare(self, rows):
         """Log-densities: rows (N, E) -> (K, M, N)."""

@@ -7,7 +7,8 @@ a memory DNC: "Visual Recognition with Deep Nearest Centroids" (Wang et al., ICL
       - {name: protoseg.Contrast, weight: 0.01}
       - {name: protoseg.Distance, weight: 0.001}
 
-    model.classifier: {name: protoseg.ProtoSeg, memory: 300, update_every: 300}         # DNC, cross-entropy alone
+    # DNC, with cross-entropy alone
+    model.classifier: {name: protoseg.ProtoSeg, memory: 300, update_every: 300}
 
 A class has M prototypes, unit vectors that nothing learns: the pixels of a class are shared out
 among them in equal parts, and each moves to the mean direction of those of its pixels that are

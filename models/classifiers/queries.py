@@ -2,7 +2,9 @@
 classifier.
 
     model.classifier: {name: queries.Queries, layers: 3}
-    losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: query0, weight: 1.0}, ...]
+    losses:
+      - {name: cross_entropy.CrossEntropy}
+      - {name: cross_entropy.CrossEntropy, head: query0, weight: 1.0}      # and query1 ...
 
 "Masked-attention Mask Transformer for Universal Image Segmentation" (Cheng et al., CVPR 2022): a
 query sees only the pixels that the layer before gave to it, and its embedding is compared with

@@ -2,7 +2,8 @@
 needs: the dilated convolutions side by side, before they are summed.
 
     model.decoder: {name: deeplabv2.DeepLabV2, width: 19}
-    model.classifier: {name: branch_sum.BranchSum}      with width = K the pair is DeepLabV2, exactly
+    model.classifier: {name: branch_sum.BranchSum}      with width = K the pair is DeepLabV2,
+                                                        exactly
 
 BCL (Lee et al., ECCV 2022) contrasts this concatenation, 4 x 19 = 76 channels. Any other classifier
 works on it too, and then with any width.

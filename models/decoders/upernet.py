@@ -3,7 +3,9 @@ all maps joined.
 
     model.decoder: {name: upernet.UPerNet, width: 512}
     model.heads.auxiliary: {name: auxiliary.Auxiliary, stage: 3}      # usually comes with it
-    losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}]
+    losses:
+      - {name: cross_entropy.CrossEntropy}
+      - {name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}
 
 Layers as in MMSegmentation, by general knowledge: every convolution without bias and followed by
 batch norm and ReLU. The sizes agree with the papers of Swin and ConvNeXt (121 and 122 M with the B

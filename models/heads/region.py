@@ -1,10 +1,12 @@
 """TMT's regions: how well parts of an image transfer between domains, and attention that looks at
 those that do not.
 
-    model.heads.region: {name: region.Region, variant: bias, stage: 3, cell: 4}      # of mit.MiT, or 1 of vit.ViT
-    model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}     # of queries.Queries
+    # On a stage of mit.MiT, or on stage 1 of vit.ViT.
+    model.heads.region: {name: region.Region, variant: bias, stage: 3, cell: 4}
+    # With the classifier queries.Queries.
+    model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}
     losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
-             {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]                         # not with mask
+             {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]          # not with mask
 
 "TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
 al., arXiv 2504.05774). No code is public, and of its text only the abstract and digests of others
@@ -252,9 +254,8 @@ class Region(Head):
         on_decoder = stage == -1
         channels = in_channels if on_decoder else map_channels[stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
-        variants = ("none", "mask") if on_decoder else ("none", "bias", "tvt")
-        if variant not in variants:
-            allowed = f"{', '.join(variants[:-1])} or {variants[-1]}"
+        allowed = "none or mask" if on_decoder else "none, bias or tvt"
+        if variant not in allowed:
             raise ValueError(f"on stage {stage} variant must be {allowed}, not {variant}")
         if variant == "mask" and not classifier.takes_masks:
             raise ValueError(
@@ -268,9 +269,15 @@ class Region(Head):
         self.strength, self.opened, self.detach = strength, opened, detach
         self.ramp, self.reverse = ramp, reverse
         width = max(channels // 4, 1)
-        layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
-        layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
-        self.discriminator = nn.Sequential(*layers)
+        self.discriminator = nn.Sequential(
+            nn.Linear(channels, width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, 1),
+        )
         self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
 
     def bias(self, output, step):
@@ -355,11 +362,10 @@ class Region(Head):
         regions = network.eval().segment(image, step=number).regions
         network.train(mode)
         shown = {
-            "transferability": regions.transferability,
-            "uncertainty": regions.uncertainty,
-            "priority": regions.priority,
+            name: values
+            for name in ("transferability", "uncertainty", "priority")
+            if (values := getattr(regions, name)) is not None
         }
-        shown = {name: values for name, values in shown.items() if values is not None}
         if inputs:
             hook.remove()
             x, guide = inputs[0]

@@ -34,6 +34,11 @@ class Prototypes(nn.Module):
     space = "features"
     offline = 0
 
+    def keep(self, **buffers: Tensor) -> None:
+        """Register buffers."""
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
     def means(self) -> Tensor:
         """Class vectors (K, D); zero rows for classes not seen yet."""
         return self.vectors

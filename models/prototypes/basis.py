@@ -2,7 +2,8 @@
 better than learning" (Chen et al., PR 2024), and random directions. And what the classifier of that
 paper (models/classifiers/ cbp.py) makes of its rows otherwise.
 
-prototypes.basis: {name: basis.OrthogonalBasis, length: 1}      prototypes.random: {name: basis.RandomDirections}
+prototypes.basis: {name: basis.OrthogonalBasis, length: 1}      prototypes.random: {name:
+                                                                basis.RandomDirections}
 
 In fewer channels than rows, K > D, nothing is orthogonal. Some two of K unit vectors then have
 

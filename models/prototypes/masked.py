@@ -2,7 +2,8 @@
 set ("masked" in "Frozen is better than learning", Chen et al., PR 2024). A command; `init` of
 cbp.CBP reads the file:
 
-    python -m models.prototypes.masked configs/camvid/resnet18_linear.yaml out=prototypes/masked.pt data.root=PATH
+    python -m models.prototypes.masked configs/camvid/resnet18_linear.yaml \\
+        out=prototypes/masked.pt data.root=PATH
     model.classifier: {name: cbp.CBP, init: prototypes/masked.pt, ortho: false}
 
 Of the configuration it takes data.train, as the images are on the disk, and model.backbone with its

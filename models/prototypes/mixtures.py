@@ -17,7 +17,8 @@ subtracted first: in `fit` that of the class, otherwise the mean of the class me
 least float32, with autocast off; leave TF32 off as well.
 
     fit      the paper's, offline: a pool of vectors per class, k-means, then EM.
-    update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s + (1 - m) s_batch
+    update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s +
+             (1 - m) s_batch
              (Cappe and Moulines 2009). The released code averages parameters instead, and never
              calls it.
 
@@ -73,31 +74,18 @@ class Mixtures(Prototypes):
         chunk: Count = 8192,
     ):
         super().__init__()
-        self.seed, self.pool, self.iterations, self.tolerance, self.start = (
-            seed,
-            pool,
-            iterations,
-            tolerance,
-            start,
+        self.seed, self.pool, self.iterations = seed, pool, iterations
+        self.tolerance, self.start, self.momentum = tolerance, start, momentum
+        self.floor, self.relative_floor, self.chunk = floor, relative_floor, chunk
+        shape = num_classes, components, in_channels
+        self.keep(
+            component_weights=torch.full(shape[:2], 1 / components),
+            component_means=torch.zeros(shape),
+            component_variances=torch.ones(shape),
+            seen=torch.zeros(num_classes, dtype=torch.bool),
+            likelihood_quantiles=torch.full((num_classes, LEVELS), ABSENT),
+            reseeded=torch.zeros(num_classes, dtype=torch.long),  # empty components met by `fit`
         )
-        self.floor, self.relative_floor, self.momentum, self.chunk = (
-            floor,
-            relative_floor,
-            momentum,
-            chunk,
-        )
-        self.register_buffer(
-            "component_weights", torch.full((num_classes, components), 1 / components)
-        )
-        self.register_buffer("component_means", torch.zeros(num_classes, components, in_channels))
-        self.register_buffer(
-            "component_variances", torch.ones(num_classes, components, in_channels)
-        )
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("likelihood_quantiles", torch.full((num_classes, LEVELS), ABSENT))
-        self.register_buffer(
-            "reseeded", torch.zeros(num_classes, dtype=torch.long)
-        )  # empty components met by `fit`
 
     def means(self):
         """(K, D), sum_m pi_m mu_m; zero rows for classes not seen yet."""
@@ -142,15 +130,6 @@ class Mixtures(Prototypes):
             x, square, weights.flatten(), means.flatten(0, 1), variances.flatten(0, 1)
         )
         return joint.unflatten(0, weights.shape), x, square
-
-    def components(self, features):
-        """log(pi_cm N_cm), (B, D, h, w) -> (B, K, M, h, w), for diagnosis: its softmax over M are
-        responsibilities."""
-        with torch.autocast(features.device.type, enabled=False):
-            maps = precise(features.flatten(2))
-            return torch.stack([self._log_joint(x)[0] for x in maps]).unflatten(
-                3, features.shape[2:]
-            )
 
     def score(self, features):
         """Log-likelihoods log p(x|c) in nats, -1e8 for classes not seen: (B, D, h, w) ->

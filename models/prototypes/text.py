@@ -7,11 +7,13 @@ prototypes (OTP).
 The file is made once, where open_clip is installed; training needs only the file:
 
     python -m models.prototypes.text out=prototypes/cityscapes.pt classes=cityscapes
-    python -m models.prototypes.text out=FILE model=RN50 pretrained=openai templates=single classes='{Car: [car, van]}'
+    python -m models.prototypes.text out=FILE model=RN50 pretrained=openai templates=single \\
+        classes='{Car: [car, van]}'
 
-    model        name in open_clip; ViT-B-16                  pretrained   tag of open_clip, or a path; openai
+    model        name in open_clip; ViT-B-16         pretrained  tag of open_clip, or a path; openai
     templates    ensemble (eight of them), single, or a list of texts with {} for the name; ensemble
-    classes      cityscapes, camvid, a list, {class: [names to average]}, a .yaml file of these, or a text file of names
+    classes      cityscapes, camvid, a list, {class: [names to average]}, a .yaml file of these, or
+                 a text file of names
 
 With the templates t and the names n of a class c: T_c = norm(mean of norm(encode_text(t(n)))).
 Weights of OpenAI get QuickGELU; for other files the model's name decides (ViT-B-16-quickgelu). PPAR
@@ -188,7 +190,8 @@ class Text(Prototypes):
         file: of the command above, or a plain array (N, D) as .npy or .pt.
         rows: names of the rows of a plain array: a list, or a text file with one name per line; of
             columns between tabs the first that is not a number.
-        map: {class: [names of rows]} for classes that have no row of their own name: the mean of these rows.
+        map: {class: [names of rows]} for classes that have no row of their own name: the mean of
+            these rows.
         center: subtract the mean of all classes and normalise again. CLIP's rows are close to each
             other (cosines of 0.7 to 0.9), and what they share says nothing about a class.
 
@@ -226,9 +229,11 @@ class Text(Prototypes):
                 f"{file} has rows that are zero, not finite, or the same, which center does not "
                 "work with"
             )
-        self.register_buffer("vectors", (F.normalize(centred, dim=1) if center else text).float())
-        self.register_buffer("text", text.float())
-        self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
+        self.keep(
+            vectors=(F.normalize(centred, dim=1) if center else text).float(),
+            text=text.float(),
+            seen=torch.ones(num_classes, dtype=torch.bool),
+        )
 
 
 def text_vectors(model, tokenizer, prompts):
@@ -284,23 +289,22 @@ def is_list_of_texts(value):
     return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
-def read_classes(value):
+def read_classes(given):
     """The argument `classes` -> {class: [names]}."""
-    given = value
-    if isinstance(value, str) and value not in CLASSES:
+    value = CLASSES.get(str(given), given)
+    if isinstance(value, str):
         if not os.path.isfile(value):
             raise UserError(
                 f"classes={value} is neither {' nor '.join(CLASSES)} nor a file nor a list"
             )
         yaml_file = Path(value).suffix in (".yaml", ".yml")
         value = read_yaml(read_text(value), value) if yaml_file else read_names(value)
-    value = CLASSES.get(value) if isinstance(value, str) else value
     value = {name: [name] for name in value} if is_list_of_texts(value) else value
-    value = value if isinstance(value, dict) else {}
-    value = {name: [names] if isinstance(names, str) else names for name, names in value.items()}
-    if not value or not all(map(is_list_of_texts, value.values())):
+    pairs = value.items() if isinstance(value, dict) else ()
+    classes = {name: [names] if isinstance(names, str) else names for name, names in pairs}
+    if not classes or not all(map(is_list_of_texts, classes.values())):
         raise UserError(f"classes={given} must be a list of names, or {{class: [names]}}")
-    return value
+    return classes
 
 
 def main(arguments):
@@ -323,8 +327,7 @@ def main(arguments):
             raise UserError(f"{key} must be text, not {options[key]}")
     if not options["out"] or not options["classes"]:
         raise UserError("out=PATH and classes=... are needed")
-    templates = options["templates"]
-    templates = TEMPLATES.get(templates) if isinstance(templates, str) else templates
+    templates = TEMPLATES.get(str(options["templates"]), options["templates"])
     if not is_list_of_texts(templates) or any("{}" not in template for template in templates):
         raise UserError(
             f"templates must be {' or '.join(TEMPLATES)}, or a list of texts that hold {{}}"
@@ -336,12 +339,15 @@ def main(arguments):
     }
     model, tokenizer, activation = load_clip(options["model"], options["pretrained"])
     vectors, out = text_vectors(model, tokenizer, prompts), Path(options["out"])
-    about = {
-        "model": options["model"],
-        "pretrained": options["pretrained"],
-        "activation": activation,
-    }
-    write_rows(out, vectors, classes, prompts=prompts, **about)
+    write_rows(
+        out,
+        vectors,
+        classes,
+        prompts=prompts,
+        model=options["model"],
+        pretrained=options["pretrained"],
+        activation=activation,
+    )
     print(
         f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with "
         f"{activation}"

@@ -39,7 +39,7 @@ PARTS = [
     ("", "data.augment", "{name: transforms.Augment, crop: [9, 9], short_side: 40, cat_max_ratio: 0.8}"),
     ("", "data.train", "[{name: toy.Toy, length: 4, size: [40, 48]}, {name: toy.Toy, length: 3, domain: real}]"),
     ("", "data.rare_classes", "{temperature: 0.1, min_pixels: 10}"),
-    ("", "model.backbone", "{name: resnet.ResNet, depth: 18, stages: 3, deep_stem: true, ibn: a, allow_missing: [x]}"),
+    ("", "model.backbone", "{name: resnet.ResNet, depth: 18, stages: 3, deep_stem: true, allow_missing: [x]}"),
     ("", "model.backbone", "{name: mit.MiT, size: b0, drop_path: 0.1}"),
     ("", "model.backbone", "{name: convnext.ConvNeXt, width: 8, depths: [1, 1, 1, 1], drop_path: 0.1}"),
     ("", "model.backbone", "{name: swin.Swin, width: 32, depths: [1, 1, 1, 1], window: 4}"),
@@ -78,7 +78,7 @@ PARTS = [
     ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0, rounds: 1}"),
     ("train_dg", "dg.reweight", "{name: ppar.Reweight, alpha: 1.0, low: 0.5, high: 2.0, temperature: 1, warmup: 0.5}"),
     ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], sigma: [0.1, 1.0]}"),
-    ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, end: 0.9, samples: 100}, {name: ppar.TextFidelity}]"),
+    ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, samples: 100}, {name: ppar.TextFidelity}]"),
     ("train_dg", "model.heads.text_attention", "{name: text_attention.TextAttention, layers: 1}"),
 ]  # fmt: skip
 
