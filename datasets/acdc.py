@@ -15,7 +15,7 @@ are kept for the benchmark server; the reference splits hold the same places in 
 from typing import Literal
 
 from datasets.cityscapes import Cityscapes, existing
-from datasets.reading import DataError, files_below, folders_in
+from datasets.reading import DataError, files_below
 
 CONDITIONS = ("fog", "night", "rain", "snow")
 
@@ -57,16 +57,9 @@ class ACDC(Cityscapes):
         )
 
     def images(self):
-        return [image for condition in self.conditions for image in self.images_in(condition)]
-
-    def images_in(self, condition):
-        folder = self.root / "rgb_anon" / condition
-        if not (folder / self.split).is_dir():
-            raise DataError(
-                f"ACDC {condition} has no split '{self.split}': the folders in {folder} are "
-                f"{folders_in(folder)}"
-            )
-        return files_below(folder / self.split, ["_rgb_anon.png", "_rgb_ref_anon.png"], depth=2)
+        kinds = ["_rgb_anon.png", "_rgb_ref_anon.png"]
+        folders = [self.split_folder(self.root / "rgb_anon" / name) for name in self.conditions]
+        return [image for folder in folders for image in files_below(folder, kinds, depth=2)]
 
     def label_of(self, image):
         folder = self.root / "gt" / image.parent.relative_to(self.root / "rgb_anon")

@@ -115,9 +115,7 @@ class SegmentationData(Dataset):
             stem, unknown names in `ignore`, unknown or repeated ones in `label_space`.
     """
 
-    CLASSES = ()
-    PALETTE = ()
-    SCORED = ()
+    CLASSES = PALETTE = SCORED = ()
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
     SPLIT = "train"  # where no split is named

@@ -74,8 +74,7 @@ def files_below(folder, suffixes, depth=None, above=()):
 
 def folders_in(folder):
     """Names of the folders in a folder, for messages."""
-    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    return ", ".join(names) or "none"
+    return ", ".join(sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())) or "none"
 
 
 def read_list(path):

@@ -130,8 +130,7 @@ class RareClassSampler(StreamSampler):
     def index(self, sample):
         """Data set index of a sample of the stream."""
         rng = np.random.default_rng((self.seed, sample))
-        images = self.images[rng.choice(len(self.classes), p=self.chance)]
-        return int(rng.choice(images))
+        return int(rng.choice(self.images[rng.choice(len(self.classes), p=self.chance)]))
 
 
 def make_loader(dataset, sampler, workers=0, pin_memory=False):

@@ -98,12 +98,9 @@ def paint(canvas, camera, polygons, values):
     if polygons:
         points = camera.project(np.concatenate([group.reshape(-1, 3) for group in polygons]))
         points = np.clip(points * len(canvas) * 16, -1e7, 1e7).astype(np.int32)  # 4 fractional bits
-        start = 0
-        for group, value in zip(polygons, values):
-            count, corners, _ = group.shape
-            stop = start + count * corners
-            cv2.fillPoly(canvas, points[start:stop].reshape(count, corners, 2), value, shift=4)
-            start = stop
+        ends = np.cumsum([len(group) * group.shape[1] for group in polygons])
+        for group, part, value in zip(polygons, np.split(points, ends[:-1]), values):
+            cv2.fillPoly(canvas, part.reshape(*group.shape[:2], 2), value, shift=4)
     return canvas
 
 
@@ -207,12 +204,11 @@ def texture(rng, shapes, parts, view):
 def colours(rng, shapes, game):
     """One colour and a spare byte per shape, (shapes, 4) uint8; outside the game every picture has
     its own palette."""
-    table = {}
-    for name, row in MATERIALS.items():
-        choices = np.array([list(bytes.fromhex(code)) for code in row[not game].split()])
-        table[name] = choices + (
-            rng.normal(0, 2) if game else rng.normal(0, 9) + rng.normal(0, 4, 3)
-        )
+    table = {
+        name: np.array([list(bytes.fromhex(code)) for code in row[not game].split()])
+        + (rng.normal(0, 2) if game else rng.normal(0, 9) + rng.normal(0, 4, 3))
+        for name, row in MATERIALS.items()
+    }
     chosen = [table[s.material][int(s.variant * len(table[s.material]))] for s in shapes]
     result = np.array(chosen) * np.array([[shape.shade] for shape in shapes])
     result += rng.normal(0, 1 if game else 5, (len(shapes), 1))
@@ -255,8 +251,7 @@ def night(rng, image, view):
 
 def veil(image, view, colour, reach):
     """Air that is seen: e-fold per `reach` metres."""
-    seen = np.exp(view.world[..., 2:] * np.float32(-1 / reach))
-    return colour + (image - colour) * seen
+    return colour + (image - colour) * np.exp(view.world[..., 2:] * np.float32(-1 / reach))
 
 
 def fog(rng, image, view):

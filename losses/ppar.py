@@ -82,6 +82,13 @@ def class_vectors(prototypes, name, fallback=None):
     return F.normalize(vectors, dim=-1, eps=1e-6)
 
 
+def easy_vectors(step, part):
+    """Class vectors (K, D) of the member `part.easy`, or (B, K, D) of each image of its view."""
+    if part.easy == "attention":
+        return image_prototypes(step.outputs[part.view])
+    return class_vectors(step.prototypes, part.easy, part.hard)
+
+
 def at_labels(scores, labels):
     """Scores (B, K, h, w) of the label of each pixel (B, H, W), taken from its nearest cell; 0
     where there is none."""
@@ -178,7 +185,7 @@ class Reweight(Labeler):
         """Weights of the view; 0 for pixels without a label."""
         labels = step.labels[self.view]
         with torch.autocast(labels.device.type, enabled=False):
-            vectors, parts = self.vectors(step), []
+            vectors, parts = easy_vectors(step, self).detach(), []
             if self.source != "clip":
                 own = embedding(step.outputs[self.view]).detach()
                 parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
@@ -194,11 +201,6 @@ class Reweight(Labeler):
                 weights = (image / distributed.mean(image.mean()))[:, None, None]
             ramp = min(1.0, step.number / (self.warmup * step.total)) if self.warmup else 1.0
             step.weights[self.view] = (1 + ramp * (weights - 1)) * known
-
-    def vectors(self, step):
-        if self.easy == "attention":
-            return image_prototypes(step.outputs[self.view]).detach()
-        return class_vectors(step.prototypes, self.easy, self.hard)
 
 
 class Alignment(Loss):
@@ -261,14 +263,11 @@ class Alignment(Loss):
         """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with
         `both`."""
         hard = class_vectors(step.prototypes, self.hard)
-        if self.easy == "attention":
-            easy = image_prototypes(step.outputs[self.view])
-        elif self.order == "hard":
-            easy = hard
-        else:
-            easy = class_vectors(step.prototypes, self.easy, self.hard)
-        if self.order in ("easy", "hard", "both"):
-            return {"easy": [easy], "hard": [hard], "both": [easy, hard]}[self.order]
+        if self.order == "hard":
+            return [hard]
+        easy = easy_vectors(step, self)
+        if self.order in ("easy", "both"):
+            return [easy] if self.order == "easy" else [easy, hard]
         omega = self.omega(step.progress)
         share = omega if self.order == "easy_to_hard" else 1 - omega
         return [F.normalize((1 - share) * easy + share * hard, dim=-1, eps=1e-6)]

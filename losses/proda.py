@@ -77,8 +77,7 @@ class Denoise(Labeler):
             # Nothing seen: every class is believed alike.
             trust = torch.where(prototypes.seen.any(), trust, 1.0)
             trust = resize_logits(trust.unflatten(2, features.shape[-2:]), logits.shape[-2:])
-            belief = trust * logits.to(rows.dtype).softmax(1)
-            return resize_logits(belief, size).argmax(1)
+            return resize_logits(trust * logits.to(rows.dtype).softmax(1), size).argmax(1)
 
     def after(self, step):
         """Labels of all pixels of the target, as in the paper (threshold 0)."""

@@ -478,7 +478,7 @@ def test_acdc_unknown_conditions_splits_and_missing_labels_are_named(tmp_path):
     with pytest.raises(ConfigError, match="must be fog, night, rain, snow or all, not 'dusk'"):
         build("datasets", {"name": "acdc.ACDC", "condition": "dusk"}, root=tmp_path)
     with pytest.raises(
-        DataError, match=r"ACDC fog has no split 'train': the folders in .*/fog are val, val_ref"
+        DataError, match=r"ACDC has no split 'train': the folders in .*/fog are val, val_ref"
     ):
         ACDC(root=tmp_path)
     weather_frame(tmp_path, "rain", "GP7_frame_000001", kind=None)

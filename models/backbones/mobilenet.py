@@ -69,15 +69,11 @@ class MobileNet(Backbone):
         for stride, start, end in zip((8, 16, 32), bounds, bounds[1:]):
             if stride > output_stride:
                 dilate(self.features[start:end], stride // output_stride)
-        self.channels = [self._channels(self.features[tap]) for tap in self.taps]
-        url = get_model_weights(name).IMAGENET1K_V1.url
-        load_pretrained(self, weights, url, drop=drop)
-
-    @staticmethod
-    def _channels(block):
-        return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][
-            -1
-        ].num_features
+        self.channels = []
+        for tap in self.taps:
+            *_, norm = (m for m in self.features[tap].modules() if isinstance(m, nn.BatchNorm2d))
+            self.channels.append(norm.num_features)
+        load_pretrained(self, weights, get_model_weights(name).IMAGENET1K_V1.url, drop=drop)
 
     def forward(self, image):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""

@@ -123,8 +123,7 @@ class Components(Classifier):
         """Features (B, D, h, w) -> unit rows (B h w, E) of at least float32."""
         maps = self.project(features)
         with torch.autocast(features.device.type, enabled=False):
-            rows = maps.movedim(1, -1).flatten(0, 2)
-            return unit(self.norm(precise(rows)))
+            return unit(self.norm(precise(maps.movedim(1, -1).flatten(0, 2))))
 
     def compare(self, rows):
         """Rows (N, E) -> scores (K, M, N) of every component."""

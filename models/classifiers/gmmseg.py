@@ -99,14 +99,10 @@ class GMMSeg(Components):
 
     def compare(self, rows):
         """Log-densities: rows (N, E) -> (K, M, N)."""
-        means, variances = (
-            self.vectors.flatten(0, 1).double(),
-            self.variances.flatten(0, 1).double(),
-        )
+        means, variances = (part.flatten(0, 1).double() for part in (self.vectors, self.variances))
         weights = torch.ones_like(means[:, 0])  # equal within a class, and no prior
-        return log_joint(rows.T, rows.T.square(), weights, means, variances).unflatten(
-            0, self.vectors.shape[:2]
-        )
+        joint = log_joint(rows.T, rows.T.square(), weights, means, variances)
+        return joint.unflatten(0, self.vectors.shape[:2])
 
     def scaled(self, scores, classes):
         """Divided by the largest |log-density| of the class, over all processes."""
@@ -141,8 +137,7 @@ class GMMSeg(Components):
             )
             weight = number.clamp_max(self.pixels) / number.clamp_min(1)
             for buffer, fresh in ((self.mass, number), (self.first, first), (self.second, second)):
-                faded = self.decay * buffer + weight * fresh
-                buffer.copy_(torch.where(number > 0, faded, buffer))
+                buffer.copy_(torch.where(number > 0, self.decay * buffer + weight * fresh, buffer))
         if (step.number + 1) % self.update_every == 0:
             self.maximise((number > 0).any(1, keepdim=True).expand(shape))
 

@@ -97,8 +97,7 @@ def gather(values):
 def region_means(assignment, cells):
     """Equation 1: assignment (B, R, C, 9, c c), cells (B, R, C, D, c c) -> f (B, D, R, C)."""
     sums = gather(assignment @ cells.transpose(3, 4))
-    mass = gather(assignment.sum(4, keepdim=True))
-    return sums / mass.clamp_min(EPSILON)
+    return sums / gather(assignment.sum(4, keepdim=True)).clamp_min(EPSILON)
 
 
 def assign(means, cells, kappa):
@@ -301,12 +300,6 @@ class Region(Head):
             if self.variant == "mask" and self.opened:
                 output.regions.opens = lambda logits: self.opening(output.regions, logits)
 
-    def domain_logits(self, means, factor):
-        """f (B, D, R, C) -> logits of "source" (B, R, C), behind the reversal."""
-        rows = means.permute(0, 2, 3, 1)
-        rows = Reversal.apply(rows, factor) if self.reverse else rows.detach()
-        return self.discriminator(rows)[..., 0]
-
     def transferability(self, means):
         """tau (B, R, C) without dropout, so that it does not depend on chance."""
         rows = means.permute(0, 2, 3, 1)
@@ -320,11 +313,13 @@ class Region(Head):
         with torch.autocast(maps.device.type, enabled=False):
             maps = precise(maps)
             assignment, means = group(maps, self.cell, self.kappa, self.rounds)
-            tau = self.transferability(means)
-            dense = spread(assignment, tau, self.cell, maps.shape[-2:])
+            dense = spread(assignment, self.transferability(means), self.cell, maps.shape[-2:])
             dense = dense.detach() if self.detach else dense
-            domain = self.domain_logits(means, reversal(step, self.ramp))
-            regions = Regions(assignment, domain, dense)
+            rows = means.permute(0, 2, 3, 1)
+            rows = (
+                Reversal.apply(rows, reversal(step, self.ramp)) if self.reverse else rows.detach()
+            )
+            regions = Regions(assignment, self.discriminator(rows)[..., 0], dense)
             if self.head:
                 regions.logits = self.head(maps)
                 prioritise(regions, regions.logits)
