@@ -667,7 +667,7 @@ def test_deep_stem_has_the_names_of_mmsegmentation_and_reads_its_files(tmp_path,
     path = saved(mmsegmentation(state), tmp_path)
     with caplog.at_level("INFO", "engine"):
         other = ResNet(
-            depth=18, deep_stem=True, weights=path, stem="per_domain", output_stride=16
+            depth=18, deep_stem=True, weights=path, stem="per_domain", ibn="a", output_stride=16
         ).eval()
     assert "3 keys of its heads are left out" in caplog.text and ", 0 keep" in caplog.text.replace(
         "values", ""
@@ -716,7 +716,7 @@ def guide(stage, block, x, keys):
 
 CHECKPOINTED = {
     "resnet": lambda **o: ResNet(
-        depth=18, deep_stem=True, stem="per_domain", output_stride=8, weights="none", **o
+        depth=18, deep_stem=True, ibn="a", stem="per_domain", output_stride=8, weights="none", **o
     ),
     "mobilenet_v2": lambda **o: MobileNet(width=0.25, weights="none", **o),
     "mobilenet_v3": lambda **o: MobileNet(

@@ -361,7 +361,9 @@ def test_folder_colours_are_read_before_the_label_space(tmp_path):
 
 
 def augmented(root, seed=0):
-    return Files(root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1]))
+    return Files(
+        root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1], blur=0.5)
+    )
 
 
 def same(a, b):

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.step import View
 from engine.weights import WeightsError
 from models.backbones.mit import MiT
-from models.backbones.resnet import ResNet
+from models.backbones.resnet import IBN, ResNet
 from models.build import build_segmentor
 from models.classifiers.branch_sum import BranchSum
 from models.classifiers.linear import Linear
@@ -748,3 +748,39 @@ def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
     ):
         network(one)
     network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
+
+
+# --- IBN -------------------------------------------------------------------------------------------------------------
+
+
+def test_ibn_takes_plain_weights_and_its_own(tmp_path):
+    plain = resnet18(weights=None)
+    for value in plain.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}},
+        tmp_path / "a.pt",
+    )
+    network = ResNet(depth=18, ibn="a", weights=str(tmp_path / "a.pt"))
+    norm = network.layer2[0].bn1
+    assert isinstance(norm, IBN) and not isinstance(network.layer4[0].bn1, IBN)
+    expected = plain.layer2[0].bn1
+    assert torch.equal(norm.IN.weight, expected.weight[:64]) and torch.equal(
+        norm.BN.bias, expected.bias[64:]
+    )
+    assert torch.equal(norm.BN.running_var, expected.running_var[64:])
+    x = torch.randn(2, 128, 5, 6)
+    found = norm.eval()(x)
+    torch.testing.assert_close(found[:, 64:], expected.eval()(x)[:, 64:])
+    mean, deviation = (
+        x[:, :64].mean((2, 3), keepdim=True),
+        x[:, :64].std((2, 3), keepdim=True, correction=0),
+    )
+    scaled = (x[:, :64] - mean) / (deviation**2 + 1e-5).sqrt() * norm.IN.weight[:, None, None]
+    torch.testing.assert_close(found[:, :64], scaled + norm.IN.bias[:, None, None])
+    torch.save(network.state_dict(), tmp_path / "b.pt")
+    again = ResNet(depth=18, ibn="a", weights=str(tmp_path / "b.pt"))
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items()
+    )

@@ -11,12 +11,43 @@ networks fit too.
 import copy
 from typing import Literal
 
+import torch
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from engine.weights import WeightsError, load_pretrained
 from models.backbones.base import Backbone
 from models.blocks import Normalize, conv_bn_relu, dilate, run
+
+
+class IBN(nn.Module):
+    """Instance norm on the first half of the channels, batch norm on the others (Pan et al.,
+    IBN-Net, ECCV 2018)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.half = channels // 2
+        self.IN, self.BN = (
+            nn.InstanceNorm2d(self.half, affine=True),
+            nn.BatchNorm2d(channels - self.half),
+        )
+
+    def forward(self, x):
+        first, second = x.split([self.half, x.shape[1] - self.half], 1)
+        return torch.cat([self.IN(first), self.BN(second)], 1)
+
+
+def split_norms(state, module):
+    """The state dict of a plain ResNet as one of a ResNet with IBN: each norm's values go to its
+    two halves."""
+    norms = {name: part.half for name, part in module.named_modules() if isinstance(part, IBN)}
+    for name, half in norms.items():
+        for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            if (value := state.pop(f"{name}.{kind}", None)) is not None:
+                if kind in ("weight", "bias"):
+                    state[f"{name}.IN.{kind}"] = value[:half]
+                state[f"{name}.BN.{kind}"] = value[half:] if value.dim() else value
+    return state
 
 
 def deep_stem_of(width=64):
@@ -32,8 +63,8 @@ def deep_stem_of(width=64):
     return stem
 
 
-def of_this_stem(state, module):
-    """A state dict, if it is of a ResNet with the same stem."""
+def adapt(state, module):
+    """A state dict for this ResNet's norms, if it has the same stem."""
     stems = {"stem.0.weight", "conv1.weight"} & {*state}
     if stems and module.deep_stem != ("stem.0.weight" in state):
         theirs = "one 7x7 convolution" if module.deep_stem else "a deep stem"
@@ -44,7 +75,7 @@ def of_this_stem(state, module):
             "other kind (torchvision's have 7x7, MMSegmentation's resnet50_v1c and resnet101_v1c "
             "are deep)"
         )
-    return state
+    return split_norms(state, module)
 
 
 class ResNet(Backbone):
@@ -60,6 +91,9 @@ class ResNet(Backbone):
             "source" take (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both
             copies start from the same weights. A step then needs both views, or the unused copy has
             no gradient and DistributedDataParallel waits for it.
+        ibn: "a" for IBN in place of the first norm of each block of layer1 to layer3, against
+            differences of style; weights may be those of IBN-Net's release or of a plain ResNet,
+            whose values go to both halves [R].
         normalize: "imagenet" for its mean and deviation, or "none" for weights trained on [0, 1],
             such as SimCLR's.
         checkpointing: less memory in training, more time: the backward pass computes every block
@@ -77,6 +111,7 @@ class ResNet(Backbone):
         stages: Literal[3, 4] = 4,
         deep_stem: bool = False,
         stem: Literal["shared", "per_domain"] = "shared",
+        ibn: Literal["none", "a"] = "none",
         normalize: Literal["imagenet", "none"] = "imagenet",
         checkpointing: bool = False,
         weights: str = "imagenet",
@@ -105,12 +140,12 @@ class ResNet(Backbone):
             stage = getattr(net, name)
             if 4 * 2**i > output_stride:
                 dilate(stage, 4 * 2**i // output_stride)
+            for block in stage if ibn == "a" and name != "layer4" else ():
+                block.bn1 = IBN(block.bn1.num_features)
             setattr(self, name, stage)
         url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
         unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
-        load_pretrained(
-            self, weights, url, allow_missing=allow_missing, drop=unused, adapt=of_this_stem
-        )
+        load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused, adapt=adapt)
         self.source, self.per_domain = None, stem == "per_domain"
         if self.per_domain:
             names = ("stem", "layer1") if deep_stem else ("conv1", "bn1", "layer1")

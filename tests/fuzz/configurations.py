@@ -35,11 +35,11 @@ SECONDS, MEMORY, LONG = 5, 6 * 2**30, 500
 
 # Parts with options, so that constructors of all kinds are reached: (script or "", key, value).
 PARTS = [
-    ("", "data.augment", "{name: transforms.Augment, crop: [32, 40], scale: [0.5, 2.0], flip: 0.5}"),
+    ("", "data.augment", "{name: transforms.Augment, crop: [32, 40], scale: [0.5, 2.0], flip: 0.5, blur: 0.5}"),
     ("", "data.augment", "{name: transforms.Augment, crop: [9, 9], short_side: 40, cat_max_ratio: 0.8}"),
     ("", "data.train", "[{name: toy.Toy, length: 4, size: [40, 48]}, {name: toy.Toy, length: 3, domain: real}]"),
     ("", "data.rare_classes", "{temperature: 0.1, min_pixels: 10}"),
-    ("", "model.backbone", "{name: resnet.ResNet, depth: 18, stages: 3, deep_stem: true, allow_missing: [x]}"),
+    ("", "model.backbone", "{name: resnet.ResNet, depth: 18, stages: 3, deep_stem: true, ibn: a, allow_missing: [x]}"),
     ("", "model.backbone", "{name: mit.MiT, size: b0, drop_path: 0.1}"),
     ("", "model.backbone", "{name: convnext.ConvNeXt, width: 8, depths: [1, 1, 1, 1], drop_path: 0.1}"),
     ("", "model.backbone", "{name: swin.Swin, width: 32, depths: [1, 1, 1, 1], window: 4}"),
