@@ -91,7 +91,7 @@ class SegmentationData(Dataset):
 
     Args:
         root: folder of the data set.
-        split: which part; the subclass says which there are.
+        split: which part; the subclass says which there are, and SPLIT the usual one.
         labels: False for a target set that is trained on without labels: no label path is even
             made.
         ignore: names of classes whose pixels are ignored (255); the classes keep their ids.
