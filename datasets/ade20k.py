@@ -1,5 +1,5 @@
-"""ADE20K, the scene parsing challenge of 2016 (Zhou et al., CVPR 2017): 20,210 training, 2000 validation images of many
-sizes with 150 classes.
+"""ADE20K, the scene parsing challenge of 2016 (Zhou et al., CVPR 2017): 20,210 training, 2000
+validation images of many sizes with 150 classes.
 
     data:
       root: PATH                                  # the folder ADEChallengeData2016
@@ -7,12 +7,13 @@ sizes with 150 classes.
       val: {name: ade20k.ADE20K, split: validation}
 
     images/{training,validation}/ADE_*.jpg
-    annotations/{training,validation}/ADE_*.png       8-bit grey: 0 is "other" and ignored, 1 to 150 are the classes
+    annotations/{training,validation}/ADE_*.png       8-bit grey: 0 is "other" and ignored, 1 to 150
+                                                      are the classes
 
-The ids become 0 to 149 here; a file with 255 was converted before and is an error: its ids would be lowered twice.
-Names are the first of the official ones. From general knowledge: the palette, which is the one in use in the field and
-gives road and skyscraper one colour, and that the full release (ADE20K_2021, with more than 3000 classes) has another
-format, which is not read.
+The ids become 0 to 149 here; a file with 255 was converted before and is an error: its ids would be
+lowered twice. Names are the first of the official ones. From general knowledge: the palette, which
+is the one in use in the field and gives road and skyscraper one colour, and that the full release
+(ADE20K_2021, with more than 3000 classes) has another format, which is not read.
 """
 
 from datasets.base import IGNORE, SegmentationData
@@ -339,7 +340,8 @@ class ADE20K(SegmentationData):
         ids = super().read_label(path)
         if (ids == IGNORE).any():
             raise DataError(
-                f"{path} holds the id 255: it was converted to 0 to 149 before. The official ones have 0 for other and "
-                "1 to 150 for the classes; for converted ones use folder.Folder"
+                f"{path} holds the id 255: it was converted to 0 to 149 before. The official ones "
+                "have 0 for other and 1 to 150 for the classes; for converted ones use "
+                "folder.Folder"
             )
         return ids

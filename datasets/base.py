@@ -1,7 +1,8 @@
-"""What all data sets share: reading, id mapping, checks whose messages name the file, and reproducible augmentation.
+"""What all data sets share: reading, id mapping, checks whose messages name the file, and
+reproducible augmentation.
 
-Every data set of files takes style-transferred copies of its images, whose labels are those of the originals, and a map
-of its classes to those of another label space:
+Every data set of files takes style-transferred copies of its images, whose labels are those of the
+originals, and a map of its classes to those of another label space:
 
     {name: gta5.GTA5, stylised: PATH, label_space: {Road: [road], Vehicle: [car, truck], Kerb: []}}
 """
@@ -33,7 +34,8 @@ GREY = (160, 160, 160)  # of a class that no class of the data set is mapped to
 
 
 def lookup_table(id_map, classes):
-    """{id on disk: own id}, {own id: class id} -> (65536) uint8: id on disk -> class id, IGNORE or UNKNOWN."""
+    """{id on disk: own id}, {own id: class id} -> (65536) uint8: id on disk -> class id, IGNORE or
+    UNKNOWN."""
     table = np.full(65536, UNKNOWN, np.uint8)
     for raw, own in id_map.items():
         table[raw] = classes.get(own, IGNORE)
@@ -44,7 +46,8 @@ def check_label_space(title, space, own):
     """Raise DataError unless {class: [own classes]} names own classes, and none twice."""
     if wrong := [name for name, members in space.items() if not isinstance(members, (list, tuple))]:
         raise DataError(
-            f"{title}: label_space.{wrong[0]} must be a list of class names, not {space[wrong[0]]!r}"
+            f"{title}: label_space.{wrong[0]} must be a list of class names, not "
+            f"{space[wrong[0]]!r}"
         )
     named = [name for members in space.values() for name in members]
     if unknown := [name for name in named if name not in own]:
@@ -73,7 +76,8 @@ def check_different(names, problem):
 
 @contextmanager
 def drawing(seed):
-    """Within it PyTorch draws on the CPU as from this seed; afterwards its generators are as they were before.
+    """Within it PyTorch draws on the CPU as from this seed; afterwards its generators are as they
+    were before.
 
     `torch.manual_seed` would seed the generators of the GPUs as well, which nothing restores.
     """
@@ -87,37 +91,40 @@ class SegmentationData(Dataset):
 
     Args:
         root: folder of the data set.
-        split: which part; the subclass says which there are.
-        labels: False for a target set that is trained on without labels: no label path is even made.
+        split: which part; the subclass says which there are, and SPLIT the usual one.
+        labels: False for a target set that is trained on without labels: no label path is even
+            made.
         ignore: names of classes whose pixels are ignored (255); the classes keep their ids.
         augment: callable (image, label, *maps) -> the same, for training; None for evaluation.
         seed: with the sample's number in the stream it decides the augmentation.
-        stylised: folder, relative to the root, with a style-transferred copy of each image: the same path as the image
-            has below the root, or directly in it a file of the same name; .png, .jpg or .jpeg whatever the image has.
-            The copies are read in place of the images; label, `stem` and size are those of the image.
-        label_space: {class: [own classes]}, the classes of another label space in the order of their ids. They replace
-            CLASSES, PALETTE and SCORED, and `ignore` means them. Own classes that no entry names are ignored; a class
-            with an empty list does not occur here and is not scored.
+        stylised: folder, relative to the root, with a style-transferred copy of each image: the
+            same path as the image has below the root, or directly in it a file of the same name;
+            .png, .jpg or .jpeg whatever the image has. The copies are read in place of the images;
+            label, `stem` and size are those of the image.
+        label_space: {class: [own classes]}, the classes of another label space in the order of
+            their ids. They replace CLASSES, PALETTE and SCORED, and `ignore` means them. Own
+            classes that no entry names are ignored; a class with an empty list does not occur here
+            and is not scored.
     Attributes:
         expected: names of the classes that ought to occur: those that are scored and not ignored.
-        extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty at first, set
-            before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or a palette.
+        extra: {name: folder} of maps that belong to the images, such as stored pseudo labels; empty
+            at first, set before the loaders start. A map is `<folder>/<stem>.png`, 8 bits, grey or
+            a palette.
     Raises:
-        DataError: missing folder, no images, images without labels or copies, two images with one stem, unknown names
-            in `ignore`, unknown or repeated ones in `label_space`.
+        DataError: missing folder, no images, images without labels or copies, two images with one
+            stem, unknown names in `ignore`, unknown or repeated ones in `label_space`.
     """
 
-    CLASSES = ()
-    PALETTE = ()
-    SCORED = ()
+    CLASSES = PALETTE = SCORED = ()
     ID_MAP = None
     KNOWN_BAD = {}  # noqa: RUF012
+    SPLIT = "train"  # where no split is named
 
     def __init__(
         self,
         *,
         root,
-        split: str = "train",
+        split: str | None = None,
         labels: bool = True,
         ignore: list = (),
         augment=None,
@@ -127,11 +134,13 @@ class SegmentationData(Dataset):
     ):
         if root is None:
             raise DataError(f"{type(self).__name__} needs its folder: set data.root=PATH")
-        self.root, self.split, self.labels = Path(root), split, labels
+        self.root, self.split, self.labels = Path(root), split or self.SPLIT, labels
         self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
-            remedy = "set data.root=PATH, or the root that this data set has of its own (layouts: README, Data)"
-            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; {remedy}")
+            raise DataError(
+                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or "
+                "the root that this data set has of its own (layouts: README, Data)"
+            )
         self.set_classes(ignore, label_space)
         found = self.pairs()
         self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
@@ -141,12 +150,12 @@ class SegmentationData(Dataset):
             if image not in self.left_out
         ]
         self._check()
-        self.stylised = (
-            {} if stylised is None else self._find_stylised(self.root / stylised)
-        )  # {image: its copy}
+        # {image: its copy}
+        self.stylised = {} if stylised is None else self._find_stylised(self.root / stylised)
 
     def set_classes(self, ignore=(), label_space=None):
-        """Make CLASSES, PALETTE and SCORED those of the label space, and the tables from ids on disk to its ids."""
+        """Make CLASSES, PALETTE and SCORED those of the label space, and the tables from ids on
+        disk to its ids."""
         title, own = type(self).__name__, list(self.CLASSES)
         space = {
             str(name): members
@@ -233,7 +242,8 @@ class SegmentationData(Dataset):
         return copies
 
     def pairs(self):
-        raise NotImplementedError
+        """[(image, its label or None)]: a data set has these, or its `images` and `label_of`."""
+        return [(image, self.label_of(image) if self.labels else None) for image in self.images()]
 
     def read_image(self, path):
         return read_image(path)
@@ -242,11 +252,13 @@ class SegmentationData(Dataset):
         return read_ids(path)
 
     def is_mapped(self, path, ids):
-        """Whether this label file, which holds these ids, was converted to class ids before: ID_MAP is not applied."""
+        """Whether this label file, which holds these ids, was converted to class ids before: ID_MAP
+        is not applied."""
         return False
 
     def stem(self, index):
-        """The image's path below the root without suffix, with slashes: the name of the sample's maps.
+        """The image's path below the root without suffix, with slashes: the name of the sample's
+        maps.
 
         An image outside the root has its absolute path, without the first slash.
         """
@@ -257,14 +269,16 @@ class SegmentationData(Dataset):
         return os.path.splitext(path.removeprefix(root).lstrip(os.sep))[0].replace(os.sep, "/")
 
     def label_key(self):
-        """Text that changes with whatever the labels depend on, files and options: the key of what is made of them."""
+        """Text that changes with whatever the labels depend on, files and options: the key of what
+        is made of them."""
         paths = [Path(os.path.abspath(label)) for _, label in self.samples if label is not None]
         files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
         tables = self.table.tobytes() + self.class_table.tobytes()
         return repr((type(self).__module__, type(self).__name__, self.CLASSES, tables, files))
 
     def load(self, index):
-        """Image (H, W, 3) uint8 and class ids (H, W) uint8, checked; an unlabelled set has ignore everywhere."""
+        """Image (H, W, 3) uint8 and class ids (H, W) uint8, checked; an unlabelled set has ignore
+        everywhere."""
         original, label_path = self.samples[index]
         path = self.stylised.get(original, original)
         image, label = self.read_image(path), self.load_label(index)
@@ -285,8 +299,9 @@ class SegmentationData(Dataset):
             bad = np.unique(ids[label == UNKNOWN]).tolist()
             remedy = "map them in ID_MAP (folder.Folder: id_map), to 255 if they are to be ignored"
             raise DataError(
-                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} ({len(self.own_classes)} classes) "
-                f"does not know: {'it is read as converted to class ids, 255 = ignore' if mapped else remedy}"
+                f"{label_path} holds the ids {bad[:10]}, which {type(self).__name__} "
+                f"({len(self.own_classes)} classes) does not know: "
+                f"{'it is read as converted to class ids, 255 = ignore' if mapped else remedy}"
             )
         return label
 
@@ -318,7 +333,8 @@ class SegmentationData(Dataset):
         image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
         maps = [tv_tensors.Mask(torch.from_numpy(values)) for values in maps]
         if self.augment is not None:
-            # A pure function of (seed, sample): neither workers nor processes nor resuming change what is drawn.
+            # A pure function of (seed, sample): neither workers nor processes nor resuming change
+            # what is drawn.
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
             with drawing(int(state[0])):
                 image, *maps = self.augment(image, *maps)
@@ -331,7 +347,8 @@ class SegmentationData(Dataset):
 
 
 def count_pixels(label, classes):
-    """Pixels of each class, and last of those that are ignored, in a label (H, W) uint8 -> (classes + 1) int64."""
+    """Pixels of each class, and last of those that are ignored, in a label (H, W) uint8 -> (classes
+    + 1) int64."""
     counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
     return torch.cat([counts[:classes], counts[classes:].sum(0, keepdim=True)])
 
@@ -340,5 +357,6 @@ def check_scored(name, dataset):
     """Raise DataError unless a data set that is trained on with labels, or scored, has them."""
     if not dataset.labels:
         raise DataError(
-            f"data.{name} has labels: false, but its labels are needed; to label pictures use predict.py"
+            f"data.{name} has labels: false, but its labels are needed; to label pictures use "
+            "predict.py"
         )

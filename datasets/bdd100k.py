@@ -1,4 +1,5 @@
-"""BDD100K, semantic segmentation (Yu et al., 2020): 7000 train, 1000 val frames of 1280x720, Cityscapes' 19 classes.
+"""BDD100K, semantic segmentation (Yu et al., 2020): 7000 train, 1000 val frames of 1280x720,
+Cityscapes' 19 classes.
 
     data: {root: PATH, test: {bdd100k: {name: bdd100k.BDD100K, split: val}}}
 
@@ -7,7 +8,8 @@ Two layouts, told apart by `images/10k`; labels are train ids in both, 255 is ig
     images/<split>/*.jpg        labels/<split>/<name>_train_id.png              the classic release
     images/10k/<split>/*.jpg    labels/sem_seg/masks/<split>/<name>.png         the newer one
 
-The sizes are from general knowledge, as is a test split of 2000 images without labels (`labels: false`).
+The sizes are from general knowledge, as is a test split of 2000 images without labels
+(`labels: false`).
 """
 
 from datasets.base import SegmentationData

@@ -1,15 +1,21 @@
-"""CamVid with 11 classes (Brostow et al., 2009): 367 train, 101 val, 233 test frames of street video from Cambridge.
+"""CamVid with 11 classes (Brostow et al., 2009): 367 train, 101 val, 233 test frames of street
+video from Cambridge.
 
-    data: {root: PATH, train: {name: camvid.CamVid, split: train}, test: {camvid: {name: camvid.CamVid, split: test}}}
+    data:
+      root: PATH
+      train: {name: camvid.CamVid, split: train}
+      test: {camvid: {name: camvid.CamVid, split: test}}
 
 Three layouts are recognised by what lies in the folder:
 
-    images/<split>/*  labels/<split>/*.png  lists/*.txt     ids 0-10, 255 void; a split may be the name of a list
+    images/<split>/*  labels/<split>/*.png  lists/*.txt     ids 0-10, 255 void; a split may be the
+                                                            name of a list
     <split>/*.png  <split>annot/*.png                       the SegNet release: ids 0-10, 11 void
-    701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours, grouped into 11 classes
+    701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours,
+                                                            grouped into 11 classes
 
-The original release has no lists; frames are assigned to splits by sequence and frame number, which gives SegNet's
-split. Its grouping of 32 classes (COLORS) is the usual one, from general knowledge.
+The original release has no lists; frames are assigned to splits by sequence and frame number, which
+gives SegNet's split. Its grouping of 32 classes (COLORS) is the usual one, from general knowledge.
 """
 
 from pathlib import Path
@@ -114,7 +120,8 @@ class CamVid(SegmentationData):
         else:
             lists = sorted(p.stem for p in (self.root / "lists").glob("*.txt"))
             raise DataError(
-                f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test and the lists {lists}"
+                f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test "
+                f"and the lists {lists}"
             )
         suffixes = {
             p.relative_to(images).with_suffix("").as_posix(): p.suffix

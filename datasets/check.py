@@ -2,9 +2,10 @@
 
     python -m datasets.check configs/camvid/resnet18_linear.yaml data.root=PATH
 
-Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each class and problems, and
-draws four samples of each set, and four as training sees them, into <run folder>/check/. A problem is exit code 1: a
-sample that cannot be used, a class that never occurs, most of the pixels ignored.
+Reads every sample of data.train, val, target, monitor and test, prints sizes, the share of each
+class and problems, and draws four samples of each set, and four as training sees them, into <run
+folder>/check/. A problem is exit code 1: a sample that cannot be used, a class that never occurs,
+most of the pixels ignored.
 """
 
 from pathlib import Path
@@ -26,7 +27,8 @@ DRAWN, HEIGHT = 4, 240  # samples per picture, pixels of each
 
 
 class Measured(Dataset):
-    """Of each sample ((height, width), pixels of each of the 256 ids, None), or (None, None, problem)."""
+    """Of each sample ((height, width), pixels of each of the 256 ids, None), or
+    (None, None, problem)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -43,7 +45,8 @@ class Measured(Dataset):
 
 
 def measure(dataset, name, workers):
-    """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256), problems [text]."""
+    """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256),
+    problems [text]."""
     loader = DataLoader(Measured(dataset), batch_size=None, num_workers=workers, collate_fn=tuple)
     measured = list(tqdm(loader, desc=name, unit=" images", disable=None, leave=False))
     sizes = [size for size, _, problem in measured if not problem]
@@ -78,7 +81,8 @@ def describe(dataset, name, sizes, counts, problems):
 
 
 def draw(dataset, path):
-    """Write evenly spaced samples of a data set as rows image | overlay | labels, as the set augments them."""
+    """Write evenly spaced samples of a data set as rows image | overlay | labels, as the set
+    augments them."""
     rows, palette = [], dataset.PALETTE
     for index in np.unique(np.linspace(0, len(dataset) - 1, DRAWN).astype(int)).tolist():
         try:
@@ -102,27 +106,19 @@ def draw(dataset, path):
 
 def main(arguments):
     cfg = load(arguments[0], arguments[1:])
-    specs = {
-        "train": cfg.data.train,
-        "val": cfg.data.val,
-        "monitor": cfg.data.monitor,
-        "target": cfg.data.target,
-    }
+    specs = {name: cfg.data[name] for name in ("train", "val", "monitor", "target")}
     specs |= {f"test.{name}": spec for name, spec in cfg.data.test.items()}
     specs = {name: spec if isinstance(spec, list) else [spec] for name, spec in specs.items()}
-    specs["target"] = [
-        {**spec, "labels": False} for spec in specs["target"]
-    ]  # as training reads it
     specs = {name: several for name, several in specs.items() if several[0].get("name") != "none"}
+    if "target" in specs:  # as training reads it
+        specs["target"] = [spec | {"labels": False} for spec in specs["target"]]
     if not specs:
         raise ConfigError(
             f"{arguments[0]} names no data set: data.train, val, target, monitor and test are empty"
         )
-    # all of them first: a mistake should not show up only after minutes of reading
-    sets = {
-        name: build_set(several, root=cfg.data.root, seed=cfg.seed)
-        for name, several in specs.items()
-    }
+    # All of them first: a mistake should not show up only after minutes of reading.
+    context = {"root": cfg.data.root, "seed": cfg.seed}
+    sets = {name: build_set(several, **context) for name, several in specs.items()}
     for name, dataset in sets.items():
         if name != "target":
             check_scored(name, dataset)
@@ -134,9 +130,8 @@ def main(arguments):
         draw(dataset, folder / f"{name}.png")
         bad += len(problems)
     if "train" in sets:
-        train = build_set(specs["train"], root=cfg.data.root, seed=cfg.seed, augment=augment)
         print("train, augmented:")
-        draw(train, folder / "augmented.png")
+        draw(build_set(specs["train"], augment=augment, **context), folder / "augmented.png")
     if bad:
         raise DataError(
             f"{bad} problem{'s' * (bad > 1)} in {sum(map(len, sets.values()))} samples; see above"

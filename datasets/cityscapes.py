@@ -1,4 +1,5 @@
-"""Cityscapes with 19 classes (Cordts et al., 2016): 2975 train, 500 val, 1525 test frames of 2048x1024 from 50 cities.
+"""Cityscapes with 19 classes (Cordts et al., 2016): 2975 train, 500 val, 1525 test frames of
+2048x1024 from 50 cities.
 
     data:
       root: PATH
@@ -7,11 +8,13 @@
 
     leftImg8bit/<split>/<city>/*_leftImg8bit.png
     gtFine/<split>/<city>/*_gtFine_labelIds.png         official: ids 0-33, mapped to train ids here
-    gtFine/<split>/<city>/*_gtFine_labelTrainIds.png    converted by its scripts; read where labelIds is missing
+    gtFine/<split>/<city>/*_gtFine_labelTrainIds.png    converted by its scripts; read where
+                                                        labelIds is missing
 
-The labels of test are dummies; the benchmark server wants predictions as ids again: `TRAIN_IDS[train id]`.
-SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default all 19 classes are labels (A); with
-`ignore: [terrain, truck, train]` the pixels of the classes that SYNTHIA lacks are not scored (B).
+The labels of test are dummies; the benchmark server wants predictions as ids again:
+`TRAIN_IDS[train id]`. SYNTHIA -> Cityscapes has two conventions (datasets/synthia.py): by default
+all 19 classes are labels (A); with `ignore: [terrain, truck, train]` the pixels of the classes that
+SYNTHIA lacks are not scored (B).
 """
 
 from datasets.base import IGNORE, SegmentationData
@@ -69,7 +72,8 @@ ID_MAP = {raw: IGNORE for raw in (*range(34), 255)} | {
 
 
 def existing(*paths):
-    """The first of the paths that is a file; else the first, which the data set then reports as missing."""
+    """The first of the paths that is a file; else the first, which the data set then reports as
+    missing."""
     return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -82,10 +86,9 @@ class Cityscapes(SegmentationData):
 
     CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
 
-    def pairs(self):
+    def images(self):
         folder = self.split_folder(self.root / "leftImg8bit")
-        found = files_below(folder, ["_leftImg8bit.png"], depth=2)
-        return [(image, self.label_of(image) if self.labels else None) for image in found]
+        return files_below(folder, ["_leftImg8bit.png"], depth=2)
 
     def label_of(self, image):
         folder = self.root / "gtFine" / self.split / image.parent.name

@@ -1,24 +1,29 @@
-"""COCO-Stuff (Caesar et al., CVPR 2018): 80 things and 91 stuffs, 171 classes, in photographs of everyday scenes.
+"""COCO-Stuff (Caesar et al., CVPR 2018): 80 things and 91 stuffs, 171 classes, in photographs of
+everyday scenes.
 
     data:
       train: {name: cocostuff.CocoStuff10k, split: train2014, root: PATH}
       val: {name: cocostuff.CocoStuff10k, split: test2014, root: PATH}
 
-CocoStuff10k, 9000 training and 1000 test images, as MMSegmentation's script converts it (the release has MATLAB files,
-which are not read):
+CocoStuff10k, 9000 training and 1000 test images, as MMSegmentation's script converts it (the
+release has MATLAB files, which are not read):
 
     images/{train2014,test2014}/*.jpg
-    annotations/{train2014,test2014}/*_labelTrainIds.png      0 is unlabelled and ignored, 1 to 171 are the classes
+    annotations/{train2014,test2014}/*_labelTrainIds.png      0 is unlabelled and ignored, 1 to 171
+                                                              are the classes
 
 CocoStuff164k, 118,287 training and 5000 validation images, as released:
 
     images/{train2017,val2017}/*.jpg          or directly {train2017,val2017}/*.jpg
-    stuffthingmaps/{train2017,val2017}/*.png  or annotations/{train2017,val2017}/*.png      255 is unlabelled
-    .../*_labelTrainIds.png                   converted: 0 to 170 and 255; read where the official label is missing
+    stuffthingmaps/{train2017,val2017}/*.png  or
+    annotations/{train2017,val2017}/*.png     255 is unlabelled
+    .../*_labelTrainIds.png                   converted: 0 to 170 and 255; read where the official
+                                              label is missing
 
-COCO counts its ids from 1 to 182, and eleven of them were never annotated (MISSING). The maps of 164k hold the id minus
-one, 0 to 181; the classes are what remains, in order. From general knowledge: names, ids and the folders of 164k. The
-release has no palette; this one is `folder.distinct_colors`.
+COCO counts its ids from 1 to 182, and eleven of them were never annotated (MISSING). The maps of
+164k hold the id minus one, 0 to 181; the classes are what remains, in order. From general
+knowledge: names, ids and the folders of 164k. The release has no palette; this one is
+`folder.distinct_colors`.
 """
 
 from datasets.base import IGNORE, SegmentationData
@@ -209,7 +214,8 @@ IDS = [i for i in range(1, 183) if i not in MISSING]  # COCO's id of each class
 
 
 class CocoStuff10k(SegmentationData):
-    """Args: split: train2014 | test2014, or another folder of `images`. Raises DataError: labels not yet converted."""
+    """Args: split: train2014 | test2014, or another folder of `images`. Raises DataError: labels
+    not yet converted."""
 
     CLASSES, PALETTE = CLASSES, PALETTE
     ID_MAP = {0: IGNORE, 255: IGNORE} | {i + 1: i for i in range(171)}
@@ -226,7 +232,8 @@ class CocoStuff10k(SegmentationData):
         if matlab and not any(label.is_file() for _, label in pairs):
             raise DataError(
                 f"CocoStuff10k {self.split}: {matlab[0]} is MATLAB's; convert the labels to "
-                f"{folder / self.split}/*_labelTrainIds.png: 0 = unlabelled, 1 to 171 (datasets/cocostuff.py)"
+                f"{folder / self.split}/*_labelTrainIds.png: 0 = unlabelled, 1 to 171 "
+                "(datasets/cocostuff.py)"
             )
         return pairs
 
@@ -237,12 +244,10 @@ class CocoStuff164k(SegmentationData):
     CLASSES, PALETTE = CLASSES, PALETTE
     ID_MAP = {255: IGNORE} | {coco - 1: i for i, coco in enumerate(IDS)}
 
-    def pairs(self):
+    def images(self):
         folder = self.root / "images"
-        images = files_below(
-            self.split_folder(folder if folder.is_dir() else self.root), [".jpg"], depth=1
-        )
-        return [(image, self.label_of(image) if self.labels else None) for image in images]
+        folder = self.split_folder(folder if folder.is_dir() else self.root)
+        return files_below(folder, [".jpg"], depth=1)
 
     def label_of(self, image):
         folders = [self.root / name / self.split for name in ("stuffthingmaps", "annotations")]

@@ -1,38 +1,39 @@
-"""Dark Zurich (Sakaridis et al., ICCV 2019): streets of 1920x1080 by day, at twilight and by night, with the 19 classes
-of Cityscapes.
+"""Dark Zurich (Sakaridis et al., ICCV 2019): streets of 1920x1080 by day, at twilight and by night,
+with the 19 classes of Cityscapes.
 
     data:
       target: {name: dark_zurich.DarkZurich, split: train, time: night, root: PATH}
       test:
         dark_zurich: {name: dark_zurich.DarkZurich, split: val, root: PATH}
 
-    rgb_anon/train/{day,twilight,night}/<sequence>/*_rgb_anon.png     no labels: a target of adaptation
+    rgb_anon/train/{day,twilight,night}/<sequence>/*_rgb_anon.png  no labels: a target of adaptation
     rgb_anon/{val,test}/night/<sequence>/*_rgb_anon.png
-    rgb_anon/{val_ref,test_ref}/day/<sequence>/*_anon.png             the same places by day, without labels
-    gt/val/night/<sequence>/*_gt_labelTrainIds.png                    train ids; where it is missing:
+    rgb_anon/{val_ref,test_ref}/day/<sequence>/*_anon.png     the same places by day, without labels
+    gt/val/night/<sequence>/*_gt_labelTrainIds.png                   train ids; where it is missing:
     gt/val/night/<sequence>/*_gt_labelIds.png                         ids of Cityscapes, mapped here
 
-All of this is general knowledge, as are the numbers: for training 3041 images by day, 2920 at twilight, 2416 by night;
-50 of val; the labels of the 151 of test are kept for the benchmark server (`labels: false`).
+All of this is general knowledge, as are the numbers: for training 3041 images by day, 2920 at
+twilight, 2416 by night; 50 of val; the labels of the 151 of test are kept for the benchmark server
+(`labels: false`).
 """
 
 from typing import Literal
 
-from datasets.base import SegmentationData
-from datasets.cityscapes import CLASSES, ID_MAP, PALETTE, existing, has_train_ids
+from datasets.acdc import ACDC
+from datasets.cityscapes import Cityscapes
 from datasets.reading import DataError, files_below, folders_in
 
 TIMES = ("day", "twilight", "night")
 
 
-class DarkZurich(SegmentationData):
+class DarkZurich(Cityscapes):
     """Args:
         split: train | val | test | val_ref | test_ref; only val has labels.
         time: day | twilight | night | all; val and test are by night, their references by day.
     Raises DataError: no such folder, labels of train or of a reference split.
     """
 
-    CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
+    label_of = ACDC.label_of
 
     def __init__(
         self,
@@ -47,39 +48,28 @@ class DarkZurich(SegmentationData):
         stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        if time not in (*TIMES, "all"):
-            raise DataError(f"DarkZurich has no time '{time}'; there are {', '.join(TIMES)}, all")
         if labels and (split == "train" or split.endswith("_ref")):
             raise DataError(
                 f"DarkZurich {split} has no labels; set labels: false, or use it as data.target"
             )
         self.times = TIMES if time == "all" else (time,)
-        options = {
-            "labels": labels,
-            "ignore": ignore,
-            "augment": augment,
-            "seed": seed,
-            "stylised": stylised,
-        }
-        super().__init__(root=root, split=split, label_space=label_space, **options)
+        super().__init__(
+            root=root,
+            split=split,
+            labels=labels,
+            ignore=ignore,
+            augment=augment,
+            seed=seed,
+            stylised=stylised,
+            label_space=label_space,
+        )
 
-    def pairs(self):
+    def images(self):
         folder = self.split_folder(self.root / "rgb_anon")
         times = [time for time in self.times if (folder / time).is_dir()]
         if not times:
-            wanted = " or ".join(self.times)
             raise DataError(
-                f"DarkZurich {self.split} has no images by {wanted}: the folders in {folder} are {folders_in(folder)}"
+                f"DarkZurich {self.split} has no images by {' or '.join(self.times)}: the folders "
+                f"in {folder} are {folders_in(folder)}"
             )
-        images = [p for time in times for p in files_below(folder / time, ["_anon.png"], depth=2)]
-        return [(image, self.label_of(image) if self.labels else None) for image in images]
-
-    def label_of(self, image):
-        folder = self.root / "gt" / image.parent.relative_to(self.root / "rgb_anon")
-        stem = image.name.removesuffix("_rgb_anon.png")
-        return existing(
-            *(folder / f"{stem}_gt_{kind}.png" for kind in ("labelTrainIds", "labelIds"))
-        )
-
-    def is_mapped(self, path, ids):
-        return has_train_ids(path)
+        return [path for time in times for path in files_below(folder / time, ["_anon.png"], 2)]

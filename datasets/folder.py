@@ -1,4 +1,5 @@
-"""Your own data, from YAML alone. A complete `data` section, for images/train/*.jpg, labels/train/*.png and so on:
+"""Your own data, from YAML alone. A complete `data` section, for images/train/*.jpg,
+labels/train/*.png and so on:
 
     data:
       root: my_data                   # everything below is relative to this folder
@@ -7,7 +8,7 @@
         split: train
         image_dir: images/{split}     # sub folders are searched too: images/train/berlin/0001.jpg
         label_dir: labels/{split}     # the same sub folder and name, with the label's suffix
-        image_suffix: [.jpg, .jpeg]   # one or several; more than an extension is fine: _leftImg8bit.png
+        image_suffix: [.jpg, .jpeg]   # one or several, also such as _leftImg8bit.png
         label_suffix: .png
         classes: &classes [road, building, car]
         palette: &palette [[128, 64, 128], [70, 70, 70], [0, 0, 142]]
@@ -15,18 +16,23 @@
       val: {name: folder.Folder, split: val, classes: *classes, palette: *palette, id_map: *ids}
       augment: {name: transforms.Augment, crop: [256, 256], scale: [0.5, 2.0], flip: 0.5}
 
-`python -m datasets.check CONFIG` counts, finds what is wrong and draws overlays: run it before training.
+`python -m datasets.check CONFIG` counts, finds what is wrong and draws overlays: run it before
+training.
 """
+
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, UNKNOWN, SegmentationData
+from datasets.base import IGNORE, SegmentationData
 from datasets.reading import DataError, files_below, read_colors, read_list
+from engine.ranges import Text
 
 
 def distinct_colors(count):
-    """The first colours of a fixed sequence: each differs most, in CIELAB, from black, white and those before it."""
+    """The first colours of a fixed sequence: each differs most, in CIELAB, from black, white and
+    those before it."""
     grid = np.stack(np.meshgrid(*[np.arange(40, 241, 20)] * 3), -1).reshape(-1, 3)
     every = np.concatenate(
         [[[0] * 3, [255] * 3], grid]
@@ -40,20 +46,23 @@ def distinct_colors(count):
 
 
 def class_ids(id_map, classes):
-    """The option `id_map` with names -> {id on disk: class id}; 255 stays ignore unless the map says something else."""
+    """The option `id_map` with names -> {id on disk: class id}; 255 stays ignore unless the map
+    says something else."""
     known = {"ignore": IGNORE, IGNORE: IGNORE} | {
         key: i for i, name in enumerate(classes) for key in (i, name)
     }
     for raw, target in id_map.items():
         if not isinstance(raw, int) or not 0 <= raw < 65536 or target not in known:
             raise DataError(
-                f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, ignore"
+                f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, "
+                "ignore"
             )
     return {IGNORE: IGNORE} | {raw: known[target] for raw, target in id_map.items()}
 
 
 def find(folder, suffixes, others):
-    """Files below a folder -> {name: file}; the longest suffix counts, so a.png and a_mask.png may lie side by side."""
+    """Files below a folder -> {name: file}; the longest suffix counts, so a.png and a_mask.png may
+    lie side by side."""
     if not folder.is_dir():
         raise DataError(
             f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir"
@@ -78,31 +87,38 @@ def demand(names, files, what):
         raise DataError(f"Folder: {len(missing)} of {len(names)} {what}: {', '.join(missing[:5])}")
 
 
+Palette = Annotated[list[Annotated[list[Annotated[int, "[0, 255]"]], "[3, 3]"]], "[1, 253]"]
+
+
 class Folder(SegmentationData):
     """Args:
         classes: names of the K classes, in the order of their ids.
         image_dir, label_dir: folders below the root; `{split}` becomes the split.
-        image_suffix, label_suffix: how the names end. The rest of the path must agree between image and label.
-        list: text file below the root with the names (sub folder, no suffix) to use, one per line, such as
-            "lists/{split}.txt". Without it all images are used, and each label must have its image.
+        image_suffix, label_suffix: how the names end. The rest of the path must agree between image
+            and label.
+        list: text file below the root with the names (sub folder, no suffix) to use, one per line,
+            such as "lists/{split}.txt". Without it all images are used, and each label must have
+            its image.
         palette: K colours [r, g, b]; without it `distinct_colors`.
-        id_map: {id on disk: class name, class id or ignore}. Ids that are not listed are errors, but for 255 (ignore).
+        id_map: {id on disk: class name, class id or ignore}. Ids that are not listed are errors,
+            but for 255 (ignore).
         color_labels: labels hold the colours of the palette; black is ignored unless it is a class.
-    Raises DataError: contradictory options, missing folders, images without labels, labels without images.
+    Raises DataError: contradictory options, missing folders, images without labels, labels without
+    images.
     """
 
     def __init__(
         self,
         *,
         root,
-        classes: list,
+        classes: Annotated[list[Text], "[1, 253]"],  # 254 and 255 are taken
         split: str = "train",
         image_dir: str = "images/{split}",
         label_dir: str = "labels/{split}",
         image_suffix: str | list = ".jpg",
         label_suffix: str = ".png",
         list: str | None = None,
-        palette: list | None = None,
+        palette: Palette | None = None,
         id_map: dict | None = None,
         color_labels: bool = False,
         labels: bool = True,
@@ -112,21 +128,11 @@ class Folder(SegmentationData):
         label_space: dict | None = None,
     ):
         names = tuple(classes)
-        if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-            raise DataError(f"Folder: the class {wrong[0]!r} is no name: write it in quotes")
-        if not 0 < len(names) < UNKNOWN:
-            raise DataError(
-                f"Folder: there are {len(names)} classes, but 1 to {UNKNOWN - 1} are possible: ids have 8 bits"
-            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"Folder: classes must have different names; {twice[0]!r} is repeated")
         colors = palette or distinct_colors(len(names))
-        if len(colors) != len(names) or any(
-            np.shape(c) != (3,) or not {*c} <= {*range(256)} for c in colors
-        ):
-            raise DataError(
-                f"Folder: palette must hold {len(names)} colours [r, g, b] of 0..255, not {palette}"
-            )
+        if len(colors) != len(names):
+            raise DataError(f"Folder: palette must hold {len(names)} colours, not {len(colors)}")
         if color_labels and (not palette or id_map or len(set(map(tuple, colors))) < len(names)):
             raise DataError(
                 "Folder: color_labels needs a palette of different colours, and no id_map"

@@ -1,13 +1,15 @@
-"""LabelMeFacade (Froehlich et al., 2010): photographs of streets and facades, in the ids of CamVid's 11 classes.
+"""LabelMeFacade (Froehlich et al., 2010): photographs of streets and facades, in the ids of
+CamVid's 11 classes.
 
     data: {root: PATH, test: {facade: {name: labelmefacade.LabelMeFacade, split: test}}}
 
     images/<split>/NAME.jpg    labels/<split>/NAME.png    ids of CamVid, 255 void
 
-These are converted labels, not those of the release: building, window and door are Building, vegetation is Tree,
-various is void. So six classes occur (SCORED), and pixels of poles, signs or people belong to what is behind them or to
-void: a coarse test of generalisation. Means are over the six classes. A prediction of one of the other five is an error
-where the truth is one of the six, but these five have no IoU.
+These are converted labels, not those of the release: building, window and door are Building,
+vegetation is Tree, various is void. So six classes occur (SCORED), and pixels of poles, signs or
+people belong to what is behind them or to void: a coarse test of generalisation. Means are over the
+six classes. A prediction of one of the other five is an error where the truth is one of the six,
+but these five have no IoU.
 """
 
 from datasets.base import IGNORE, SegmentationData

@@ -1,4 +1,5 @@
-"""Mapillary Vistas v1.2 (Neuhold et al., 2017): street images of many sizes, with the 19 classes of Cityscapes.
+"""Mapillary Vistas v1.2 (Neuhold et al., 2017): street images of many sizes, with the 19 classes of
+Cityscapes.
 
     data: {root: PATH, test: {mapillary: {name: mapillary.Mapillary, ids: wide, long_side: 2048}}}
 
@@ -6,19 +7,24 @@
     {training,validation}/v1.2/labels/*.png      the release of 2021, which has v2.0 beside v1.2
     {training,validation}/labels/*.png           the original release
 
-Labels are palette PNGs whose indices are the ids 0 to 65. Those of v2.0 have other ids, for 124 classes: a set that has
-only `v2.0` is an error, and so is a file with an id above 65.
+Labels are palette PNGs whose indices are the ids 0 to 65. Those of v2.0 have other ids, for 124
+classes: a set that has only `v2.0` is an error, and so is a file with an id above 65.
 
-Two maps from the 66 ids to the 19 classes are in use, and their numbers are not comparable; say which:
+Two maps from the 66 ids to the 19 classes are in use, and their numbers are not comparable; say
+which:
 
     ids: strict     RobustNet and its descendants, the line of CNNs [C]
-    ids: wide       openseg and Rein, the line of foundation models [C]: also bike lane, crosswalk, parking, service
-                    lane, curb cut, pedestrian area, street light, frame and back of signs, but no manhole
+    ids: wide       openseg and Rein, the line of foundation models [C]: also bike lane, crosswalk,
+                    parking, service
+                    lane, curb cut, pedestrian area, street light, frame and back of signs, but no
+                    manhole
 
-Images have up to 20 megapixels and more. `long_side: 2048` makes evaluation affordable: images AND LABELS are resized,
-so the score is not that at the labels' own resolution; say so too. RobustNet resizes to a height of 1536 instead.
+Images have up to 20 megapixels and more. `long_side: 2048` makes evaluation affordable: images AND
+LABELS are resized, so the score is not that at the labels' own resolution; say so too. RobustNet
+resizes to a height of 1536 instead.
 
-From general knowledge: 18,000 training, 2000 validation and 5000 testing images; the last have no labels.
+From general knowledge: 18,000 training, 2000 validation and 5000 testing images; the last have no
+labels.
 """
 
 from typing import Literal
@@ -29,6 +35,7 @@ from PIL import Image
 from datasets.base import IGNORE, SegmentationData
 from datasets.cityscapes import CLASSES, PALETTE
 from datasets.reading import DataError, files_below
+from engine.ranges import Natural
 
 STRICT = {
     "road": (13, 24, 41),  # road, lane marking, manhole
@@ -76,11 +83,13 @@ class Mapillary(SegmentationData):
     """Args:
         split: training | validation | testing.
         ids: which map to the 19 classes.
-        long_side: pixels of the longer side that larger images are reduced to, with antialiasing, and their labels, by
-            nearest neighbours; 0 leaves them as they are. Maps that belong to the images have the reduced size.
-        train_ids: folder, relative to the root, of labels that others converted to the 19 ids, under the images' names;
-            `{split}` becomes the split. They are read in place of the official ones, and `ids` plays no part.
-    Raises DataError: labels of v2.0, a negative long_side, an unknown map.
+        long_side: pixels of the longer side that larger images are reduced to, with antialiasing,
+            and their labels, by nearest neighbours; 0 leaves them as they are. Maps that belong to
+            the images have the reduced size.
+        train_ids: folder, relative to the root, of labels that others converted to the 19 ids,
+            under the images' names; `{split}` becomes the split. They are read in place of the
+            official ones, and `ids` plays no part.
+    Raises DataError: labels of v2.0.
     """
 
     CLASSES, PALETTE = CLASSES, PALETTE
@@ -91,7 +100,7 @@ class Mapillary(SegmentationData):
         root,
         split: str = "training",
         ids: Literal["strict", "wide"] = "strict",
-        long_side: int = 0,
+        long_side: Natural = 0,
         train_ids: str | None = None,
         labels: bool = True,
         ignore: list = (),
@@ -100,10 +109,6 @@ class Mapillary(SegmentationData):
         stylised: str | None = None,
         label_space: dict | None = None,
     ):
-        if ids not in ID_MAPS or long_side < 0:
-            raise DataError(
-                f"Mapillary: ids {ids!r}, long_side {long_side}: strict or wide, and 0 or more are needed"
-            )
         self.ID_MAP, self.long_side, self.train_ids = ID_MAPS[ids], long_side, train_ids
         super().__init__(
             root=root,
@@ -130,7 +135,8 @@ class Mapillary(SegmentationData):
         )
         if official is None and (split / "v2.0").is_dir():
             raise DataError(
-                f"{split} has labels of v2.0 alone, whose ids differ; those of v1.2 are read: v1.2/labels"
+                f"{split} has labels of v2.0 alone, whose ids differ; those of v1.2 are read: "
+                "v1.2/labels"
             )
         return official or split / "labels"
 
@@ -147,8 +153,9 @@ class Mapillary(SegmentationData):
         ids = super().read_label(path)
         if self.train_ids is None and ids.max() > 65:
             raise DataError(
-                f"{path} holds the id {ids.max()}, but v1.2 has 0 to 65: labels of v2.0 have other ids and are not "
-                "read; for labels that were converted to train ids set train_ids to their folder"
+                f"{path} holds the id {ids.max()}, but v1.2 has 0 to 65: labels of v2.0 have other "
+                "ids and are not read; for labels that were converted to train ids set train_ids "
+                "to their folder"
             )
         size = self.reduced(ids.shape)
         if size == ids.shape:

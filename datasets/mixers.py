@@ -2,9 +2,10 @@
 
     uda: {mixer: {name: mixers.ClassMix}}
 
-A mixer is called with the record of the micro-batch (engine/step.py). It fills `step.views`, and adds labels and
-weights of the views that it makes; those of the labelers are there, `step.labels["source"]` is the truth. What is drawn
-depends on the sample's number alone, so it is the same on any number of processes.
+A mixer is called with the record of the micro-batch (engine/step.py). It fills `step.views`, and
+adds labels and weights of the views that it makes; those of the labelers are there,
+`step.labels["source"]` is the truth. What is drawn depends on the sample's number alone, so it is
+the same on any number of processes.
 """
 
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ Color = Annotated[list[NonNegative], "[4, 4]"]
 
 @contextmanager
 def changing(image, seed, sample):
-    """Within it the random changes of an image are those of its sample, and are made in its own precision.
+    """Within it the random changes of an image are those of its sample, and are made in its own
+    precision.
 
     Under autocast the convolution of a blur would round the image to half precision.
     """
@@ -58,12 +60,13 @@ class SourceTarget(Mixer):
 
 
 class ColorBlur:
-    """Colour jitter and Gaussian blur of a batch, each image by its number: what makes strong views of an image that
-    others (a teacher, an image tower) see as it is.
+    """Colour jitter and Gaussian blur of a batch, each image by its number: what makes strong views
+    of an image that others (a teacher, an image tower) see as it is.
 
     Args:
         color: largest change of brightness, contrast, saturation, and shift of hue.
-        color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each image.
+        color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each
+            image.
     """
 
     def __init__(
@@ -89,16 +92,17 @@ class ColorBlur:
 
 
 class ClassMix(Mixer):
-    """Paste half of the classes of each source image onto the target image, then colour jitter and blur (Olsson et al.,
-    WACV 2021, between domains as in DACS; constants as in DAFormer).
+    """Paste half of the classes of each source image onto the target image, then colour jitter and
+    blur (Olsson et al., WACV 2021, between domains as in DACS; constants as in DAFormer).
 
-    Views: "source" and "mixed". Pasted pixels have the true label and the weight of the source, 1 where it has none;
-    the others what the labelers gave them.
+    Views: "source" and "mixed". Pasted pixels have the true label and the weight of the source, 1
+    where it has none; the others what the labelers gave them.
 
     Args:
         target: also the view "target", the image as it comes.
         color: largest change of brightness, contrast, saturation, and shift of hue.
-        color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each image.
+        color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each
+            image.
     Raises UserError, when called: nothing has labelled the target.
     """
 
@@ -133,7 +137,8 @@ class ClassMix(Mixer):
         step.weights["mixed"] = torch.where(pasted, of_source, of_target)
 
     def choose(self, label, samples, num_classes=256):
-        """Pixels (B, H, W) of half of the classes, rounded up, that occur in each label (B, H, W)."""
+        """Pixels (B, H, W) of half of the classes, rounded up, that occur in each label
+        (B, H, W)."""
         ids = label.flatten(1)  # (B, N)
         present = torch.zeros(len(ids), num_classes, dtype=torch.bool, device=ids.device)
         present = present.scatter_(1, ids, True)
@@ -145,9 +150,11 @@ class ClassMix(Mixer):
 
 
 def sharpness(image, factor):
-    """Blend of an image (3, H, W) with its smoothed version, whose share is 1 - factor; the border stays.
+    """Blend of an image (3, H, W) with its smoothed version, whose share is 1 - factor; the border
+    stays.
 
-    As `adjust_sharpness` of torchvision, which sends its kernel to the GPU at every call and waits for it.
+    As `adjust_sharpness` of torchvision, which sends its kernel to the GPU at every call and waits
+    for it.
     """
     inside = image[..., 1:-1, 1:-1]
     smooth = (
@@ -158,8 +165,9 @@ def sharpness(image, factor):
     return changed
 
 
-# name: function (image (3, H, W) in [0, 1], magnitude in 0..1) -> image. The ranges are those of FixMatch's RandAugment
-# (Sohn et al., NeurIPS 2020, table of transformations), from general knowledge [R].
+# name: function (image (3, H, W) in [0, 1], magnitude in 0..1) -> image. The ranges are those of
+# FixMatch's RandAugment (Sohn et al., NeurIPS 2020, table of transformations), from general
+# knowledge [R].
 OPERATIONS = {
     "autocontrast": lambda image, magnitude: F.autocontrast(image),
     "brightness": lambda image, magnitude: F.adjust_brightness(image, 0.05 + 0.9 * magnitude),
@@ -174,18 +182,19 @@ OPERATIONS = {
 
 
 class Strong(Mixer):
-    """A strongly changed copy of the target image with the same geometry, for consistency with a teacher that sees the
-    plain one (BiSMAP, Lu et al., ACM MM 2022, after ProDA; constants as in the released code).
+    """A strongly changed copy of the target image with the same geometry, for consistency with a
+    teacher that sees the plain one (BiSMAP, Lu et al., ACM MM 2022, after ProDA; constants as in
+    the released code).
 
-    Views: "source", "target", and "strong": operations drawn from OPERATIONS, each applied with probability `p` and a
-    magnitude of 1 to 9 tenths, then a square that is set to 0, black: weights["strong"] is 0 in it and 1 outside. There
-    are no labels of "strong"; those of the target fit it.
+    Views: "source", "target", and "strong": operations drawn from OPERATIONS, each applied with
+    probability `p` and a magnitude of 1 to 9 tenths, then a square that is set to 0, black:
+    weights["strong"] is 0 in it and 1 outside. There are no labels of "strong"; those of the target
+    fit it.
 
     Args:
         operations: how many are drawn for an image, with replacement.
         p: probability that a drawn operation is applied.
         cutout: side of the square as a share of the width of the image; it lies inside the image.
-    Raises ValueError: a share or a probability outside 0..1.
     """
 
     def __init__(
@@ -193,13 +202,9 @@ class Strong(Mixer):
         *,
         seed=0,
         operations: Annotated[int, "[0, 100]"] = 2,
-        p: float = 0.5,
-        cutout: float = 0.2,
+        p: Share = 0.5,
+        cutout: Share = 0.2,
     ):
-        if operations < 0 or not 0 <= p <= 1 or not 0 <= cutout <= 1:
-            raise ValueError(
-                f"operations must not be negative, p and cutout must lie in 0..1, not {operations}, {p}, {cutout}"
-            )
         self.seed, self.operations, self.p, self.cutout = seed, operations, p, cutout
 
     def __call__(self, step):
@@ -212,7 +217,8 @@ class Strong(Mixer):
         step.weights["strong"] = kept
 
     def augment(self, image, sample):
-        """Image (3, H, W) and its number -> the changed image, and (H, W): 1, and 0 in the square."""
+        """Image (3, H, W) and its number -> the changed image, and (H, W): 1, and 0 in the
+        square."""
         kept, (height, width) = torch.ones_like(image[0]), image.shape[-2:]
         with changing(image, self.seed, sample):
             for _ in range(self.operations):

@@ -1,6 +1,8 @@
-"""Reading image, label and map files, lists and folders. What is wrong with a file is a DataError that names it.
+"""Reading image, label and map files, lists and folders. What is wrong with a file is a DataError
+that names it.
 
-Pillow decodes, because OpenCV returns truncated JPEGs half filled, silently, and turns palette indices into colours.
+Pillow decodes, because OpenCV returns truncated JPEGs half filled, silently, and turns palette
+indices into colours.
 """
 
 import logging
@@ -37,14 +39,14 @@ class DataError(UserError):
     """Data that cannot be used as it is; the message names the file and what to do."""
 
 
-# --- folders and lists -----------------------------------------------------------------------------------------------
+# --- folders and lists ----------------------------------------------------------------------------
 
 
 def files_below(folder, suffixes, depth=None, above=()):
     """Files below a folder whose names end in one of the suffixes, in either case, sorted.
 
-    Hidden files and folders, whose names start with a dot, are left out. Links to folders are followed, but not back to
-    a folder that leads to them.
+    Hidden files and folders, whose names start with a dot, are left out. Links to folders are
+    followed, but not back to a folder that leads to them.
 
     Args:
         depth: 1 for the files in the folder itself, 2 for those in its sub folders; None: all.
@@ -72,23 +74,24 @@ def files_below(folder, suffixes, depth=None, above=()):
 
 def folders_in(folder):
     """Names of the folders in a folder, for messages."""
-    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    return ", ".join(names) or "none"
+    return ", ".join(sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())) or "none"
 
 
 def read_list(path):
-    """Text file in UTF-8, with or without a byte order mark -> its lines, without blanks around them or empty ones."""
+    """Text file in UTF-8, with or without a byte order mark -> its lines, without blanks around
+    them or empty ones."""
     if not (lines := [line.strip() for line in read_text(path).splitlines() if line.strip()]):
         raise DataError(f"the list {path} is empty")
     return lines
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(path, kind):
-    """An image file whose header was checked. What goes wrong within is a DataError, which calls the file a `kind`."""
+    """An image file whose header was checked. What goes wrong within is a DataError, which calls
+    the file a `kind`."""
     try:
         with Image.open(path) as picture:
             check_header(picture)
@@ -101,13 +104,14 @@ def opened(path, kind):
 
 
 def check_header(picture):
-    """Raise ValueError where decoding takes too much memory, or gives something else than what the file holds."""
+    """Raise ValueError where decoding takes too much memory, or gives something else than what the
+    file holds."""
     (width, height), tags = picture.size, getattr(picture, "tag_v2", {})
     needed = width * height * PIXEL_BYTES
     if needed > LARGE and needed > (free := free_memory()) / 2:
         raise ValueError(
-            f"its {width}x{height} pixels take {needed / 1e9:.1f} GB to decode, more than half of the "
-            f"{free / 1e9:.1f} GB of free memory; make it smaller, or cut it into tiles"
+            f"its {width}x{height} pixels take {needed / 1e9:.1f} GB to decode, more than half of "
+            f"the {free / 1e9:.1f} GB of free memory; make it smaller, or cut it into tiles"
         )
     # Of 16 bits in separate planes Pillow takes the two bytes for two pixels.
     separate = tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8
@@ -132,7 +136,8 @@ def free_memory():
 def layout(tags):
     """What is wrong with the channels of a TIFF."""
     count, bits = tags.get(SAMPLES, 1), "/".join(map(str, sorted({*tags.get(BITS, (1,))})))
-    kind = f"{count} channel{'s' * (count > 1)} of {bits} bits{', not interleaved' * (tags.get(PLANES) == 2)}"
+    kind = f"{count} channel{'s' * (count > 1)} of {bits} bits"
+    kind += ", not interleaved" * (tags.get(PLANES) == 2)
     return f"TIFFs of {kind} are not read: 1, 3 or 4 channels of 8 or 16 bits are expected"
 
 
@@ -147,9 +152,11 @@ def layout_of(path):
 
 
 def depths(picture):
-    """Largest value in Pillow's pixels and the file's own; the pixels must not have been read yet. (0, 0): unknown.
+    """Largest value in Pillow's pixels and the file's own; the pixels must not have been read yet.
+    (0, 0): unknown.
 
-    Pillow spreads grey of 2 and 4 bits, and PGM files, over its 8 or 16, and keeps the high byte of colours of 16 bits.
+    Pillow spreads grey of 2 and 4 bits, and PGM files, over its 8 or 16, and keeps the high byte of
+    colours of 16 bits.
     """
     codec, _, _, arguments = picture.tile[0] if picture.tile else ("", (), 0, "")
     raw, *rest = (arguments,) if isinstance(arguments, str) else (arguments or ("",))
@@ -170,7 +177,8 @@ def depths(picture):
 
 
 def decode(path, kind, rgb=False):
-    """Image file -> pixels as viewers show them, turned by the EXIF tag: (H, W) or (H, W, C), and `depths`.
+    """Image file -> pixels as viewers show them, turned by the EXIF tag: (H, W) or (H, W, C), and
+    `depths`.
 
     `rgb`: (H, W, 3) uint8, but for grey of more than 8 bits, which stays (H, W).
     """
@@ -192,27 +200,31 @@ def was_turned(path):
 
 
 def read_image(path):
-    """Image file -> (H, W, 3) uint8 RGB. 16 bits and floats of 0..1 are scaled to 8 bits; alpha is dropped.
+    """Image file -> (H, W, 3) uint8 RGB. 16 bits and floats of 0..1 are scaled to 8 bits; alpha is
+    dropped.
 
     Raises:
-        DataError: a file that cannot be read, integers of 32 bits, other floats, 12 bits or fewer stored as 16.
+        DataError: a file that cannot be read, integers of 32 bits, other floats, 12 bits or fewer
+        stored as 16.
     """
     pixels, top, own = decode(path, "image", rgb=True)
     if pixels.ndim == 3 and own <= 255:
         return pixels
     if not top:
         raise DataError(
-            f"{path} holds integers of 32 bits, or with a sign: 8 or 16 bits, or floats of 0..1, are expected"
+            f"{path} holds integers of 32 bits, or with a sign: 8 or 16 bits, or floats of 0..1, "
+            "are expected"
         )
     low, high = pixels.min(), pixels.max()
     if top == 1 and not 0 <= low <= high <= 1:
         raise DataError(
-            f"{path} holds floats from {low:g} to {high:g}: floats of 0..1, or 8 or 16 bits, are expected"
+            f"{path} holds floats from {low:g} to {high:g}: floats of 0..1, or 8 or 16 bits, are "
+            "expected"
         )
     if own == 65535 and int(high) * own < DARK * top:
         raise DataError(
-            f"{path} has 16 bits a channel and no value above {DARK - 1}: it would be black; scale the values to "
-            "0..65535, or store 8 bits"
+            f"{path} has 16 bits a channel and no value above {DARK - 1}: it would be black; scale "
+            "the values to 0..65535, or store 8 bits"
         )
     if pixels.ndim == 3:
         return pixels
@@ -220,12 +232,14 @@ def read_image(path):
 
 
 def read_ids(path):
-    """Grey or palette PNG, or another file of one channel -> (H, W) uint8 or uint16 ids, as the file holds them."""
+    """Grey or palette PNG, or another file of one channel -> (H, W) uint8 or uint16 ids, as the
+    file holds them."""
     ids, top, own = decode(path, "label")
     if ids.ndim != 2:
         raise DataError(
-            f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one channel, or a palette. "
-            "For labels stored as colours give the data set a colour table (folder.Folder: color_labels: true)"
+            f"{path} is a colour picture ({ids.shape[2]} channels), but ids are expected: one "
+            "channel, or a palette. For labels stored as colours give the data set a colour table "
+            "(folder.Folder: color_labels: true)"
         )
     if ids.dtype.itemsize > 2:  # integers of 32 bits, floats
         wrong = ids[~((ids >= 0) & (ids <= 65535) & (ids == np.rint(ids)))]  # NaN is among them
@@ -247,7 +261,8 @@ def read_map(path):
 
 
 def read_colors(path, colors):
-    """Colour picture -> (H, W) uint8 ids by a table {(r, g, b): id}; a colour that is not in it is an error."""
+    """Colour picture -> (H, W) uint8 ids by a table {(r, g, b): id}; a colour that is not in it is
+    an error."""
     pixels = read_image(path).astype(np.int32)
     codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
     table = sorted((r << 16 | g << 8 | b, value) for (r, g, b), value in colors.items())

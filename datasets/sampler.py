@@ -1,8 +1,10 @@
-"""Which samples make up which step: a pure function of (seed, step, process), so there is no state to save.
+"""Which samples make up which step: a pure function of (seed, step, process), so there is no state
+to save.
 
-The stream of samples is one random permutation of the data set after the other, or draws images by their rare classes.
-Step s takes the samples s B .. (s + 1) B - 1 of the stream for a batch of B over all processes and micro-batches; with
-another number of processes the same step holds the same samples.
+The stream of samples is one random permutation of the data set after the other, or draws images by
+their rare classes. Step s takes the samples s B .. (s + 1) B - 1 of the stream for a batch of B
+over all processes and micro-batches; with another number of processes the same step holds the same
+samples.
 
     data: {rare_classes: {temperature: 0.01, min_pixels: 3000}}
 """
@@ -33,8 +35,8 @@ class StreamSampler:
     ):
         if batch_size % (accumulate * world_size):
             raise UserError(
-                f"train.batch_size {batch_size} does not divide into {world_size} processes x {accumulate} "
-                "micro-batches"
+                f"train.batch_size {batch_size} does not divide into {world_size} processes x "
+                f"{accumulate} micro-batches"
             )
         self._epoch = None
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
@@ -73,14 +75,18 @@ class StreamSampler:
 
 
 class RareClassSampler(StreamSampler):
-    """Draw a class, a rare one more often, then one of the images that show it (Hoyer et al., DAFormer, CVPR 2022).
+    """Draw a class, a rare one more often, then one of the images that show it (Hoyer et al.,
+    DAFormer, CVPR 2022).
 
-        P(c) ~ exp((1 - f_c) / T),      f_c = share of the class in the labelled pixels of the data set
+        P(c) ~ exp((1 - f_c) / T),      f_c = share of the class in the labelled pixels of the data
+                                        set
 
-    over the classes that occur, then uniformly one of the images with more than `min_pixels` pixels of c; of a class
-    that has none, one of all images that hold it [R]. Samples are independent of each other: there are no epochs.
+    over the classes that occur, then uniformly one of the images with more than `min_pixels` pixels
+    of c; of a class that has none, one of all images that hold it [R]. Samples are independent of
+    each other: there are no epochs.
 
-    Not done: DAFormer cuts an image anew, up to ten times, until the class has 1500 pixels in the crop [C].
+    Not done: DAFormer cuts an image anew, up to ten times, until the class has 1500 pixels in the
+    crop [C].
 
     Args:
         counts: (n, K) pixels of each class in each image (statistics.class_counts).
@@ -88,7 +94,7 @@ class RareClassSampler(StreamSampler):
         min_pixels: in the whole image; 3000 are meant for 2048 x 1024 pixels.
         The others are those of StreamSampler.
     Raises:
-        UserError: no labelled pixel, a temperature that is not positive; as StreamSampler.
+        UserError: no labelled pixel; as StreamSampler.
     """
 
     def __init__(
@@ -109,10 +115,6 @@ class RareClassSampler(StreamSampler):
         super().__init__(
             len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options
         )
-        if temperature <= 0:
-            raise UserError(
-                f"the temperature of rare class sampling must be positive, not {temperature}"
-            )
         counts = np.asarray(counts)
         if not counts.any():
             raise UserError("rare class sampling: no pixel of the data set is labelled")
@@ -128,12 +130,12 @@ class RareClassSampler(StreamSampler):
     def index(self, sample):
         """Data set index of a sample of the stream."""
         rng = np.random.default_rng((self.seed, sample))
-        images = self.images[rng.choice(len(self.classes), p=self.chance)]
-        return int(rng.choice(images))
+        return int(rng.choice(self.images[rng.choice(len(self.classes), p=self.chance)]))
 
 
 def make_loader(dataset, sampler, workers=0, pin_memory=False):
-    """DataLoader over the sampler's batches. Its own generator keeps it from drawing from the global one."""
+    """DataLoader over the sampler's batches. Its own generator keeps it from drawing from the
+    global one."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -2,8 +2,8 @@
 
     data = Several([GTA5(root=..., augment=augment), Synthia(root=..., augment=augment)])
 
-An image is drawn as often from each set as the set is large. The sets have the same classes; where they do not,
-`label_space` of base.SegmentationData makes them so.
+An image is drawn as often from each set as the set is large. The sets have the same classes; where
+they do not, `label_space` of base.SegmentationData makes them so.
 """
 
 import copy
@@ -19,11 +19,13 @@ class Several(Dataset):
     """Data sets one after the other, with what the rest of the project uses of a data set.
 
     Args:
-        parts: data sets that share their classes and are all with or all without labels. Each augments for itself.
+        parts: data sets that share their classes and are all with or all without labels. Each
+            augments for itself.
     Attributes:
-        SCORED, expected: the classes that any of the parts scores, or ought to show; SCORED is empty for all.
-        PALETTE, seed: of the first part; the others as in base.SegmentationData.
-        extra: {name: folder} of maps; those of part i lie in `<folder>/<i>`, which is what `stem` says.
+        SCORED, expected: the classes that any of the parts scores, or ought to show; SCORED is
+        empty for all. PALETTE, seed: of the first part; the others as in base.SegmentationData.
+        extra: {name: folder} of maps; those of part i lie in `<folder>/<i>`, which is what `stem`
+            says.
     Raises:
         DataError: no parts, parts with different classes, only some of them with labels.
     """
@@ -46,7 +48,8 @@ class Several(Dataset):
                 )
         if len({part.labels for part in self.parts}) > 1:
             raise DataError(
-                f"data sets that are used as one need labels in all of them or in none: {self.split}"
+                "data sets that are used as one need labels in all of them or in none: "
+                f"{self.split}"
             )
         self.CLASSES, self.PALETTE, self.labels, self.seed = (
             first.CLASSES,

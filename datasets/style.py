@@ -1,11 +1,13 @@
-"""Style: source images that look like the target, made anew in every step from the pair of images in the batch.
+"""Style: source images that look like the target, made anew in every step from the pair of images
+in the batch.
 
     uda: {style: {name: style.ColorStats}}      uda: {style: {name: style.FDA, beta: 0.01}}
 
     style(source (B, 3, H, W), target (B, 3, h, w)) -> (B, 3, H, W) in [0, 1]
 
-The i-th source image takes the style of the i-th target image. Nothing is learned and nothing drawn; labels stay true,
-since no pixel moves. Images translated by a network are files: `stylised` of the data set (datasets/base.py).
+The i-th source image takes the style of the i-th target image. Nothing is learned and nothing
+drawn; labels stay true, since no pixel moves. Images translated by a network are files: `stylised`
+of the data set (datasets/base.py).
 """
 
 import math
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from engine.ranges import NonNegative, Share
 from engine.statistics import precise
 
 # Linear RGB of sRGB's primaries -> CIE XYZ, each row divided by its sum: white is (1, 1, 1).
@@ -28,11 +31,13 @@ XYZ /= XYZ.sum(1, keepdims=True)
 # The cube roots of X, Y, Z -> (L + 16) / 100, a / 500, b / 200.
 LAB = np.array([[0, 1.16, 0], [1, -1, 0], [0, 1, -1]])
 DELTA = 6 / 29  # below the cube of it the cube root is replaced by its tangent
-FLAT = 1e-4  # standard deviation of a channel that is constant but for rounding; that of 8 bits is larger
+# Standard deviation of a channel that is constant but for rounding; that of 8 bits is larger.
+FLAT = 1e-4
 
 
 def mix_channels(matrix, image):
-    """A matrix (3, 3) times the colours of images (B, 3, H, W); its numbers need not travel to a GPU."""
+    """A matrix (3, 3) times the colours of images (B, 3, H, W); its numbers need not travel to a
+    GPU."""
     channels = image.unbind(1)
     return torch.stack(
         [sum(f * channel for f, channel in zip(row, channels)) for row in matrix.tolist()], 1
@@ -50,7 +55,8 @@ def rgb_to_lab(image):
 
 
 def lab_to_rgb(lab):
-    """The inverse of `rgb_to_lab`, also for colours outside of sRGB, whose values lie outside [0, 1]."""
+    """The inverse of `rgb_to_lab`, also for colours outside of sRGB, whose values lie outside [0,
+    1]."""
     roots = mix_channels(np.linalg.inv(LAB), lab)
     xyz = torch.where(roots > DELTA, roots**3, 3 * DELTA**2 * (roots - 4 / 29))
     linear = mix_channels(np.linalg.inv(XYZ), xyz)
@@ -63,25 +69,25 @@ class Style:
     """The face of a style."""
 
     def __call__(self, source, target):
-        """Source (B, 3, H, W) and target (B, 3, h, w) in [0, 1] -> the source in the target's style."""
+        """Source (B, 3, H, W) and target (B, 3, h, w) in [0, 1] -> the source in the target's
+        style."""
         raise NotImplementedError
 
 
 class ColorStats(Style):
-    """Give each source image the mean and the standard deviation of its target image in every channel of Lab (Reinhard
-    et al., Color transfer between images, IEEE CG&A 2001).
+    """Give each source image the mean and the standard deviation of its target image in every
+    channel of Lab (Reinhard et al., Color transfer between images, IEEE CG&A 2001).
 
-    The channels must be nearly decorrelated, or to match each by itself would tint the image. The paper uses the
-    logarithmic l-alpha-beta space; CIE Lab serves the same purpose and, unlike a logarithm, is defined for black [R].
+    The channels must be nearly decorrelated, or to match each by itself would tint the image. The
+    paper uses the logarithmic l-alpha-beta space; CIE Lab serves the same purpose and, unlike a
+    logarithm, is defined for black [R].
 
     Args:
-        strength: 1 takes over the target's statistics, 0 changes nothing; linear in Lab between them.
-    Raises ValueError: a strength outside 0..1.
+        strength: 1 takes over the target's statistics, 0 changes nothing; linear in Lab between
+            them.
     """
 
-    def __init__(self, *, strength: float = 1.0):
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in 0..1, not {strength}")
+    def __init__(self, *, strength: Share = 1.0):
         self.strength = strength
 
     def __call__(self, source, target):
@@ -92,7 +98,8 @@ class ColorStats(Style):
             return matched.clamp(0, 1).to(source.dtype)
 
     def match(self, source, target):
-        """Lab images -> the source with the target's statistics, before it is cut to the colours of sRGB."""
+        """Lab images -> the source with the target's statistics, before it is cut to the colours of
+        sRGB."""
         (mean, deviation), (wanted_mean, wanted_deviation) = (
             (x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)) for x in (source, target)
         )
@@ -102,22 +109,20 @@ class ColorStats(Style):
 
 
 class FDA(Style):
-    """Give the low frequencies of each source image the amplitudes of its target image; phases, which carry the
-    structure, stay (Yang and Soatto, FDA: Fourier domain adaptation for semantic segmentation, CVPR 2020).
+    """Give the low frequencies of each source image the amplitudes of its target image; phases,
+    which carry the structure, stay (Yang and Soatto, FDA: Fourier domain adaptation for semantic
+    segmentation, CVPR 2020).
 
-    Replaced are the frequencies of at most b = floor(beta min(H, W)) cycles per image in both directions, a square as
-    in the released code; the mask of the paper is a rectangle, beta H by beta W. Where b = 0 (beta < 1 / min(H, W)) the
-    mean colour alone is replaced.
+    Replaced are the frequencies of at most b = floor(beta min(H, W)) cycles per image in both
+    directions, a square as in the released code; the mask of the paper is a rectangle, beta H by
+    beta W. Where b = 0 (beta < 1 / min(H, W)) the mean colour alone is replaced.
 
     Args:
-        beta: 0 changes nothing; 1 replaces all amplitudes unless one side is more than twice the other. The paper uses
-            0.01, 0.05 and 0.09.
-    Raises ValueError: a negative beta.
+        beta: 0 changes nothing; 1 replaces all amplitudes unless one side is more than twice the
+            other. The paper uses 0.01, 0.05 and 0.09.
     """
 
-    def __init__(self, *, beta: float = 0.01):
-        if beta < 0:
-            raise ValueError(f"beta must not be negative, it is {beta}")
+    def __init__(self, *, beta: NonNegative = 0.01):
         self.beta = beta
 
     def __call__(self, source, target):

@@ -1,26 +1,32 @@
-"""SYNTHIA-RAND-CITYSCAPES (Ros et al., 2016): 9,400 drawn street scenes of 1280x760, with 16 of Cityscapes' 19 classes.
+"""SYNTHIA-RAND-CITYSCAPES (Ros et al., 2016): 9,400 drawn street scenes of 1280x760, with 16 of
+Cityscapes' 19 classes.
 
     data: {root: PATH, train: {name: synthia.Synthia}}
 
     RGB/0000000.png ... 0009399.png
-    GT/LABELS/0000000.png ...           official: 16 bits, 3 channels: the class in the first, instances in the second
-    GT/LABELS/*_labelTrainIds.png       converted to train ids; read where the official label is missing
+    GT/LABELS/0000000.png ...           official: 16 bits, 3 channels: the class in the first,
+                                        instances in the second
+    GT/LABELS/*_labelTrainIds.png       converted to train ids; read where the official label is
+                                        missing
     lists/<split>.txt                   optional: one stem per line
 
 Labels of 8 bits and one channel, under either name, are train ids already and are not mapped again.
 
-Terrain, truck and train do not occur. Scores on Cityscapes follow one of two conventions; say which:
+Terrain, truck and train do not occur. Scores on Cityscapes follow one of two conventions; say
+which:
 
-    A   labels of 19 classes, the mean over a subset of the IoUs: `eval.subsets` = SUBSETS   (BiSMAP, BCL, DAFormer)
-    B   also, pixels of the three classes are ignored: Cityscapes with `ignore: [terrain, truck, train]`   (ProDA)
+    A   labels of 19 classes, the mean over a subset of the IoUs: `eval.subsets` = SUBSETS
+        (BiSMAP, BCL, DAFormer)
+    B   also, pixels of the three classes are ignored: Cityscapes with
+        `ignore: [terrain, truck, train]` (ProDA)
 """
 
 import cv2
 import numpy as np
 
-from datasets.base import IGNORE, SegmentationData
-from datasets.cityscapes import CLASSES, PALETTE
-from datasets.gta5 import listed_pairs
+from datasets.base import IGNORE
+from datasets.cityscapes import CLASSES
+from datasets.gta5 import GTA5
 from datasets.reading import DataError, depths, opened
 
 ABSENT = ("terrain", "truck", "train")
@@ -55,35 +61,13 @@ ID_MAP = {
 }
 
 
-class Synthia(SegmentationData):
+class Synthia(GTA5):
     """Args: split: all, or the stem of a file in `lists/`."""
 
-    CLASSES, PALETTE, ID_MAP = CLASSES, PALETTE, ID_MAP
+    ID_MAP = ID_MAP
     SCORED = tuple(SUBSETS["mIoU16"])
-
-    def __init__(
-        self,
-        *,
-        root,
-        split: str = "all",
-        labels: bool = True,
-        ignore: list = (),
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
-    ):
-        options = {
-            "labels": labels,
-            "ignore": ignore,
-            "augment": augment,
-            "seed": seed,
-            "stylised": stylised,
-        }
-        super().__init__(root=root, split=split, label_space=label_space, **options)
-
-    def pairs(self):
-        return listed_pairs(self, self.root / "RGB", self.root / "GT" / "LABELS")
+    KNOWN_BAD = {}  # noqa: RUF012
+    FOLDERS = ("RGB", "GT/LABELS")
 
     def read_label(self, path):
         with opened(path, "label") as picture:
@@ -98,7 +82,8 @@ class Synthia(SegmentationData):
         ids = super().read_label(path)
         if ids.dtype != np.uint8:
             raise DataError(
-                f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and train ids"
+                f"{path} is no label of SYNTHIA: 16 bits with 3 channels, or 8 bits with one and "
+                "train ids"
             )
         return ids
 

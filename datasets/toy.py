@@ -1,26 +1,30 @@
-"""The embedded data set: street scenes seen from a car, drawn with NumPy and OpenCV. No files, no download.
+"""The embedded data set: street scenes seen from a car, drawn with NumPy and OpenCV. No files, no
+download.
 
     data.train: {name: toy.Toy, domain: synthetic, split: train, length: 400, size: [96, 128]}
 
-The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes nothing but the
-appearance:
+The layout of a scene (camera, shapes, labels) depends on (seed, index) alone; the domain changes
+nothing but the appearance:
 
     synthetic   a game: saturated flat colours, hardly any texture or shadow, crisp edges
-    real        a camera: muted palette that varies per image, brick, grain and foliage, cast shadows, uneven light,
+    real        a camera: muted palette that varies per image, brick, grain and foliage, cast
+                shadows, uneven light,
                 white balance, sometimes an overexposed sky, slight blur, sensor noise
     night       the real scene in the dark: lit windows, head lights, street lamps with their glow
     fog         the real scene behind a veil that thickens with depth
-    rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the lens
+    rain        the real scene, dark and grey: reflections on the wet ground, streaks, drops on the
+                lens
     snow        the real scene, whitened on the ground and on whatever looks up, with flakes
 
-The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours and depth are
-look-ups in that map, so they agree to the pixel.
+The shapes (`toy_scene.py`) are painted far to near into ONE map of shape numbers; labels, colours
+and depth are look-ups in that map, so they agree to the pixel.
 
-    image, label = draw(seed=0, index=7, domain="real", size=(240, 320))      # (240, 320, 3) uint8, (240, 320) uint8
+    # (240, 320, 3) uint8, (240, 320) uint8
+    image, label = draw(seed=0, index=7, domain="real", size=(240, 320))
 """
 
 from functools import cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,7 +36,8 @@ from engine.errors import UserError
 from engine.ranges import Size
 
 DOMAINS = ("synthetic", "real", "night", "fog", "rain", "snow")
-# material: (colours in the game, colours in the real world, strength of its grain in the real world)
+# material: (colours in the game, colours in the real world, strength of its grain in the real
+# world)
 MATERIALS = {
     "sky": ("4fa8f0 6cbcf5 8fcdf2", "8fa9c4 a9bccb c3c9cc b7c4d6", 0.0),
     "cloud": ("eef6fc", "c9d0d6", 0.0),
@@ -93,12 +98,9 @@ def paint(canvas, camera, polygons, values):
     if polygons:
         points = camera.project(np.concatenate([group.reshape(-1, 3) for group in polygons]))
         points = np.clip(points * len(canvas) * 16, -1e7, 1e7).astype(np.int32)  # 4 fractional bits
-        start = 0
-        for group, value in zip(polygons, values):
-            count, corners, _ = group.shape
-            stop = start + count * corners
-            cv2.fillPoly(canvas, points[start:stop].reshape(count, corners, 2), value, shift=4)
-            start = stop
+        ends = np.cumsum([len(group) * group.shape[1] for group in polygons])
+        for group, part, value in zip(polygons, np.split(points, ends[:-1]), values):
+            cv2.fillPoly(canvas, part.reshape(*group.shape[:2], 2), value, shift=4)
     return canvas
 
 
@@ -148,7 +150,8 @@ def look(camera, shapes, parts):
 
 
 def blur(image, radius):
-    """Gaussian blur; radius in pixels. Large ones are taken at a quarter of the size, which is as good and fast."""
+    """Gaussian blur; radius in pixels. Large ones are taken at a quarter of the size, which is as
+    good and fast."""
     if radius > 2.5:
         small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         return cv2.resize(cv2.GaussianBlur(small, (0, 0), radius / 4), image.shape[1::-1])
@@ -163,7 +166,8 @@ def smooth_field(rng, size, cells):
 
 @cache
 def texture_tile():
-    """Grain and brickwork that repeat every 512 pixels = 16 metres: (512, 512, 2) float32 about 0."""
+    """Grain and brickwork that repeat every 512 pixels = 16 metres: (512, 512, 2) float32 about
+    0."""
     rng, side = np.random.default_rng(0), 512
     speckle = rng.standard_normal((side, side)) * 0.5
     for cells in (32, 64, 128, 256):
@@ -175,7 +179,8 @@ def texture_tile():
 
 
 def texture(rng, shapes, parts, view):
-    """Relative brightness, (H, W, 1): bricks on some facades, grain elsewhere, fading with depth."""
+    """Relative brightness, (H, W, 1): bricks on some facades, grain elsewhere, fading with
+    depth."""
     x, y, z = cv2.split(view.world)
     s = (x + z) * 32 + int(
         rng.integers(512)
@@ -197,13 +202,13 @@ def texture(rng, shapes, parts, view):
 
 
 def colours(rng, shapes, game):
-    """One colour and a spare byte per shape, (shapes, 4) uint8; outside the game every picture has its own palette."""
-    table = {}
-    for name, row in MATERIALS.items():
-        choices = np.array([list(bytes.fromhex(code)) for code in row[not game].split()])
-        table[name] = choices + (
-            rng.normal(0, 2) if game else rng.normal(0, 9) + rng.normal(0, 4, 3)
-        )
+    """One colour and a spare byte per shape, (shapes, 4) uint8; outside the game every picture has
+    its own palette."""
+    table = {
+        name: np.array([list(bytes.fromhex(code)) for code in row[not game].split()])
+        + (rng.normal(0, 2) if game else rng.normal(0, 9) + rng.normal(0, 4, 3))
+        for name, row in MATERIALS.items()
+    }
     chosen = [table[s.material][int(s.variant * len(table[s.material]))] for s in shapes]
     result = np.array(chosen) * np.array([[shape.shade] for shape in shapes])
     result += rng.normal(0, 1 if game else 5, (len(shapes), 1))
@@ -246,8 +251,7 @@ def night(rng, image, view):
 
 def veil(image, view, colour, reach):
     """Air that is seen: e-fold per `reach` metres."""
-    seen = np.exp(view.world[..., 2:] * np.float32(-1 / reach))
-    return colour + (image - colour) * seen
+    return colour + (image - colour) * np.exp(view.world[..., 2:] * np.float32(-1 / reach))
 
 
 def fog(rng, image, view):
@@ -321,7 +325,8 @@ WEATHER = {"night": night, "fog": fog, "rain": rain, "snow": snow}
 
 
 def lay_out(seed, index, size):
-    """What a scene is in every domain: camera, sun, shapes, and the map of their numbers at twice the size."""
+    """What a scene is in every domain: camera, sun, shapes, and the map of their numbers at twice
+    the size."""
     height, width = size
     camera, sun, shapes = compose(np.random.default_rng((seed, index, 1)), (height, width))
     fine = np.zeros(
@@ -344,7 +349,8 @@ def draw_label(seed, index, size):
 def draw(
     seed: int, index: int, domain: str, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `index` of the series `seed`: (H, W, 3) uint8 RGB and (H, W) uint8 ids. Equal arguments, equal arrays."""
+    """Picture `index` of the series `seed`: (H, W, 3) uint8 RGB and (H, W) uint8 ids. Equal
+    arguments, equal arrays."""
     if domain not in DOMAINS:
         raise UserError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     height, width = size
@@ -387,8 +393,9 @@ SPLITS = ("train", "val", "test")
 class Toy(SegmentationData):
     """A series of drawn scenes with the 11 classes of CamVid.
 
-    Training scenes differ between domains, so that a source and a target are never pairs; the scenes of `val` and
-    `test` are the same in all domains, so that results differ by the appearance alone.
+    Training scenes differ between domains, so that a source and a target are never pairs; the
+    scenes of `val` and `test` are the same in all domains, so that results differ by the appearance
+    alone.
 
     Args:
         domain: one of DOMAINS.
@@ -403,8 +410,8 @@ class Toy(SegmentationData):
     def __init__(
         self,
         *,
-        domain: str = "synthetic",
-        split: str = "train",
+        domain: Literal[DOMAINS] = "synthetic",
+        split: Literal[SPLITS] = "train",
         length: Annotated[int, "[1, 1000000]"] = 400,
         size: Size = (96, 128),
         labels: bool = True,
@@ -412,14 +419,6 @@ class Toy(SegmentationData):
         seed=0,
         label_space: dict | None = None,
     ):
-        if domain not in DOMAINS or split not in SPLITS:
-            raise UserError(
-                f"toy.Toy has the domains {', '.join(DOMAINS)} and the splits {', '.join(SPLITS)}"
-            )
-        if length < 1 or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-            raise UserError(
-                f"toy.Toy needs a length of 1 or more and a size [height, width] in pixels, not {length}, {size}"
-            )
         self.set_classes(label_space=label_space)
         self.domain, self.split, self.size, self.labels = domain, split, tuple(size), labels
         self.augment, self.seed, self.extra, self.stylised, self.left_out = (

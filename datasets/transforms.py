@@ -1,13 +1,23 @@
 """Augmentation: geometry replayed on image, label and stored maps alike, colour on the image alone.
 
     data:
-      augment: {name: transforms.Augment, crop: [256, 320], scale: [0.5, 2.0], flip: 0.5, color: [0.3, 0.3, 0.3, 0.05]}
+      augment:
+        name: transforms.Augment
+        crop: [256, 320]
+        scale: [0.5, 2.0]
+        color: [0.3, 0.3, 0.3, 0.05]
 
-The window is cut out of the original and then resized; resizing the whole image first costs five times as much.
+The window is cut out of the original and then resized; resizing the whole image first costs five
+times as much.
 
 What ADE20K, COCO-Stuff and VOC are trained with, as MMSegmentation does it:
 
-    augment: {name: transforms.Augment, crop: [512, 512], short_side: 512, cat_max_ratio: 0.75, photometric: true}
+    augment:
+      name: transforms.Augment
+      crop: [512, 512]
+      short_side: 512
+      cat_max_ratio: 0.75
+      photometric: true
 """
 
 from typing import Annotated
@@ -34,12 +44,14 @@ def uniform(low, high):
 
 
 def distort(image):
-    """Photometric distortion of SSD (Liu et al., ECCV 2016), in the strength that is usual in segmentation.
+    """Photometric distortion of SSD (Liu et al., ECCV 2016), in the strength that is usual in
+    segmentation.
 
-    Each with probability one half, one after the other, the result of each cut to the range: brightness shifted by up
-    to 32 of 255, contrast and saturation multiplied by 0.5 to 1.5, hue turned by up to 36 degrees; contrast as the
-    second or as the last. [R] from general knowledge: hue is 18 in SSD's degrees, and 18 in MMSegmentation's, which are
-    those of OpenCV's 8 bits, of two degrees each; the models compared with here were trained with the latter.
+    Each with probability one half, one after the other, the result of each cut to the range:
+    brightness shifted by up to 32 of 255, contrast and saturation multiplied by 0.5 to 1.5, hue
+    turned by up to 36 degrees; contrast as the second or as the last. [R] from general knowledge:
+    hue is 18 in SSD's degrees, and 18 in MMSegmentation's, which are those of OpenCV's 8 bits, of
+    two degrees each; the models compared with here were trained with the latter.
 
     Args:
         image: (3, H, W) uint8.
@@ -71,14 +83,14 @@ class Augment:
     Args:
         crop: [height, width] of the result in pixels.
         scale: [low, high]: the image is scaled by a uniform factor.
-        short_side: the factor is relative to the image with its short side at this many pixels, as `eval.short_side`;
-            0: to the image as it is.
-        cat_max_ratio: largest share of one class in the labelled pixels of a crop; where a class has more, or no pixel
-            is labelled, the crop is drawn again at the same scale, at most ten times. 1: off. An image without labels
-            is cropped once.
+        short_side: the factor is relative to the image with its short side at this many pixels, as
+            `eval.short_side`; 0: to the image as it is.
+        cat_max_ratio: largest share of one class in the labelled pixels of a crop; where a class
+            has more, or no pixel is labelled, the crop is drawn again at the same scale, at most
+            ten times. 1: off. An image without labels is cropped once.
         flip: probability of mirroring.
-        color: largest relative change of brightness, contrast and saturation, and largest shift of hue (0.5 = half
-            circle); [] for none.
+        color: largest relative change of brightness, contrast and saturation, and largest shift of
+            hue (0.5 = half circle); [] for none.
         photometric: `distort` in place of `color`.
         blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     """
@@ -89,27 +101,18 @@ class Augment:
         crop: Size,
         scale: Annotated[list[Scale], "[2, 2]"] = (0.5, 2.0),
         short_side: OptionalWidth = 0,
-        cat_max_ratio: float = 1.0,
+        cat_max_ratio: Annotated[float, "(0, 1]"] = 1.0,
         flip: Share = 0.5,
-        color: list[NonNegative] = (),
+        color: Annotated[list[NonNegative], "[4, 4]"] | Annotated[list, "[0, 0]"] = (),
         photometric: bool = False,
         blur: Share = 0.0,
     ):
-        if len(crop) != 2 or len(scale) != 2 or len(color) not in (0, 4):
-            raise ValueError(
-                f"crop and scale take two numbers and color four or none, not {crop}, {scale}, {color}"
-            )
-        if min(crop) < 1 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(
-                f"crop and scale must be positive, and scale [low, high], not {crop}, {scale}"
-            )
-        if not 0 < cat_max_ratio <= 1 or short_side < 0:
-            raise ValueError(
-                f"cat_max_ratio is a share up to 1 (off), short_side at least 0, not {cat_max_ratio}, {short_side}"
-            )
+        if scale[0] > scale[1]:
+            raise ValueError(f"scale must be [low, high], not {scale}")
         if photometric and color:
             raise ValueError(
-                f"photometric and color both change colours: choose one, not {photometric} and {color}"
+                f"photometric and color both change colours: choose one, not {photometric} and "
+                f"{color}"
             )
         self.crop, self.scale, self.flip, self.blur = list(crop), scale, flip, blur
         self.short_side, self.cat_max_ratio, self.photometric = (
@@ -123,9 +126,9 @@ class Augment:
     def __call__(self, image, *maps):
         """Image (3, H, W) and maps (H, W) uint8 as tv_tensors -> the same at the size of the crop.
 
-        The label and whatever else belongs to the pixels get one treatment: no value is made up where they are scaled,
-        and padding is 255, which is `ignore` in labels; in stored weights it is the full weight, which counts for
-        nothing where the label is ignored.
+        The label and whatever else belongs to the pixels get one treatment: no value is made up
+        where they are scaled, and padding is 255, which is `ignore` in labels; in stored weights it
+        is the full weight, which counts for nothing where the label is ignored.
         """
         image, *maps = self.scale_and_crop(image, *maps)
         if uniform(0, 1) < self.flip:
@@ -168,17 +171,20 @@ class Augment:
         return image, *maps
 
     def place(self, size, window):
-        """Draw the top left corner of a window; one that is longer than the image may lie anywhere that covers it."""
+        """Draw the top left corner of a window; one that is longer than the image may lie anywhere
+        that covers it."""
         return [round(uniform(min(0, s - w), max(0, s - w))) for s, w in zip(size, window)]
 
     def varied(self, label, start, window):
-        """Whether a window of the label (H, W) holds labelled pixels, and no class more than its share of them."""
+        """Whether a window of the label (H, W) holds labelled pixels, and no class more than its
+        share of them."""
         rows, columns = (slice(max(0, a), a + w) for a, w in zip(start, window))
         counts = torch.bincount(label[rows, columns].flatten(), minlength=IGNORE + 1)[:IGNORE]
         return bool(0 < counts.max() <= self.cat_max_ratio * counts.sum())
 
     def resize_map(self, values):
-        """(H, W) -> the size of the crop. v2 resizes masks by `nearest`, which shifts them by up to half a pixel."""
+        """(H, W) -> the size of the crop. v2 resizes masks by `nearest`, which shifts them by up to
+        half a pixel."""
         exact = F.resize_image(
             values[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT
         )

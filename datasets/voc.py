@@ -1,21 +1,27 @@
-"""Pascal VOC 2012 (Everingham et al., 2010) with 21 classes, background among them: 1464 train, 1449 val photographs.
+"""Pascal VOC 2012 (Everingham et al., 2010) with 21 classes, background among them: 1464 train,
+1449 val photographs.
 
     data:
-      root: PATH                            # the folder VOC2012, VOCdevkit, or what VOCdevkit lies in
+      root: PATH                            # the folder VOC2012, VOCdevkit, or what holds it
       train: {name: voc.VOC, split: train_aug}
       val: {name: voc.VOC, split: val}
 
     JPEGImages/*.jpg
-    SegmentationClass/*.png                 palette PNGs whose indices are the classes; 255 is the border and ignored
-    SegmentationClassAug/*.png              labels of Hariharan et al. (SBD, ICCV 2011) in the same ids, grey or palette
-    ImageSets/Segmentation/<split>.txt      train, val, trainval, test ... : a name per line, or image and label file
+    SegmentationClass/*.png                 palette PNGs whose indices are the classes; 255 is the
+                                            border and ignored
+    SegmentationClassAug/*.png              labels of Hariharan et al. (SBD, ICCV 2011) in the same
+                                            ids, grey or palette
+    ImageSets/Segmentation/<split>.txt      train, val, trainval, test ... : a name per line, or
+                                            image and label file
 
-`train_aug`, 10,582 images, is the training set of most papers since DeepLab. Both arrangements in use are read:
-`train_aug.txt` or `trainaug.txt` with all labels in SegmentationClassAug, and `train.txt` with `aug.txt`, where
-SegmentationClassAug has those of the second list alone; a label that is missing there is taken from SegmentationClass.
+`train_aug`, 10,582 images, is the training set of most papers since DeepLab. Both arrangements in
+use are read: `train_aug.txt` or `trainaug.txt` with all labels in SegmentationClassAug, and
+`train.txt` with `aug.txt`, where SegmentationClassAug has those of the second list alone; a label
+that is missing there is taken from SegmentationClass.
 
-The layout of SBD beside VOC, train_aug's number and that test has 1456 images without public labels (`labels: false`)
-are from general knowledge, as are names and palette, which follows the bit rule of VOC's development kit.
+The layout of SBD beside VOC, train_aug's number and that test has 1456 images without public labels
+(`labels: false`) are from general knowledge, as are names and palette, which follows the bit rule
+of VOC's development kit.
 """
 
 from pathlib import Path
@@ -76,7 +82,8 @@ LISTS = {
 
 
 class VOC(SegmentationData):
-    """Args: split: train | val | trainval | train_aug, or the stem of another file in `ImageSets/Segmentation`."""
+    """Args: split: train | val | trainval | train_aug, or the stem of another file in
+    `ImageSets/Segmentation`."""
 
     CLASSES, PALETTE = CLASSES, PALETTE
 

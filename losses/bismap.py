@@ -1,44 +1,54 @@
-"""BiSMAP: "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain Adaptive Semantic Segmentation"
-(Lu et al., ACM MM 2022). Equations and constants of its released code [C]; [R] marks what is reconstructed.
+"""BiSMAP: "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain Adaptive
+Semantic Segmentation" (Lu et al., ACM MM 2022). Equations and constants of its released code [C];
+[R] marks what is reconstructed.
 
     prototypes: {mixtures: {name: mixtures.Mixtures, components: 8, pool: 300000, view: none}}
     uda:
-      source_weights: {name: bismap.Transferability, encoder: {name: resnet.ResNet, depth: 101}, entropy: gta5}
+      source_weights:
+        {name: bismap.Transferability, encoder: {name: resnet.ResNet, depth: 101}, entropy: gta5}
     losses: [{name: cross_entropy.CrossEntropy, view: source}]
     stages:
       - {name: warmup, teacher: none}
       - name: self_training
         init: imagenet
-        uda: {labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}], mixer: {name: mixers.Strong}}
+        uda:
+          labelers: [{name: bismap.LikelihoodLabels, threshold: {nats: 100}}]
+          mixer: {name: mixers.Strong}
         losses:
           - {name: cross_entropy.CrossEntropy, view: source}
           - {name: bismap.SymmetricCrossEntropy, view: target}
           - {name: bismap.Consistency, weight: 30}
       - name: distillation
         repeat: 2
-        init: imagenet                            # the paper: model.backbone.weights=PATH of a SimCLR ResNet-101
+        init: imagenet                            # the paper: a SimCLR ResNet-101
         teacher: frozen
         uda:
-          labelers: [{name: self_training.StoredConfidence, threshold: 0, scales: [0.75, 1.0, 1.5], flip: true}]
+          labelers:
+            - name: self_training.StoredConfidence
+              threshold: 0
+              scales: [0.75, 1.0, 1.5]
+              flip: true
           mixer: {name: mixers.SourceTarget}
         losses:
           - {name: cross_entropy.CrossEntropy, view: source}
           - {name: bismap.SymmetricCrossEntropy, view: target}
           - {name: bismap.Distillation}
 
-1. Source pixels that look like nothing in the target lose weight (Transferability). 2. A warm-up learns the source in
-the style of the target (`data.train.stylised`, or `uda.style` as it trains). 3. A mixture of Gaussians per class is
-fitted to its features and labels the target by likelihood (LikelihoodLabels). 4. Self-training on these labels, from
-ImageNet weights, consistent with an averaged teacher. 5. Distillation, twice, each with the labels of the last network.
+1. Source pixels that look like nothing in the target lose weight (Transferability). 2. A warm-up
+learns the source in the style of the target (`data.train.stylised`, or `uda.style` as it trains).
+3. A mixture of Gaussians per class is fitted to its features and labels the target by likelihood
+(LikelihoodLabels). 4. Self-training on these labels, from ImageNet weights, consistent with an
+averaged teacher. 5. Distillation, twice, each with the labels of the last network.
 
-Differences from the released code: the teacher is in eval mode (there it normalises by its batch); distances are
-divided by their mean over the whole source (there a running mean, which depends on the order); scores are upsampled
-(there features); the vectors of a class are a uniform sample of 300,000 (there the first million at a rate kappa_c,
-then 300,000 of these); variances are clamped to 1e-6 (there 1e-6 is added).
+Differences from the released code: the teacher is in eval mode (there it normalises by its batch);
+distances are divided by their mean over the whole source (there a running mean, which depends on
+the order); scores are upsampled (there features); the vectors of a class are a uniform sample of
+300,000 (there the first million at a rate kappa_c, then 300,000 of these); variances are clamped to
+1e-6 (there 1e-6 is added).
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
@@ -47,7 +57,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.errors import UserError
-from engine.ranges import NonNegative
+from engine.ranges import Count, Natural, NonNegative, Size
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -58,7 +68,7 @@ def resized(logits, size):
     return logits if logits.shape[-2:] == tuple(size) else resize_logits(logits, size)
 
 
-# --- source -> target: labels by likelihood --------------------------------------------------------------------------
+# --- source -> target: labels by likelihood -------------------------------------------------------
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to look at
 SAMPLE = (
@@ -68,15 +78,17 @@ NEVER = 2**32  # above every hash
 
 
 class LikelihoodLabels(Labeler):
-    """Labeler: the class with the largest score, where the score of that class's prototype reaches its threshold.
+    """Labeler: the class with the largest score, where the score of that class's prototype reaches
+    its threshold.
 
-    The prototypes are fitted to the source, to pixels that the network classifies correctly at feature size. Scores of
-    mixtures are log-densities, without a prior. **Nats do not carry over to another network**: with 256 channels a
-    deviation of 0.1 gives 354 nats at a mean and one of 1 gives -235, so 100 is right for the paper's network alone.
-    `source_quantile` adapts to the network [R]: the share of a class's own source pixels below its threshold.
+    The prototypes are fitted to the source, to pixels that the network classifies correctly at
+    feature size. Scores of mixtures are log-densities, without a prior. **Nats do not carry over to
+    another network**: with 256 channels a deviation of 0.1 gives 354 nats at a mean and one of 1
+    gives -235, so 100 is right for the paper's network alone. `source_quantile` adapts to the
+    network [R]: the share of a class's own source pixels below its threshold.
 
-    [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than the upsampled features
-    of the released code, and not bit-identical.
+    [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than
+    the upsampled features of the released code, and not bit-identical.
 
     Args:
         prototypes: name of a member of the prototype family, or "classifier" for the logits.
@@ -86,8 +98,8 @@ class LikelihoodLabels(Labeler):
         ValueError: not exactly one of the two thresholds, or no number.
         UserError, from `prepare` or `label`: there is no such member.
 
-    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct source pixels; both
-    infinite for classes without a prototype.
+    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct
+    source pixels; both infinite for classes without a prototype.
     """
 
     stored = True
@@ -121,7 +133,8 @@ class LikelihoodLabels(Labeler):
         return member(prototypes, self.prototypes, "bismap.LikelihoodLabels", remedy)
 
     def scores(self, output, prototypes):
-        """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a prototype."""
+        """Output -> scores (B, K, h, w) of at least float32, and which classes (K) have a
+        prototype."""
         if self.prototypes == "classifier":
             # Of the network that made the output, which is not always the one that is trained.
             return precise(output.logits), torch.ones_like(self.threshold, dtype=torch.bool)
@@ -135,42 +148,46 @@ class LikelihoodLabels(Labeler):
         fitted = None if self.prototypes == "classifier" else self.member(prototypes)
 
         def correct():
-            """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source image."""
+            """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source
+            image."""
             for index, image, label in preparation.images(preparation.source):
                 output = preparation.segment(image)
                 label = resize_labels(label, output.logits.shape[-2:])
                 yield index, output, torch.where(output.logits.argmax(1) == label, label, IGNORE)
 
         if self.fit and fitted:
-            batches = lambda: ((out.features, label, None) for _, out, label in correct())  # noqa: E731
-            fitted.fit(batches, prototypes)
+            fitted.fit(
+                lambda: ((out.features, label, None) for _, out, label in correct()), prototypes
+            )
         levels = [*LEVELS, self.rule.get("source_quantile", 0.5)]
         quantiles = [fitted.quantiles(q) if self.fit and fitted else None for q in levels]
-        known = all(values is not None for values in quantiles)
-        quantiles = (
-            torch.stack(quantiles, 1) if known else self.measure(correct(), prototypes, levels)
-        )
-        bound = quantiles[:, -1]
+        if any(values is None for values in quantiles):
+            quantiles = self.measure(correct(), prototypes, levels).unbind(1)
+        *quantiles, bound = quantiles
         if "nats" in self.rule:
             bound = torch.full_like(self.threshold, self.rule["nats"])
         seen = fitted.seen if fitted else torch.ones_like(self.threshold, dtype=torch.bool)
-        states = (self.threshold, bound), (self.source_quantiles.T, quantiles[:, :-1].T)
-        for state, found in states:
+        for state, found in zip((self.threshold, *self.source_quantiles.T), (bound, *quantiles)):
             state.copy_(torch.where(seen, found.to(state), torch.inf))
 
         def make(index, image, label):
             return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
 
         reached = [float(t) if t.isfinite() else None for t in self.threshold.to("cpu")]
-        settings = {"labeler": "bismap.LikelihoodLabels", "prototypes": self.prototypes}
-        settings |= {"rule": self.rule, "threshold": reached}
+        settings = {
+            "labeler": "bismap.LikelihoodLabels",
+            "prototypes": self.prototypes,
+            "rule": self.rule,
+            "threshold": reached,
+        }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def measure(self, correct, prototypes, levels):
-        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct pixel.
+        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct
+        pixel.
 
-        Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same on any number of
-        processes.
+        Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same
+        on any number of processes.
         """
         classes = torch.arange(len(self.threshold), device=self.threshold.device)[:, None]
         lots = torch.full((len(classes), SAMPLE), NEVER, device=classes.device)
@@ -199,7 +216,8 @@ class LikelihoodLabels(Labeler):
         return torch.where(best >= self.threshold.to(best.dtype)[classes], classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was fitted to."""
+        """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was
+        fitted to."""
         return self.choose(network.segment(image), image.shape[-2:], prototypes)
 
     def before(self, step):
@@ -207,7 +225,7 @@ class LikelihoodLabels(Labeler):
         step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
 
-# --- target -> source: how much a source pixel looks like the target -------------------------------------------------
+# --- target -> source: how much a source pixel looks like the target ------------------------------
 
 # e of the 19 classes of Cityscapes in the released code, which does not say how they were measured.
 ENTROPY = {
@@ -268,7 +286,8 @@ def region_weights(distances, mean):
 
 
 def class_offsets(entropies):
-    """e (K) -> (e - min e) / (max e - min e). 0 for classes whose e is NaN, and for all if none differ."""
+    """e (K) -> (e - min e) / (max e - min e). 0 for classes whose e is NaN, and for all if none
+    differ."""
     known = ~entropies.isnan()
     low, high = (torch.where(known, entropies, bound) for bound in (torch.inf, -torch.inf))
     low, high = low.amin(), high.amax()
@@ -276,7 +295,8 @@ def class_offsets(entropies):
 
 
 def pixel_weights(regions, labels, offset):
-    """W = clip(w + e_class, 0, 1): w (B, rows, columns), labels (B, H, W), offset (K) -> (B, H, W)."""
+    """W = clip(w + e_class, 0, 1): w (B, rows, columns), labels (B, H, W), offset (K) ->
+    (B, H, W)."""
     table = torch.zeros(256, dtype=regions.dtype, device=regions.device)
     table[: len(offset)] = offset
     return (resize_labels(regions, labels.shape[-2:]) + table[labels]).clamp(0, 1)
@@ -287,23 +307,26 @@ class Transferability(Labeler):
 
         w(r) = 2^-(d(r) / mean d)^2        W(p) = clip(w(r(p)) + e_class(p), 0, 1)
 
-    d is the distance of a region's feature to the nearest of the target's centres, so nothing depends on the scale of
-    the features. e lies in 0..1, and pixels of rare and hard classes keep their weight. W is stored once per image, in
-    8 bits, and read back in training. The images are those on the disk: stylised ones by `data.train.stylised` as in
-    the paper, but not by `uda.style`.
+    d is the distance of a region's feature to the nearest of the target's centres, so nothing
+    depends on the scale of the features. e lies in 0..1, and pixels of rare and hard classes keep
+    their weight. W is stored once per image, in 8 bits, and read back in training. The images are
+    those on the disk: stylised ones by `data.train.stylised` as in the paper, but not by
+    `uda.style`.
 
     Args:
-        encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101, weights: PATH}; the paper
-            has a SimCLR ResNet-152 with selective kernels, on pictures that are not normalised. {name: none} is the
-            backbone of the network that the stage starts from [R].
+        encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101,
+            weights: PATH}; the paper has a SimCLR ResNet-152 with selective kernels, on pictures
+            that are not normalised. {name: none} is the backbone of the network that the stage
+            starts from [R].
         size: [H, W] to which images are resized for it.
         grid: [rows, columns] of regions, means over parts of its coarsest map.
         clusters: centres of k-means, at most as many as there are regions of the target.
-        entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean entropy that predictions
-            of the network that the stage starts from have on the source pixels of a class [R]; not in a first stage,
-            whose network has learnt nothing. "none": no offset.
+        entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean
+            entropy that predictions of the network that the stage starts from have on the source
+            pixels of a class [R]; not in a first stage, whose network has learnt nothing. "none":
+            no offset.
     Raises:
-        ValueError: released constants for other than 19 classes; sizes that are none.
+        ValueError: released constants for other than 19 classes.
     """
 
     def __init__(
@@ -312,9 +335,9 @@ class Transferability(Labeler):
         num_classes,
         seed=0,
         encoder: dict = {"name": "none"},  # noqa: B006 (never changed)
-        size: list = (128, 256),
-        grid: list = (4, 4),
-        clusters: int = 40,
+        size: Size = (128, 256),
+        grid: Size = (4, 4),
+        clusters: Count = 40,
         entropy: Literal["gta5", "synthia", "measured", "none"] = "measured",
     ):
         super().__init__()
@@ -322,11 +345,6 @@ class Transferability(Labeler):
             raise ValueError(
                 f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none"
             )
-        for name, value in (("size", size), ("grid", grid), ("clusters", [clusters, 1])):
-            if len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
-                raise ValueError(
-                    f"{name} needs positive whole numbers, [rows, columns] of size and grid, not {value}"
-                )
         self.num_classes, self.seed = num_classes, seed
         self.clusters, self.entropy = clusters, entropy
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
@@ -352,18 +370,25 @@ class Transferability(Labeler):
                 entropies += self.entropies(preparation.segment(image).logits, label)
         sums, entropies = distributed.all_reduce(sums), distributed.all_reduce(entropies)
         mean = sums[0] / sums[1]
-        released = ENTROPY.get(self.entropy, [0.0] * self.num_classes)
         known = entropies[:, 0] / entropies[:, 1]
-        known = known if self.entropy == "measured" else entropies.new_tensor(released)
+        if self.entropy != "measured":
+            known = known.new_tensor(ENTROPY.get(self.entropy, [0.0] * self.num_classes))
         offset = class_offsets(known)
 
         def make(index, image, label):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {"rule": "bismap.Transferability", "encoder": self.encoder, "size": self.size}
-        settings |= {"grid": self.grid, "clusters": len(centres), "mean_distance": float(mean)}
-        settings |= {"entropy": self.entropy, "offsets": [float(e) for e in offset.to("cpu")]}
+        settings = {
+            "rule": "bismap.Transferability",
+            "encoder": self.encoder,
+            "size": self.size,
+            "grid": self.grid,
+            "clusters": len(centres),
+            "mean_distance": float(mean),
+            "entropy": self.entropy,
+            "offsets": [float(e) for e in offset.to("cpu")],
+        }
         preparation.store("transferability", preparation.source, make, settings)
 
     def regions(self, encoder, image):
@@ -374,7 +399,8 @@ class Transferability(Labeler):
         return F.adaptive_avg_pool2d(precise(encoder(small)[-1]), self.grid)[0].flatten(1).T
 
     def centres(self, regions):
-        """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the same on all."""
+        """{index of a target image: (regions, D)} on each process -> k-means centres (P, D), the
+        same on all."""
         regions = {
             index: rows for part in distributed.gather(regions) for index, rows in part.items()
         }
@@ -382,14 +408,20 @@ class Transferability(Labeler):
         if distributed.is_main():
             rows = np.concatenate([regions[index] for index in sorted(regions)]).astype(np.float32)
             cv2.setRNGSeed(SEED + self.seed)
-            # Or when nothing moves: a distance would depend on the scale.
-            stop = (cv2.TERM_CRITERIA_COUNT, 100, 0)
-            clusters = min(self.clusters, len(rows))
-            *_, centres = cv2.kmeans(rows, clusters, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+            *_, centres = cv2.kmeans(
+                rows,
+                min(self.clusters, len(rows)),
+                None,
+                # Or when nothing moves: a distance would depend on the scale.
+                (cv2.TERM_CRITERIA_COUNT, 100, 0),
+                1,
+                cv2.KMEANS_PP_CENTERS,
+            )
         return torch.from_numpy(distributed.gather(centres)[0])
 
     def entropies(self, logits, labels):
-        """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The unit cancels."""
+        """Logits (1, K, h, w), labels (1, H, W) -> (K, 2): sums of H(p) by class, and pixels. The
+        unit cancels."""
         log_p = precise(logits).log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
         sums, counts = class_sums(
@@ -403,22 +435,21 @@ class Transferability(Labeler):
         step.weights["source"] = weights.to(torch.get_default_dtype()) / 255
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 class SymmetricCrossEntropy(Loss):
     """sum_p w(p) (ce CE(p) + rce RCE(p)) / number of labelled pixels (Wang et al., ICCV 2019).
 
-    RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at least `floor`. Of a
-    labelled pixel that is -log(floor) (1 - p_y): bounded by 9.2103, so that a wrong label does little harm. (The
-    released code clamps p to at least 1e-7 too, which adds less than K 1e-6.)
+    RCE exchanges label and prediction, -sum_c p_c log q_c with the one-hot label q clamped to at
+    least `floor`. Of a labelled pixel that is -log(floor) (1 - p_y): bounded by 9.2103, so that a
+    wrong label does little harm. (The released code clamps p to at least 1e-7 too, which adds less
+    than K 1e-6.)
 
     Args:
         view: the view whose logits are scored.
         ce, rce: factors.
         floor: smallest value of a label.
-    Raises:
-        ValueError: a floor outside 0..1.
     """
 
     def __init__(
@@ -427,11 +458,9 @@ class SymmetricCrossEntropy(Loss):
         view: str = "target",
         ce: NonNegative = 0.1,
         rce: NonNegative = 1.0,
-        floor: float = 1e-4,
+        floor: Annotated[float, "(0, 1]"] = 1e-4,
     ):
         super().__init__()
-        if not 0 < floor <= 1:
-            raise ValueError(f"floor={floor} must be above 0 and at most 1")
         self.view, self.ce, self.rce, self.floor = view, ce, rce, floor
 
     def forward(self, step):
@@ -448,26 +477,25 @@ class SymmetricCrossEntropy(Loss):
 
 
 class Consistency(Loss):
-    """The student on the strong view follows the teacher on the plain target image, outside the cut-out:
+    """The student on the strong view follows the teacher on the plain target image, outside the
+    cut-out:
 
         w(t) mean_p mean_c t_c (log t_c - log s_c)        w(t) = exp(-5 (1 - min(t, ramp) / ramp)^2)
 
     The paper's factor is 30 (`weight: 30`); the mean over 19 classes makes it 1.6 per pixel.
 
     Args:
-        view: the strong view of `mixers.Strong`, whose weights are 0 in the cut-out and 1 elsewhere.
+        view: the strong view of `mixers.Strong`, whose weights are 0 in the cut-out and 1
+            elsewhere.
         ramp: steps until w is 1; 0: always 1.
     Raises:
-        ValueError: a negative ramp.
         UserError, from `forward`: there is no such view.
     """
 
     needs_teacher = True
 
-    def __init__(self, *, view: str = "strong", ramp: int = 4000):
+    def __init__(self, *, view: str = "strong", ramp: Natural = 4000):
         super().__init__()
-        if ramp < 0:
-            raise ValueError(f"ramp={ramp} is a number of steps: it must not be negative")
         self.view, self.ramp = view, ramp
 
     def factor(self, step):
@@ -477,26 +505,28 @@ class Consistency(Loss):
     def forward(self, step):
         if self.view not in step.outputs or self.view not in step.weights:
             raise UserError(
-                f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: mixers.Strong}}"
+                f"bismap.Consistency needs the view '{self.view}': set uda.mixer={{name: "
+                f"mixers.Strong}}"
             )
         logits, kept = step.outputs[self.view].logits, step.weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
             student = resized(logits, kept.shape[-2:]).log_softmax(1)
             guide = resized(step.teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
-            divergence = F.kl_div(student, guide, reduction="none", log_target=True)
-            divergence = divergence.mean(1)  # (B, H, W)
+            divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)
             kept = kept.to(divergence.dtype)
             pixels = distributed.mean(kept.sum()).clamp_min(1)
             return self.factor(step.number) * (divergence * kept).sum() / pixels
 
 
 class Distillation(Loss):
-    """The student follows a frozen teacher on the target; mean over pixels, at feature size, and classes.
+    """The student follows a frozen teacher on the target; mean over pixels, at feature size, and
+    classes.
 
     Args:
         view: the plain target view.
-        kd: "linear" is the released form, which has probabilities in the place of log-probabilities,
-            sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c. "kl" is the divergence [R].
+        kd: "linear" is the released form, which has probabilities in the place of
+            log-probabilities, sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c.
+            "kl" is the divergence [R].
     """
 
     needs_teacher = True

@@ -1,14 +1,13 @@
-"""Entropy of the predictions: lowering it moves the boundaries between classes to where features are sparse.
+"""Entropy of the predictions: lowering it moves the boundaries between classes to where features
+are sparse.
 
     losses: [..., {name: entropy.Entropy, view: target, weight: 0.12}]
 
     L = mean_p H(softmax(logits(p)))
 
-Direct entropy minimisation of ADVENT (Vu et al., CVPR 2019), which divides H by log K (`normalized`). BCL (bcl.py) uses
-it on both domains, undivided.
+Direct entropy minimisation of ADVENT (Vu et al., CVPR 2019), which divides H by log K
+(`normalized`). BCL (bcl.py) uses it on both domains, undivided.
 """
-
-import math
 
 import torch
 
@@ -21,16 +20,14 @@ class Entropy(Loss):
 
     Args:
         view: the view whose logits are scored.
-        normalized: divide by log K, so that the uniform distribution has 1.
     """
 
-    def __init__(self, *, view: str = "target", normalized: bool = False):
+    def __init__(self, *, view: str = "target"):
         super().__init__()
-        self.view, self.normalized = view, normalized
+        self.view = view
 
     def forward(self, step):
         logits = step.outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
             log_p = precise(logits).log_softmax(1)
-            entropy = -(log_p.exp() * log_p).sum(1).mean()
-            return entropy / math.log(logits.shape[1]) if self.normalized else entropy
+            return -(log_p.exp() * log_p).sum(1).mean()

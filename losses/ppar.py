@@ -1,36 +1,42 @@
-"""PPAR-style domain generalisation: alignment of pixels to text prototypes, from easy to difficult, and reweighting.
+"""PPAR-style domain generalisation: alignment of pixels to text prototypes, from easy to difficult,
+and reweighting.
 
     model.heads.projector: {name: projector.Projector, channels: 512}
     prototypes:
       text: {name: text.Text, space: joint, view: none, file: PATH}
-      visual: {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
+      visual:
+        {name: visual_text.VisualText, space: joint, view: teacher, temperature: 0.1, start: 0.1}
     dg: {reweight: {name: ppar.Reweight}}
     losses:
       - {name: cross_entropy.CrossEntropy, by_weights: true}
       - {name: ppar.Alignment, weight: 0.1}
 
-"Prototypical Progressive Alignment and Reweighting for Generalizable Semantic Segmentation" (Zhang et al., IEEE T-ITS
-2025). **Only its abstract was at hand, and no code is public: this file is a reconstruction**, and its constants are
-those of the authors' earlier work or our own. What the abstract says: (1) two prototypes per class, made by CLIP, the
-original text prototype T (OTP) and the visual text prototype U (VTP); (2) alignment from easy to difficult, "to reduce
-domain-variant information progressively instead of directly"; (3) learning weights by the reliability of the source
-data. How that became equations, with s the share of the training done, z the unit features of a pixel in the joint
-space (the projector's output), g those of CLIP's image tower, y its label and tau a temperature:
+"Prototypical Progressive Alignment and Reweighting for Generalizable Semantic Segmentation" (Zhang
+et al., IEEE T-ITS 2025). **Only its abstract was at hand, and no code is public: this file is a
+reconstruction**, and its constants are those of the authors' earlier work or our own. What the
+abstract says: (1) two prototypes per class, made by CLIP, the original text prototype T (OTP) and
+the visual text prototype U (VTP); (2) alignment from easy to difficult, "to reduce domain-variant
+information progressively instead of directly"; (3) learning weights by the reliability of the
+source data. How that became equations, with s the share of the training done, z the unit features
+of a pixel in the joint space (the projector's output), g those of CLIP's image tower, y its label
+and tau a temperature:
 
-    P(s) = norm((1 - omega) U + omega T)      omega = clip((s - 0.2) / 0.6, 0, 1)          order of the prototypes
-    d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                                       difficulty of a pixel
-    m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of each class                  order of the pixels
-    L    = sum m w CE(z P(s)^T / tau, y) / sum m w                                          Alignment
-    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y                          reliability
-    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)                                Reweight
+    P(s) = norm((1 - omega) U + omega T)                                  order of the prototypes
+           with omega = clip((s - 0.2) / 0.6, 0, 1)
+    d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                     difficulty of a pixel
+    m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of a class   order of the pixels
+    L    = sum m w CE(z P(s)^T / tau, y) / sum m w                        Alignment
+    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y        reliability
+    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)              Reweight
 
-U is nearer to the pixels (easy), T has nothing of any domain but lies across the gap between text and images
-(difficult). The opposite order is as defensible, so it is an option. Weights are relative to the class: they say which
-pixels of a class count, not how much a class counts. Difficulty and reliability look at nearly the same thing (their
-correlation is 0.94 in a toy), so look at them one by one before stacking them.
+U is nearer to the pixels (easy), T has nothing of any domain but lies across the gap between text
+and images (difficult). The opposite order is as defensible, so it is an option. Weights are
+relative to the class: they say which pixels of a class count, not how much a class counts.
+Difficulty and reliability look at nearly the same thing (their correlation is 0.94 in a toy), so
+look at them one by one before stacking them.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,17 +52,12 @@ END = 0.8  # share of the training after which the second prototype alone is lef
 RAMP = 0.6  # share of the training after which no pixel is left out
 
 
-def progress(done, start, end):
-    """0 until `done` = start, 1 from end on, linear between them; shares of the training."""
-    return min(1.0, max(0.0, (done - start) / (end - start))) if end > start else float(done >= end)
-
-
 def embedding(output):
     """Features (B, D, h, w) of the joint space, of any length."""
     if output.embedding is None:
         raise UserError(
-            "losses of PPAR need a projector: set model.heads.projector={name: projector.Projector, channels: N} with "
-            "the dimension N of the text"
+            "losses of PPAR need a projector: set model.heads.projector={name: "
+            "projector.Projector, channels: N} with the dimension N of the text"
         )
     return precise(output.embedding)
 
@@ -65,7 +66,8 @@ def image_prototypes(output):
     """The text rows (B, K, D) as each image changes them."""
     if output.text is None:
         raise UserError(
-            "PPAR needs prototypes of each image here: set model.heads.text_attention={name: text_attention.TextAttention}"
+            "PPAR needs prototypes of each image here: set model.heads.text_attention={name: "
+            "text_attention.TextAttention}"
         )
     return precise(output.text)
 
@@ -80,8 +82,16 @@ def class_vectors(prototypes, name, fallback=None):
     return F.normalize(vectors, dim=-1, eps=1e-6)
 
 
+def easy_vectors(step, part):
+    """Class vectors (K, D) of the member `part.easy`, or (B, K, D) of each image of its view."""
+    if part.easy == "attention":
+        return image_prototypes(step.outputs[part.view])
+    return class_vectors(step.prototypes, part.easy, part.hard)
+
+
 def at_labels(scores, labels):
-    """Scores (B, K, h, w) of the label of each pixel (B, H, W), taken from its nearest cell; 0 where there is none."""
+    """Scores (B, K, h, w) of the label of each pixel (B, H, W), taken from its nearest cell; 0
+    where there is none."""
     (height, width), (k, h, w) = labels.shape[-2:], scores.shape[1:]
     rows, columns = (
         torch.arange(n, device=labels.device) * m // n for n, m in ((height, h), (width, w))
@@ -92,7 +102,8 @@ def at_labels(scores, labels):
 
 
 def means_of_classes(values, labels, num_classes):
-    """Means (K) of values (B, H, W) over the pixels of each class in the batch of all processes; 1 for absent ones."""
+    """Means (K) of values (B, H, W) over the pixels of each class in the batch of all processes; 1
+    for absent ones."""
     total = 0
     # Image by image: K maps of the whole batch at image size would be large.
     for value, label in zip(values, labels):
@@ -103,8 +114,8 @@ def means_of_classes(values, labels, num_classes):
 
 
 def balanced(labels, keys, num_classes, count):
-    """Places (B, count) of pixels of labels (B, N), of each class in turn until none is left, by the order of `keys`
-    (B, N) within a class; pixels without a label come last."""
+    """Places (B, count) of pixels of labels (B, N), of each class in turn until none is left, by
+    the order of `keys` (B, N) within a class; pixels without a label come last."""
     ids = torch.where(labels < num_classes, labels, num_classes)
     sorted_keys, order = ((ids << 32) | keys).sort(1)
     ids = sorted_keys >> 32
@@ -118,12 +129,15 @@ def balanced(labels, keys, num_classes, count):
 
 
 class Reweight(Labeler):
-    """Weights of the source's pixels by their reliability (dg.reweight; the module docstring has the equation).
+    """Weights of the source's pixels by their reliability (dg.reweight; the module docstring has
+    the equation).
 
     Args:
         view: the view that is weighted.
-        easy, hard: members; reliability is measured with `easy`, and with `hard` for classes that it has not seen.
-        source: whose features tell: the student's, CLIP's image tower's (`dg.tower`), or both, half and half.
+        easy, hard: members; reliability is measured with `easy`, and with `hard` for classes that
+            it has not seen.
+        source: whose features tell: the student's, CLIP's image tower's (`dg.tower`), or both, half
+            and half.
         alpha: exponent; 0 makes all weights 1.
         low, high: bounds of a weight.
         temperature: tau, of the student's features.
@@ -131,7 +145,6 @@ class Reweight(Labeler):
         warmup: share of the training in which weights move from 1 to their value.
         level: "pixel", or "image" for the mean of an image, relative to the batch.
     Raises:
-        ValueError: bounds that do not hold 1.
         UserError, from `after`: there is no projector or no such member.
     """
 
@@ -143,23 +156,22 @@ class Reweight(Labeler):
         hard: str = "text",
         source: Literal["clip", "student", "both"] = "student",
         alpha: NonNegative = 1.0,
-        low: NonNegative = 0.2,
-        high: Positive = 2.0,
+        low: Share = 0.2,
+        high: Annotated[float, "[1, inf)"] = 2.0,
         temperature: Positive = 0.1,
         scale: Positive = 100.0,
         warmup: Share = 0.1,
         level: Literal["pixel", "image"] = "pixel",
     ):
         super().__init__()
-        if not 0 <= low <= 1 <= high:
-            raise ValueError(f"low={low} and high={high} must lie on either side of 1")
         self.view, self.easy, self.hard, self.source, self.level = view, easy, hard, source, level
         self.alpha, self.low, self.high, self.warmup = alpha, low, high, warmup
         self.temperature, self.scale = temperature, scale
         self.needs_tower = source != "student"
 
     def reliability(self, features, labels, vectors, scale):
-        """softmax(scale cos(features, vectors))_y: features (B, D, h, w), labels (B, H, W) -> (B, H, W)."""
+        """softmax(scale cos(features, vectors))_y: features (B, D, h, w), labels (B, H, W) ->
+        (B, H, W)."""
         return at_labels((cosine(features, vectors) * scale).softmax(1), labels)
 
     def relative(self, reliability, labels, num_classes):
@@ -173,7 +185,7 @@ class Reweight(Labeler):
         """Weights of the view; 0 for pixels without a label."""
         labels = step.labels[self.view]
         with torch.autocast(labels.device.type, enabled=False):
-            vectors, parts = self.vectors(step), []
+            vectors, parts = easy_vectors(step, self).detach(), []
             if self.source != "clip":
                 own = embedding(step.outputs[self.view]).detach()
                 parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
@@ -185,35 +197,32 @@ class Reweight(Labeler):
                 self.low, self.high
             )
             if self.level == "image":
-                pixels = known.sum((1, 2)).clamp_min(1)
-                image = (weights * known).sum((1, 2)) / pixels
+                image = (weights * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)
                 weights = (image / distributed.mean(image.mean()))[:, None, None]
             ramp = min(1.0, step.number / (self.warmup * step.total)) if self.warmup else 1.0
             step.weights[self.view] = (1 + ramp * (weights - 1)) * known
 
-    def vectors(self, step):
-        if self.easy == "attention":
-            return image_prototypes(step.outputs[self.view]).detach()
-        return class_vectors(step.prototypes, self.easy, self.hard)
-
 
 class Alignment(Loss):
-    """Pixels to prototypes, the module docstring's L. Only the network learns: its features, and its attention if
-    there is one; no gradient reaches a member of the prototype family.
+    """Pixels to prototypes, the module docstring's L. Only the network learns: its features, and
+    its attention if there is one; no gradient reaches a member of the prototype family.
 
     Args:
         view: the view whose embedding is aligned.
-        easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes of each image
-            (models/heads/text_attention.py). Classes that `easy` has not seen take `hard`.
-        order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy" or "hard".
+        easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes
+            of each image (models/heads/text_attention.py). Classes that `easy` has not seen take
+            `hard`.
+        order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy"
+            or "hard".
         start: share of the training after which one prototype becomes the other, until 0.8 of it.
-        curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps all at all times.
-        granularity: "pixel", or "coarse_to_fine" for the class means of the batch first, and pixels as omega grows.
+        curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps
+            all at all times.
+        granularity: "pixel", or "coarse_to_fine" for the class means of the batch first, and pixels
+            as omega grows.
         temperature: tau.
         samples: most pixels of an image, of all its classes alike.
         ramp: share of the training in which the loss grows from 0 to its weight.
     Raises:
-        ValueError: shares outside 0..1, or no temperature.
         UserError, from `forward`: there is no projector or no such member.
     """
 
@@ -226,19 +235,14 @@ class Alignment(Loss):
         easy: str = "visual",
         hard: str = "text",
         order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
-        start: float = 0.2,
-        curriculum: float = 0.5,
+        start: Annotated[float, "[0, 0.8]"] = 0.2,
+        curriculum: Annotated[float, "(0, 1]"] = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         samples: Count = 4096,
         ramp: Share = 0.05,
     ):
         super().__init__()
-        if temperature <= 0 or not 0 < curriculum <= 1 or not 0 <= start <= END:
-            raise ValueError(
-                f"temperature must be above 0, curriculum in 0..1, and start in 0..{END}, not {temperature}, "
-                f"{curriculum}, {start}"
-            )
         self.num_classes, self.seed, self.view = num_classes, seed, view
         self.easy, self.hard, self.order = easy, hard, order
         self.start, self.curriculum = start, curriculum
@@ -247,23 +251,23 @@ class Alignment(Loss):
 
     def omega(self, done):
         """Share of the second prototype after a share of the training."""
-        return progress(done, self.start, END)
+        if self.start == END:
+            return float(done >= END)
+        return min(1.0, max(0.0, (done - self.start) / (END - self.start)))
 
     def kept(self, done):
         """Share of the pixels of each class that takes part."""
         return min(1.0, self.curriculum + (1 - self.curriculum) * done / RAMP)
 
     def targets(self, step):
-        """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with `both`."""
+        """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with
+        `both`."""
         hard = class_vectors(step.prototypes, self.hard)
-        if self.easy == "attention":
-            easy = image_prototypes(step.outputs[self.view])
-        elif self.order == "hard":
-            easy = hard
-        else:
-            easy = class_vectors(step.prototypes, self.easy, self.hard)
-        if self.order in ("easy", "hard", "both"):
-            return {"easy": [easy], "hard": [hard], "both": [easy, hard]}[self.order]
+        if self.order == "hard":
+            return [hard]
+        easy = easy_vectors(step, self)
+        if self.order in ("easy", "both"):
+            return [easy] if self.order == "easy" else [easy, hard]
         omega = self.omega(step.progress)
         share = omega if self.order == "easy_to_hard" else 1 - omega
         return [F.normalize((1 - share) * easy + share * hard, dim=-1, eps=1e-6)]
@@ -313,10 +317,11 @@ class Alignment(Loss):
         return (loss * present).sum() / present.sum().clamp_min(1)
 
     def easiest(self, scores, ids, share):
-        """Mask like `ids`: the easiest `share` of the pixels of each class, to 1 / 128 of the range of the difficulty.
+        """Mask like `ids`: the easiest `share` of the pixels of each class, to 1 / 128 of the range
+        of the difficulty.
 
-        The order of the pixels comes from one histogram per class over all processes, so it does not depend on their
-        number; at least one pixel of a class that is there is kept.
+        The order of the pixels comes from one histogram per class over all processes, so it does
+        not depend on their number; at least one pixel of a class that is there is kept.
         """
         known = ids < self.num_classes
         own = torch.where(known, ids, 0)
@@ -335,7 +340,8 @@ class Alignment(Loss):
 
 
 class TextFidelity(Loss):
-    """The prototypes of each image stay those of their class (attention variant): CE(U_b T^T / tau, own class).
+    """The prototypes of each image stay those of their class (attention variant): CE(U_b T^T / tau,
+    own class).
 
     Args:
         view: the view with the attention.
@@ -357,9 +363,9 @@ class TextFidelity(Loss):
 
 
 class FrozenFeatures(Loss):
-    """The student's mean embedding of an image stays near that of the frozen image tower: |mean z - mean g|^2, mean
-    over images. A complement to PPAR, after the regulariser of tqdm (Pak et al., ECCV 2024), which compares CLIP's
-    class tokens.
+    """The student's mean embedding of an image stays near that of the frozen image tower: |mean z -
+    mean g|^2, mean over images. A complement to PPAR, after the regulariser of tqdm (Pak et al.,
+    ECCV 2024), which compares CLIP's class tokens.
 
     Args:
         view: the view of the student; the tower sees the image without strong changes.

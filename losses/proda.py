@@ -1,5 +1,6 @@
-"""ProDA's denoising of pseudo labels by prototypes: the closest peer of BiSMAP and BCL (Zhang et al., "Prototypical
-Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semantic Segmentation", CVPR 2021).
+"""ProDA's denoising of pseudo labels by prototypes: the closest peer of BiSMAP and BCL (Zhang et
+al., "Prototypical Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semantic
+Segmentation", CVPR 2021).
 
     prototypes:
       target: {name: centroids.Centroids, momentum: 0.9999, view: target}
@@ -12,14 +13,15 @@ Pseudo Label Denoising and Target Structure Learning for Domain Adaptive Semanti
       - {name: proda.Regularity, weight: 0.1}
     stages: [{name: source, teacher: none, ...}, {name: adapt, init: previous, teacher: frozen}]
 
-The predictions of the source model stay fixed; what changes while the student learns is how far each class is believed,
-by the distance of the pixel's feature to the target's class centroids:
+The predictions of the source model stay fixed; what changes while the student learns is how far
+each class is believed, by the distance of the pixel's feature to the target's class centroids:
 
     w_k(p) = softmax_k(-|f(p) - eta_k| / tau)            label(p) = argmax_k w_k(p) p_k(p)
 
-[R] Where the paper stores the soft predictions once and takes features of an averaged teacher, here a frozen teacher
-predicts the same crop again (no K maps per image on the disk) and the features are the student's. Its third part, the
-consistency of prototype assignments between views, is not built; `bismap.Consistency` is the nearest term here.
+[R] Where the paper stores the soft predictions once and takes features of an averaged teacher, here
+a frozen teacher predicts the same crop again (no K maps per image on the disk) and the features are
+the student's. Its third part, the consistency of prototype assignments between views, is not built;
+`bismap.Consistency` is the nearest term here.
 """
 
 import torch
@@ -34,8 +36,8 @@ class Denoise(Labeler):
     """Labeler: the teacher's probabilities, weighted by the distances to the target's prototypes.
 
     Args:
-        prototypes: name of the member that holds the target's centroids; `prepare` fits it with the predictions of the
-            network that the stage starts from.
+        prototypes: name of the member that holds the target's centroids; `prepare` fits it with the
+            predictions of the network that the stage starts from.
         temperature: tau.
     """
 
@@ -47,8 +49,10 @@ class Denoise(Labeler):
         self.prototypes, self.temperature = prototypes, temperature
 
     def member(self, prototypes):
-        spec = "{name: centroids.Centroids, momentum: 0.9999, view: target}"
-        remedy = f"Add prototypes.{self.prototypes}={spec}"
+        remedy = (
+            f"Add prototypes.{self.prototypes}={{name: centroids.Centroids, momentum: 0.9999, "
+            f"view: target}}"
+        )
         return member(prototypes, self.prototypes, "proda.Denoise", remedy)
 
     def prepare(self, preparation):
@@ -62,22 +66,18 @@ class Denoise(Labeler):
         self.member(preparation.prototypes).fit(batches, preparation.prototypes)
 
     def denoise(self, logits, features, prototypes, size):
-        """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels (B, H, W)."""
+        """Logits (B, K, h, w) of the fixed model and features (B, D, h, w) of the student -> labels
+        (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            dtype = torch.promote_types(features.dtype, torch.float32)
-            centroids = prototypes.means().to(dtype)  # (K, D)
-            rows = features.to(dtype).flatten(2).transpose(1, 2)  # (B, N, D)
-            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).transpose(
-                1, 2
-            )  # (B, K, N)
+            rows = precise(features).flatten(2).mT  # (B, N, D)
+            centroids = prototypes.means().to(rows.dtype)  # (K, D)
+            distances = torch.cdist(rows, centroids.expand(len(rows), -1, -1)).mT  # (B, K, N)
             distances = distances.masked_fill(~prototypes.seen[:, None], torch.inf)
+            trust = (-distances / self.temperature).softmax(1)
             # Nothing seen: every class is believed alike.
-            trust = torch.where(
-                prototypes.seen.any(), (-distances / self.temperature).softmax(1), 1.0
-            )
-            trust = trust.unflatten(2, features.shape[-2:])
-            belief = resize_logits(trust, logits.shape[-2:]) * logits.to(dtype).softmax(1)
-            return resize_logits(belief, size).argmax(1)
+            trust = torch.where(prototypes.seen.any(), trust, 1.0)
+            trust = resize_logits(trust.unflatten(2, features.shape[-2:]), logits.shape[-2:])
+            return resize_logits(trust * logits.to(rows.dtype).softmax(1), size).argmax(1)
 
     def after(self, step):
         """Labels of all pixels of the target, as in the paper (threshold 0)."""
@@ -94,8 +94,8 @@ class Denoise(Labeler):
 
 
 class Regularity(Loss):
-    """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to a constant, which
-    keeps predictions from becoming too sure of noisy labels.
+    """-1/K sum_k log p_k, averaged over pixels: the divergence from the uniform distribution up to
+    a constant, which keeps predictions from becoming too sure of noisy labels.
 
     Args:
         view: the view whose logits it takes.

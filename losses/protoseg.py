@@ -6,13 +6,15 @@
       - {name: protoseg.Contrast, weight: 0.01}         # PPC
       - {name: protoseg.Distance, weight: 0.001}        # PPD
 
-With the prototype p_t that the balanced assignment gives to pixel z within its class, of all K M prototypes p_j:
+With the prototype p_t that the balanced assignment gives to pixel z within its class, of all K M
+prototypes p_j:
 
     PPC = -log softmax_j(<z, p_j> / tau)_t        PPD = (1 - <z, p_t>)^2
 
-Both are means over the labelled pixels, on labels at feature size: a cell stands for the pixels that it covers. The
-gradient reaches the embedding alone. Assignments are those of all images of a micro-batch, on all processes. Any other
-classifier will do whose output has `components`, cosines: cbp.CBP with several prototypes per class.
+Both are means over the labelled pixels, on labels at feature size: a cell stands for the pixels
+that it covers. The gradient reaches the embedding alone. Assignments are those of all images of a
+micro-batch, on all processes. Any other classifier will do whose output has `components`, cosines:
+cbp.CBP with several prototypes per class.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Self-training: the target's labels are the predictions of another network.
 
-Online, by the averaged teacher, the common control of the UDA papers (DACS, Tranheden et al., WACV 2021; its recipe as
-in DAFormer, Hoyer et al., CVPR 2022):
+Online, by the averaged teacher, the common control of the UDA papers (DACS, Tranheden et al., WACV
+2021; its recipe as in DAFormer, Hoyer et al., CVPR 2022):
 
     uda:
       labelers: [{name: self_training.TeacherConfidence, threshold: 0.968}]
@@ -10,11 +10,15 @@ in DAFormer, Hoyer et al., CVPR 2022):
       - {name: cross_entropy.CrossEntropy, view: source}
       - {name: cross_entropy.CrossEntropy, view: mixed}
 
-Once per stage, by the network that the stage starts from, as in the distillation stages of ProDA (Zhang et al., CVPR
-2021) and BiSMAP:
+Once per stage, by the network that the stage starts from, as in the distillation stages of ProDA
+(Zhang et al., CVPR 2021) and BiSMAP:
 
     uda:
-      labelers: [{name: self_training.StoredConfidence, threshold: 0.0, scales: [0.75, 1.0, 1.5], flip: true}]
+      labelers:
+        - name: self_training.StoredConfidence
+          threshold: 0.0
+          scales: [0.75, 1.0, 1.5]
+          flip: true
       mixer: {name: mixers.SourceTarget}
 """
 
@@ -30,13 +34,13 @@ from losses.base import Labeler
 
 
 class TeacherConfidence(Labeler):
-    """Labeler: arg max of the teacher. How far a batch is trusted is one number, the share of its pixels whose
-    probability exceeds the threshold, which weights all its pixels.
+    """Labeler: arg max of the teacher. How far a batch is trusted is one number, the share of its
+    pixels whose probability exceeds the threshold, which weights all its pixels.
 
     Args:
         threshold: probability above which a pixel is confident.
-        ignore_top, ignore_bottom: rows (pixels of the crop) whose weight is zero, such as sky rectification borders and
-            the bonnet of the own car; DAFormer uses 15 and 120 of 512.
+        ignore_top, ignore_bottom: rows (pixels of the crop) whose weight is zero, such as sky
+            rectification borders and the bonnet of the own car; DAFormer uses 15 and 120 of 512.
     """
 
     needs_teacher = True
@@ -63,7 +67,8 @@ class TeacherConfidence(Labeler):
         step.labels["target"], step.weights["target"] = labels, weights
 
     def label(self, network, image, prototypes):
-        """The confident pixels of images (B, 3, H, W) -> (B, H, W), for exported labels and their accuracy."""
+        """The confident pixels of images (B, 3, H, W) -> (B, H, W), for exported labels and their
+        accuracy."""
         confidence, labels = self.confidence(network.segment(image), image.shape[-2:])
         return torch.where(confidence > self.threshold, labels, IGNORE)
 
@@ -91,8 +96,12 @@ class StoredConfidence(Labeler):
             with preparation.autocast:
                 return self.label(preparation.network, image, preparation.prototypes)[0]
 
-        settings = {"rule": "StoredConfidence", "threshold": self.threshold}
-        settings |= {"scales": self.options.scales, "flip": self.options.flip}
+        settings = {
+            "rule": "StoredConfidence",
+            "threshold": self.threshold,
+            "scales": self.options.scales,
+            "flip": self.options.flip,
+        }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
     def label(self, network, image, prototypes):

@@ -1,4 +1,5 @@
-"""TMT's adversarial loss: regions of source and target are told apart, and the features learn to prevent it.
+"""TMT's adversarial loss: regions of source and target are told apart, and the features learn to
+prevent it.
 
     model.heads.region: {name: region.Region, stage: 3, variant: bias}
     losses:
@@ -7,8 +8,9 @@
       - {name: tmt.RegionAdversarial, weight: 0.1}           # mixers.ClassMix with target: true
       - {name: cross_entropy.CrossEntropy, view: source, head: region, weight: 0.4}
 
-"TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et al., arXiv
-2504.05774); weights and forms are reconstructions [R], as is most of models/heads/region.py, which has the equations.
+"TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
+al., arXiv 2504.05774); weights and forms are reconstructions [R], as is most of
+models/heads/region.py, which has the equations.
 """
 
 import torch
@@ -20,8 +22,8 @@ from losses.base import Loss
 
 
 class RegionAdversarial(Loss):
-    """Mean over both domains of the mean over regions of BCE(D(f(r)), domain). The discriminator learns it, and the
-    network its opposite, behind the gradient reversal.
+    """Mean over both domains of the mean over regions of BCE(D(f(r)), domain). The discriminator
+    learns it, and the network its opposite, behind the gradient reversal.
 
     Args:
         source, target: views of the two domains; their labels are not used.
@@ -35,8 +37,8 @@ class RegionAdversarial(Loss):
         regions = [step.outputs[view].regions for view in (self.source, self.target)]
         if None in regions:
             raise UserError(
-                "tmt.RegionAdversarial needs regions: set model.heads.region={name: region.Region, stage: ...}, a stage "
-                "of mit or vit, or -1"
+                "tmt.RegionAdversarial needs regions: set model.heads.region={name: region.Region, "
+                "stage: ...}, a stage of mit or vit, or -1"
             )
         with torch.autocast(regions[0].domain.device.type, enabled=False):
             source, target = (precise(found.domain) for found in regions)

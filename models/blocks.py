@@ -12,7 +12,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Normalize(nn.Module):
-    """Pictures in [0, 1] -> (x - mean) / std per channel. Not part of the state dict, since the weights imply it."""
+    """Pictures in [0, 1] -> (x - mean) / std per channel. Not part of the state dict, since the
+    weights imply it."""
 
     def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -36,7 +37,8 @@ def conv_bn_relu(in_channels, out_channels, kernel=3, dilation=1):
 
 
 def pad_to(x, multiple):
-    """Maps (B, C, h, w) with zeros at the bottom and on the right, so that both sides are multiples."""
+    """Maps (B, C, h, w) with zeros at the bottom and on the right, so that both sides are
+    multiples."""
     bottom, right = (-side % multiple for side in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
@@ -44,7 +46,8 @@ def pad_to(x, multiple):
 def dilate(stage, dilation):
     """Keep a stage at the size of its input: its stride becomes a dilation.
 
-    As in DeepLab, the first block keeps the dilation of the stage before, because its input was not yet thinned out.
+    As in DeepLab, the first block keeps the dilation of the stage before, because its input was not
+    yet thinned out.
     """
     for i, block in enumerate(stage):
         for module in block.modules():
@@ -60,7 +63,8 @@ def dilate(stage, dilation):
 
 @contextlib.contextmanager
 def still(module):
-    """Within it, batch norms in training mode normalise by their batch and keep their running statistics."""
+    """Within it, batch norms in training mode normalise by their batch and keep their running
+    statistics."""
     norms = [
         m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
@@ -75,8 +79,9 @@ def still(module):
 
 
 def run(block, checkpointing, *inputs):
-    """block(*inputs). With checkpointing, in training, only the inputs are kept: the backward pass computes the block
-    again, with the same random numbers, and without moving running statistics a second time."""
+    """block(*inputs). With checkpointing, in training, only the inputs are kept: the backward pass
+    computes the block again, with the same random numbers, and without moving running statistics a
+    second time."""
     if not (checkpointing and block.training and torch.is_grad_enabled()):
         return block(*inputs)
     contexts = {"context_fn": lambda: (contextlib.nullcontext(), still(block))}
@@ -84,21 +89,24 @@ def run(block, checkpointing, *inputs):
 
 
 def anchored(maps, norms):
-    """Maps of which the coarsest, which every decoder reads, also depends on all parameters of the norms, times zero: a
-    decoder may leave out other maps, and DistributedDataParallel waits for every gradient."""
+    """Maps of which the coarsest, which every decoder reads, also depends on all parameters of the
+    norms, times zero: a decoder may leave out other maps, and DistributedDataParallel waits for
+    every gradient."""
     zero = 0 * sum(parameter.sum() for norm in norms for parameter in norm.parameters())
     return [*maps[:-1], maps[-1] + zero.to(maps[-1].dtype)]
 
 
 class Guide(NamedTuple):
-    """What a block's attention gets: floats (B, 1, 1, M) added to its logits; a factor (B, 1, M, 1) of its values."""
+    """What a block's attention gets: floats (B, 1, 1, M) added to its logits; a factor (B, 1, M, 1)
+    of its values."""
 
     bias: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
 
 def guided(guide, v):
-    """A Guide, a bias alone or None, and values (B, heads, M, D) -> the bias for the logits and the values."""
+    """A Guide, a bias alone or None, and values (B, heads, M, D) -> the bias for the logits and the
+    values."""
     bias, factor = guide if isinstance(guide, Guide) else (guide, None)
     return None if bias is None else bias.to(v.dtype), v if factor is None else v * factor.to(
         v.dtype
@@ -106,8 +114,8 @@ def guided(guide, v):
 
 
 def received(q, k, guide=None):
-    """Queries (B, heads, N, D), keys (B, heads, M, D) -> the attention that each key gets (B, M), mean over heads and
-    queries. Only for pictures: it makes the whole matrix."""
+    """Queries (B, heads, N, D), keys (B, heads, M, D) -> the attention that each key gets (B, M),
+    mean over heads and queries. Only for pictures: it makes the whole matrix."""
     bias, values = guided(guide, torch.ones_like(k[..., :1]))
     logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     weights = (logits if bias is None else logits + bias).softmax(3)  # (B, heads, N, M)

@@ -4,14 +4,17 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> maps [(B, C_i, h_i, w_i)], from fine to coarse. It normalises for itself.
+    """Images (B, 3, H, W) in [0, 1] -> maps [(B, C_i, h_i, w_i)], from fine to coarse. It
+    normalises for itself.
 
     Attributes:
         channels, strides: one number per map.
-        depths: blocks of each stage of a transformer that takes a `bias`: `forward(image, bias=None)` then calls
-            `bias(stage, block, x, keys)` before every block (mit.MiT, vit.ViT).
+        depths: blocks of each stage of a transformer that takes a `bias`:
+            `forward(image, bias=None)` then calls `bias(stage, block, x, keys)` before every block
+            (mit.MiT, vit.ViT).
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
-        joint: channels of `dense`, which only towers of image and text have (clip.ViT, clip.ResNet); 0: none.
+        joint: channels of `dense`, which only towers of image and text have (clip.ViT,
+            clip.ResNet); 0: none.
     """
 
     channels: list[int]

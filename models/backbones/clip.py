@@ -1,15 +1,18 @@
-"""CLIP's image towers (Radford et al., ICML 2021), ResNets and vision transformers, as open_clip builds them.
+"""CLIP's image towers (Radford et al., ICML 2021), ResNets and vision transformers, as open_clip
+builds them.
 
     model.backbone: {name: clip.ResNet, model: RN50, output_stride: 16, weights: openai}
     model.backbone: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}
-    dg.tower: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}      frozen, for its `dense` features
+    dg.tower: {name: clip.ViT, model: ViT-B-16-quickgelu, weights: openai}    # frozen, for `dense`
 
-`dense` features lie in the joint space of images and texts: the last attention without attending, so that every cell
-keeps its own value (MaskCLIP, Zhou et al., ECCV 2022). models/prototypes/text.py does the text side.
+`dense` features lie in the joint space of images and texts: the last attention without attending,
+so that every cell keeps its own value (MaskCLIP, Zhou et al., ECCV 2022). models/prototypes/text.py
+does the text side.
 
-`weights` is a tag of open_clip, downloaded once, a path of a state dict or safetensors file (a whole CLIP or its image
-tower), or "none". A transformer's activation is part of the model's name: weights of OpenAI, MetaCLIP and DFN need one
-that ends in -quickgelu. A tag or a file of OpenAI that needs another name is an error; other files do not say it.
+`weights` is a tag of open_clip, downloaded once, a path of a state dict or safetensors file (a
+whole CLIP or its image tower), or "none". A transformer's activation is part of the model's name:
+weights of OpenAI, MetaCLIP and DFN need one that ends in -quickgelu. A tag or a file of OpenAI that
+needs another name is an error; other files do not say it.
 """
 
 import difflib
@@ -49,7 +52,8 @@ def library():
 
 
 def build_trunk(model, wanted):
-    """open_clip's image tower with random weights, D of the joint space, and the activation of a transformer."""
+    """open_clip's image tower with random weights, D of the joint space, and the activation of a
+    transformer."""
     open_clip = library()
     config = open_clip.get_model_config(model)
     if config is None:
@@ -68,7 +72,8 @@ def build_trunk(model, wanted):
 
 
 def load(tower, weights, model, activation=None, drop=()):
-    """The option `weights`, into `tower.visual`. `activation`: the tower's, None where it makes no difference."""
+    """The option `weights`, into `tower.visual`. `activation`: the tower's, None where it makes no
+    difference."""
     if weights == "none":
         return
     pretrained, path = library().pretrained, weights
@@ -94,12 +99,14 @@ def load(tower, weights, model, activation=None, drop=()):
     )
     if activation and not trained:
         logger.info(
-            f"{weights} does not say if it was trained with GELU or QuickGELU; {model} has {activation}"
+            f"{weights} does not say if it was trained with GELU or QuickGELU; {model} has "
+            f"{activation}"
         )
     elif activation and trained != activation:
         needed = model.removesuffix("-quickgelu") + "-quickgelu" * (trained == "QuickGELU")
         raise WeightsError(
-            f"{weights} was trained with {trained}, and {model} has {activation}: take model: {needed}"
+            f"{weights} was trained with {trained}, and {model} has {activation}: take model: "
+            f"{needed}"
         )
     whole = any(key.startswith("visual.") for key in state)
     state = {
@@ -116,7 +123,8 @@ def load(tower, weights, model, activation=None, drop=()):
 
 
 def whole_patches(image, patch):
-    """Images enlarged, by less than a patch, to whole patches: every cell is then the same share of the image."""
+    """Images enlarged, by less than a patch, to whole patches: every cell is then the same share of
+    the image."""
     size = [-(-n // patch) * patch for n in image.shape[-2:]]
     return (
         image
@@ -130,8 +138,9 @@ class ResNet(Backbone):
 
     Args:
         model: RN50, RN101, RN50x4 ...
-        output_stride: 16 or 32. CLIP's ResNets halve a map by 2x2 means. At 16 layer4 takes these means at every cell
-            and dilates its later convolutions: every second cell is the map of stride 32, exactly.
+        output_stride: 16 or 32. CLIP's ResNets halve a map by 2x2 means. At 16 layer4 takes these
+            means at every cell and dilates its later convolutions: every second cell is the map of
+            stride 32, exactly.
 
     `joint` is D of `dense`. Of the attention pool only what dense needs is kept, and not trained.
     """
@@ -178,11 +187,11 @@ class ViT(Backbone):
 
     Args:
         model: ViT-B-16-quickgelu, ViT-L-14-quickgelu ...
-        taps: blocks whose outputs are the maps, ascending from 0; []: after a third, a half, two thirds and all of the
-            blocks, which is 3, 5, 7, 11 of twelve.
+        taps: blocks whose outputs are the maps, ascending from 0; []: after a third, a half, two
+            thirds and all of the blocks, which is 3, 5, 7, 11 of twelve.
 
-    `joint` is D of `dense`; what dense alone needs is not trained. Images are enlarged to whole patches, and position
-    embeddings interpolated to their grid as open_clip does.
+    `joint` is D of `dense`; what dense alone needs is not trained. Images are enlarged to whole
+    patches, and position embeddings interpolated to their grid as open_clip does.
     """
 
     def __init__(
@@ -219,7 +228,8 @@ class ViT(Backbone):
         return torch.cat([table[:1], rows[0].flatten(1).T])
 
     def _outputs(self, image, blocks):
-        """(B, 3, H, W) -> outputs (B, 1 + h w, C) of these blocks, the class token first, and the grid (h, w)."""
+        """(B, 3, H, W) -> outputs (B, 1 + h w, C) of these blocks, the class token first, and the
+        grid (h, w)."""
         x, outputs = self.visual.conv1(self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])
         x = torch.cat(

@@ -1,9 +1,11 @@
-"""ConvNeXt-T, S and B (Liu et al., CVPR 2022) as torchvision builds them, with a norm of its own on each map.
+"""ConvNeXt-T, S and B (Liu et al., CVPR 2022) as torchvision builds them, with a norm of its own on
+each map.
 
     model.backbone: {name: convnext.ConvNeXt, size: t, weights: imagenet}
 
-Files of torchvision, the release (facebookresearch/ConvNeXt), MMSegmentation and Hugging Face fit, of the classifier or
-of a whole network; the norms norm0 to norm3 come with networks for segmentation alone and else start fresh.
+Files of torchvision, the release (facebookresearch/ConvNeXt), MMSegmentation and Hugging Face fit,
+of the classifier or of a whole network; the norms norm0 to norm3 come with networks for
+segmentation alone and else start fresh.
 """
 
 import re
@@ -40,7 +42,8 @@ OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this ord
 
 
 def torchvision_names(state, module):
-    """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and shapes."""
+    """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and
+    shapes."""
     state = rename(state, OTHERS)
     for key, value in state.items():
         if key.endswith(".layer_scale"):
@@ -55,11 +58,14 @@ class ConvNeXt(Backbone):
 
     Args:
         size: t, s or b: 27.8, 49.5 or 87.6 million parameters.
-        width, depths: channels of the first stage and blocks of the four; 0 and []: those of the size.
-        drop_path: probability that an image skips the last block; linear over the depth, from 0. null: as with UPerNet
-            on ADE20K, 0.4 for t and b and 0.3 for s.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict, see above.
+        width, depths: channels of the first stage and blocks of the four; 0 and []: those of the
+            size.
+        drop_path: probability that an image skips the last block; linear over the depth, from 0.
+            null: as with UPerNet on ADE20K, 0.4 for t and b and 0.3 for s.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict, see
+            above.
 
     Sides that are no multiple of a stride are filled up with zeros, at the bottom and on the right.
     """

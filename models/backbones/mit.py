@@ -2,9 +2,9 @@
 
     model.backbone: {name: mit.MiT, size: b5, weights: PATH}
 
-Four stages of overlapping patches; keys and values of the attention come from a map that a strided convolution made
-smaller. No position embeddings: any image of at least 29x29 pixels works. Tensors have the names of NVIDIA's release;
-the initialisation is the release's by general knowledge.
+Four stages of overlapping patches; keys and values of the attention come from a map that a strided
+convolution made smaller. No position embeddings: any image of at least 29x29 pixels works. Tensors
+have the names of NVIDIA's release; the initialisation is the release's by general knowledge.
 """
 
 import re
@@ -46,7 +46,8 @@ HUGGING_FACE = {  # names inside a stage in the files of the Hugging Face hub: N
 }
 
 
-MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm: names as in the files of the hub
+# Its layers.0 to layers.3, each of patches, blocks and norm: names as in the files of the hub.
+MMSEGMENTATION = {
     r"^layers\.(\d)\.0\.projection\.": r"patch_embeddings.\1.proj.",
     r"^layers\.(\d)\.0\.norm\.": r"patch_embeddings.\1.norm.",
     r"^layers\.(\d)\.1\.": r"block.\1.",
@@ -56,7 +57,8 @@ MMSEGMENTATION = {  # its layers.0 to layers.3, each of patches, blocks and norm
     r"\.ffn\.layers\.1\.": ".mlp.dwconv.dwconv.",
     r"\.ffn\.layers\.4\.": ".mlp.fc2.",
 }
-TRANSFORMERS = {  # what the package calls them in memory from its version 5 on: names as in the files of the hub
+# What the package calls them in memory from its version 5 on: names as in the files of the hub.
+TRANSFORMERS = {
     r"^stages\.(\d)\.patch_embeddings\.": r"patch_embeddings.\1.",
     r"^stages\.(\d)\.blocks\.": r"block.\1.",
     r"^stages\.(\d)\.layer_norm\.": r"layer_norm.\1.",
@@ -136,7 +138,8 @@ class Attention(nn.Module):
         )  # (B, heads, h w, C / heads)
 
     def project(self, x):
-        """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values (B, heads, M, C / heads)."""
+        """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values
+        (B, heads, M, C / heads)."""
         small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
         return map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
 
@@ -163,7 +166,8 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each a residual that drop path leaves out for some images of a batch."""
+    """Attention and feed-forward layer, each a residual that drop path leaves out for some images
+    of a batch."""
 
     def __init__(self, channels, heads, reduction, drop_path):
         super().__init__()
@@ -191,12 +195,16 @@ class MiT(Backbone):
 
     Args:
         size: b0 (3.3 million parameters) to b5 (81.4 million).
-        drop_path: probability that an image skips a residual of the last block; linear over the depth, from 0.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: path of a state dict with the names of NVIDIA, Hugging Face or MMSegmentation, of the encoder or of a
-            whole network (whose head is dropped), or "none". "imagenet" is an error that says where to get a file.
+        drop_path: probability that an image skips a residual of the last block; linear over the
+            depth, from 0.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: path of a state dict with the names of NVIDIA, Hugging Face or MMSegmentation, of
+            the encoder or of a whole network (whose head is dropped), or "none". "imagenet" is an
+            error that says where to get a file.
 
-    `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias may have.
+    `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias
+    may have.
     """
 
     def __init__(
@@ -230,8 +238,9 @@ class MiT(Backbone):
         self.apply(initialize)
         if weights == "imagenet":
             raise WeightsError(
-                "ImageNet weights of MiT have no stable public address: give model.backbone.weights=PATH, a file of "
-                "NVIDIA's SegFormer (mit_b0.pth) or Hugging Face (nvidia/mit-b0), non-commercial licence; or none"
+                "ImageNet weights of MiT have no stable public address: give "
+                "model.backbone.weights=PATH, a file of NVIDIA's SegFormer (mit_b0.pth) or Hugging "
+                "Face (nvidia/mit-b0), non-commercial licence; or none"
             )
         load_pretrained(
             self,
@@ -248,10 +257,11 @@ class MiT(Backbone):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
 
         Args:
-            bias: a function (stage, block, x, keys) that is called before every block, with stage from 1, block from 0,
-                the tokens x (B, C, h, w) that enter the block, and keys = (h // r, w // r), the grid of its keys, r the
-                stage's reduction. It returns None, which leaves the block as it is, or floats (B or 1, heads or 1,
-                N or 1, M) for the attention logits of N = h w queries and M keys, row by row, or a Guide of
+            bias: a function (stage, block, x, keys) that is called before every block, with stage
+                from 1, block from 0, the tokens x (B, C, h, w) that enter the block, and keys = (h
+                // r, w // r), the grid of its keys, r the stage's reduction. It returns None, which
+                leaves the block as it is, or floats (B or 1, heads or 1, N or 1, M) for the
+                attention logits of N = h w queries and M keys, row by row, or a Guide of
                 models/blocks.py. -inf hides a key; every query must keep one.
         """
         x, maps = self.normalize(image).permute(0, 2, 3, 1), []  # channels last from here on

@@ -1,9 +1,11 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) and MobileNetV3 (Howard et al., ICCV 2019) as torchvision builds them.
+"""MobileNetV2 (Sandler et al., CVPR 2018) and MobileNetV3 (Howard et al., ICCV 2019) as torchvision
+builds them.
 
     model.backbone: {name: mobilenet.MobileNet, version: v2, output_stride: 16, weights: imagenet}
 
-MobileNetV2 ends with its 320 channels, as where DeepLabV3+ and MMSegmentation use it; MobileNetV3 with the 1x1
-convolution that comes after its blocks, as in torchvision's own networks for segmentation.
+MobileNetV2 ends with its 320 channels, as where DeepLabV3+ and MMSegmentation use it; MobileNetV3
+with the 1x1 convolution that comes after its blocks, as in torchvision's own networks for
+segmentation.
 """
 
 from typing import Annotated, Literal
@@ -24,15 +26,17 @@ def halves(block):
 
 
 class MobileNet(Backbone):
-    """The last maps at strides 4, 8, 16 and 32, or as far as `output_stride` allows: four maps in any case.
+    """The last maps at strides 4, 8, 16 and 32, or as far as `output_stride` allows: four maps in
+    any case.
 
     Args:
         version: v2, v3_large or v3_small.
         width: factor of all channels; torchvision has weights of 1.0.
         output_stride: 8, 16 or 32; later blocks are dilated instead of strided.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys,
-            whose classifier is dropped.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with
+            torchvision's keys, whose classifier is dropped.
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class MobileNet(Backbone):
         super().__init__()
         if weights == "imagenet" and width != 1.0:
             raise WeightsError(
-                f"torchvision has ImageNet weights of width 1.0, not {width}: give weights=PATH or none"
+                f"torchvision has ImageNet weights of width 1.0, not {width}: give weights=PATH or "
+                "none"
             )
         self.normalize, self.checkpointing = Normalize(), checkpointing
         name, drop = f"mobilenet_{version}", ["classifier.*"]
@@ -64,15 +69,11 @@ class MobileNet(Backbone):
         for stride, start, end in zip((8, 16, 32), bounds, bounds[1:]):
             if stride > output_stride:
                 dilate(self.features[start:end], stride // output_stride)
-        self.channels = [self._channels(self.features[tap]) for tap in self.taps]
-        url = get_model_weights(name).IMAGENET1K_V1.url
-        load_pretrained(self, weights, url, drop=drop)
-
-    @staticmethod
-    def _channels(block):
-        return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][
-            -1
-        ].num_features
+        self.channels = []
+        for tap in self.taps:
+            *_, norm = (m for m in self.features[tap].modules() if isinstance(m, nn.BatchNorm2d))
+            self.channels.append(norm.num_features)
+        load_pretrained(self, weights, get_model_weights(name).IMAGENET1K_V1.url, drop=drop)
 
     def forward(self, image):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""

@@ -1,9 +1,11 @@
-"""ResNet-18 to ResNet-152 (He et al., CVPR 2016) as torchvision builds them, with a choice of output stride and stages.
+"""ResNet-18 to ResNet-152 (He et al., CVPR 2016) as torchvision builds them, with a choice of
+output stride and stages.
 
     model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 16, weights: imagenet}
-    model.backbone: {name: resnet.ResNet, depth: 101, output_stride: 8, deep_stem: true, weights: PATH}     ResNetV1c
+    model.backbone: {name: resnet.ResNet, depth: 101, deep_stem: true, weights: PATH}    # ResNetV1c
 
-Tensors have torchvision's names, which those of MMSegmentation agree with; its files of whole networks fit too.
+Tensors have torchvision's names, which those of MMSegmentation agree with; its files of whole
+networks fit too.
 """
 
 import copy
@@ -19,7 +21,8 @@ from models.blocks import Normalize, conv_bn_relu, dilate, run
 
 
 class IBN(nn.Module):
-    """Instance norm on the first half of the channels, batch norm on the others (Pan et al., IBN-Net, ECCV 2018)."""
+    """Instance norm on the first half of the channels, batch norm on the others (Pan et al.,
+    IBN-Net, ECCV 2018)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -35,50 +38,42 @@ class IBN(nn.Module):
 
 
 def split_norms(state, module):
-    """The state dict of a plain ResNet as one of a ResNet with IBN: each norm's values go to its two halves."""
-    for name in [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, IBN) and f"{name}.weight" in state
-    ]:
-        half = module.get_submodule(name).half
+    """The state dict of a plain ResNet as one of a ResNet with IBN: each norm's values go to its
+    two halves."""
+    norms = {name: part.half for name, part in module.named_modules() if isinstance(part, IBN)}
+    for name, half in norms.items():
         for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            value = state.pop(f"{name}.{kind}", None)
-            if value is not None and kind in ("weight", "bias"):
-                state[f"{name}.IN.{kind}"] = value[:half]
-            if value is not None:
+            if (value := state.pop(f"{name}.{kind}", None)) is not None:
+                if kind in ("weight", "bias"):
+                    state[f"{name}.IN.{kind}"] = value[:half]
                 state[f"{name}.BN.{kind}"] = value[half:] if value.dim() else value
     return state
 
 
 def deep_stem_of(width=64):
-    """Three 3x3 convolutions, the first of stride 2, in place of the 7x7 one (ResNetV1c: He et al., Bag of tricks for
-    image classification, CVPR 2019)."""
-    layers = [
-        *conv_bn_relu(3, width // 2),
-        *conv_bn_relu(width // 2, width // 2),
-        *conv_bn_relu(width // 2, width),
-    ]
-    layers[0].stride = (2, 2)
-    for layer in layers[::3]:
+    """Three 3x3 convolutions, the first of stride 2, in place of the 7x7 one (ResNetV1c: He et al.,
+    Bag of tricks for image classification, CVPR 2019)."""
+    half = width // 2
+    stem = nn.Sequential(
+        *conv_bn_relu(3, half), *conv_bn_relu(half, half), *conv_bn_relu(half, width)
+    )
+    stem[0].stride = (2, 2)
+    for layer in stem[::3]:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(*layers)
+    return stem
 
 
 def adapt(state, module):
     """A state dict for this ResNet's norms, if it has the same stem."""
-    if module.deep_stem != ("stem.0.weight" in state) and {"stem.0.weight", "conv1.weight"} & {
-        *state
-    }:
-        theirs, ours = (
-            ("one 7x7 convolution", "three of 3x3")
-            if module.deep_stem
-            else ("a deep stem", "one of 7x7")
-        )
+    stems = {"stem.0.weight", "conv1.weight"} & {*state}
+    if stems and module.deep_stem != ("stem.0.weight" in state):
+        theirs = "one 7x7 convolution" if module.deep_stem else "a deep stem"
+        ours = "three of 3x3" if module.deep_stem else "one of 7x7"
         raise WeightsError(
             f"the weights are of a ResNet whose stem is {theirs}, and this one has {ours}: set "
-            f"model.backbone.deep_stem={str(not module.deep_stem).lower()}, or take weights of the other kind "
-            "(torchvision's have 7x7, MMSegmentation's resnet50_v1c and resnet101_v1c are deep)"
+            f"model.backbone.deep_stem={str(not module.deep_stem).lower()}, or take weights of the "
+            "other kind (torchvision's have 7x7, MMSegmentation's resnet50_v1c and resnet101_v1c "
+            "are deep)"
         )
     return split_norms(state, module)
 
@@ -90,16 +85,21 @@ class ResNet(Backbone):
         depth: 18, 34, 50, 101 or 152.
         output_stride: 8, 16 or 32; later stages are dilated instead of strided.
         stages: 4, or 3 to stop before layer4.
-        deep_stem: three 3x3 convolutions of 32, 32 and 64 channels in place of the 7x7 one (ResNetV1c), named as in
-            MMSegmentation: torchvision has no weights of it.
-        stem: "shared", or "per_domain" for a second stem and layer1 that images of the domain "source" take
-            (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both copies start from the same weights.
-            A step then needs both views, or the unused copy has no gradient and DistributedDataParallel waits for it.
-        ibn: "a" for IBN in place of the first norm of each block of layer1 to layer3, against differences of style;
-            weights may be those of IBN-Net's release or of a plain ResNet, whose values go to both halves [R].
-        normalize: "imagenet" for its mean and deviation, or "none" for weights trained on [0, 1], such as SimCLR's.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with torchvision's keys.
+        deep_stem: three 3x3 convolutions of 32, 32 and 64 channels in place of the 7x7 one
+            (ResNetV1c), named as in MMSegmentation: torchvision has no weights of it.
+        stem: "shared", or "per_domain" for a second stem and layer1 that images of the domain
+            "source" take (Lee et al., "Bi-directional Contrastive Learning", ECCV 2022); both
+            copies start from the same weights. A step then needs both views, or the unused copy has
+            no gradient and DistributedDataParallel waits for it.
+        ibn: "a" for IBN in place of the first norm of each block of layer1 to layer3, against
+            differences of style; weights may be those of IBN-Net's release or of a plain ResNet,
+            whose values go to both halves [R].
+        normalize: "imagenet" for its mean and deviation, or "none" for weights trained on [0, 1],
+            such as SimCLR's.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict with
+            torchvision's keys.
         allow_missing: patterns of keys that the file may lack, such as ["layer4.*"].
     """
 
@@ -120,8 +120,9 @@ class ResNet(Backbone):
         super().__init__()
         if deep_stem and weights == "imagenet":
             raise WeightsError(
-                "torchvision has no ImageNet weights of a ResNet with deep_stem: give model.backbone.weights=PATH, a "
-                "file of MMSegmentation (resnet50_v1c, resnet101_v1c), or none"
+                "torchvision has no ImageNet weights of a ResNet with deep_stem: give "
+                "model.backbone.weights=PATH, a file of MMSegmentation (resnet50_v1c, "
+                "resnet101_v1c), or none"
             )
         self.deep_stem, self.checkpointing = deep_stem, checkpointing
         net = get_model(f"resnet{depth}", weights=None)

@@ -1,9 +1,11 @@
-"""Swin Transformer T, S and B (Liu et al., ICCV 2021) as torchvision builds them, with a norm of its own on each map.
+"""Swin Transformer T, S and B (Liu et al., ICCV 2021) as torchvision builds them, with a norm of
+its own on each map.
 
     model.backbone: {name: swin.Swin, size: b, weights: imagenet}
 
-Files of torchvision, the release (microsoft/Swin-Transformer), MMSegmentation and Hugging Face fit, of the classifier
-or of a whole network; the norms norm0 to norm3 come with networks for segmentation alone and else start fresh.
+Files of torchvision, the release (microsoft/Swin-Transformer), MMSegmentation and Hugging Face fit,
+of the classifier or of a whole network; the norms norm0 to norm3 come with networks for
+segmentation alone and else start fresh.
 """
 
 from typing import Literal
@@ -23,7 +25,8 @@ SIZES = dict(t=(96, (2, 2, 6, 2)), s=(96, (2, 2, 18, 2)), b=(128, (2, 2, 18, 2))
 OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this order -> torchvision's
     r"^swin\.": "",
     r"^encoder\.": "",
-    r"^(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection)\.": "features.0.0.",
+    r"^patch_embed\.proj(?:ection)?\.": "features.0.0.",
+    r"^embeddings\.patch_embeddings\.projection\.": "features.0.0.",
     r"^(?:patch_embed|embeddings)\.norm\.": "features.0.2.",
     r"^(?:layers|stages)\.(\d)\.blocks\.": lambda m: f"features.{2 * int(m[1]) + 1}.",
     r"^(?:layers|stages)\.(\d)\.downsample\.": lambda m: f"features.{2 * int(m[1]) + 2}.",
@@ -39,13 +42,15 @@ OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this ord
 
 
 def unfolded(value):
-    """Where patches are merged, MMSegmentation has for each channel its four neighbours (0, 0), (0, 1), (1, 0), (1, 1);
-    the others have all channels of (0, 0), then of (1, 0), (0, 1) and (1, 1): (..., C 4) -> (..., 4 C)."""
+    """Where patches are merged, MMSegmentation has for each channel its four neighbours (0, 0),
+    (0, 1), (1, 0), (1, 1); the others have all channels of (0, 0), then of (1, 0), (0, 1) and
+    (1, 1): (..., C 4) -> (..., 4 C)."""
     return value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].mT.flatten(-2)
 
 
 def torchvision_names(state, module):
-    """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and shapes."""
+    """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and
+    shapes."""
     merged = unfolded if any(".w_msa." in key for key in state) else lambda value: value
     state = rename(state, OTHERS)
     for key in [
@@ -65,14 +70,18 @@ class Swin(Backbone):
 
     Args:
         size: t, s or b: 27.5, 48.8 or 86.7 million parameters.
-        width, depths: channels of the first stage, 32 for each of its heads, and blocks of the four; 0 and []: those of
-            the size.
+        width, depths: channels of the first stage, 32 for each of its heads, and blocks of the
+            four; 0 and []: those of the size.
         window: side of the windows of the attention, in tokens.
-        drop_path: probability that an image skips a residual of the last block; linear over the depth, from 0.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict, see above.
+        drop_path: probability that an image skips a residual of the last block; linear over the
+            depth, from 0.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a path of a state dict, see
+            above.
 
-    Sides that are no multiple of a stride or of a window are filled up with zeros, at the bottom and on the right.
+    Sides that are no multiple of a stride or of a window are filled up with zeros, at the bottom
+    and on the right.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Networks of the package timm: DINOv2, DINOv3, EVA02, ConvNeXt, Swin ...
 
 model.backbone: {name: timm.Timm, model: vit_base_patch14_dinov2.lvd142m}
-model.backbone: {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
+model.backbone:
+  {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
 """
 
 from engine.errors import UserError
@@ -31,7 +32,8 @@ def create(model, **options):
             return create(model, **options)  # only some vision transformers know it
         hint = "; give a local copy by weights=PATH, or set HF_HUB_OFFLINE=1 to skip the retries"
         raise ValueError(
-            f"timm cannot make {model} ({reason(error)}){hint if isinstance(error, OSError) else ''}"
+            f"timm cannot make {model} "
+            f"({reason(error)}){hint if isinstance(error, OSError) else ''}"
         ) from error
 
 
@@ -40,13 +42,14 @@ class Timm(Backbone):
 
     Args:
         model: name in timm; what follows a dot names its weights.
-        weights: "pretrained" (timm downloads them once), "none", or a path of a state dict or safetensors file with
-            timm's keys, whose classifier is dropped.
+        weights: "pretrained" (timm downloads them once), "none", or a path of a state dict or
+            safetensors file with timm's keys, whose classifier is dropped.
         out_indices: stages or blocks; []: the last four.
-        options: further ones of the network, such as drop_path_rate, or img_size where it has one size only.
+        options: further ones of the network, such as drop_path_rate, or img_size where it has one
+            size only.
 
-    Where all maps have one stride, images are enlarged to whole patches, and sizes of maps are rounded up; elsewhere
-    they are rounded as the network does.
+    Where all maps have one stride, images are enlarged to whole patches, and sizes of maps are
+    rounded up; elsewhere they are rounded as the network does.
     """
 
     def __init__(

@@ -1,10 +1,13 @@
-"""What ProtoSeg, DNC and GMMSeg share: a class has M components, and the one that a pixel fits best speaks for it.
+"""What ProtoSeg, DNC and GMMSeg share: a class has M components, and the one that a pixel fits best
+speaks for it.
 
-    z = a unit embedding of the features     s_c = max_m score(z, component m of class c)     logits = LayerNorm_K(s)
+    z = a unit embedding of the features     s_c = max_m score(z, component m of class c)
+    logits = LayerNorm_K(s)
 
-The components are buffers that no gradient reaches. `update` embeds the features of the step once more, with the
-parameters that the step left, and moves the components of the classes that it finds; everything that it adds up is
-added over all processes, so their number changes nothing but rounding and the state is the same on all of them.
+The components are buffers that no gradient reaches. `update` embeds the features of the step once
+more, with the parameters that the step left, and moves the components of the classes that it finds;
+everything that it adds up is added over all processes, so their number changes nothing but rounding
+and the state is the same on all of them.
 """
 
 import torch
@@ -26,12 +29,14 @@ def of_all(tensor):
 
 
 def spread(groups, num_groups, count):
-    """Choose at most `count` pixels of each group, evenly spaced over the batches of all processes, first rank first.
+    """Choose at most `count` pixels of each group, evenly spaced over the batches of all processes,
+    first rank first.
 
     Args:
         groups: (N) in 0..G; G is no group.
     Returns:
-        (N) the number of a chosen pixel within its group, -1 for the others; (G) how many are chosen of each group.
+        (N) the number of a chosen pixel within its group, -1 for the others; (G) how many are
+        chosen of each group.
     """
     ones = torch.ones_like(groups)
     counts = ones.new_zeros(num_groups + 1).index_add_(0, groups, ones)
@@ -57,8 +62,8 @@ class Ring(nn.Module):
         groups, length, width: G, L, E.
         pixels: most vectors of a group that enter at a time.
 
-    State: rows (G, L, E), zeros where nothing lies yet; count (G), how many have entered in all: the next one goes to
-    place count mod L.
+    State: rows (G, L, E), zeros where nothing lies yet; count (G), how many have entered in all:
+    the next one goes to place count mod L.
     """
 
     def __init__(self, groups, length, width, pixels):
@@ -68,7 +73,8 @@ class Ring(nn.Module):
         self.register_buffer("count", torch.zeros(groups, dtype=torch.long))
 
     def push(self, rows, groups):
-        """Enter some of the rows (N, E), whose groups (N) are in 0..G -> how many of each group (G)."""
+        """Enter some of the rows (N, E), whose groups (N) are in 0..G -> how many of each group
+        (G)."""
         size, length, width = self.rows.shape
         numbers, entered = spread(groups, size, self.pixels)
         places = torch.where(numbers >= 0, groups * self.pixels + numbers, size * self.pixels)
@@ -102,11 +108,6 @@ class Components(Classifier):
 
     def __init__(self, num_classes, components, width, sharpness, rounds):
         super().__init__()
-        if components < 1 or width < 1 or sharpness <= 0 or rounds < 0:
-            raise ValueError(
-                f"components={components} and width={width} must be at least 1, sharpness={sharpness} above 0 and "
-                f"rounds={rounds} at least 0"
-            )
         self.sharpness, self.rounds = sharpness, rounds
         self.norm, self.calibration = nn.LayerNorm(width), nn.LayerNorm(num_classes)
         self.register_buffer(
@@ -114,16 +115,15 @@ class Components(Classifier):
         )
 
     def means(self):
-        """Mean of the components of each class, (K, E), in the space of the embedding: not vectors to compare with
-        `features`, even where E = D."""
+        """Mean of the components of each class, (K, E), in the space of the embedding: not vectors
+        to compare with `features`, even where E = D."""
         return self.vectors.mean(1)
 
     def embed(self, features):
         """Features (B, D, h, w) -> unit rows (B h w, E) of at least float32."""
         maps = self.project(features)
         with torch.autocast(features.device.type, enabled=False):
-            rows = maps.movedim(1, -1).flatten(0, 2)
-            return unit(self.norm(precise(rows)))
+            return unit(self.norm(precise(maps.movedim(1, -1).flatten(0, 2))))
 
     def compare(self, rows):
         """Rows (N, E) -> scores (K, M, N) of every component."""
@@ -143,7 +143,8 @@ class Components(Classifier):
             return self.classify(scores)
 
     def own(self, scores, classes):
-        """Scores (K, M, N), classes (N) in 0..K -> scores (N, M) of the components of a pixel's own class."""
+        """Scores (K, M, N), classes (N) in 0..K -> scores (N, M) of the components of a pixel's own
+        class."""
         index = classes.clamp_max(len(scores) - 1).expand(1, scores.shape[1], -1)
         return scores.gather(0, index)[0].T
 
@@ -152,21 +153,24 @@ class Components(Classifier):
         return scores
 
     def share_out(self, scores, classes):
-        """Own scores (N, M), classes (N) in 0..K -> the component of each pixel (N); a collective."""
+        """Own scores (N, M), classes (N) in 0..K -> the component of each pixel (N); a
+        collective."""
         return balanced(
             self.scaled(scores, classes), classes, len(self.vectors), self.sharpness, self.rounds
         )
 
     def assign(self, scores, labels):
-        """The component that each pixel belongs to, by balanced assignment within its class; a collective.
+        """The component that each pixel belongs to, by balanced assignment within its class; a
+        collective.
 
-        Scores (B, K, M, h, w), labels (B, h, w) -> (B, h, w) int64, M class + component, -1 for no class.
+        Scores (B, K, M, h, w), labels (B, h, w) -> (B, h, w) int64, M class + component, -1 for no
+        class.
         """
         return numbered(scores, labels, self.share_out)
 
     def observe(self, batches):
-        """The pixels of a step: rows (N, E), classes (N), K where there is none or the weight is 0, own scores (N, M),
-        and whether the class is recognised, (N) bool."""
+        """The pixels of a step: rows (N, E), classes (N), K where there is none or the weight is 0,
+        own scores (N, M), and whether the class is recognised, (N) bool."""
         seen, k = [], len(self.vectors)
         for features, labels, weights in batches:
             known = (labels >= 0) & (labels < k)

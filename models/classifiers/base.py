@@ -1,4 +1,5 @@
-"""The face of a classifier: a member of the prototype family that the network compares its features with."""
+"""The face of a classifier: a member of the prototype family that the network compares its features
+with."""
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from models.prototypes.base import Prototypes
 class Classifier(Prototypes):
     """Features (B, D, h, w) -> logits (B, K, h, w).
 
-    `forward` may write further fields of the view's Output in training (`components`, `layers`), and read `regions`.
-    Constructors get `in_channels`, `num_classes` and, if they ask for them, `classes` (names).
+    `forward` may write further fields of the view's Output in training (`components`, `layers`),
+    and read `regions`. Constructors get `in_channels`, `num_classes` and, if they ask for them,
+    `classes` (names).
 
     Attributes:
         takes_masks: it is a query decoder that asks `output.regions.opens` for further pixels.
@@ -34,6 +36,6 @@ class Classifier(Prototypes):
         return torch.ones(len(self.means()), dtype=torch.bool, device=self.means().device)
 
     def assign(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Of several components a class: scores (B, K, M, h, w), labels (B, h, w) -> which of the K M a pixel belongs
-        to (B, h, w), -1 where there is no label."""
+        """Of several components a class: scores (B, K, M, h, w), labels (B, h, w) -> which of the K
+        M a pixel belongs to (B, h, w), -1 where there is no label."""
         raise NotImplementedError

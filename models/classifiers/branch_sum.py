@@ -22,9 +22,9 @@ class BranchSum(Classifier):
         super().__init__()
         if in_channels != branches * num_classes:
             raise ValueError(
-                f"the sum of {branches} branches over {num_classes} classes needs {branches} x {num_classes} = "
-                f"{branches * num_classes} feature channels, and the decoder has {in_channels}: set "
-                f"model.decoder.width={num_classes}"
+                f"the sum of {branches} branches over {num_classes} classes needs {branches} x "
+                f"{num_classes} = {branches * num_classes} feature channels, and the decoder has "
+                f"{in_channels}: set model.decoder.width={num_classes}"
             )
         self.blocks = (branches, num_classes)
         # means(): the matrix (K, D) of zeros and ones by which the sum multiplies

@@ -1,22 +1,27 @@
-"""GMMSeg: "Gaussian Mixture based Generative Semantic Segmentation Models" (Liang et al., NeurIPS 2022).
+"""GMMSeg: "Gaussian Mixture based Generative Semantic Segmentation Models" (Liang et al., NeurIPS
+2022).
 
     model.classifier: {name: gmmseg.GMMSeg}
     losses: [{name: cross_entropy.CrossEntropy}, {name: gmmseg.Contrast, weight: 0.01}]
 
-A class has M Gaussians of equal weight with diagonal covariance. The score of a class is the log-density of the one
-that a pixel fits best (the maximum, as in the released code, not the mixture's sum), and logits are its LayerNorm over
-classes. The square is expanded: two matrix products, of z and of z^2, as in models/prototypes/mixtures.py.
+A class has M Gaussians of equal weight with diagonal covariance. The score of a class is the
+log-density of the one that a pixel fits best (the maximum, as in the released code, not the
+mixture's sum), and logits are its LayerNorm over classes. The square is expanded: two matrix
+products, of z and of z^2, as in models/prototypes/mixtures.py.
 
-    E step   pixels of a class shared out among its components in equal parts, by log-density / its largest in the class
+    E step   pixels of a class shared out among its components in equal parts, by log-density / its
+             largest in the class
     M step   of the correctly classified pixels q of a component, f = norm(mean q):
              mu <- norm(0.999 mu + 0.001 f)      sigma^2 <- mean (q - f)^2 + 0.01
 
-The M step needs sums of q and q^2 alone. The paper takes them over a queue of 32,000 pixels per component (ADE20K with
-8 components: 9.8 GB). The default keeps the sums themselves and lets old steps fade, S <- decay S + S_step, a step with
-the weight that the queue would give it, at most `pixels` [R]: no more than twice the memory of the means.
+The M step needs sums of q and q^2 alone. The paper takes them over a queue of 32,000 pixels per
+component (ADE20K with 8 components: 9.8 GB). The default keeps the sums themselves and lets old
+steps fade, S <- decay S + S_step, a step with the weight that the queue would give it, at most
+`pixels` [R]: no more than twice the memory of the means.
 
-What differs from the released code: the arg max of the shares, not a draw; one assignment over all processes; classes
-move that have a correctly classified pixel at the step of the M step, not any pixel.
+What differs from the released code: the arg max of the shares, not a draw; one assignment over all
+processes; classes move that have a correctly classified pixel at the step of the M step, not any
+pixel.
 """
 
 from typing import Annotated
@@ -25,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import distributed
-from engine.ranges import Few, Width
+from engine.ranges import Count, Few, Positive, Share, Width
 from models.blocks import conv_bn_relu
 from models.classifiers._components import Components, Ring, of_all
 from models.prototypes._em import log_joint
@@ -34,8 +39,8 @@ CHUNK = 1024  # places of the queue whose squares are made at a time
 
 
 class GMMSeg(Components):
-    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components` (B, K, M, h, w), log-densities in
-    nats.
+    """Features (B, D, h, w) -> logits (B, K, h, w); in training `output.components`
+    (B, K, M, h, w), log-densities in nats.
 
     Args:
         components: M: 5, and 8 on ADE20K.
@@ -45,16 +50,18 @@ class GMMSeg(Components):
         rounds: of the assignment.
         update_every: steps from one M step to the next.
         floor: added to the variances.
-        decay: of the running sums, 0.999 for an age of 1,000 steps that a component was in (queue: 800).
-        queue: pixels of each component that a queue keeps instead of the running sums, 32000 in the paper; 0: none. It
-            takes K x M x queue x E floats, also in checkpoints, and as often again in a teacher.
-        pixels: most pixels of a component that enter the queue at a step, evenly spaced; without a queue all do, but
-            weigh as many.
+        decay: of the running sums, 0.999 for an age of 1,000 steps that a component was in (queue:
+            800).
+        queue: pixels of each component that a queue keeps instead of the running sums, 32000 in the
+            paper; 0: none. It takes K x M x queue x E floats, also in checkpoints, and as often
+            again in a teacher.
+        pixels: most pixels of a component that enter the queue at a step, evenly spaced; without a
+            queue all do, but weigh as many.
     Raises:
-        ValueError: options out of range.
+        ValueError: a queue that does not hold the pixels of a step.
 
-    State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and first, second
-    (K, M, E).
+    State: vectors (K, M, E), the means; variances (K, M, E); of the running sums mass (K, M, 1) and
+    first, second (K, M, E).
     """
 
     densities = True
@@ -66,26 +73,16 @@ class GMMSeg(Components):
         num_classes,
         components: Few = 5,
         width: Width = 64,
-        momentum: float = 0.999,
-        sharpness: float = 0.05,
+        momentum: Share = 0.999,
+        sharpness: Positive = 0.05,
         rounds: Few = 3,
-        update_every: int = 5,
-        floor: float = 0.01,
-        decay: float = 0.999,
+        update_every: Count = 5,
+        floor: Positive = 0.01,
+        decay: Share = 0.999,
         queue: Annotated[int, "[0, 10000000]"] = 0,
-        pixels: int = 20,
+        pixels: Count = 20,
     ):
         super().__init__(num_classes, components, width, sharpness, rounds)
-        if (
-            not (0 <= momentum <= 1 and 0 <= decay <= 1)
-            or floor <= 0
-            or update_every < 1
-            or pixels < 1
-        ):
-            raise ValueError(
-                f"momentum={momentum} and decay={decay} must be in [0, 1], floor={floor} above 0, "
-                f"update_every={update_every} and pixels={pixels} at least 1"
-            )
         if queue and queue < pixels:
             raise ValueError(f"queue={queue} must be 0, or hold the pixels={pixels} of a step")
         self.momentum, self.update_every, self.floor = momentum, update_every, floor
@@ -94,20 +91,18 @@ class GMMSeg(Components):
         self.register_buffer("variances", torch.ones_like(self.vectors))
         self.queue = Ring(num_classes * components, queue, width, pixels) if queue else None
         if not queue:
-            self.register_buffer("mass", torch.zeros(num_classes, components, 1))
-            self.register_buffer("first", torch.zeros_like(self.vectors))
-            self.register_buffer("second", torch.zeros_like(self.vectors))
+            self.keep(
+                mass=torch.zeros(num_classes, components, 1),
+                first=torch.zeros_like(self.vectors),
+                second=torch.zeros_like(self.vectors),
+            )
 
     def compare(self, rows):
         """Log-densities: rows (N, E) -> (K, M, N)."""
-        means, variances = (
-            self.vectors.flatten(0, 1).double(),
-            self.variances.flatten(0, 1).double(),
-        )
+        means, variances = (part.flatten(0, 1).double() for part in (self.vectors, self.variances))
         weights = torch.ones_like(means[:, 0])  # equal within a class, and no prior
-        return log_joint(rows.T, rows.T.square(), weights, means, variances).unflatten(
-            0, self.vectors.shape[:2]
-        )
+        joint = log_joint(rows.T, rows.T.square(), weights, means, variances)
+        return joint.unflatten(0, self.vectors.shape[:2])
 
     def scaled(self, scores, classes):
         """Divided by the largest |log-density| of the class, over all processes."""
@@ -127,7 +122,8 @@ class GMMSeg(Components):
 
     @torch.no_grad()
     def update(self, batches, step):
-        """E step at every step, M step where it is due, for the classes that occur; the others stay as they are."""
+        """E step at every step, M step where it is due, for the classes that occur; the others stay
+        as they are."""
         rows, classes, scores, right = self.observe(batches)
         k, m, width = shape = self.vectors.shape
         groups = torch.where(right, m * classes + self.share_out(scores, classes), k * m)
@@ -141,8 +137,7 @@ class GMMSeg(Components):
             )
             weight = number.clamp_max(self.pixels) / number.clamp_min(1)
             for buffer, fresh in ((self.mass, number), (self.first, first), (self.second, second)):
-                faded = self.decay * buffer + weight * fresh
-                buffer.copy_(torch.where(number > 0, faded, buffer))
+                buffer.copy_(torch.where(number > 0, self.decay * buffer + weight * fresh, buffer))
         if (step.number + 1) % self.update_every == 0:
             self.maximise((number > 0).any(1, keepdim=True).expand(shape))
 

@@ -1,12 +1,16 @@
-"""One query per class that attends to the features by itself: Mask2Former's decoder as a classifier.
+"""One query per class that attends to the features by itself: Mask2Former's decoder as a
+classifier.
 
     model.classifier: {name: queries.Queries, layers: 3}
-    losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: query0, weight: 1.0}, ...]
+    losses:
+      - {name: cross_entropy.CrossEntropy}
+      - {name: cross_entropy.CrossEntropy, head: query0, weight: 1.0}      # and query1 ...
 
-"Masked-attention Mask Transformer for Universal Image Segmentation" (Cheng et al., CVPR 2022): a query sees only the
-pixels that the layer before gave to it, and its embedding is compared with every pixel. For semantic segmentation each
-query is that of one class, so nothing has to be matched (the "fixed" variant of MaskFormer, NeurIPS 2021) and the masks
-are the logits of ordinary cross-entropy; there is one scale of features, that of the decoder.
+"Masked-attention Mask Transformer for Universal Image Segmentation" (Cheng et al., CVPR 2022): a
+query sees only the pixels that the layer before gave to it, and its embedding is compared with
+every pixel. For semantic segmentation each query is that of one class, so nothing has to be matched
+(the "fixed" variant of MaskFormer, NeurIPS 2021) and the masks are the logits of ordinary
+cross-entropy; there is one scale of features, that of the decoder.
 
 TMT puts its region transferability after a pixel decoder, into attention masks like these:
 `model.heads.region: {name: region.Region, stage: -1, variant: mask}` opens further pixels to all
@@ -24,7 +28,8 @@ from models.classifiers.base import Classifier
 
 
 def positions(height, width, channels, device):
-    """Sines and cosines of the place of each pixel, (h w, D), as in DETR: half of the channels for y, half for x."""
+    """Sines and cosines of the place of each pixel, (h w, D), as in DETR: half of the channels for
+    y, half for x."""
     count = math.ceil(channels / 4)
     rates = 10000 ** (-torch.arange(count, device=device) / count)
     ends = (
@@ -59,7 +64,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Masked attention to the pixels, attention among the queries, a feed-forward layer; each a residual and a norm."""
+    """Masked attention to the pixels, attention among the queries, a feed-forward layer; each a
+    residual and a norm."""
 
     def __init__(self, channels, heads):
         super().__init__()
@@ -112,7 +118,8 @@ class Queries(Classifier):
         return self.project(self.queries)
 
     def forward(self, features, output=None):
-        """`output.regions` with `opens` (models/heads/region.py) opens further pixels to every query."""
+        """`output.regions` with `opens` (models/heads/region.py) opens further pixels to every
+        query."""
         opens = output.regions.opens if output is not None and output.regions else None
         pixels = features.flatten(2).mT  # (B, N, D)
         keys = pixels + positions(*features.shape[2:], features.shape[1], features.device).to(

@@ -1,11 +1,13 @@
-"""DAFormer's context-aware fusion (Hoyer et al., CVPR 2022, section 3.1): all maps at the finest size, then dilated
-convolutions over the whole stack, where SegFormer's decoder has a 1x1 convolution.
+"""DAFormer's context-aware fusion (Hoyer et al., CVPR 2022, section 3.1): all maps at the finest
+size, then dilated convolutions over the whole stack, where SegFormer's decoder has a 1x1
+convolution.
 
     model.decoder: {name: daformer.DAFormer, width: 256}
 
-From general knowledge of the paper and its release: no image-pooling branch, depthwise and pointwise convolutions each
-with batch norm and ReLU, a 3x3 convolution that joins the branches. The sizes agree with the paper, which gives this
-decoder 3.7 M parameters (on MiT-B5, with the classifier of 19 classes).
+From general knowledge of the paper and its release: no image-pooling branch, depthwise and
+pointwise convolutions each with batch norm and ReLU, a 3x3 convolution that joins the branches. The
+sizes agree with the paper, which gives this decoder 3.7 M parameters (on MiT-B5, with the
+classifier of 19 classes).
 """
 
 import torch

@@ -1,11 +1,12 @@
-"""DeepLabV2's head (Chen et al., PAMI 2018) in the form that contrast between pixels and prototypes needs: the dilated
-convolutions side by side, before they are summed.
+"""DeepLabV2's head (Chen et al., PAMI 2018) in the form that contrast between pixels and prototypes
+needs: the dilated convolutions side by side, before they are summed.
 
     model.decoder: {name: deeplabv2.DeepLabV2, width: 19}
-    model.classifier: {name: branch_sum.BranchSum}      with width = K the pair is DeepLabV2, exactly
+    model.classifier: {name: branch_sum.BranchSum}      with width = K the pair is DeepLabV2,
+                                                        exactly
 
-BCL (Lee et al., ECCV 2022) contrasts this concatenation, 4 x 19 = 76 channels. Any other classifier works on it too,
-and then with any width.
+BCL (Lee et al., ECCV 2022) contrasts this concatenation, 4 x 19 = 76 channels. Any other classifier
+works on it too, and then with any width.
 """
 
 import torch
@@ -21,8 +22,8 @@ class DeepLabV2(nn.Module):
         width: channels of each branch: the number of classes for the head of the paper.
         rates: dilations, one branch each.
 
-    Weights start from a normal distribution of std 0.01, as in the released code, and biases at zero (both general
-    knowledge).
+    Weights start from a normal distribution of std 0.01, as in the released code, and biases at
+    zero (both general knowledge).
     """
 
     def __init__(self, *, in_channels, width: Width = 19, rates: Rates = (6, 12, 18, 24)):

@@ -1,4 +1,5 @@
-"""DeepLabV3+ decoder: ASPP on the coarsest map, joined with the finest one (Chen et al., ECCV 2018).
+"""DeepLabV3+ decoder: ASPP on the coarsest map, joined with the finest one (Chen et al., ECCV
+2018).
 
 model.decoder: {name: deeplabv3plus.DeepLabV3Plus, width: 256}
 """
@@ -12,10 +13,11 @@ from models.blocks import conv_bn_relu
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image mean, fused by a 1x1 convolution.
+    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image mean, fused by a 1x1
+    convolution.
 
-    The image-pooling branch has a bias instead of batch norm: its maps are 1x1, and batch statistics over one value per
-    image fail for a batch of one.
+    The image-pooling branch has a bias instead of batch norm: its maps are 1x1, and batch
+    statistics over one value per image fail for a batch of one.
     """
 
     def __init__(self, in_channels, width, rates):
@@ -40,7 +42,8 @@ class DeepLabV3Plus(nn.Module):
     Args:
         width: D, channels of ASPP and of the features.
         low_width: channels that the finest map is reduced to.
-        rates: dilations of ASPP; [] takes 6, 12, 18 at stride 16 or more and the double at stride 8.
+        rates: dilations of ASPP; [] takes 6, 12, 18 at stride 16 or more and the double at stride
+            8.
         dropout: of whole feature channels, before the classifier.
     """
 

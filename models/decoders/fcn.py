@@ -1,7 +1,8 @@
-"""FCN head on the coarsest map (Long et al., CVPR 2015), in the form of today's tool boxes: two 3x3 convolutions, then
-one over their output and their input.
+"""FCN head on the coarsest map (Long et al., CVPR 2015), in the form of today's tool boxes: two 3x3
+convolutions, then one over their output and their input.
 
-    model.decoder: {name: fcn.FCN, width: 512}      with output stride 8, as in the CBP paper's FCN rows
+    model.decoder: {name: fcn.FCN, width: 512}      with output stride 8, as in the CBP paper's FCN
+                                                    rows
 """
 
 import torch

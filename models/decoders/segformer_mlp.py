@@ -1,7 +1,9 @@
-"""SegFormer's all-MLP decoder (Xie et al., NeurIPS 2021): one linear layer per map, brought to the finest size,
-concatenated from coarse to fine and fused.
+"""SegFormer's all-MLP decoder (Xie et al., NeurIPS 2021): one linear layer per map, brought to the
+finest size, concatenated from coarse to fine and fused.
 
-    model.decoder: {name: segformer_mlp.SegFormerMLP, width: 256}      768 for MiT-B2 and larger in the authors' release
+    model.decoder: {name: segformer_mlp.SegFormerMLP, width: 256}
+
+The width is 768 for MiT-B2 and larger in the authors' release.
 """
 
 import torch

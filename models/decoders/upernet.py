@@ -1,11 +1,15 @@
-"""UPerNet (Xiao et al., ECCV 2018): pyramid pooling on the coarsest map, then a feature pyramid, all maps joined.
+"""UPerNet (Xiao et al., ECCV 2018): pyramid pooling on the coarsest map, then a feature pyramid,
+all maps joined.
 
     model.decoder: {name: upernet.UPerNet, width: 512}
     model.heads.auxiliary: {name: auxiliary.Auxiliary, stage: 3}      # usually comes with it
-    losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}]
+    losses:
+      - {name: cross_entropy.CrossEntropy}
+      - {name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}
 
-Layers as in MMSegmentation, by general knowledge: every convolution without bias and followed by batch norm and ReLU.
-The sizes agree with the papers of Swin and ConvNeXt (121 and 122 M with the B models, 150 classes, the auxiliary head).
+Layers as in MMSegmentation, by general knowledge: every convolution without bias and followed by
+batch norm and ReLU. The sizes agree with the papers of Swin and ConvNeXt (121 and 122 M with the B
+models, 150 classes, the auxiliary head).
 """
 
 import torch
@@ -18,7 +22,8 @@ from models.blocks import conv_bn_relu
 
 
 class PooledNorm(nn.BatchNorm2d):
-    """Batch norm that takes its running statistics where a channel has a single value, the mean of one image alone."""
+    """Batch norm that takes its running statistics where a channel has a single value, the mean of
+    one image alone."""
 
     def forward(self, x):
         if x.numel() > x.shape[1]:

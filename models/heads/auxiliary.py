@@ -44,5 +44,4 @@ class Auxiliary(Head):
         self.classifier = nn.Conv2d(channels[-1], num_classes, 1)
 
     def forward(self, view, maps, output, step):
-        features = self.dropout(self.convs(maps[self.stage - 1]))
-        output.auxiliary = self.classifier(features)
+        output.auxiliary = self.classifier(self.dropout(self.convs(maps[self.stage - 1])))

@@ -1,34 +1,42 @@
-"""TMT's regions: how well parts of an image transfer between domains, and attention that looks at those that do not.
+"""TMT's regions: how well parts of an image transfer between domains, and attention that looks at
+those that do not.
 
-    model.heads.region: {name: region.Region, variant: bias, stage: 3, cell: 4}      # of mit.MiT, or 1 of vit.ViT
-    model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}     # of queries.Queries
+    # On a stage of mit.MiT, or on stage 1 of vit.ViT.
+    model.heads.region: {name: region.Region, variant: bias, stage: 3, cell: 4}
+    # With the classifier queries.Queries.
+    model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}
     losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
-             {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]                         # not with mask
+             {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]          # not with mask
 
-"TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et al., arXiv
-2504.05774). No code is public, and of its text only the abstract and digests of others were at hand: **the grouping
-(equations 1 to 3) is quoted there, everything else is a reconstruction** [R].
+"TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
+al., arXiv 2504.05774). No code is public, and of its text only the abstract and digests of others
+were at hand: **the grouping (equations 1 to 3) is quoted there, everything else is a
+reconstruction** [R].
 
-ACTE, the adaptive cluster-based transferability estimator, groups a map chi (h, w) softly, from cells of c x c pixels.
-A pixel belongs to the 3 x 3 cells around its own, so an assignment is nine numbers per pixel. `rounds` times:
+ACTE, the adaptive cluster-based transferability estimator, groups a map chi (h, w) softly, from
+cells of c x c pixels. A pixel belongs to the 3 x 3 cells around its own, so an assignment is nine
+numbers per pixel. `rounds` times:
 
     (1) f(r)   = sum_p a(p, r) chi(p) / sum_p a(p, r)
     (2) s(p,r) = exp(kappa cos(f(r), chi(p)))     for the nine cells r around p, otherwise 0
     (3) a(p,r) = s(p, r) / sum_r' s(p, r')
 
-A discriminator D tells the domain of f(r) behind a gradient reversal; transferability is its doubt, in bits, as in TVT
-(Yang et al., WACV 2023): tau = H2(D(f(r))), T(p) = sum_r a(p, r) tau(r). TMA, transferable masked attention, then gives
-weight to keys that transfer badly and whose class is in doubt; U is the entropy of the head "region" over log K:
+A discriminator D tells the domain of f(r) behind a gradient reversal; transferability is its doubt,
+in bits, as in TVT (Yang et al., WACV 2023): tau = H2(D(f(r))), T(p) = sum_r a(p, r) tau(r). TMA,
+transferable masked attention, then gives weight to keys that transfer badly and whose class is in
+doubt; U is the entropy of the head "region" over log K:
 
     pi = (1 - T) U          logits + strength log(1/2 + pi / 2)
 
-which is the same as multiplying attention by (1/2 + pi/2)^strength and normalising it again: an equal pi changes
-nothing. The sign is TMT's: LOW transferability gains. TVT's gains with HIGH transferability: `variant: tvt` multiplies
-the attention by T without normalising, in the last block.
+which is the same as multiplying attention by (1/2 + pi/2)^strength and normalising it again: an
+equal pi changes nothing. The sign is TMT's: LOW transferability gains. TVT's gains with HIGH
+transferability: `variant: tvt` multiplies the attention by T without normalising, in the last
+block.
 
-Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features of the decoder, and
-`variant: mask` lets every query of models/classifiers/queries.py see the share `opened` of the pixels where pi is
-highest, besides those of its own mask; U is then the entropy of the masks of the layer before.
+Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
+of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
+`opened` of the pixels where pi is highest, besides those of its own mask; U is then the entropy of
+the masks of the layer before.
 """
 
 import math
@@ -41,6 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.pictures import side_by_side
+from engine.ranges import Few, Momentum, Natural, NonNegative, Positive, Share
 from engine.statistics import precise, resize_logits
 from engine.step import Record
 from models.blocks import Guide, received
@@ -50,11 +59,12 @@ EPSILON = 1e-6
 ABSENT = -1e9  # similarity to a cell outside of the map: finite, so that nothing becomes NaN
 
 
-# --- ACTE: soft regions ----------------------------------------------------------------------------------------------
+# --- ACTE: soft regions ---------------------------------------------------------------------------
 
 
 def to_cells(maps, cell):
-    """(B, D, h, w) -> (B, R, C, D, c c); sides that are no multiple of the cell are filled up with their last row."""
+    """(B, D, h, w) -> (B, R, C, D, c c); sides that are no multiple of the cell are filled up with
+    their last row."""
     bottom, right = (-side % cell for side in maps.shape[-2:])
     maps = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
     return (
@@ -69,13 +79,15 @@ def from_cells(values, cell, size):
 
 
 def neighbours(regions):
-    """Values of the regions (B, D, R, C) -> of the 3 x 3 around each (B, R, C, 9, D), zero outside."""
+    """Values of the regions (B, D, R, C) -> of the 3 x 3 around each (B, R, C, 9, D), zero
+    outside."""
     b, d, rows, columns = regions.shape
     return F.unfold(regions, 3, padding=1).view(b, d, 9, rows, columns).permute(0, 3, 4, 2, 1)
 
 
 def gather(values):
-    """The opposite: what each cell gives to the 3 x 3 around it (B, R, C, 9, D) -> sums at the regions (B, D, R, C)."""
+    """The opposite: what each cell gives to the 3 x 3 around it (B, R, C, 9, D) -> sums at the
+    regions (B, D, R, C)."""
     b, rows, columns, _, d = values.shape
     return F.fold(
         values.permute(0, 4, 3, 1, 2).reshape(b, 9 * d, -1), (rows, columns), 3, padding=1
@@ -85,12 +97,12 @@ def gather(values):
 def region_means(assignment, cells):
     """Equation 1: assignment (B, R, C, 9, c c), cells (B, R, C, D, c c) -> f (B, D, R, C)."""
     sums = gather(assignment @ cells.transpose(3, 4))
-    mass = gather(assignment.sum(4, keepdim=True))
-    return sums / mass.clamp_min(EPSILON)
+    return sums / gather(assignment.sum(4, keepdim=True)).clamp_min(EPSILON)
 
 
 def assign(means, cells, kappa):
-    """Equations 2 and 3: f (B, D, R, C) and unit features (B, R, C, D, c c) -> a (B, R, C, 9, c c), of sum 1."""
+    """Equations 2 and 3: f (B, D, R, C) and unit features (B, R, C, D, c c) -> a (B, R, C, 9, c c),
+    of sum 1."""
     inside = neighbours(torch.ones_like(means[:1, :1]))[..., 0]  # (1, R, C, 9)
     similar = (
         neighbours(F.normalize(means, dim=1, eps=EPSILON)) @ cells
@@ -101,7 +113,8 @@ def assign(means, cells, kappa):
 def group(maps, cell, kappa, rounds):
     """Soft regions of a map (B, D, h, w) -> (assignment (B, R, C, 9, c c), f (B, D, R, C)).
 
-    With no round every pixel belongs to its own cell. Gradients reach the features through f alone, with the assignment
+    With no round every pixel belongs to its own cell. Gradients reach the features through f alone,
+    with the assignment
     as it is: nine times the cost for what changes little [R].
     """
     cells = to_cells(maps, cell)
@@ -132,7 +145,7 @@ def labels_of(assignment, cell, size):
     ].long()
 
 
-# --- domain and transferability --------------------------------------------------------------------------------------
+# --- domain and transferability -------------------------------------------------------------------
 
 
 class Reversal(torch.autograd.Function):
@@ -149,12 +162,14 @@ class Reversal(torch.autograd.Function):
 
 
 def reversal(step, ramp):
-    """2 / (1 + exp(-10 step / ramp)) - 1: 0, 0.46, 0.99 after none, a tenth, half of the ramp; 1 without one."""
+    """2 / (1 + exp(-10 step / ramp)) - 1: 0, 0.46, 0.99 after none, a tenth, half of the ramp; 1
+    without one."""
     return 2 / (1 + math.exp(-10 * min(step / ramp, 1.0))) - 1 if ramp else 1.0
 
 
 def doubt(logits):
-    """Binary entropy H2(sigmoid(logits)) in bits: 1 where the domain cannot be told, 0 where it is certain."""
+    """Binary entropy H2(sigmoid(logits)) in bits: 1 where the domain cannot be told, 0 where it is
+    certain."""
     return (F.softplus(logits) - logits * logits.sigmoid()).clamp_min(0) / math.log(2)
 
 
@@ -183,18 +198,20 @@ class Regions(Record):
 
 
 class Region(Head):
-    """ACTE and TMA on one stage of a transformer, or on the features of the decoder -> `output.regions`.
+    """ACTE and TMA on one stage of a transformer, or on the features of the decoder ->
+    `output.regions`.
 
     Args:
-        stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them is grouped. -1: the
-            features of the decoder, for mask and none.
-        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none": regions and their
-            adversarial loss, attention as it is.
+        stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them
+            is grouped. -1: the features of the decoder, for mask and none.
+        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none":
+            regions and their adversarial loss, attention as it is.
         strength: lambda; 0 leaves attention as it is.
-        opened: share of the pixels, of highest priority, that `mask` opens to all queries; 0 leaves the masks as they
-            are.
+        opened: share of the pixels, of highest priority, that `mask` opens to all queries; 0 leaves
+            the masks as they are.
         regions: "adaptive", or "patches" for the cells themselves (no round).
-        cell, kappa, rounds: c, side of a cell in tokens at the start; sharpness of the assignment; L.
+        cell, kappa, rounds: c, side of a cell in tokens at the start; sharpness of the assignment;
+            L.
         detach: the segmentation loss does not train the discriminator.
         ramp: steps over which the reversal grows; 0: 1 at all times.
         dropout: of the discriminator.
@@ -214,55 +231,57 @@ class Region(Head):
         num_classes,
         classifier,
         stage: int,
-        blocks: int = 1,
+        blocks: Few = 1,
         variant: Literal["bias", "tvt", "mask", "none"] = "bias",
-        strength: float = 1.0,
-        opened: float = 0.1,
+        strength: NonNegative = 1.0,
+        opened: Share = 0.1,
         regions: Literal["adaptive", "patches"] = "adaptive",
-        cell: int = 4,
-        kappa: float = 10.0,
-        rounds: int = 3,
+        cell: Few = 4,
+        kappa: Positive = 10.0,
+        rounds: Natural = 3,
         detach: bool = True,
-        ramp: int = 10000,
-        dropout: float = 0.5,
+        ramp: Natural = 10000,
+        dropout: Momentum = 0.5,
         reverse: bool = True,
     ):
         super().__init__()
         if stage != -1 and not 1 <= stage <= len(depths):
             raise ValueError(
-                f"stage={stage} must be a stage of a transformer (mit.MiT: 1 to 4, vit.ViT: 1), or -1 for the features "
-                "of any decoder"
+                f"stage={stage} must be a stage of a transformer (mit.MiT: 1 to 4, vit.ViT: 1), or "
+                "-1 for the features of any decoder"
             )
         on_decoder = stage == -1
         channels = in_channels if on_decoder else map_channels[stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
-        variants = ("none", "mask") if on_decoder else ("none", "bias", "tvt")
-        if variant not in variants:
-            allowed = f"{', '.join(variants[:-1])} or {variants[-1]}"
+        allowed = "none or mask" if on_decoder else "none, bias or tvt"
+        if variant not in allowed:
             raise ValueError(f"on stage {stage} variant must be {allowed}, not {variant}")
         if variant == "mask" and not classifier.takes_masks:
             raise ValueError(
                 "variant=mask opens the masks of model.classifier: {name: queries.Queries}"
             )
-        if not 0 <= opened <= 1 or not 1 <= blocks <= depth or cell < 1 or rounds < 0:
-            raise ValueError(
-                f"blocks={blocks} must be 1 to {depth}, cell={cell} at least 1, rounds={rounds} at "
-                f"least 0, and opened={opened} a share, 0 to 1"
-            )
+        if blocks > depth:
+            raise ValueError(f"blocks={blocks} must be 1 to {depth}")
         self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0
         self.strength, self.opened, self.detach = strength, opened, detach
         self.ramp, self.reverse = ramp, reverse
         width = max(channels // 4, 1)
-        layers = [nn.Linear(channels, width), nn.ReLU(), nn.Dropout(dropout)]
-        layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)]
-        self.discriminator = nn.Sequential(*layers)
+        self.discriminator = nn.Sequential(
+            nn.Linear(channels, width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, 1),
+        )
         self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
 
     def bias(self, output, step):
-        """The function that a transformer calls before each of its blocks; the first guided one fills
-        `output.regions`."""
+        """The function that a transformer calls before each of its blocks; the first guided one
+        fills `output.regions`."""
 
         def before(stage, block, x, keys):
             if stage != self.stage or not self.first <= block <= self.last:
@@ -281,12 +300,6 @@ class Region(Head):
             if self.variant == "mask" and self.opened:
                 output.regions.opens = lambda logits: self.opening(output.regions, logits)
 
-    def domain_logits(self, means, factor):
-        """f (B, D, R, C) -> logits of "source" (B, R, C), behind the reversal."""
-        rows = means.permute(0, 2, 3, 1)
-        rows = Reversal.apply(rows, factor) if self.reverse else rows.detach()
-        return self.discriminator(rows)[..., 0]
-
     def transferability(self, means):
         """tau (B, R, C) without dropout, so that it does not depend on chance."""
         rows = means.permute(0, 2, 3, 1)
@@ -300,11 +313,13 @@ class Region(Head):
         with torch.autocast(maps.device.type, enabled=False):
             maps = precise(maps)
             assignment, means = group(maps, self.cell, self.kappa, self.rounds)
-            tau = self.transferability(means)
-            dense = spread(assignment, tau, self.cell, maps.shape[-2:])
+            dense = spread(assignment, self.transferability(means), self.cell, maps.shape[-2:])
             dense = dense.detach() if self.detach else dense
-            domain = self.domain_logits(means, reversal(step, self.ramp))
-            regions = Regions(assignment, domain, dense)
+            rows = means.permute(0, 2, 3, 1)
+            rows = (
+                Reversal.apply(rows, reversal(step, self.ramp)) if self.reverse else rows.detach()
+            )
+            regions = Regions(assignment, self.discriminator(rows)[..., 0], dense)
             if self.head:
                 regions.logits = self.head(maps)
                 prioritise(regions, regions.logits)
@@ -317,21 +332,24 @@ class Region(Head):
         if self.variant == "tvt":
             return Guide(values=small[..., None])
         bias = self.strength * torch.log(EPSILON + 0.5 + 0.5 * small)
-        # Relative to the mean factor, so that an equal priority is 0 for tokens without one too (the class token).
+        # Relative to the mean factor, so that an equal priority is 0 for tokens without one too
+        # (the class token).
         return Guide(
             bias=(bias - bias.logsumexp(2, keepdim=True) + math.log(bias.shape[2]))[:, :, None]
         )
 
     def opening(self, regions, logits):
-        """Which pixels all queries may see: logits (B, K, h, w) of the layer before -> (B, h, w) bool."""
+        """Which pixels all queries may see: logits (B, K, h, w) of the layer before -> (B, h, w)
+        bool."""
         prioritise(regions, logits)
         level = regions.priority.flatten(1).quantile(1 - self.opened, dim=1)
         return regions.priority >= level[:, None, None]
 
     @torch.no_grad()
     def draw(self, log, number, network, image):
-        """The borders of the regions of one image (1, 3, H, W), transferability, uncertainty, priority, and on a
-        transformer the attention that the tokens get in the last guided block without and with them."""
+        """The borders of the regions of one image (1, 3, H, W), transferability, uncertainty,
+        priority, and on a transformer the attention that the tokens get in the last guided block
+        without and with them."""
         mode, inputs = network.training, []
         if self.stage > 0:
             attention = network.backbone.stage_blocks(self.stage)[self.last].attn
@@ -339,11 +357,10 @@ class Region(Head):
         regions = network.eval().segment(image, step=number).regions
         network.train(mode)
         shown = {
-            "transferability": regions.transferability,
-            "uncertainty": regions.uncertainty,
-            "priority": regions.priority,
+            name: values
+            for name in ("transferability", "uncertainty", "priority")
+            if (values := getattr(regions, name)) is not None
         }
-        shown = {name: values for name, values in shown.items() if values is not None}
         if inputs:
             hook.remove()
             x, guide = inputs[0]

@@ -1,4 +1,5 @@
-"""Text prototypes refined by each image: the attention variant of PPAR's visual-text prototypes [R].
+"""Text prototypes refined by each image: the attention variant of PPAR's visual-text prototypes
+[R].
 
     model.heads:
       projector: {name: projector.Projector, channels: 512}
@@ -7,8 +8,9 @@
 
     U = norm(T + gamma * Dec(T; {g}))
 
-as in DenseCLIP (Rao et al., CVPR 2022) and tqdm (Pak et al., ECCV 2024): text rows look at the dense features of the
-image by cross-attention. gamma starts at 1e-4, so that training starts from the text.
+as in DenseCLIP (Rao et al., CVPR 2022) and tqdm (Pak et al., ECCV 2024): text rows look at the
+dense features of the image by cross-attention. gamma starts at 1e-4, so that training starts from
+the text.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""EM for one diagonal Gaussian mixture on a pool of vectors that lies in several processes; see `mixtures`.
+"""EM for one diagonal Gaussian mixture on a pool of vectors that lies in several processes; see
+`mixtures`.
 
-Vectors come as columns (D, N), a chunk at a time, and every step is a sum over chunks and processes, `total`. E and M
-step take two matrix products each and never build a tensor N x M x D.
+Vectors come as columns (D, N), a chunk at a time, and every step is a sum over chunks and
+processes, `total`. E and M step take two matrix products each and never build a tensor N x M x D.
 """
 
 import itertools
@@ -16,7 +17,8 @@ LEVELS = 101  # quantiles of the log-likelihood: 0, 0.01 ... 1
 
 
 def log_joint(x, square, weights, means, variances):
-    """log(pi_m N(x_n; mu_m, sigma_m^2)): x (D, N), its square, parameters (M), (M, D), (M, D) -> (M, N)."""
+    """log(pi_m N(x_n; mu_m, sigma_m^2)): x (D, N), its square, parameters (M), (M, D), (M, D) ->
+    (M, N)."""
     precisions = 1 / variances
     linear = means * precisions
     constant = weights.log() - 0.5 * (means * linear + variances.log() + math.log(2 * math.pi)).sum(
@@ -27,7 +29,8 @@ def log_joint(x, square, weights, means, variances):
 
 
 def moments(x, square, shares):
-    """Sums of r, r x and r x^2 over the vectors x (D, N) with shares r (M, N) -> (M, 1 + 2 D), float64."""
+    """Sums of r, r x and r x^2 over the vectors x (D, N) with shares r (M, N) -> (M, 1 + 2 D),
+    float64."""
     return torch.cat([shares.sum(1, keepdim=True), shares @ x.T, shares @ square.T], 1).double()
 
 
@@ -37,7 +40,8 @@ def whole(x):
 
 
 def expectation(x, *parameters):
-    """E step: (M, 2 + 2 D), the moments of x (D, N) under the responsibilities, and parts of sum_n log p(x_n)."""
+    """E step: (M, 2 + 2 D), the moments of x (D, N) under the responsibilities, and parts of sum_n
+    log p(x_n)."""
     square = x.square()
     joint = log_joint(x, square, *parameters)
     evidence = joint.logsumexp(0)
@@ -48,8 +52,8 @@ def expectation(x, *parameters):
 def maximisation(sums, floor):
     """M step: moments (..., M, 1 + 2 D) -> weights (..., M), means and variances (..., M, D).
 
-    Variances are clamped to the floor, the maximum under that constraint, so the likelihood never falls; the released
-    code adds the floor.
+    Variances are clamped to the floor, the maximum under that constraint, so the likelihood never
+    falls; the released code adds the floor.
     """
     dim = sums.shape[-1] // 2
     mass, first, second = sums.split([1, dim, dim], -1)
@@ -61,7 +65,8 @@ def maximisation(sums, floor):
 
 
 def reseed(weights, means, variances, empty, generator):
-    """Let empty components share the weight of the largest, each half a deviation away from it at random."""
+    """Let empty components share the weight of the largest, each half a deviation away from it at
+    random."""
     largest, noise = (
         weights.argmax(),
         torch.randn(means.shape, generator=generator, dtype=torch.float64).to(means),
@@ -92,7 +97,8 @@ def cluster(x, centres):
 def draw(pool, components, scale, chunk, generator):
     """Random vectors of all processes where k-means may start, (DRAWS, M, D).
 
-    A draw takes the vectors with the smallest hashes, so it does not depend on the order and the process they lie in.
+    A draw takes the vectors with the smallest hashes, so it does not depend on the order and the
+    process they lie in.
     """
     hashes = (
         torch.randn(DRAWS, pool.shape[1], generator=generator, dtype=torch.float64).to(pool.device)
@@ -124,7 +130,8 @@ class Pool:
         self.generator, self.count = generator, 0
 
     def add(self, maps, index):
-        """Take maps (B, h, w, D) at index (n, 3): fill up, then replace, so that all seen so far are equally likely."""
+        """Take maps (B, h, w, D) at index (n, 3): fill up, then replace, so that all seen so far
+        are equally likely."""
         size, room = len(self.rows), max(0, len(self.rows) - self.count)
         fresh, rest = index[:room], index[room:]
         self.rows[self.count : self.count + len(fresh)] = maps[fresh.unbind(1)].to(self.rows.dtype)
@@ -139,9 +146,11 @@ class Pool:
 
 
 def kmeans(total, pool, components, iterations, chunk, generator):
-    """The best of several random starts, moved until no centre moves by 1e-3 of the range -> centres (M, D), moments.
+    """The best of several random starts, moved until no centre moves by 1e-3 of the range ->
+    centres (M, D), moments.
 
-    The paper scales the features to [0, 1] for it, which changes nothing but the unit of that tolerance.
+    The paper scales the features to [0, 1] for it, which changes nothing but the unit of that
+    tolerance.
     """
     ends = distributed.gather([*map(float, pool.aminmax())] if len(pool) else [])
     low, *_, high = sorted(itertools.chain(*ends))
@@ -176,7 +185,8 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
         floor: function (moments of the class) -> smallest variance.
         generator: in the same state on all processes.
     Returns:
-        weights (M), means (M, D), variances (M, D), log-likelihood quantiles (LEVELS), number of reseeded components.
+        weights (M), means (M, D), variances (M, D), log-likelihood quantiles (LEVELS), number of
+        reseeded components.
     """
 
     def total(function, *arguments):

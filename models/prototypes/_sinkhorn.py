@@ -1,12 +1,15 @@
-"""Balanced assignment: the pixels of each class in equal shares to its M prototypes, by Sinkhorn-Knopp.
+"""Balanced assignment: the pixels of each class in equal shares to its M prototypes, by
+Sinkhorn-Knopp.
 
-Without balance the prototype that starts nearest takes the whole class, and the others never move. With scores S (a
-cosine, say) of pixels to the prototypes of their own class and the sharpness kappa, Q = exp(S / kappa) is scaled in
-turn, prototypes to a mass of n / M pixels and pixels to 1, for every class by itself (Cuturi, NeurIPS 2013; the
-constants of ProtoSeg, CVPR 2022: kappa 0.05, three rounds).
+Without balance the prototype that starts nearest takes the whole class, and the others never move.
+With scores S (a cosine, say) of pixels to the prototypes of their own class and the sharpness
+kappa, Q = exp(S / kappa) is scaled in turn, prototypes to a mass of n / M pixels and pixels to 1,
+for every class by itself (Cuturi, NeurIPS 2013; the constants of ProtoSeg, CVPR 2022: kappa 0.05,
+three rounds).
 
-All classes at once: the sums over the pixels of a class are one scatter per round, (K, M), which all processes add, so
-their number changes nothing but rounding. In float64 and by logarithms: no scale of the scores is too large.
+All classes at once: the sums over the pixels of a class are one scatter per round, (K, M), which
+all processes add, so their number changes nothing but rounding. In float64 and by logarithms: no
+scale of the scores is too large.
 """
 
 import torch
@@ -19,7 +22,8 @@ SMALLEST = 1e-300
 
 @torch.no_grad()
 def transport(scores, classes, num_classes, sharpness, rounds):
-    """Shares (N, M) float64 of each pixel in the prototypes of its class; they add up to 1. Arguments: `balanced`."""
+    """Shares (N, M) float64 of each pixel in the prototypes of its class; they add up to 1.
+    Arguments: `balanced`."""
     classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
     logs = (scores.double() / sharpness).clamp(-LARGEST, LARGEST)
     of_prototypes, of_pixels = logs.new_zeros(num_classes + 1, logs.shape[1]), 0.0
@@ -36,8 +40,8 @@ def balanced(scores, classes, num_classes, sharpness, rounds):
 
     Args:
         scores: (N, M), of each pixel with the prototypes of its own class.
-        classes: (N); a value outside 0..K-1 (255) is in no class: such pixels take part in nothing, and the number they
-            get means nothing.
+        classes: (N); a value outside 0..K-1 (255) is in no class: such pixels take part in nothing,
+            and the number they get means nothing.
         num_classes: K.
         sharpness: kappa, by which the scores are divided: a smaller one follows them more closely.
         rounds: of scaling; 0 takes the largest score.
@@ -54,8 +58,8 @@ def numbered(scores, labels, choose):
     Args:
         scores: (B, K, M, h, w).
         labels: (B, h, w); values outside 0..K-1 belong to no class.
-        choose: function from the scores (N, M) with the prototypes of a pixel's own class, and classes (N) in 0..K,
-            where K is none, to a number (N) in 0..M-1.
+        choose: function from the scores (N, M) with the prototypes of a pixel's own class, and
+            classes (N) in 0..K, where K is none, to a number (N) in 0..M-1.
     Returns:
         (B, h, w) int64, M class + number, -1 for no class.
     """

@@ -1,7 +1,8 @@
-"""The face of the prototype family: class vectors that anything can be compared with, contrasted with or aligned to.
+"""The face of the prototype family: class vectors that anything can be compared with, contrasted
+with or aligned to.
 
-Members are interchangeable: whatever asks for prototypes takes any of them by name. The classifier of the network is a
-member too, named "classifier" (models/classifiers/base.py).
+Members are interchangeable: whatever asks for prototypes takes any of them by name. The classifier
+of the network is a member too, named "classifier" (models/classifiers/base.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,20 +17,27 @@ Evidence = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Prototypes(nn.Module):
-    """K class vectors of D channels. State lies in buffers of at least float32, so that a checkpoint holds it.
+    """K class vectors of D channels. State lies in buffers of at least float32, so that a
+    checkpoint holds it.
 
     Attributes:
         seen: (K) bool, which classes have a vector.
         vectors: (K, D), or whatever a member makes `means` of.
-        offline: images of the training set that `fit` looks at before the first step; 0: it follows the training.
-        space: "features" if its vectors are compared with the features; "embedding" for vectors of an embedding of its
-            own (ProtoSeg, GMMSeg).
+        offline: images of the training set that `fit` looks at before the first step; 0: it follows
+            the training.
+        space: "features" if its vectors are compared with the features; "embedding" for vectors of
+            an embedding of its own (ProtoSeg, GMMSeg).
     """
 
     seen: Tensor
     vectors: Tensor
     space = "features"
     offline = 0
+
+    def keep(self, **buffers: Tensor) -> None:
+        """Register buffers."""
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
 
     def means(self) -> Tensor:
         """Class vectors (K, D); zero rows for classes not seen yet."""
@@ -44,23 +52,26 @@ class Prototypes(nn.Module):
         return cosine(features, self.means())
 
     def pair_means(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The class vectors of each image (B, K, D) and which it has (B, K) bool, of features (B, D, h, w) and labels
-        (B, h, w). Here the same for all images."""
+        """The class vectors of each image (B, K, D) and which it has (B, K) bool, of features
+        (B, D, h, w) and labels (B, h, w). Here the same for all images."""
         means = self.means()
         return means.expand(len(features), *means.shape), self.seen.expand(len(features), -1)
 
     def quantiles(self, level: float) -> Tensor | None:
-        """Score (K) that a share `level` of what it was fitted to does not exceed; None if it does not know."""
+        """Score (K) that a share `level` of what it was fitted to does not exceed; None if it does
+        not know."""
         return None
 
     def update(self, batches: Iterable[Evidence], step: Step) -> None:
-        """After an optimiser step, without gradient: follow the micro-batches of the step, with one all-reduce, so that
-        neither accumulation nor the number of processes changes anything. Here frozen."""
+        """After an optimiser step, without gradient: follow the micro-batches of the step, with one
+        all-reduce, so that neither accumulation nor the number of processes changes anything. Here
+        frozen."""
 
     def fit(self, batches: Callable[[], Iterable[Evidence]], prototypes: dict) -> None:
-        """Offline, without gradient. `batches()` iterates over a data set anew; `prototypes` are all members by name.
-        Here frozen."""
+        """Offline, without gradient. `batches()` iterates over a data set anew; `prototypes` are
+        all members by name. Here frozen."""
 
     def tables(self) -> dict:
-        """For TensorBoard: {name: (values (K, N) with nan for no value, N column names, title, format)}. Here none."""
+        """For TensorBoard: {name: (values (K, N) with nan for no value, N column names, title,
+        format)}. Here none."""
         return {}

@@ -1,15 +1,16 @@
-"""Frozen prototypes that know nothing of their classes: orthogonal ones, algorithm 1 of "Frozen is better than
-learning" (Chen et al., PR 2024), and random directions. And what the classifier of that paper (models/classifiers/
-cbp.py) makes of its rows otherwise.
+"""Frozen prototypes that know nothing of their classes: orthogonal ones, algorithm 1 of "Frozen is
+better than learning" (Chen et al., PR 2024), and random directions. And what the classifier of that
+paper (models/classifiers/ cbp.py) makes of its rows otherwise.
 
-prototypes.basis: {name: basis.OrthogonalBasis, length: 1}      prototypes.random: {name: basis.RandomDirections}
+prototypes.basis: {name: basis.OrthogonalBasis, length: 1}      prototypes.random: {name:
+                                                                basis.RandomDirections}
 
 In fewer channels than rows, K > D, nothing is orthogonal. Some two of K unit vectors then have
 
     |cos| >= sqrt((K - D) / (D (K - 1)))                (Welch, 1974)
 
-`frame` comes near this bound: 0.112 for 19 rows in 16 channels (bound 0.102), 0.105 for 150 in 64 (0.095) and 0.036 for
-150 in 128 (0.034), where random directions have 0.60, 0.45 and 0.34. To the
+`frame` comes near this bound: 0.112 for 19 rows in 16 channels (bound 0.102), 0.105 for 150 in 64
+(0.095) and 0.036 for 150 in 128 (0.034), where random directions have 0.60, 0.45 and 0.34. To the
 paper this case is a limitation; taking frames is an idea of this project.
 """
 
@@ -26,18 +27,20 @@ STEPS, RATE = 1000, 0.03  # of the descent on the coherence
 
 
 def kaiming_rows(count, dim):
-    """Rows (K, D), float64, normal with standard deviation sqrt(2 / D), from PyTorch's global generator."""
+    """Rows (K, D), float64, normal with standard deviation sqrt(2 / D), from PyTorch's global
+    generator."""
     rows = torch.empty(count, dim, dtype=torch.float64)
     return nn.init.kaiming_normal_(rows)  # fan_in = D
 
 
 def gram_schmidt(rows, equal=True):
-    """Rows (K, D), K <= D, made orthogonal one after the other; of length 1, or with `equal` false as long as
-    Gram-Schmidt leaves them.
+    """Rows (K, D), K <= D, made orthogonal one after the other; of length 1, or with `equal` false
+    as long as Gram-Schmidt leaves them.
 
-    The paper gives all rows the same length after the last one. That it is the last step matters: Gram-Schmidt leaves
-    rows of unequal length, which would be a prior on classes. QR in float64 with the sign of R's diagonal is the same
-    frame without classical Gram-Schmidt's rounding errors.
+    The paper gives all rows the same length after the last one. That it is the last step matters:
+    Gram-Schmidt leaves rows of unequal length, which would be a prior on classes. QR in float64
+    with the sign of R's diagonal is the same frame without classical Gram-Schmidt's rounding
+    errors.
 
     Raises:
         ValueError: rows that depend on each other, whose remainders would be rounding noise.
@@ -59,16 +62,16 @@ def orthogonal_rows(num_classes, dim, length):
     """
     if num_classes > dim:
         raise ValueError(
-            f"{num_classes} classes need at least {num_classes} feature channels for orthogonal prototypes, and the "
-            f"decoder has {dim}: raise model.decoder.width"
+            f"{num_classes} classes need at least {num_classes} feature channels for orthogonal "
+            f"prototypes, and the decoder has {dim}: raise model.decoder.width"
         )
     return gram_schmidt(kaiming_rows(num_classes, dim)) * length
 
 
 def resized_rows(rows, dim):
-    """Rows (K, D') -> (K, D). Fewer channels are placed in D by random orthogonal vectors, which keeps all inner
-    products; of more, the principal components remain. These are not centred [R], so that as long as D >= K nothing is
-    lost here either."""
+    """Rows (K, D') -> (K, D). Fewer channels are placed in D by random orthogonal vectors, which
+    keeps all inner products; of more, the principal components remain. These are not centred [R],
+    so that as long as D >= K nothing is lost here either."""
     if rows.shape[1] > dim:
         u, s, _ = torch.linalg.svd(rows, full_matrices=False)
         rows = (u * s)[:, :dim]
@@ -76,7 +79,8 @@ def resized_rows(rows, dim):
 
 
 def nearest_frame(rows):
-    """U V^T of U S V^T = rows (K, D): the nearest matrix with orthonormal rows, or columns where K > D."""
+    """U V^T of U S V^T = rows (K, D): the nearest matrix with orthonormal rows, or columns where K
+    > D."""
     u, _, v = torch.linalg.svd(rows, full_matrices=False)
     return u @ v
 
@@ -91,9 +95,10 @@ def frame(rows, kind):
     """K unit vectors that lie far apart, near to given rows (K, D). Deterministic.
 
     Args:
-        kind: project: the nearest tight frame, its rows normalised; of random rows this is a random orthonormal basis
-            of K dimensions, projected to D. polar: from there, descent on log sum_ij exp(b cos_ij^2) with b rising from
-            1e2 to 1e5, which lowers the largest |cos|. etf: simplex, all cosines -1 / (K - 1), turned towards the rows.
+        kind: project: the nearest tight frame, its rows normalised; of random rows this is a random
+            orthonormal basis of K dimensions, projected to D. polar: from there, descent on log
+            sum_ij exp(b cos_ij^2) with b rising from 1e2 to 1e5, which lowers the largest |cos|.
+            etf: simplex, all cosines -1 / (K - 1), turned towards the rows.
     Raises:
         ValueError: etf of more than D + 1 rows.
     """
@@ -101,8 +106,8 @@ def frame(rows, kind):
     if kind == "etf":
         if count > dim + 1:
             raise ValueError(
-                f"a simplex of {count} prototypes needs at least {count - 1} feature channels, and the decoder has "
-                f"{dim}: set model.classifier.fallback=polar"
+                f"a simplex of {count} prototypes needs at least {count - 1} feature channels, and "
+                f"the decoder has {dim}: set model.classifier.fallback=polar"
             )
         center = torch.eye(count, dtype=rows.dtype) - 1 / count
         plane = torch.linalg.eigh(center).eigenvectors[
@@ -167,8 +172,8 @@ class OrthogonalBasis(Rows):
 
 
 class RandomDirections(Rows):
-    """K unit vectors, uniform on the sphere and drawn from PyTorch's global generator: what remains of a text prototype
-    without the text (an ablation)."""
+    """K unit vectors, uniform on the sphere and drawn from PyTorch's global generator: what remains
+    of a text prototype without the text (an ablation)."""
 
     def __init__(self, *, num_classes, in_channels):
         super().__init__(

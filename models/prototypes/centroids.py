@@ -2,8 +2,8 @@
 
     prototypes.centroids: {name: centroids.Centroids, momentum: 0.99}
 
-Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has already moved would
-pull a class back wherever one process has not seen it.)
+Sums and counts are all-reduced before the one update. (Averaging prototypes that each process has
+already moved would pull a class back wherever one process has not seen it.)
 """
 
 import torch
@@ -23,8 +23,10 @@ class Centroids(Prototypes):
     def __init__(self, *, num_classes, in_channels, momentum: Momentum = 0.99):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("vectors", torch.zeros(num_classes, in_channels))
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.keep(
+            vectors=torch.zeros(num_classes, in_channels),
+            seen=torch.zeros(num_classes, dtype=torch.bool),
+        )
 
     @torch.no_grad()
     def update(self, batches, step=None):

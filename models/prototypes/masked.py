@@ -1,12 +1,15 @@
-"""A file of class means: what a pretrained backbone sees of each class, averaged over the training set ("masked" in
-"Frozen is better than learning", Chen et al., PR 2024). A command; `init` of cbp.CBP reads the file:
+"""A file of class means: what a pretrained backbone sees of each class, averaged over the training
+set ("masked" in "Frozen is better than learning", Chen et al., PR 2024). A command; `init` of
+cbp.CBP reads the file:
 
-    python -m models.prototypes.masked configs/camvid/resnet18_linear.yaml out=prototypes/masked.pt data.root=PATH
+    python -m models.prototypes.masked configs/camvid/resnet18_linear.yaml \\
+        out=prototypes/masked.pt data.root=PATH
     model.classifier: {name: cbp.CBP, init: prototypes/masked.pt, ortho: false}
 
-Of the configuration it takes data.train, as the images are on the disk, and model.backbone with its weights, whose last
-map is averaged in float32 over the cells that each class labels. The file is like that of models/prototypes/text.py.
-Which map, and that nothing is normalised, is a reconstruction [R].
+Of the configuration it takes data.train, as the images are on the disk, and model.backbone with its
+weights, whose last map is averaged in float32 over the cells that each class labels. The file is
+like that of models/prototypes/text.py. Which map, and that nothing is normalised, is a
+reconstruction [R].
 """
 
 from pathlib import Path
@@ -42,13 +45,15 @@ def main(arguments):
     centroids.fit(batches)
     if missing := [name for name, seen in zip(names, centroids.seen.tolist()) if not seen]:
         raise UserError(
-            f"no cell of the training set is labelled {', '.join(missing)}: these classes have no mean"
+            f"no cell of the training set is labelled {', '.join(missing)}: these classes have no "
+            "mean"
         )
     if distributed.is_main():
         out = Path(targets[-1])
         write_rows(out, centroids.means().cpu(), names, config=str(path))
         print(
-            f"{out}: {len(names)} rows of {centroids.means().shape[1]} channels, {len(dataset)} images"
+            f"{out}: {len(names)} rows of {centroids.means().shape[1]} channels, {len(dataset)} "
+            "images"
         )
 
 

@@ -1,26 +1,31 @@
 """Gaussian mixtures: every class is a density, p(x|c) = sum_m pi_cm N(x; mu_cm, diag sigma_cm^2).
 
-Source prototypes of BiSMAP (Lu et al., "Bidirectional Self-Training with Multiple Anisotropic Prototypes for Domain
-Adaptive Semantic Segmentation", ACM MM 2022; constants of its released code).
+Source prototypes of BiSMAP (Lu et al., "Bidirectional Self-Training with Multiple Anisotropic
+Prototypes for Domain Adaptive Semantic Segmentation", ACM MM 2022; constants of its released code).
 
     prototypes.mixtures: {name: mixtures.Mixtures, components: 8, pool: 300000}
 
-    log p(x|c) = logsumexp_m [log pi_cm - 1/2 sum_d (log 2 pi sigma^2_cmd + (x_d - mu_cmd)^2 / sigma^2_cmd)]
+    log p(x|c) = logsumexp_m [log pi_cm - 1/2 sum_d (log 2 pi sigma^2_cmd + (x_d - mu_cmd)^2 /
+    sigma^2_cmd)]
 
-That is a density in nats without a class prior. Its level depends on the network; `quantiles` gives it as a share of
-the fitted vectors.
+That is a density in nats without a class prior. Its level depends on the network; `quantiles` gives
+it as a share of the fitted vectors.
 
-The square is expanded, x^2/s^2 - 2 x mu/s^2 + mu^2/s^2: two matrix products for all components instead of a tensor
-N x M x D. That cancels where |x| is large against sigma, so a mean is subtracted first: in `fit` that of the class,
-otherwise the mean of the class means. All of it is at least float32, with autocast off; leave TF32 off as well.
+The square is expanded, x^2/s^2 - 2 x mu/s^2 + mu^2/s^2: two matrix products for all components
+instead of a tensor N x M x D. That cancels where |x| is large against sigma, so a mean is
+subtracted first: in `fit` that of the class, otherwise the mean of the class means. All of it is at
+least float32, with autocast off; leave TF32 off as well.
 
     fit      the paper's, offline: a pool of vectors per class, k-means, then EM.
-    update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s + (1 - m) s_batch
-             (Cappe and Moulines 2009). The released code averages parameters instead, and never calls it.
+    update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s +
+             (1 - m) s_batch
+             (Cappe and Moulines 2009). The released code averages parameters instead, and never
+             calls it.
 
-Processes exchange sums and the few vectors where k-means starts. Two of them equal one on the union of their data, to
-rounding: `update` always, `fit` while none sees more than `pool` vectors of a class. Beyond that each process keeps a
-uniform sample of its own share, whose sums count for all that it saw.
+Processes exchange sums and the few vectors where k-means starts. Two of them equal one on the union
+of their data, to rounding: `update` always, `fit` while none sees more than `pool` vectors of a
+class. Beyond that each process keeps a uniform sample of its own share, whose sums count for all
+that it saw.
 """
 
 import torch
@@ -39,14 +44,15 @@ class Mixtures(Prototypes):
 
     Args:
         components: M per class.
-        pool: most vectors of a class that a process keeps in `fit`, on the device of the buffers: 19 classes x 300,000
-            x 256 channels take 5.8 GB.
+        pool: most vectors of a class that a process keeps in `fit`, on the device of the buffers:
+            19 classes x 300,000 x 256 channels take 5.8 GB.
         iterations: most iterations of k-means, and of EM.
         tolerance: EM stops when the mean log-likelihood gains less, in nats.
-        start: variance at the start of EM; 0 takes the one within the k-means clusters [R], for features whose spread
-            is far from 1.
+        start: variance at the start of EM; 0 takes the one within the k-means clusters [R], for
+            features whose spread is far from 1.
         floor: smallest variance.
-        relative_floor: the same as a share of the mean variance of the class; 1e-4 to 1e-3 if labels collapse [R].
+        relative_floor: the same as a share of the mean variance of the class; 1e-4 to 1e-3 if
+            labels collapse [R].
         momentum: m of `update`.
         chunk: vectors at a time.
     """
@@ -68,42 +74,31 @@ class Mixtures(Prototypes):
         chunk: Count = 8192,
     ):
         super().__init__()
-        self.seed, self.pool, self.iterations, self.tolerance, self.start = (
-            seed,
-            pool,
-            iterations,
-            tolerance,
-            start,
+        self.seed, self.pool, self.iterations = seed, pool, iterations
+        self.tolerance, self.start, self.momentum = tolerance, start, momentum
+        self.floor, self.relative_floor, self.chunk = floor, relative_floor, chunk
+        shape = num_classes, components, in_channels
+        self.keep(
+            component_weights=torch.full(shape[:2], 1 / components),
+            component_means=torch.zeros(shape),
+            component_variances=torch.ones(shape),
+            seen=torch.zeros(num_classes, dtype=torch.bool),
+            likelihood_quantiles=torch.full((num_classes, LEVELS), ABSENT),
+            reseeded=torch.zeros(num_classes, dtype=torch.long),  # empty components met by `fit`
         )
-        self.floor, self.relative_floor, self.momentum, self.chunk = (
-            floor,
-            relative_floor,
-            momentum,
-            chunk,
-        )
-        self.register_buffer(
-            "component_weights", torch.full((num_classes, components), 1 / components)
-        )
-        self.register_buffer("component_means", torch.zeros(num_classes, components, in_channels))
-        self.register_buffer(
-            "component_variances", torch.ones(num_classes, components, in_channels)
-        )
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("likelihood_quantiles", torch.full((num_classes, LEVELS), ABSENT))
-        self.register_buffer(
-            "reseeded", torch.zeros(num_classes, dtype=torch.long)
-        )  # empty components met by `fit`
 
     def means(self):
         """(K, D), sum_m pi_m mu_m; zero rows for classes not seen yet."""
         return torch.einsum("km,kmd->kd", self.component_weights, self.component_means)
 
     def quantiles(self, level):
-        """Log-likelihoods (K) that a share `level` (to 0.01) of the vectors of the last fit does not exceed."""
+        """Log-likelihoods (K) that a share `level` (to 0.01) of the vectors of the last fit does
+        not exceed."""
         return self.likelihood_quantiles[:, round(level * (LEVELS - 1))]
 
     def tables(self):
-        """Likelihood quantiles of the vectors of the last fit, and the mean responsibility of each component."""
+        """Likelihood quantiles of the vectors of the last fit, and the mean responsibility of each
+        component."""
         levels, absent = (0.05, 0.25, 0.5, 0.75, 0.95), ~self.seen[:, None]
         quantiles = torch.stack([self.quantiles(level) for level in levels], 1).double()
         shares = self.component_weights.double()
@@ -136,16 +131,9 @@ class Mixtures(Prototypes):
         )
         return joint.unflatten(0, weights.shape), x, square
 
-    def components(self, features):
-        """log(pi_cm N_cm), (B, D, h, w) -> (B, K, M, h, w), for diagnosis: its softmax over M are responsibilities."""
-        with torch.autocast(features.device.type, enabled=False):
-            maps = precise(features.flatten(2))
-            return torch.stack([self._log_joint(x)[0] for x in maps]).unflatten(
-                3, features.shape[2:]
-            )
-
     def score(self, features):
-        """Log-likelihoods log p(x|c) in nats, -1e8 for classes not seen: (B, D, h, w) -> (B, K, h, w)."""
+        """Log-likelihoods log p(x|c) in nats, -1e8 for classes not seen: (B, D, h, w) ->
+        (B, K, h, w)."""
         with torch.autocast(features.device.type, enabled=False):
             maps, dtype = features.flatten(2), torch.promote_types(features.dtype, torch.float32)
             scores = maps.new_empty(len(maps), len(self.seen), maps.shape[2], dtype=dtype)
@@ -171,9 +159,11 @@ class Mixtures(Prototypes):
 
     @torch.no_grad()
     def update(self, batches, step=None):
-        """One online EM step for the classes that occur. The others stay as they are; all do if a sum is not finite.
+        """One online EM step for the classes that occur. The others stay as they are; all do if a
+        sum is not finite.
 
-        The first visit of a class puts its components at random around the mean of the class, half a deviation away.
+        The first visit of a class puts its components at random around the mean of the class, half
+        a deviation away.
         """
         k, m, d = self.component_means.shape
         sums = torch.zeros(k, m, 1 + 2 * d, dtype=torch.float64, device=self.seen.device)

@@ -1,14 +1,15 @@
-"""Class means of each image of a batch, with their gradient: the prototypes of BCL, masked average pooling.
+"""Class means of each image of a batch, with their gradient: the prototypes of BCL, masked average
+pooling.
 
     prototypes.pair: {name: pair.Pair}
 
-Lee et al., "Bi-directional Contrastive Learning for Domain Adaptive Semantic Segmentation", ECCV 2022. For the image b
-and its pixels p of class c,
+Lee et al., "Bi-directional Contrastive Learning for Domain Adaptive Semantic Segmentation", ECCV
+2022. For the image b and its pixels p of class c,
 
     rho_b^c = sum_p f_b(p) / |{p}|
 
-BCL contrasts the pixels of one image of a pair with the prototypes of the other, and the released code sends gradients
-through both.
+BCL contrasts the pixels of one image of a pair with the prototypes of the other, and the released
+code sends gradients through both.
 """
 
 import torch
@@ -19,22 +20,23 @@ from models.prototypes.centroids import Centroids
 
 
 def pair_means(features, labels, num_classes):
-    """Class means of each image, with the graph: features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where
-    present (B, K) is False."""
+    """Class means of each image, with the graph: features (B, D, h, w), labels (B, h, w) -> means
+    (B, K, D), zero where present (B, K) is False."""
     sums, counts = class_sums(features, labels, num_classes, per_image=True)
     return sums / torch.where(counts > 0, counts, 1)[..., None], counts > 0
 
 
 class Pair(Prototypes):
-    """`pair_means` has no state. The rest of the family's contract [R] is the class means of the last step, where a
-    class that did not occur keeps those of its last occurrence."""
+    """`pair_means` has no state. The rest of the family's contract [R] is the class means of the
+    last step, where a class that did not occur keeps those of its last occurrence."""
 
     def __init__(self, *, num_classes, in_channels):
         super().__init__()
         self.last = Centroids(num_classes=num_classes, in_channels=in_channels, momentum=0.0)
 
     def pair_means(self, features, labels):
-        """Features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where present (B, K) is False."""
+        """Features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where present (B, K) is
+        False."""
         return pair_means(features, labels, len(self.seen))
 
     @property

@@ -1,4 +1,5 @@
-"""Text prototypes: what CLIP's text tower makes of the names of the classes. PPAR's original text prototypes (OTP).
+"""Text prototypes: what CLIP's text tower makes of the names of the classes. PPAR's original text
+prototypes (OTP).
 
     prototypes.text: {name: text.Text, space: joint, view: none, file: prototypes/cityscapes.pt}
     prototypes.text: {name: text.Text, space: joint, view: none, file: PATH.npy, rows: PATH.txt}
@@ -6,15 +7,18 @@
 The file is made once, where open_clip is installed; training needs only the file:
 
     python -m models.prototypes.text out=prototypes/cityscapes.pt classes=cityscapes
-    python -m models.prototypes.text out=FILE model=RN50 pretrained=openai templates=single classes='{Car: [car, van]}'
+    python -m models.prototypes.text out=FILE model=RN50 pretrained=openai templates=single \\
+        classes='{Car: [car, van]}'
 
-    model        name in open_clip; ViT-B-16                  pretrained   tag of open_clip, or a path; openai
+    model        name in open_clip; ViT-B-16         pretrained  tag of open_clip, or a path; openai
     templates    ensemble (eight of them), single, or a list of texts with {} for the name; ensemble
-    classes      cityscapes, camvid, a list, {class: [names to average]}, a .yaml file of these, or a text file of names
+    classes      cityscapes, camvid, a list, {class: [names to average]}, a .yaml file of these, or
+                 a text file of names
 
-With the templates t and the names n of a class c: T_c = norm(mean of norm(encode_text(t(n)))). Weights of OpenAI get
-QuickGELU; for other files the model's name decides (ViT-B-16-quickgelu). PPAR (Zhang et al., IEEE T-ITS 2025) is known
-from its abstract alone: templates, names and centring are a reconstruction [R].
+With the templates t and the names n of a class c: T_c = norm(mean of norm(encode_text(t(n)))).
+Weights of OpenAI get QuickGELU; for other files the model's name decides (ViT-B-16-quickgelu). PPAR
+(Zhang et al., IEEE T-ITS 2025) is known from its abstract alone: templates, names and centring are
+a reconstruction [R].
 """
 
 import difflib
@@ -97,7 +101,8 @@ def read_names(path):
 
 
 def write_rows(path, vectors, classes, **about):
-    """A file that `read_rows` reads: vectors (K, D) and the names of their classes, complete or not at all."""
+    """A file that `read_rows` reads: vectors (K, D) and the names of their classes, complete or not
+    at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +118,15 @@ def read_rows(file, rows):
     path = Path(file)
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}; make it: python -m models.prototypes.text out={path} classes=..."
+            f"there is no file {path}; make it: python -m models.prototypes.text out={path} "
+            "classes=..."
         )
     vectors = torch.from_numpy(read_array(path)) if path.suffix == ".npy" else read(path)
     if isinstance(vectors, dict):
         if rows or not {"vectors", "classes"} <= vectors.keys():
             raise ValueError(
-                f"{path} must hold `vectors` and `classes`, which name its rows: leave out the option rows"
+                f"{path} must hold `vectors` and `classes`, which name its rows: leave out the "
+                "option rows"
             )
         vectors, rows = vectors["vectors"], vectors["classes"]
         if not isinstance(rows, list) or not all(isinstance(name, str) for name in rows):
@@ -132,7 +139,8 @@ def read_rows(file, rows):
         raise ValueError(f"{path} must hold one array of floating-point numbers, a row per name")
     if not rows:
         raise ValueError(
-            f"{path} does not name its rows: give rows: a list of names, or a text file of one per line"
+            f"{path} does not name its rows: give rows: a list of names, or a text file of one per "
+            "line"
         )
     names = read_names(rows) if isinstance(rows, str) else [str(name) for name in rows]
     if len(names) != len(vectors):
@@ -143,7 +151,8 @@ def read_rows(file, rows):
 
 
 def choose(names, classes, mapped, file):
-    """Which rows each class takes -> lists of row numbers; `mapped` is the option map. Case makes no difference."""
+    """Which rows each class takes -> lists of row numbers; `mapped` is the option map. Case makes
+    no difference."""
     names, classes = [name.lower() for name in names], [name.lower() for name in classes]
     mapped = {
         name.lower(): [rows] if isinstance(rows, str) else rows for name, rows in mapped.items()
@@ -151,22 +160,25 @@ def choose(names, classes, mapped, file):
     for what, words in (("rows", names), ("classes", classes)):
         if twice := sorted({word for word in words if words.count(word) > 1}):
             raise ValueError(
-                f"{file}: several {what} are called {', '.join(twice)}; each needs a name of its own"
+                f"{file}: several {what} are called {', '.join(twice)}; each needs a name of its "
+                "own"
             )
     for name, rows in mapped.items():
         if name not in classes:
             raise ValueError(
-                f"map names the class '{name}', which the data set does not have; {near(name, classes)}"
+                f"map names the class '{name}', which the data set does not have; "
+                f"{near(name, classes)}"
             )
         if wrong := [str(row) for row in rows if str(row).lower() not in names] or not rows:
             wrong = wrong[0] if rows else "nothing"
             raise ValueError(
-                f"map.{name} names '{wrong}', which is no row of {file}; {near(wrong.lower(), names)}"
+                f"map.{name} names '{wrong}', which is no row of {file}; "
+                f"{near(wrong.lower(), names)}"
             )
     if missing := [name for name in classes if name not in names and name not in mapped]:
         raise ValueError(
-            f"{file} has no row for {', '.join(missing)}; its rows are {', '.join(names[:40])}. Say which to take: "
-            f"map: {{{missing[0]}: [{names[0]}]}}"
+            f"{file} has no row for {', '.join(missing)}; its rows are {', '.join(names[:40])}. "
+            f"Say which to take: map: {{{missing[0]}: [{names[0]}]}}"
         )
     return [[names.index(str(row).lower()) for row in mapped.get(name, [name])] for name in classes]
 
@@ -176,14 +188,15 @@ class Text(Prototypes):
 
     Args:
         file: of the command above, or a plain array (N, D) as .npy or .pt.
-        rows: names of the rows of a plain array: a list, or a text file with one name per line; of columns between tabs
-            the first that is not a number.
-        map: {class: [names of rows]} for classes that have no row of their own name: the mean of these rows.
-        center: subtract the mean of all classes and normalise again. CLIP's rows are close to each other (cosines of
-            0.7 to 0.9), and what they share says nothing about a class.
+        rows: names of the rows of a plain array: a list, or a text file with one name per line; of
+            columns between tabs the first that is not a number.
+        map: {class: [names of rows]} for classes that have no row of their own name: the mean of
+            these rows.
+        center: subtract the mean of all classes and normalise again. CLIP's rows are close to each
+            other (cosines of 0.7 to 0.9), and what they share says nothing about a class.
 
-    Rows may be in any order, and more than needed. State: vectors (K, D), unit rows as used; text (K, D), unit rows
-    before centring; seen (K).
+    Rows may be in any order, and more than needed. State: vectors (K, D), unit rows as used; text
+    (K, D), unit rows before centring; seen (K).
     """
 
     def __init__(
@@ -203,7 +216,8 @@ class Text(Prototypes):
             raise ValueError(f"there are {num_classes} classes and {len(classes)} names of classes")
         if vectors.shape[1] != in_channels:
             raise ValueError(
-                f"{file} has rows of {vectors.shape[1]} channels and the features have {in_channels}: set "
+                f"{file} has rows of {vectors.shape[1]} channels and the features have "
+                f"{in_channels}: set "
                 "model.heads.projector={name: projector.Projector, channels: "
                 f"{vectors.shape[1]}}} and space: joint, or take text of another model"
             )
@@ -212,15 +226,19 @@ class Text(Prototypes):
         centred = text - text.mean(0)
         if not (text.norm(dim=1) > 0.5).all() or (center and centred.norm(dim=1).min() < 1e-4):
             raise ValueError(
-                f"{file} has rows that are zero, not finite, or the same, which center does not work with"
+                f"{file} has rows that are zero, not finite, or the same, which center does not "
+                "work with"
             )
-        self.register_buffer("vectors", (F.normalize(centred, dim=1) if center else text).float())
-        self.register_buffer("text", text.float())
-        self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
+        self.keep(
+            vectors=(F.normalize(centred, dim=1) if center else text).float(),
+            text=text.float(),
+            seen=torch.ones(num_classes, dtype=torch.bool),
+        )
 
 
 def text_vectors(model, tokenizer, prompts):
-    """{class: [texts]} -> (K, D) unit rows in float32: of each class, the normalised mean of normalised embeddings."""
+    """{class: [texts]} -> (K, D) unit rows in float32: of each class, the normalised mean of
+    normalised embeddings."""
     rows = []
     with torch.no_grad():
         for texts in prompts.values():
@@ -242,7 +260,8 @@ def load_clip(model, pretrained):
             network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"could not download or read {pretrained} of {model} ({reason(error)}); give a copy by pretrained=PATH"
+                f"could not download or read {pretrained} of {model} ({reason(error)}); give a "
+                "copy by pretrained=PATH"
             ) from None
     elif Path(pretrained).is_file():
         state = unwrap(read(pretrained), pretrained)
@@ -252,7 +271,8 @@ def load_clip(model, pretrained):
     else:
         tags = ", ".join(open_clip.pretrained.list_pretrained_tags_by_model(model))
         raise UserError(
-            f"there is no file {pretrained}, and the weights that open_clip has of {model} are: {tags}"
+            f"there is no file {pretrained}, and the weights that open_clip has of {model} are: "
+            f"{tags}"
         )
     return network.eval(), open_clip.get_tokenizer(model), "QuickGELU" if quick else "GELU"
 
@@ -269,23 +289,22 @@ def is_list_of_texts(value):
     return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
-def read_classes(value):
+def read_classes(given):
     """The argument `classes` -> {class: [names]}."""
-    given = value
-    if isinstance(value, str) and value not in CLASSES:
+    value = CLASSES.get(str(given), given)
+    if isinstance(value, str):
         if not os.path.isfile(value):
             raise UserError(
                 f"classes={value} is neither {' nor '.join(CLASSES)} nor a file nor a list"
             )
         yaml_file = Path(value).suffix in (".yaml", ".yml")
         value = read_yaml(read_text(value), value) if yaml_file else read_names(value)
-    value = CLASSES.get(value) if isinstance(value, str) else value
     value = {name: [name] for name in value} if is_list_of_texts(value) else value
-    value = value if isinstance(value, dict) else {}
-    value = {name: [names] if isinstance(names, str) else names for name, names in value.items()}
-    if not value or not all(map(is_list_of_texts, value.values())):
+    pairs = value.items() if isinstance(value, dict) else ()
+    classes = {name: [names] if isinstance(names, str) else names for name, names in pairs}
+    if not classes or not all(map(is_list_of_texts, classes.values())):
         raise UserError(f"classes={given} must be a list of names, or {{class: [names]}}")
-    return value
+    return classes
 
 
 def main(arguments):
@@ -308,8 +327,7 @@ def main(arguments):
             raise UserError(f"{key} must be text, not {options[key]}")
     if not options["out"] or not options["classes"]:
         raise UserError("out=PATH and classes=... are needed")
-    templates = options["templates"]
-    templates = TEMPLATES.get(templates) if isinstance(templates, str) else templates
+    templates = TEMPLATES.get(str(options["templates"]), options["templates"])
     if not is_list_of_texts(templates) or any("{}" not in template for template in templates):
         raise UserError(
             f"templates must be {' or '.join(TEMPLATES)}, or a list of texts that hold {{}}"
@@ -321,14 +339,18 @@ def main(arguments):
     }
     model, tokenizer, activation = load_clip(options["model"], options["pretrained"])
     vectors, out = text_vectors(model, tokenizer, prompts), Path(options["out"])
-    about = {
-        "model": options["model"],
-        "pretrained": options["pretrained"],
-        "activation": activation,
-    }
-    write_rows(out, vectors, classes, prompts=prompts, **about)
+    write_rows(
+        out,
+        vectors,
+        classes,
+        prompts=prompts,
+        model=options["model"],
+        pretrained=options["pretrained"],
+        activation=activation,
+    )
     print(
-        f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with {activation}"
+        f"{out}: {len(classes)} rows of {vectors.shape[1]} channels, {options['model']} with "
+        f"{activation}"
     )
 
 

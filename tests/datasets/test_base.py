@@ -482,8 +482,8 @@ def test_sets_that_are_scored_or_trained_on_need_labels(key):
     "options", [{"length": 0}, {"size": [0, 8]}, {"size": [8]}, {"size": "ab"}]
 )
 def test_toy_sets_need_images_and_pixels(options):
-    with pytest.raises(UserError, match=r"toy.Toy needs a length of 1 or more and a size"):
-        Toy(**options)
+    with pytest.raises(UserError, match=r"^toy.Toy: option '(length|size)[.\d]*' must be a"):
+        build("datasets", {"name": "toy.Toy", **options})
 
 
 # --- maps that belong to the images --------------------------------------------------------------------------------
@@ -1038,13 +1038,13 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
             r"split 'val' has no effect; put \{split\}",
         ),
         ({"classes": ["a", "a"]}, "different names; 'a' is repeated"),
-        ({"classes": [1, 2]}, "the class 1 is no name: write it in quotes"),
-        ({"classes": ["yes", None]}, "the class None is no name"),
-        ({"classes": ["a", " "]}, "the class ' ' is no name"),
-        ({"classes": []}, "0 classes, but 1 to 253 are possible"),
-        ({"classes": [f"class {i}" for i in range(254)]}, "254 classes, but 1 to 253.{,40}$"),
-        ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours"),
-        ({"palette": [[1, 2, 3], [1, 2, 300], [0, 0, 0]]}, "of 0..255"),
+        ({"classes": [1, 2]}, "'classes.0' must be a string"),
+        ({"classes": ["yes", None]}, "'classes.1' must be a string"),
+        ({"classes": ["a", ""]}, "'classes.1' must be a string of length 1"),
+        ({"classes": []}, r"'classes' must be a list of length 1 to 253, .* not \[\]"),
+        ({"classes": [f"class {i}" for i in range(254)]}, "'classes' must be .* 1 to 253"),
+        ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours, not 1"),
+        ({"palette": [[1, 2, 3], [1, 2, 300], [0, 0, 0]]}, "'palette' must be .* null, not"),
         ({"color_labels": True}, "color_labels needs a palette"),
         ({"id_map": {0: "lorry"}}, r"0 'lorry'; classes: road, building, car, ignore"),
         ({"id_map": {"7": 0}}, r"id_map cannot make '7'"),
@@ -1052,8 +1052,9 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
     ],
 )
 def test_folder_options_that_cannot_be_meant_are_named(tmp_path, options, says):
-    with pytest.raises(DataError, match=f"Folder: .*{says}"):
-        Folder(root=mine(tmp_path), **{"classes": CLASSES, **options})
+    spec = {"name": "folder.Folder", "classes": CLASSES, **options}
+    with pytest.raises(UserError, match=f"Folder: .*{says}"):
+        build("datasets", spec, root=mine(tmp_path))
 
 
 def test_default_palette_is_distinct_fixed_and_not_black(tmp_path):

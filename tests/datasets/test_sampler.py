@@ -190,7 +190,6 @@ def test_rare_class_draws_are_the_same_after_a_restart_and_for_any_number_of_pro
 @pytest.mark.parametrize(
     ("counts", "options", "says"),
     [
-        (ALONE, {"temperature": 0.0}, "temperature .* must be positive, not 0.0"),
         (0 * ALONE, {}, "no pixel of the data set is labelled"),
         (
             ALONE,

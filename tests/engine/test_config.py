@@ -1002,7 +1002,7 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         (
             "datasets",
             {"name": "transforms.Augment", "crop": [5, 5], "scale": [2, 0.5]},
-            r"scale \[low, high\], not \[5, 5\], \[2, 0\.5\]",
+            r"scale must be \[low, high\], not \[2, 0\.5\]",
         ),
         (
             "datasets",

@@ -78,7 +78,7 @@ PARTS = [
     ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0, rounds: 1}"),
     ("train_dg", "dg.reweight", "{name: ppar.Reweight, alpha: 1.0, low: 0.5, high: 2.0, temperature: 1, warmup: 0.5}"),
     ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], sigma: [0.1, 1.0]}"),
-    ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, end: 0.9, samples: 100}, {name: ppar.TextFidelity}]"),
+    ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, samples: 100}, {name: ppar.TextFidelity}]"),
     ("train_dg", "model.heads.text_attention", "{name: text_attention.TextAttention, layers: 1}"),
 ]  # fmt: skip
 

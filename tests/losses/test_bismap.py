@@ -17,6 +17,7 @@ from torch import nn
 
 from datasets.toy import Toy
 from engine import distributed
+from engine.build import build
 from engine.errors import UserError
 from engine.prepare import Preparation
 from losses import bismap
@@ -440,14 +441,15 @@ def test_a_map_of_ones_is_the_ordinary_cross_entropy_and_the_divisor_is_the_numb
     ("options", "message"),
     [
         ({"entropy": "gta5"}, "has 19 classes, the data 5"),
-        ({"clusters": 0}, "clusters needs positive"),
-        ({"size": [128]}, "size needs positive"),
-        ({"grid": [4, 0.5]}, "grid needs positive"),
+        ({"clusters": 0}, "'clusters' must be an int of at least 1"),
+        ({"size": [128]}, "'size' must be a list of length 2"),
+        ({"grid": [4, 0.5]}, "'grid.1' must be an int"),
     ],
 )
 def test_options_of_the_map_that_are_none_are_errors(options, message):
+    spec = {"name": "bismap.Transferability", **options}
     with pytest.raises(ValueError, match=message):
-        Transferability(num_classes=K, **options)
+        build("losses", spec, num_classes=K)
 
 
 # --- transferability: prepared ---------------------------------------------------------------------------------------
@@ -825,8 +827,8 @@ def test_consistency_rises_over_the_ramp():
     factors = [Consistency().factor(step) for step in (0, 1000, 2000, 3000, 4000, 9000)]
     assert factors == pytest.approx([0.0067, 0.060, 0.287, 0.732, 1, 1], abs=5e-4)
     assert Consistency(ramp=0).factor(0) == 1
-    with pytest.raises(ValueError, match="ramp=-1"):
-        Consistency(ramp=-1)
+    with pytest.raises(ValueError, match="option 'ramp' must be an int of at least 0, not -1"):
+        build("losses", {"name": "bismap.Consistency", "ramp": -1})
 
 
 def test_consistency_without_a_strong_view_names_the_mixer():

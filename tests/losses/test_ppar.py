@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.build import build
 from engine.config import ConfigError
 from engine.errors import UserError
 from engine.statistics import pure_labels
@@ -369,11 +370,12 @@ def test_what_is_missing_is_named():
     for loss in (TextFidelity(), Alignment(num_classes=K, easy="attention")):
         with pytest.raises(UserError, match=r"set model\.heads\.text_attention=\{name: text_att"):
             loss(a_step(shown(embedding), labels, None, members()))
+    alignment = {"name": "ppar.Alignment"}
     for options in ({"temperature": 0.0}, {"curriculum": 0.0}, {"start": 0.9}):
-        with pytest.raises(ValueError, match="temperature must be above 0"):
-            Alignment(num_classes=K, **options)
-    with pytest.raises(ValueError, match=r"low=1\.5"):
-        Reweight(low=1.5)
+        with pytest.raises(ConfigError, match=f"option '{next(iter(options))}' must be a float"):
+            build("losses", alignment | options, num_classes=K)
+    with pytest.raises(ConfigError, match=r"option 'low' must be a float in \[0, 1\], not 1\.5"):
+        build("losses", {"name": "ppar.Reweight", "low": 1.5})
 
 
 def test_parts_that_look_at_the_tower_are_refused_without_one():

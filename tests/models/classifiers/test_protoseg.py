@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal
 
+from engine.build import build as build_part
 from engine.errors import UserError
 from engine.statistics import resize_labels
 from losses import gmmseg, protoseg
@@ -664,19 +665,20 @@ def test_means_are_class_vectors_of_the_embedding(name):
 
 
 @pytest.mark.parametrize(
-    "cls, options, message",
+    "name, options, message",
     [
-        (ProtoSeg, {"per_class": 0}, "components=0"),
-        (ProtoSeg, {"momentum": 1.5}, "momentum=1.5"),
-        (ProtoSeg, {"update_every": 0}, "update_every=0"),
-        (GMMSeg, {"sharpness": 0.0}, "sharpness=0"),
-        (GMMSeg, {"queue": 5}, "queue=5 must be 0, or hold the pixels=20"),
-        (GMMSeg, {"floor": 0.0}, "floor=0"),
+        ("protoseg.ProtoSeg", {"per_class": 0}, "'per_class' must be an int"),
+        ("protoseg.ProtoSeg", {"momentum": 1.5}, "'momentum' must be a float"),
+        ("protoseg.ProtoSeg", {"update_every": 0}, "'update_every' must be an int"),
+        ("gmmseg.GMMSeg", {"sharpness": 0.0}, "'sharpness' must be a float above 0"),
+        ("gmmseg.GMMSeg", {"queue": 5}, "queue=5 must be 0, or hold the pixels=20"),
+        ("gmmseg.GMMSeg", {"floor": 0.0}, "'floor' must be a float above 0"),
     ],
 )
-def test_options_out_of_range_are_named(cls, options, message):
+def test_options_out_of_range_are_named(name, options, message):
+    spec = {"name": name, **options}
     with pytest.raises(ValueError, match=message):
-        cls(in_channels=D, num_classes=K, **options)
+        build_part("models.classifiers", spec, in_channels=D, num_classes=K)
 
 
 CROSS = "{name: cross_entropy.CrossEntropy}"

@@ -352,9 +352,9 @@ def test_only_the_last_blocks_are_guided():
     [
         ({"variant": "mask"}, "variant must be none, bias or tvt, not mask"),
         ({"blocks": 4}, "blocks=4 must be 1 to 3"),
-        ({"cell": 0}, "cell=0 at least 1"),
-        ({"rounds": -1}, "rounds=-1 at least 0"),
-        ({"opened": 1.5}, "opened=1.5 a share, 0 to 1"),
+        ({"cell": 0}, "'cell' must be an int in"),
+        ({"rounds": -1}, "'rounds' must be an int of at least 0"),
+        ({"opened": 1.5}, r"'opened' must be a float in \[0, 1\]"),
         ({"stage": 3}, "stage=3 must be a stage of a transformer"),
         ({"stage": 0}, "stage=0 must be a stage of a transformer"),
     ],

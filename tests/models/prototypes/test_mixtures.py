@@ -69,11 +69,6 @@ def test_score_is_the_log_density_of_torch_distributions(layout, chunk):
     reference = MixtureSameFamily(Categorical(mixtures.component_weights), normal)
     expected = reference.log_prob(rows(features)[:, None]).view(2, 5, 4, K).permute(0, 3, 1, 2)
     torch.testing.assert_close(mixtures.score(features), expected, rtol=1e-12, atol=1e-12)
-    joint = normal.log_prob(rows(features)[:, None, None]) + mixtures.component_weights.log()
-    components = mixtures.components(features)
-    assert components.shape == (2, K, M, 5, 4)
-    expected = joint.view(2, 5, 4, K, M).permute(0, 3, 4, 1, 2)
-    torch.testing.assert_close(components, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_of_the_score_is_the_numerical_one():
@@ -155,8 +150,8 @@ def test_half_precision_features_are_scored_in_float32_also_under_autocast(dtype
     mixtures = random_mixtures(dtype=torch.float32)
     features = torch.randn(1, D, 6, 6).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        scores, components = mixtures.score(features), mixtures.components(features)
-    assert scores.dtype == components.dtype == torch.float32
+        scores = mixtures.score(features)
+    assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, mixtures.score(features.float()), rtol=0, atol=0)
 
 
