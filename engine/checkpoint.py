@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from engine import contents, distributed, weights
-from engine.config import difference, plain
-from engine.errors import UserError
+from engine.config import check_resume, difference, plain
+from engine.errors import NonFinite, UserError
 
 FORMAT = 1
 logger = logging.getLogger("engine")
@@ -47,15 +47,20 @@ def save(path, content, required=True):
 
 
 def content(stateful, dataset, **about):
-    """What a checkpoint holds: the states of all parts, the classes, the generators of all processes, and `about`."""
+    """What a checkpoint holds: the states of all parts, generators of all processes, and `about`.
+
+    Raises:
+        NonFinite: on every process, if a tensor of one of them is not finite.
+    """
     state = {name: part.state_dict() for name, part in stateful.items()}
+    name, rng = first_nonfinite(state), distributed.gather(rng_state())
+    if distributed.any_process(name is not None):
+        raise NonFinite(
+            f"step {about['step']}: {name or 'a tensor of another process'} is not finite. Nothing "
+            "was written over the checkpoints before. Lower optimizer.lr, or set optimizer.clip=1"
+        )
     palette = [list(map(int, color)) for color in dataset.PALETTE]
-    return state | {
-        "classes": list(dataset.CLASSES),
-        "palette": palette,
-        "rng": distributed.gather(rng_state()),
-        **about,
-    }
+    return state | {"classes": list(dataset.CLASSES), "palette": palette, "rng": rng, **about}
 
 
 def first_nonfinite(state):
@@ -104,21 +109,26 @@ def fingerprint(dataset):
     return [len(dataset), hashlib.sha256(names.encode()).hexdigest()[:16]]
 
 
-def check_data(path, before, data, resume):
-    """Compare the training sets of a checkpoint with those of the run that is to go on from it.
+def check_same(path, saved, cfg, data):
+    """Compare a checkpoint with the run that is to go on from it.
 
     Args:
-        before, data: {name of the set: fingerprint}, then and now.
+        saved: content of the checkpoint at `path`.
+        cfg: configuration of the run.
+        data: {name of a training set: fingerprint} of the run.
     Raises:
-        UserError: they differ, and the checkpoint was not named explicitly; otherwise that is a warning.
+        ConfigError: the configurations differ.
+        UserError: the training sets do, and the checkpoint was not named explicitly; otherwise that
+            is a warning.
     """
-    for name in before:
-        if data.get(name) != before[name]:
+    check_resume(saved["config"], cfg)
+    for name, before in saved.get("data", {}).items():
+        if data.get(name) != before:
             message = (
-                f"data.{name} is not what {path} was trained on: {before[name][0]} images then, {data[name][0]} now, or "
-                "other names"
+                f"data.{name} is not what {path} was trained on: {before[0]} images then, "
+                f"{data[name][0]} now, or other names"
             )
-            if resume == "auto":
+            if cfg.resume == "auto":
                 remedy = f"choose another folder=..., or go on all the same with resume={path}"
                 raise UserError(f"{message}; {remedy}")
             logger.warning(message)

@@ -175,15 +175,16 @@ class Log:
                 self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
                 self.scalars_file.flush()
 
-    def progress(self, step, total, values, pace, batch_size, device):
+    def progress(self, step, total, values, laps, batch_size, device):
         """The line and the scalars of a step.
 
         Args:
             values: averages since the last line.
-            pace: seconds per step.
+            laps: seconds of each step since then.
         Returns:
             the time that is left, as text.
         """
+        pace = sum(laps) / len(laps)
         days, left = divmod(round((total - step) * pace), 86400)
         eta = f"{days} d " * (days > 0) + time.strftime("%H:%M:%S", time.gmtime(left))
         rate = max(value for name, value in values.items() if name.startswith("train/lr"))

@@ -137,7 +137,7 @@ def build_prototypes(specs, joint=0, **context):
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
 
 
-def build_tower(spec, joint):
+def build_tower(spec, joint, device="cpu"):
     """`dg.tower`, the frozen tower of images, None where there is none.
 
     Raises:
@@ -155,4 +155,4 @@ def build_tower(spec, joint):
             f"the joint space of dg.tower has {tower.joint} channels, and that of model.heads.projector {joint}: set "
             f"its channels to {tower.joint}"
         )
-    return tower.requires_grad_(False).eval()
+    return tower.requires_grad_(False).eval().to(device)
