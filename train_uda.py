@@ -49,11 +49,12 @@ def build_parts(cfg, model, classes):
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
     labeling = [source_weights, *labelers] if source_weights else [*labelers]
     needs_teacher = any(part.needs_teacher for part in [*labeling, *losses.values()])
-    lacks = {"ema": not cfg.train.teacher, "frozen": False, "none": True}[cfg.stage.teacher]
-    if needs_teacher and lacks:
+    if needs_teacher and (
+        cfg.stage.teacher == "none" or (cfg.stage.teacher == "ema" and not cfg.train.teacher)
+    ):
         raise config.ConfigError(
             f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen; of ema, "
-            f"train.teacher=0 would copy the student, so set 0.99 to 0.999"
+            "train.teacher=0 would copy the student, so set 0.99 to 0.999"
         )
     return members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher
 
@@ -233,9 +234,14 @@ def main(arguments):
             averaged = stages[1:] and first.stage.teacher == "ema"
             kind = first.eval.weights if averaged else "student"
             before = restore(start, [f"eval.weights={kind}"])[0].to(run.device)
-        tests = data[-1].test or {"val": data[-1].val}
-        autocast = precision.autocast(run.device, cfg.precision)
-        final_report(network, tests, stages[-1].eval, autocast, run, before)
+        final_report(
+            network,
+            data[-1].test or {"val": data[-1].val},
+            stages[-1].eval,
+            precision.autocast(run.device, cfg.precision),
+            run,
+            before,
+        )
     return run.close()
 
 

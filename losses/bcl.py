@@ -32,13 +32,13 @@ LabelTransfer is reconstructed [R] from the paper's overview figure and abstract
 calibration: off`, which equals no LabelTransfer at all.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
 from engine import distributed
-from engine.ranges import Positive, Share
+from engine.ranges import Momentum, Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -78,12 +78,8 @@ class StaticLabels(Labeler):
     stored = True
     labels_images = True
 
-    def __init__(self, *, num_classes, share: float = 0.1):
+    def __init__(self, *, num_classes, share: Annotated[float, "(0, 1]"] = 0.1):
         super().__init__()
-        if not 0 < share <= 1:
-            raise ValueError(
-                f"share={share} is no share of the pixels: it must be above 0 and at most 1"
-            )
         self.share = share
         self.register_buffer("theta", torch.full((num_classes,), torch.inf))
 
@@ -101,12 +97,17 @@ class StaticLabels(Labeler):
         highest = (above >= self.share * above[:, :1].double()).sum(1) - 1
         self.theta.copy_(torch.where(above[:, 0] > 0, highest / STEPS + LOW, torch.inf))
 
-        def make(index, image, label):
-            return self.select(*log_odds(preparation.segment(image).logits, image.shape[-2:]))[0]
-
-        reached = [float(t) if t.isfinite() else None for t in self.theta.to("cpu")]
-        settings = {"labeler": "bcl.StaticLabels", "share": self.share, "log_odds": reached}
-        preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
+        preparation.store(
+            "pseudo_labels",
+            preparation.target,
+            lambda index, image, label: self.label(preparation, image, {})[0],
+            {
+                "labeler": "bcl.StaticLabels",
+                "share": self.share,
+                "log_odds": [float(t) if t.isfinite() else None for t in self.theta.to("cpu")],
+            },
+            palette=True,
+        )
 
     def select(self, sure, classes):
         """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
@@ -118,7 +119,11 @@ class StaticLabels(Labeler):
         return torch.where(chosen, classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`."""
+        """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`.
+
+        Args:
+            network: anything with the method `segment`.
+        """
         return self.select(*log_odds(network.segment(image).logits, image.shape[-2:]))
 
     def before(self, step):
@@ -138,9 +143,11 @@ def cosines(features, means, present):
     return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
 
 
-def pair(outputs):
-    """Features of source and target, of at least float32: the i-th images of both are a pair."""
-    return [precise(outputs[view].features) for view in ("source", "target")]
+def image_sums(features, labels, num_classes):
+    """Class sums (B, K, D) of each image, and which classes occur in it (B, K)."""
+    labels = resize_labels(labels, features.shape[-2:])
+    sums, counts = class_sums(features, labels, num_classes, per_image=True)
+    return sums, counts > 0
 
 
 class LabelTransfer(Labeler):
@@ -175,16 +182,13 @@ class LabelTransfer(Labeler):
         dynamic: Literal["off", "fill"] = "fill",
         calibration: Literal["off", "ema"] = "ema",
         confidence: Share = 0.8,
-        momentum: float = 0.99,
-        ramp: float = 0.0,
+        momentum: Momentum = 0.99,
+        ramp: Share = 0.0,
         temperature: Positive = 0.1,
     ):
         super().__init__()
-        if not (0 <= momentum < 1 and 0 <= ramp <= 1):
-            raise ValueError(f"momentum={momentum} must be in [0, 1), and ramp={ramp} in [0, 1]")
-        self.dynamic, self.calibration = dynamic, calibration
-        self.confidence, self.momentum = confidence, momentum
-        self.ramp, self.temperature = ramp, temperature
+        self.dynamic, self.calibration, self.ramp = dynamic, calibration, ramp
+        self.confidence, self.momentum, self.temperature = confidence, momentum, temperature
         self.register_buffer("bias", torch.zeros(num_classes, in_channels))
         self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.long))
         # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in the last column.
@@ -196,32 +200,34 @@ class LabelTransfer(Labeler):
         truth = step.labels["source"]
         static = step.labels.get("target", torch.full_like(truth, IGNORE))
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = (F.normalize(x, dim=1, eps=EPS) for x in pair(step.outputs))
+            source, target = (
+                F.normalize(precise(step.outputs[view].features), dim=1, eps=EPS)
+                for view in ("source", "target")
+            )
             means, known = self.unit_means(source, truth)
             if self.calibration == "ema":
                 reached, found = self.unit_means(target, static)
                 both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
-                moves = torch.cat([(reached - means) * both, both], 2).sum(0)
-                self.moves += moves.to(self.moves.dtype)
+                self.moves += (
+                    torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
+                )
             if self.dynamic == "fill":
                 strength = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
                 dynamic = self.nearest(target, means + strength * self.bias, known)
-                dynamic = resize_labels(dynamic, static.shape[-2:])
-                static = torch.where(static == IGNORE, dynamic, static)
+                static = static.where(static != IGNORE, resize_labels(dynamic, static.shape[-2:]))
         step.labels["target"] = static
 
     def unit_means(self, features, labels):
         """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur (B, K)."""
-        labels = resize_labels(labels, features.shape[-2:])
-        sums, counts = class_sums(features, labels, len(self.updates), per_image=True)
-        return F.normalize(sums, dim=2, eps=EPS), counts > 0
+        sums, known = image_sums(features, labels, len(self.updates))
+        return F.normalize(sums, dim=2, eps=EPS), known
 
     def nearest(self, features, means, known):
         """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B, K)."""
         scores = cosines(features, means.to(features.dtype), known) / self.temperature
         confidence, classes = scores.softmax(1).max(1)
-        real = known.gather(1, classes.flatten(1)).view_as(classes)
-        return torch.where((confidence > self.confidence) & real, classes, IGNORE)
+        sure = known.gather(1, classes.flatten(1)).view_as(classes) & (confidence > self.confidence)
+        return classes.where(sure, IGNORE)
 
     @torch.no_grad()
     def update(self, step):
@@ -229,8 +235,7 @@ class LabelTransfer(Labeler):
         total = distributed.all_reduce(self.moves).masked_fill(step.skipped, 0)
         moved = total[:, -1] > 0
         mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-        bias = torch.lerp(mean, self.bias, self.momentum)
-        self.bias.copy_(torch.where(moved[:, None], bias, self.bias))
+        self.bias.copy_(self.bias.where(~moved[:, None], mean.lerp(self.bias, self.momentum)))
         self.updates += moved
         self.moves.zero_()
 
@@ -277,26 +282,25 @@ class Contrast(Loss):
     def forward(self, step):
         truth, pseudo = step.labels["source"], step.labels["target"]
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = pair(step.outputs)
+            source, target = (precise(step.outputs[v].features) for v in ("source", "target"))
             rho_s, in_source = self.vectors(self.members[0], step.prototypes, source, truth)
             rho_t, in_target = self.vectors(self.members[1], step.prototypes, target, pseudo)
             both = in_source & in_target  # O, (B, K)
-            forward = self.towards(rho_s, in_source, target, pseudo, both)
-            backward = self.towards(rho_t, in_target, source, truth, both)
-            return self.forward_weight * forward + self.backward_weight * backward
+            return self.forward_weight * self.towards(
+                rho_s, in_source, target, pseudo, both
+            ) + self.backward_weight * self.towards(rho_t, in_target, source, truth, both)
 
     def vectors(self, name, prototypes, features, labels):
         """Vectors (B, K, D) of a member for each image, and which classes have one (B, K)."""
-        labels = resize_labels(labels, features.shape[-2:])
         if name == "pair" and name not in prototypes:
             # Sums stand for means, since a cosine divides by the length.
-            means, counts = class_sums(features, labels, self.num_classes, per_image=True)
-            present = counts > 0
+            means, present = image_sums(features, labels, self.num_classes)
         else:
-            prototype = member(prototypes, name, "bcl.Contrast")
-            means, present = prototype.pair_means(features, labels)
-            means = means.to(features.dtype)
-        return means.detach() if self.detach_prototypes else means, present
+            means, present = member(prototypes, name, "bcl.Contrast").pair_means(
+                features, resize_labels(labels, features.shape[-2:])
+            )
+        means = means.detach() if self.detach_prototypes else means
+        return means.to(features.dtype), present
 
     def towards(self, means, present, features, labels, both):
         """The loss of one direction.
@@ -305,6 +309,7 @@ class Contrast(Loss):
         over pixels is one over cells that counts their pixels, and nothing of the labels' size needs a gradient.
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
-        counts = pixels_of_cells(labels, features.shape[-2:], self.num_classes)
-        counts = counts * both[..., None, None]
+        counts = (
+            pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
+        )
         return -((log_p * counts).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()

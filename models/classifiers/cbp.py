@@ -85,38 +85,39 @@ class CBP(Classifier):
     ):
         super().__init__()
         count = num_classes * per_class
-        if per_class < 1 or (per_class > 1 and init != "random"):
-            raise ValueError(
-                f"per_class is {per_class}: it must be at least 1, and 1 with a file of rows as init"
-            )
-        if ortho and count > in_channels and fallback == "none":
-            what = f"{num_classes} classes" + f" with {per_class} prototypes each" * (per_class > 1)
-            raise ValueError(
-                f"{what} need at least {count} feature channels for orthogonal prototypes, and the decoder has "
-                f"{in_channels}: raise model.decoder.width, or set model.classifier.fallback=polar"
-            )
-        if not equal and (update == "penalty" or (ortho and count > in_channels)):
-            raise ValueError(
-                "update: penalty and a fallback make all prototypes equally long: they need equal: true"
-            )
+        what = f"{num_classes} classes" + f" with {per_class} prototypes each" * (per_class > 1)
+        short = ortho and count > in_channels
+        wrong = {
+            f"per_class is {per_class}: it must be 1 with a file of rows as init": (
+                per_class > 1 and init != "random"
+            ),
+            f"{what} need at least {count} feature channels for orthogonal prototypes, and the "
+            f"decoder has {in_channels}: raise model.decoder.width, or set "
+            "model.classifier.fallback=polar": short and fallback == "none",
+            "update: penalty and a fallback make all prototypes equally long: they need equal: "
+            "true": not equal and (short or update == "penalty"),
+        }
+        if sentences := [sentence for sentence, met in wrong.items() if met]:
+            raise ValueError(sentences[0])
         self.per_class, self.length, self.momentum, self.pool = per_class, length, momentum, pool
         self.unit, self.by_sinkhorn = update == "penalty", assign == "sinkhorn"
         self.follows = update == "ema"
-        if init == "random":
-            drawn = basis.kaiming_rows(count, in_channels)
-        else:
-            drawn = read(init, rows, map or {}, classes, in_channels)
+        drawn = (
+            basis.kaiming_rows(count, in_channels)
+            if init == "random"
+            else read(init, rows, map or {}, classes, in_channels)
+        )
         if not ortho:
             vectors = F.normalize(drawn, dim=1) * length if equal else drawn
-        elif count <= in_channels:
-            vectors = basis.gram_schmidt(drawn, equal) * (length if equal else 1.0)
-        else:
+        elif short:
             vectors = basis.frame(drawn, fallback) * length
             if not vectors.is_meta:
-                about = f"{count} prototypes in {in_channels} channels ({fallback})"
                 logger.info(
-                    f"cbp.CBP: {about}: the largest |cosine| of two is {float(basis.coherence(vectors)):.3f}"
+                    f"cbp.CBP: {count} prototypes in {in_channels} channels ({fallback}): the "
+                    f"largest |cosine| of two is {float(basis.coherence(vectors)):.3f}"
                 )
+        else:
+            vectors = basis.gram_schmidt(drawn, equal) * (length if equal else 1.0)
         if not vectors.is_meta and not vectors.norm(dim=1).min() > 1e-6 * length:
             raise ValueError(f"{init} has a row that is zero or not finite")
         self.prototypes = basis.Rows(vectors, learned=update in ("gradient", "penalty"))
@@ -155,30 +156,28 @@ class CBP(Classifier):
         return cosine(features, self.every()).unflatten(1, (-1, self.per_class))
 
     def assign(self, scores, labels):
-        """Cosines (B, K, M, h, w) and labels (B, h, w) -> numbers of prototypes (B, h, w), label M + 0 ... M - 1; -1
-        where there is no label."""
-        count = scores.shape[1]
+        """Cosines (B, K, M, h, w), labels (B, h, w) -> numbers of prototypes (B, h, w).
+
+        Those of a label are M label + 0 ... M - 1; -1 stands where there is no label.
+        """
 
         def choose(rows, classes):
-            return (
-                balanced(rows, classes, count, sharpness=0.05, rounds=3)
-                if self.by_sinkhorn
-                else rows.argmax(1)
-            )
+            return balanced(rows, classes, scores.shape[1], sharpness=0.05, rounds=3)
 
-        return numbered(scores, labels, choose)
+        return numbered(
+            scores, labels, choose if self.by_sinkhorn else lambda rows, _: rows.argmax(1)
+        )
 
     @torch.no_grad()
     def update(self, batches, step=None):
         """update: ema, after an optimiser step."""
-        if not self.follows:
-            return
-        vectors = self.prototypes.vectors
-        if self.per_class > 1:
-            batches = ((f, self.assign(self.cosines(f), labels), w) for f, labels, w in batches)
-        means, present = class_means(batches, vectors)
-        moved = torch.lerp(means, vectors, self.momentum)
-        vectors.copy_(torch.where(present[:, None], moved, vectors))
+        if self.follows:
+            vectors = self.prototypes.vectors
+            if self.per_class > 1:
+                batches = ((f, self.assign(self.cosines(f), labels), w) for f, labels, w in batches)
+            means, present = class_means(batches, vectors)
+            moved = torch.lerp(means, vectors, self.momentum)
+            vectors.copy_(torch.where(present[:, None], moved, vectors))
 
 
 def read(file, rows, mapped, classes, dim):
@@ -186,5 +185,5 @@ def read(file, rows, mapped, classes, dim):
     if not classes:
         raise ValueError(f"init: {file} is read by the names of the classes, and there are none")
     vectors, names = read_rows(file, rows)
-    taken = choose(names, classes, mapped, file)
-    return basis.resized_rows(torch.stack([vectors[numbers].mean(0) for numbers in taken]), dim)
+    taken = [vectors[numbers].mean(0) for numbers in choose(names, classes, mapped, file)]
+    return basis.resized_rows(torch.stack(taken), dim)
