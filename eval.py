@@ -49,7 +49,7 @@ from engine.files import write
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
 from engine.process import run
-from engine.report import domain_table, label_scalars, pseudo_label_quality, report
+from engine.report import domain_table, pseudo_label_quality, report
 from losses.build import build_adaptation
 from models.build import build_prototypes, joint_channels, restore, trained_with
 
@@ -91,11 +91,9 @@ def protocol_name(changes):
             told = "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
             words.append(told if isinstance(value, str) else f"{name}{told}")
     if others:
-        words.append(
-            "-".join([*dict.fromkeys(key.split(".")[0] for key in others), digest(others)])
-        )
-    words = [re.sub(r"[^\w.]+", "-", word) for word in words]
-    readable = "".join(f"_{word}" for word in words)
+        sections = dict.fromkeys(key.split(".")[0] for key in others)
+        words.append("-".join([*sections, digest(others)]))
+    readable = "".join("_" + re.sub(r"[^\w.]+", "-", word) for word in words)
     return readable if len(readable) <= 80 else f"_{digest(changes)}"
 
 
@@ -145,8 +143,9 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
         "checkpoint": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "step": saved["step"],
+        "labeler": config.plain(spec),
+        "weights": cfg.eval.weights,
     }
-    about |= {"labeler": config.plain(spec), "weights": cfg.eval.weights}
 
     def make(index, image, label):
         with autocast:
@@ -155,9 +154,7 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     for name, dataset in datasets.items():
         quality = {}
         if dataset.labels:
-            quality = label_scalars(
-                *pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
-            )
+            quality = pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
             logger.info(
                 f"\n{name}: per cent\n"
                 + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items())
@@ -176,10 +173,8 @@ def main(arguments):
     for key, only in (("export", "pseudo_labels"), ("diagnostics", "true")):
         if own.get(key, only) != only:
             raise ConfigError(f"{key} must be {only}, not {own[key]}")
-    if "pairs" in own:
-        if "diagnostics" not in own:
-            raise ConfigError("pairs belongs to diagnostics=true")
-        own["pairs"] = config.read_yaml(own["pairs"], "pairs")
+    if "pairs" in own and "diagnostics" not in own:
+        raise ConfigError("pairs belongs to diagnostics=true")
     if not paths:
         raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
     to_console()
@@ -237,7 +232,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     about["overrides"] = config.plain(changes)
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:
-        pairs = checked_pairs(pairs, saved["classes"])
+        pairs = checked_pairs(pairs and config.read_yaml(pairs, "pairs"), saved["classes"])
         train_set = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
         counts = class_counts(train_set, cfg.data.cache, cfg.data.workers).sum(0)
     matrices = report(network, datasets, cfg.eval, device, autocast, folder, about)

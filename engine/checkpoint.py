@@ -76,15 +76,13 @@ def first_nonfinite(state):
                 collect(item, f"{name}.{key}" if name else str(key))
         elif torch.is_tensor(value) and value.is_floating_point():
             bad = value.isnan() if name.startswith("labelers") else ~value.isfinite()
-            found[name] = bad.any()
+            found.setdefault(bad.device, {})[name] = bad.any()
 
     collect(state, "")
-    devices = {flag.device for flag in found.values()}
-    for device in devices:  # one wait for each
-        names = [name for name, flag in found.items() if flag.device == device]
-        flags = torch.stack([found[name] for name in names]).tolist()
-        if any(flags):
-            return names[flags.index(True)]
+    for flags in found.values():  # one wait for each device
+        broken = torch.stack([*flags.values()]).tolist()
+        if any(broken):
+            return [*flags][broken.index(True)]
     return None
 
 
@@ -159,9 +157,7 @@ def save_light(path, content, required=False):
 
 def list_steps(folder):
     """Paths of `step_<n>.pt`, the newest first."""
-    paths = [
-        path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)
-    ]
+    paths = (p for p in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", p.stem))
     return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 

@@ -136,12 +136,10 @@ class Averages:
 
     def take(self):
         """Averages over steps and processes -> {name: float}, the same on every process; starts anew."""
-        names, count = list(self.sums), max(self.count, 1)
-        if not names:
-            return {}
-        values = distributed.mean(torch.stack([self.sums[name] for name in names])).tolist()
+        sums, count = self.sums, self.count
         self.sums, self.count = {}, 0
-        return {name: value / count for name, value in zip(names, values)}
+        values = distributed.mean(torch.stack([*sums.values()])).tolist() if sums else []
+        return {name: value / count for name, value in zip(sums, values)}
 
 
 class Log:
@@ -188,8 +186,11 @@ class Log:
         days, left = divmod(round((total - step) * pace), 86400)
         eta = f"{days} d " * (days > 0) + time.strftime("%H:%M:%S", time.gmtime(left))
         rate = max(value for name, value in values.items() if name.startswith("train/lr"))
-        text = f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}"
-        logger.info(f"{text}  {pace:.3f} s/step  eta {eta}", extra={"progress": True})
+        logger.info(
+            f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}  "
+            f"{pace:.3f} s/step  eta {eta}",
+            extra={"progress": True},
+        )
         speed = {"train/images_per_sec": batch_size / pace, "train/samples": step * batch_size}
         self.scalars(values | speed | {"train/max_mem_gb": peak_memory(device)}, step)
         return eta

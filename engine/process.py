@@ -44,21 +44,19 @@ def run(main, usage):
     except UserError as error:
         leave(1, f"error{_process()}: {error}")
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower train.batch_size, raise train.accumulate, take smaller crops or precision=bf16"
+        leave(
+            1,
+            f"error{_process()}: {str(error).splitlines()[0]} What helps: lower train.batch_size, "
+            "raise train.accumulate, take smaller crops or precision=bf16",
         )
-        leave(1, f"error{_process()}: {str(error).splitlines()[0]} What helps: {remedy}")
-    except OSError as error:
-        if error.errno in OUTSIDE:
-            leave(1, f"error{_process()}: {error}")
-        traceback.print_exc()
-        leave(1)
     except SystemExit as error:
         leave(
             error.code if isinstance(error.code, int) else 1,
             error.code if isinstance(error.code, str) else "",
         )
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in OUTSIDE:
+            leave(1, f"error{_process()}: {error}")
         traceback.print_exc()
         leave(1)
     if code:
