@@ -8,8 +8,8 @@ writes for each picture NAME of PICTURES (sub folders too)
     OUT/colors/NAME.png     the same ids as a palette PNG
     OUT/overlays/NAME.png   class colours over the picture
 
-NAME has no suffix; pictures whose names differ in the suffix alone keep it, as in a.jpg.png. What is hidden, and OUT
-itself, is left out. A picture that cannot be read is named and skipped.
+NAME has no suffix; pictures whose names differ in the suffix alone keep it, as in a.jpg.png. What
+is hidden, and OUT itself, is left out. A picture that cannot be read is named and skipped.
 """
 
 import logging
@@ -34,10 +34,12 @@ KINDS = ("ids", "colors", "overlays")
 
 
 def find_pictures(source, out):
-    """PICTURES and OUT -> {path of a picture: path of its results below OUT/ids, OUT/colors and OUT/overlays}.
+    """PICTURES and OUT -> {path of a picture: path of its results below OUT/ids, OUT/colors and
+    OUT/overlays}.
 
     Raises:
-        DataError: no such file or folder, no pictures in it, or results that would overwrite pictures.
+        DataError: no such file or folder, no pictures in it, or results that would overwrite
+            pictures.
     """
     if not source.exists():
         raise DataError(f"there is no file or folder {source}")

@@ -1,4 +1,5 @@
-"""Domain generalisation: trained on labelled sources alone, reported on domains that were never seen.
+"""Domain generalisation: trained on labelled sources alone, reported on domains that were never
+seen.
 
     python train_dg.py configs/toy/dg_ppar.yaml
     torchrun --nproc_per_node=4 train_dg.py configs/dg/gta5_ppar_resnet50.yaml optimizer.lr=0.02
@@ -33,7 +34,8 @@ logger = logging.getLogger("engine")
 
 
 def of_tower(tower, image, labels):
-    """Dense features of the image tower, and the labels of its cells that are nearly of one class."""
+    """Dense features of the image tower, and the labels of its cells that are nearly of one
+    class."""
     dense = tower.dense(image)
     return dense, pure_labels(labels, dense.shape[-2:])
 

@@ -1,6 +1,8 @@
-"""Checkpoints: safe types, written whole or not at all, found again after the queue has killed the job.
+"""Checkpoints: safe types, written whole or not at all, found again after the queue has killed the
+job.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without running any code:
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without
+running any code:
 
     format step model teacher prototypes optimizer scaler rng best seconds config classes palette
     stage stage_step labelers maps      (train_uda.py)
@@ -24,10 +26,12 @@ logger = logging.getLogger("engine")
 
 
 def save(path, content, required=True):
-    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing.
+    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all
+    of it or nothing.
 
     Raises:
-        UserError: the file is `required` and could not be written. Otherwise that is a warning, and training goes on.
+        UserError: the file is `required` and could not be written. Otherwise that is a warning, and
+            training goes on.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -64,7 +68,8 @@ def content(stateful, dataset, **about):
 
 
 def first_nonfinite(state):
-    """The dotted name of a tensor in nested dicts that holds a NaN or an infinity; None if there is none.
+    """The dotted name of a tensor in nested dicts that holds a NaN or an infinity; None if there is
+    none.
 
     Thresholds of labelers may be infinite: a class that was never predicted has no threshold.
     """
@@ -90,7 +95,8 @@ def load(path, needed=contents.EVALUATED):
     """Read a checkpoint of this project, which must hold the `needed` keys.
 
     Raises:
-        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint of this project.
+        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint
+            of this project.
         ConfigError: its configuration has an unknown key or a value of a wrong type.
     """
     content = weights.read(path)
@@ -102,7 +108,8 @@ def load(path, needed=contents.EVALUATED):
 
 
 def fingerprint(dataset):
-    """[number of images, hash of their names]: changes when images are added, removed or renamed."""
+    """[number of images, hash of their names]: changes when images are added, removed or
+    renamed."""
     names = "\n".join(dataset.stem(index) for index in range(len(dataset)))
     return [len(dataset), hashlib.sha256(names.encode()).hexdigest()[:16]]
 
@@ -133,7 +140,8 @@ def check_same(path, saved, cfg, data):
 
 
 def save_step(folder, content, keep, final=False):
-    """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one is required."""
+    """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one
+    is required."""
     if not distributed.is_main():
         return
     save(Path(folder) / f"step_{content['step']:07d}.pt", content, required=final)
@@ -164,8 +172,9 @@ def list_steps(folder):
 def find(cfg):
     """The checkpoint to go on from.
 
-    `resume: auto` takes the newest complete one of the run folder, `none` starts anew. A path is taken, unless this
-    very configuration has gone on from it before, as when a queue starts a command again: then the newest that it wrote.
+    `resume: auto` takes the newest complete one of the run folder, `none` starts anew. A path is
+    taken, unless this very configuration has gone on from it before, as when a queue starts a
+    command again: then the newest that it wrote.
 
     Returns:
         (path, content), or (None, None) for a fresh start.
@@ -174,7 +183,8 @@ def find(cfg):
     if resume == "none":
         if list_steps(folder):
             raise UserError(
-                f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto"
+                f"{folder} holds checkpoints of another run: choose another folder=..., or "
+                f"resume=auto"
             )
         return None, None
     for path in list_steps(folder):
@@ -190,8 +200,8 @@ def find(cfg):
 
 
 def tidy(folder, start, resume):
-    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later ones move to
-    `abandoned/`: they are neither lost nor taken for those of this run."""
+    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later
+    ones move to `abandoned/`: they are neither lost nor taken for those of this run."""
     for path in Path(folder).glob("*.tmp.*"):
         path.unlink(missing_ok=True)
     for path in list_steps(folder) if resume not in ("auto", "none") else []:
@@ -201,7 +211,8 @@ def tidy(folder, start, resume):
 
 
 def rng_state():
-    """The state of this process's generators. Dropout and drop path need it; all else is a function of the step."""
+    """The state of this process's generators. Dropout and drop path need it; all else is a function
+    of the step."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -212,7 +223,8 @@ def set_rng_state(states):
     """Restore the generators from the list that one `rng_state` per process made."""
     if len(states) != distributed.world_size():
         logger.warning(
-            f"the checkpoint comes from {len(states)} processes and there are {distributed.world_size()} now: "
+            f"the checkpoint comes from {len(states)} processes and there are "
+            f"{distributed.world_size()} now: "
             "dropout will not repeat bitwise"
         )
         return

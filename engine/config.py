@@ -1,15 +1,17 @@
 """Configuration: one YAML per experiment.
 
-    cfg = load("configs/camvid/resnet18_cbp_occl.yaml", ["optimizer.lr=1e-4", "losses.occl.weight=0"])
+    cfg = load("configs/toy/supervised.yaml", ["optimizer.lr=1e-4", "losses.occl.weight=0"])
 
-A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own keys). Below them all
-lies `configs/defaults.yaml`: it lists every key with its meaning and unit, and a key or a type that is not in it is an
-error. A mapping with a `name: module.Class` is a component (engine/build.py); its other keys are keywords of the
-constructor. Naming another class replaces the component, so no option of the old class is left behind.
+A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own
+keys). Below them all lies `configs/defaults.yaml`: it lists every key with its meaning and unit,
+and a key or a type that is not in it is an error. A mapping with a `name: module.Class` is a
+component (engine/build.py); its other keys are keywords of the constructor. Naming another class
+replaces the component, so no option of the old class is left behind.
 
-YAML is read as the core schema of version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no` are strings, `010` is
-ten, and a key that appears twice is an error. Numbers are finite. `${NAME}` in a string is the environment variable
-NAME, and a string that starts with `~/` starts with the home folder.
+YAML is read as the core schema of version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no`
+are strings, `010` is ten, and a key that appears twice is an error. Numbers are finite. `${NAME}`
+in a string is the environment variable NAME, and a string that starts with `~/` starts with the
+home folder.
 """
 
 import difflib
@@ -151,7 +153,7 @@ class Config(dict):
             ) from None
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 LEVELS, VALUES = (
@@ -218,7 +220,8 @@ _CORE = {
     "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
-    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",  # no .inf, no .nan
+    # no .inf, no .nan
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
 }
 for _tag, _pattern in _CORE.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
@@ -239,7 +242,8 @@ def _place(mark):
 
 
 def read_yaml(text, name):
-    """A YAML text -> plain values, with `${NAME}` replaced by environment variables and `~/` by the home folder."""
+    """A YAML text -> plain values, with `${NAME}` replaced by environment variables and `~/` by the
+    home folder."""
     try:
         loader = _Loader(text)
         loader.name = str(name)
@@ -270,7 +274,8 @@ def defaults():
 
 
 def _expand(value, name, count, level=1):
-    """Replace what stands for something else; count values, since an alias may stand for many or for what holds it."""
+    """Replace what stands for something else; count values, since an alias may stand for many or
+    for what holds it."""
     _limit(name, level, next(count))
     if isinstance(value, dict):
         return {key: _expand(item, name, count, level + 1) for key, item in value.items()}
@@ -287,7 +292,7 @@ def _expand(value, name, count, level=1):
     return value
 
 
-# --- merging and checking ------------------------------------------------------------------------------------------
+# --- merging and checking -------------------------------------------------------------------------
 
 
 def load(path, overrides=()):
@@ -295,13 +300,14 @@ def load(path, overrides=()):
 
     Args:
         path: YAML file.
-        overrides: strings `key.sub=value`, the value in YAML. An entry of a list is addressed by its position or, for
-            components, by its module: `losses.0.weight=1` or `losses.occl.weight=1`.
+        overrides: strings `key.sub=value`, the value in YAML. An entry of a list is addressed by
+            its position or, for components, by its module: `losses.0.weight=1` or
+            `losses.occl.weight=1`.
     Returns:
         Config with every key of `configs/defaults.yaml`; `save` writes it so that it runs alone.
     Raises:
-        ConfigError: unknown key, value out of its range, duplicate key, unreadable file; with a suggestion where there
-            is one.
+        ConfigError: unknown key, value out of its range, duplicate key, unreadable file; with a
+            suggestion where there is one.
     """
     config = override(_read_with_bases(Path(path), ()), overrides)
     if config["folder"] == "auto":
@@ -310,7 +316,8 @@ def load(path, overrides=()):
 
 
 def override(config, overrides):
-    """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get their defaults."""
+    """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get
+    their defaults."""
     schema = defaults()
     if not isinstance(config, dict):
         raise ConfigError(f"a configuration must hold keys and values, not {show(config)}")
@@ -331,18 +338,20 @@ def override(config, overrides):
     for name in config["data"]["seen"]:
         if name not in config["data"]["test"]:
             raise ConfigError(
-                f"data.seen names {show(name)}, which is not in data.test: {listing(config['data']['test'])}"
+                f"data.seen names {show(name)}, which is not in data.test: "
+                f"{listing(config['data']['test'])}"
             )
     stages(config)
     return _wrap(config)
 
 
 def stages(config):
-    """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any others.
+    """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any
+    others.
 
     Returns:
-        list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with its learning rate
-        multiplied by `lr_scale` once more.
+        list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with
+        its learning rate multiplied by `lr_scale` once more.
     """
     schema = STAGE | {key: value for key, value in defaults().items() if key != "stages"}
     result = []
@@ -369,7 +378,8 @@ def save(config, path):
 
 
 def check(config, where):
-    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the defaults.
+    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the
+    defaults.
 
     Raises:
         ConfigError: unknown key or wrong type; `where` it is.
@@ -398,8 +408,8 @@ def plain(config):
 
 
 def difference(old, new, prefix=""):
-    """The keys at which two configurations differ -> {dotted key: (old value, new value)}; entries of a list of
-    components go by their modules, as in an override."""
+    """The keys at which two configurations differ -> {dotted key: (old value, new value)}; entries
+    of a list of components go by their modules, as in an override."""
     changes = {}
     for key in sorted(set(old) | set(new), key=str):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
@@ -423,7 +433,8 @@ def _are_components(value):
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-# Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
+# Keys that may change between a checkpoint and the run that goes on from it: they do not change
+# what is computed.
 FREE = (
     "folder",
     "resume",
@@ -451,7 +462,8 @@ def check_resume(old, new):
     The last stage, or the one of a run without stages, may be longer than it was.
 
     Raises:
-        ConfigError: they differ in more than that and FREE, and the checkpoint was not named explicitly.
+        ConfigError: they differ in more than that and FREE, and the checkpoint was not named
+            explicitly.
     """
     old = override(old, [])  # keys that are new since then have their defaults
     free = [re.escape(key) for key in FREE]
@@ -464,12 +476,14 @@ def check_resume(old, new):
         changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ConfigError(
-            f"{new['folder']} holds a run with another configuration: {', '.join(changed[:5])}{more}. Choose another "
+            f"{new['folder']} holds a run with another configuration: "
+            f"{', '.join(changed[:5])}{more}. Choose another "
             "folder=..., or go on from it all the same with resume=PATH of the checkpoint"
         )
     if longer and before[-1] < after[-1]:
         logger.warning(
-            f"{before[-1]} -> {after[-1]} iterations: from the checkpoint on, the learning rate is that of the longer "
+            f"{before[-1]} -> {after[-1]} iterations: from the checkpoint on, the learning rate is "
+            f"that of the longer "
             "run"
         )
 
@@ -493,11 +507,13 @@ VIEWS = {
 
 
 def check_sections(config, script):
-    """What a configuration sets must have an effect in the script that reads it: train_supervised, train_uda, train_dg.
+    """What a configuration sets must have an effect in the script that reads it: train_supervised,
+    train_uda, train_dg.
 
     Raises:
-        ConfigError: a section that another script uses differs from the defaults, a loss or a member of the prototype
-            family needs another script's view, or the teacher is to be reported and there is none.
+        ConfigError: a section that another script uses differs from the defaults, a loss or a
+            member of the prototype family needs another script's view, or the teacher is to be
+            reported and there is none.
     """
     parts = stages(config)
     changed = [key for part in parts for key in difference(defaults(), plain(part))]
@@ -511,7 +527,8 @@ def check_sections(config, script):
         for key, view in spec.items():
             if str(key).endswith("view") and view not in VIEWS.get(script, (view,)):
                 raise ConfigError(
-                    f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are {listing(VIEWS[script])}"
+                    f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are "
+                    f"{listing(VIEWS[script])}"
                 )
     last = parts[-1]  # what is reported
     kind = last["stage"]["teacher"] if script == "train_uda" else "ema"
@@ -519,7 +536,8 @@ def check_sections(config, script):
         kind == "frozen" or (kind == "ema" and last["train"]["teacher"])
     ):
         raise ConfigError(
-            "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or eval.weights=student"
+            "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or "
+            "eval.weights=student"
         )
 
 
@@ -558,7 +576,8 @@ SEVERAL = ("data.train", "data.target")  # components that may be a list of comp
 
 
 def _check(value, schema, kinds, key, where, known=True):
-    """Compare values with the defaults and RANGES; `known`: another key is an error. `build` checks components."""
+    """Compare values with the defaults and RANGES; `known`: another key is an error. `build` checks
+    components."""
     if schema is None and kinds is None:
         return  # within a list
     if key.endswith(SEVERAL) and isinstance(value, list) and value:  # also within a stage
@@ -567,7 +586,8 @@ def _check(value, schema, kinds, key, where, known=True):
     elif isinstance(kinds or schema, dict):
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{where}: {brief(key)} must be a mapping with keys such as {listing(schema)}, not {show(value)}"
+                f"{where}: {brief(key)} must be a mapping with keys such as {listing(schema)}, not "
+                f"{show(value)}"
             )
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else str(name)
@@ -585,7 +605,8 @@ ELSEWHERE = {"epochs": "iters", "max_iters": "iters", "learning_rate": "lr", "wd
 
 
 def _unknown(name, schema, dotted):
-    """The sentence for a key that `schema` lacks: a similar one of the section, or one of its name in another."""
+    """The sentence for a key that `schema` lacks: a similar one of the section, or one of its name
+    in another."""
     name, prefix, dotted = str(name)[:80], dotted.rpartition(".")[0], brief(dotted)
     if name in MOVED and prefix.endswith("model"):
         new = f"{prefix}.heads.{name}={{name: {MOVED[name][1]}, ...}}"
@@ -632,7 +653,8 @@ def _override(config, keys, value, schema, kinds, dotted):
         index = names.index(head) if head and head in names else number
         if not 0 <= index < len(config):
             raise ConfigError(
-                f"'{brief(dotted)}': the list has no entry '{brief(head)}'; it has {listing(names) or len(config)}"
+                f"'{brief(dotted)}': the list has no entry '{brief(head)}'; it has "
+                f"{listing(names) or len(config)}"
             )
         entry = _override(config[index], rest, value, None, None, dotted) if rest else value
         return [*config[:index], entry, *config[index + 1 :]]
@@ -651,7 +673,8 @@ def _override(config, keys, value, schema, kinds, dotted):
 
 
 def module_names(specs):
-    """Names of the components in a list: their modules; a second one of a module is called `module_2`."""
+    """Names of the components in a list: their modules; a second one of a module is called
+    `module_2`."""
     names = []
     for spec in specs:
         name = module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
@@ -664,7 +687,8 @@ def module_names(specs):
 
 
 def _is_component(value):
-    """Does `name` say module.Class, or none where it is to be chosen? `optimizer: {name: AdamW}` is a plain section."""
+    """Does `name` say module.Class, or none where it is to be chosen? `optimizer: {name: AdamW}` is
+    a plain section."""
     name = value.get("name")
     return isinstance(name, str) and ("." in name or name == "none")
 

@@ -1,10 +1,12 @@
 """Steps that are not finite change nothing, and end the run where it waits for the device anyway.
 
-A loss or a gradient norm that is NaN or infinite on any process makes its step, and every later one, a step that is
-skipped: optimiser, teacher, prototypes and batch statistics keep what they had. The script learns of it at the next
-line of the log or at the next save; the state is then that before the first such step, which can be replayed.
+A loss or a gradient norm that is NaN or infinite on any process makes its step, and every later
+one, a step that is skipped: optimiser, teacher, prototypes and batch statistics keep what they had.
+The script learns of it at the next line of the log or at the next save; the state is then that
+before the first such step, which can be replayed.
 
-fp16 skips steps whose gradients overflow as a matter of course. Only many of them in a row end the run.
+fp16 skips steps whose gradients overflow as a matter of course. Only many of them in a row end the
+run.
 """
 
 import torch
@@ -37,7 +39,8 @@ class Guard:
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
         self.names, self.values, self.generators = [], None, {}
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        # What is saved is the main process's. Were the others' their own, a run that goes on would predict otherwise.
+        # What is saved is the main process's. Were the others' their own, a run that goes on would
+        # predict otherwise.
         self.local = not all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         statistics = [buffer for norm in norms for buffer in norm.buffers()]
         # Means and variances, and counters: each kind as one tensor, since there may be hundreds.
@@ -51,7 +54,8 @@ class Guard:
 
     @torch.no_grad()
     def judge(self, step, losses, norm):
-        """After the backward pass. Batch statistics become those of the main process, or what they were before the step.
+        """After the backward pass. Batch statistics become those of the main process, or what they
+        were before the step.
 
         Args:
             losses: {name: 0-dim tensor} of the step on this process.

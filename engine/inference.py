@@ -1,4 +1,5 @@
-"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at label resolution."""
+"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at
+label resolution."""
 
 import logging
 import weakref
@@ -22,7 +23,8 @@ class NonFiniteScores(UserError):
 
     def __init__(self, what):
         super().__init__(
-            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with precision=fp16 try bf16"
+            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with "
+            f"precision=fp16 try bf16"
         )
 
 

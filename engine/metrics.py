@@ -1,9 +1,9 @@
 """One int64 confusion matrix over the whole data set, and what is read from it.
 
-Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the predictions have no IoU
-(nan, shown as "-") and do not enter the means; the table says how many classes did. A data set that lacks classes names
-those that it has (SCORED): the others have no IoU either, and a pixel that is taken for one of them is an error of the
-class that it has.
+Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the
+predictions have no IoU (nan, shown as "-") and do not enter the means; the table says how many
+classes did. A data set that lacks classes names those that it has (SCORED): the others have no IoU
+either, and a pixel that is taken for one of them is an error of the class that it has.
 """
 
 import torch
@@ -13,7 +13,8 @@ from engine.errors import UserError
 
 
 class ConfusionMatrix:
-    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which enters no value.
+    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which
+    enters no value.
 
     Args:
         classes: K names.
@@ -42,7 +43,8 @@ class ConfusionMatrix:
         return self.classes.index(name)
 
     def update(self, predictions, labels):
-        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are ignored."""
+        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are
+        ignored."""
         k = len(self.classes)
         rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # k: the ignored ones
         counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
@@ -60,7 +62,8 @@ class ConfusionMatrix:
         return torch.cat([self.matrix.sum(1), self.ignored[None]])
 
     def per_class(self):
-        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or is not scored."""
+        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or
+        is not scored."""
         matrix = self.matrix.double().cpu()
         hit, truth, prediction = matrix.diag(), matrix.sum(1), matrix.sum(0)
         values = {

@@ -1,10 +1,13 @@
-"""Pictures: everything that the scripts write as PNG or show in TensorBoard, drawn with NumPy and Pillow.
+"""Pictures: everything that the scripts write as PNG or show in TensorBoard, drawn with NumPy and
+Pillow.
 
-    row = strip([("image", image), ("truth", overlay(image, labels, palette)), ("prediction", colorize(pred, palette))])
-    picture = stack([row, legend(names, palette, row.shape[1])])
-    confusion = heatmap(matrix, names, names, title="rows: truth, columns: prediction", text="{:.0%}")
+    row = strip([("image", image), ("truth", overlay(image, labels, palette)), ("prediction",
+    colorize(pred, palette))]) picture = stack([row, legend(names, palette, row.shape[1])])
+    confusion = heatmap(matrix, names, names, title="rows: truth, columns: prediction",
+    text="{:.0%}")
 
-Every function is pure. A picture is a uint8 RGB array (H, W, 3), also where the arguments ask for one.
+Every function is pure. A picture is a uint8 RGB array (H, W, 3), also where the arguments ask for
+one.
 """
 
 import functools
@@ -37,7 +40,8 @@ def _font(size):
 
 
 def _shorten(text, font, width):
-    """The longest beginning of `text` that fits into `width` pixels, ended by dots when something is cut off."""
+    """The longest beginning of `text` that fits into `width` pixels, ended by dots when something
+    is cut off."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -56,12 +60,14 @@ def _known(labels, palette):
 
 
 def colorize(labels, palette):
-    """Labels (H, W) in the colours of the palette (K, 3); ids outside 0..K-1, such as 255 for ignore, become black."""
+    """Labels (H, W) in the colours of the palette (K, 3); ids outside 0..K-1, such as 255 for
+    ignore, become black."""
     return np.array([*palette, (0, 0, 0)], np.uint8)[_known(labels, palette)]
 
 
 def overlay(image, labels, palette, alpha=0.55):
-    """Class colours over the image (H, W, 3), labels (H, W), palette (K, 3); ignored pixels show the plain image.
+    """Class colours over the image (H, W, 3), labels (H, W), palette (K, 3); ignored pixels show
+    the plain image.
 
     `alpha` is the share of the class colour, 0..1. Borders between classes are a fine light line.
     """
@@ -76,14 +82,16 @@ def overlay(image, labels, palette, alpha=0.55):
 
 
 def strip(panels, height=None):
-    """Panels (caption, picture) side by side, scaled to the same `height` in pixels, by default that of the tallest."""
+    """Panels (caption, picture) side by side, scaled to the same `height` in pixels, by default
+    that of the tallest."""
     height = height or max(picture.shape[0] for _, picture in panels)
     widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for _, picture in panels]
     bar = FONT + GAP
     page, draw = _page(bar + height, sum(widths) + GAP * (len(panels) - 1))
     left = 0
     for (caption, picture), width in zip(panels, widths):
-        # enlarging by the nearest pixel invents no colours, which in a label map would be colours of other classes
+        # enlarging by the nearest pixel invents no colours, which in a label map would be colours
+        # of other classes
         method = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_NEAREST
         page.paste(
             Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar)
@@ -143,7 +151,8 @@ def _ramp(values, anchors, low, high):
 
 
 def _name_list(names, cell, anchor):
-    """Names below each other, one per `cell` pixels, FONT spare pixels at both ends; in low cells only every nth."""
+    """Names below each other, one per `cell` pixels, FONT spare pixels at both ends; in low cells
+    only every nth."""
     font = _font(min(FONT, max(11, cell)))
     step = math.ceil((font.size + 1) / cell)
     shown = {i: _shorten(names[i], font, MAX_NAME) for i in range(0, len(names), step)}
@@ -163,10 +172,12 @@ def _name_list(names, cell, anchor):
 def heatmap(
     matrix, row_names, column_names, *, title="", low=0.0, high=1.0, diverging=False, text="{:.2f}"
 ):
-    """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a colour bar.
+    """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a
+    colour bar.
 
-    Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash. `diverging` is blue,
-    white halfway, red. `text` formats the numbers (None: none); matrices beyond 20 x 20 have them only at the bar.
+    Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash.
+    `diverging` is blue, white halfway, red. `text` formats the numbers (None: none); matrices
+    beyond 20 x 20 have them only at the bar.
     """
     matrix = np.asarray(matrix, np.float64)
     anchors, small, font = DIVERGING if diverging else SEQUENTIAL, _font(FONT - 2), _font(FONT)
@@ -227,7 +238,8 @@ SMALLEST = 192  # pixels: smaller images are enlarged, so that they can be looke
 
 
 def side_by_side(image, palette, **maps):
-    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image, weights are grey."""
+    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image,
+    weights are grey."""
     rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     panels = [("image", rgb)]
     for caption, values in maps.items():

@@ -39,7 +39,8 @@ def step(optimizer, scaler, skipped):
     """Step, and clear the gradients; nothing moves if `skipped` (0-dim bool on the device).
 
     Fused optimisers read it there, so nobody waits.
-    This is what GradScaler.step does for a fused optimiser; the scale then follows the overflows that `clip` found.
+    This is what GradScaler.step does for a fused optimiser; the scale then follows the overflows
+    that `clip` found.
     """
     optimizer.found_inf = skipped.to(torch.float32)
     optimizer.step()

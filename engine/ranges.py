@@ -1,10 +1,12 @@
 """What a value may be: Python's types, numbers with their range.
 
-    def __init__(self, *, momentum: Momentum = 0.99, crop: Size, split: Literal["random", "image"] = "random"): ...
+    def __init__(self, *, momentum: Momentum = 0.99, crop: Size, split: Literal["random", "image"] =
+    "random"): ...
 
-`Annotated[int, "[1, inf)"]` is an int of at least 1. The interval is that of a number, or of the length of a list or a
-string. The keys of configs/defaults.yaml have theirs in engine/config.py, the options of a component in the signature
-of its constructor, which engine/build.py compares with the YAML.
+`Annotated[int, "[1, inf)"]` is an int of at least 1. The interval is that of a number, or of the
+length of a list or a string. The keys of configs/defaults.yaml have theirs in engine/config.py, the
+options of a component in the signature of its constructor, which engine/build.py compares with the
+YAML.
 """
 
 import json
@@ -31,12 +33,14 @@ Name = Annotated[str, re.compile(r"(?!.*\.\.)\w[\w.-]{0,49}")]
 
 
 def is_a(value, kind):
-    """Is a YAML value of this kind? An int counts as a float, a bool as neither; NaN and infinity are no floats."""
+    """Is a YAML value of this kind? An int counts as a float, a bool as neither; NaN and infinity
+    are no floats."""
     return mismatch(value, kind) is None
 
 
 def mismatch(value, kind, key=""):
-    """The first part of a value that is not of its kind -> (its dotted key, itself, its kind); None if all are."""
+    """The first part of a value that is not of its kind -> (its dotted key, itself, its kind); None
+    if all are."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         found = mismatch(value, arguments[0], key)
@@ -70,7 +74,8 @@ def mismatch(value, kind, key=""):
 
 
 def within(value, rule):
-    """Does a number, or a length, lie in an interval such as "[0, 1)"; does a string match a pattern?"""
+    """Does a number, or a length, lie in an interval such as "[0, 1)"; does a string match a
+    pattern?"""
     if isinstance(rule, re.Pattern):
         return rule.fullmatch(value) is not None
     value = value if isinstance(value, (int, float)) else len(value)

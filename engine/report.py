@@ -51,7 +51,8 @@ def draw_step(run, step, dataset):
 
 
 def draw_views(log, number, step, dataset, count=2):
-    """TensorBoard: the first images of every view of a training step, its labels, weights and the prediction."""
+    """TensorBoard: the first images of every view of a training step, its labels, weights and the
+    prediction."""
     for name, view in step.views.items():
         maps = {"labels": step.labels[name]} if name in step.labels else {}
         maps |= {"weights": step.weights[name]} if name in step.weights else {}
@@ -68,7 +69,8 @@ def draw_views(log, number, step, dataset, count=2):
 
 
 def draw_prototypes(log, number, prototypes, dataset):
-    """TensorBoard: cosines between the class vectors of each member of the family, and its tables."""
+    """TensorBoard: cosines between the class vectors of each member of the family, and its
+    tables."""
     names = dataset.CLASSES
     for name, member in prototypes.items():
         picture = pictures.heatmap(
@@ -106,7 +108,8 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
     Returns:
         {name: ConfusionMatrix}, the same on every process.
     Raises:
-        UserError: scores that are not finite, the name of a set that leads out of the folder, a full disk.
+        UserError: scores that are not finite, the name of a set that leads out of the folder, a
+            full disk.
     """
     folder, matrices = Path(folder), {}
     for name in datasets:
@@ -139,7 +142,8 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
 
 
 def write_result(path, content):
-    """Write a result as JSON. One that differs from the file in nothing but the command leaves the file alone."""
+    """Write a result as JSON. One that differs from the file in nothing but the command leaves the
+    file alone."""
 
     def lines(text):
         return [line for line in text.splitlines() if not line.startswith(' "command": ')]
@@ -175,10 +179,11 @@ def validate(network, dataset, options, autocast, run):
 
 
 def domain_table(rows, seen=None):
-    """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a domain is missing.
+    """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a
+    domain is missing.
 
-    `seen`, of runs of train_dg.py: names of the sets of the training domain; the mean, called unseen, is over the
-    others. None, of other runs: the mean is over all sets.
+    `seen`, of runs of train_dg.py: names of the sets of the training domain; the mean, called
+    unseen, is over the others. None, of other runs: the mean is over all sets.
     """
     domains = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     title = "mean" if seen is None else "unseen"
@@ -208,11 +213,11 @@ def run_title(folder):
 
 
 def selected_on_target(cfg, val_set, test_sets):
-    """Whether best.pt is chosen on a domain that the run claims not to have seen; warns. The last checkpoint, which is
-    what a run reports, is free of it.
+    """Whether best.pt is chosen on a domain that the run claims not to have seen; warns. The last
+    checkpoint, which is what a run reports, is free of it.
 
-    A validation set is one of the source if it differs from a training set in nothing but its part of it (split,
-    length, size), and shares no image with an unseen test set.
+    A validation set is one of the source if it differs from a training set in nothing but its part
+    of it (split, length, size), and shares no image with an unseen test set.
     """
     if not val_set:
         return False
@@ -234,17 +239,20 @@ def selected_on_target(cfg, val_set, test_sets):
         else "is not of the training domain"
     )
     logger.warning(
-        f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain generalisation. Take a "
+        f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain "
+        f"generalisation. Take a "
         "part of the source, or data.val={name: none}. This run is marked selected_on_target"
     )
     return True
 
 
 def final_report(network, datasets, options, autocast, run, before=None, seen=None):
-    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
+    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is
+    left to eval.py.
 
-    With `before`, the network that adaptation started from, both are compared class by class and in pictures. With
-    `seen`, names of test sets from the training domain, a table over all domains comes last.
+    With `before`, the network that adaptation started from, both are compared class by class and in
+    pictures. With `seen`, names of test sets from the training domain, a table over all domains
+    comes last.
     """
     device, folder = run.device, run.folder
     about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
@@ -326,7 +334,8 @@ def label(network, image, options, device, autocast):
 
 
 def draw(networks, dataset, indices, options, device, autocast):
-    """Images of a data set with their truth and the predictions of {caption: network}, and a legend.
+    """Images of a data set with their truth and the predictions of {caption: network}, and a
+    legend.
 
     The truth comes first beside one prediction, and last beside several.
     """
@@ -373,7 +382,8 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
 
 
 def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
-    """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
+    """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the
+    target domain."""
     where = dataset, run.device, autocast
     values = pseudo_label_quality(network, labeler, prototypes, *where)
     run.writer.scalars(values, step)

@@ -67,7 +67,8 @@ class Run:
             total: steps of all stages.
             datasets: those that are trained on, by name.
         Raises:
-            UserError: another run has it; another configuration or other data than the checkpoint's.
+            UserError: another run has it; another configuration or other data than the
+                checkpoint's.
         """
         claim(self.folder)
         self.data = {name: checkpoint.fingerprint(dataset) for name, dataset in datasets.items()}

@@ -79,7 +79,8 @@ class ByView(dict):
     def __missing__(self, view):
         raise UserError(
             f"nothing of this kind in the step for the view '{view}', only for "
-            f"{', '.join(self) or 'none'}: give the loss or the prototypes another view=..., or the "
+            f"{', '.join(self) or 'none'}: give the loss or the prototypes another view=..., or "
+            f"the "
             "step a mixer or labeler that makes it"
         )
 

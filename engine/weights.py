@@ -1,7 +1,7 @@
 """Foreign weights into a network, with a report of every key.
 
-A key that is missing, left over or of another shape is an error unless the caller expects it: a silent `strict=False`
-is how a network ends up half random.
+A key that is missing, left over or of another shape is an error unless the caller expects it: a
+silent `strict=False` is how a network ends up half random.
 """
 
 import contextlib
@@ -49,11 +49,12 @@ class WeightsError(UserError):
 
 
 def read(path):
-    """Read a file of tensors safely -> its content: PyTorch's or safetensors. Never runs code from the file.
+    """Read a file of tensors safely -> its content: PyTorch's or safetensors. Never runs code from
+    the file.
 
     Raises:
-        WeightsError: no such file, an incomplete or damaged file, one that holds more than tensors and plain values, or
-            whose content claims more than the file holds.
+        WeightsError: no such file, an incomplete or damaged file, one that holds more than tensors
+            and plain values, or whose content claims more than the file holds.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -90,17 +91,21 @@ def check_archive(path):
         members = archive.infolist()
         if any(member.filename.endswith("/constants.pkl") for member in members):
             raise WeightsError(
-                f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If you "
-                "trust it, convert it once: torch.save(torch.jit.load(PATH, map_location='cpu').state_dict(), NEW_PATH)"
+                f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is "
+                f"not loaded. If you "
+                "trust it, convert it once: torch.save(torch.jit.load(PATH, "
+                "map_location='cpu').state_dict(), NEW_PATH)"
             )
         claimed = sum(member.file_size for member in members)
         if claimed > size:
             raise WeightsError(
-                f"{path} has {size} bytes and claims to hold {claimed}: it is damaged, or made to fill the memory"
+                f"{path} has {size} bytes and claims to hold {claimed}: it is damaged, or made to "
+                f"fill the memory"
             )
         if any(member.compress_type for member in members):
             raise WeightsError(
-                f"{path} is compressed, which torch.save never does: unpack it and store it uncompressed"
+                f"{path} is compressed, which torch.save never does: unpack it and store it "
+                f"uncompressed"
             )
         if any(member.external_attr & FOLDER for member in members):
             raise WeightsError(f"{path} is damaged: it marks what PyTorch reads as a folder")
@@ -124,12 +129,13 @@ def check_archive(path):
 def check_pickle(data, path):
     """Raise WeightsError for what PyTorch takes for safe and is not.
 
-    Unpickling a bytearray allocates as many bytes as it likes, and a damaged sparse tensor makes PyTorch refuse the
-    next file too.
+    Unpickling a bytearray allocates as many bytes as it likes, and a damaged sparse tensor makes
+    PyTorch refuse the next file too.
     """
     if found := UNSAFE.search(data):
         raise WeightsError(
-            f"{path} holds more than tensors and plain values ({found[1].decode()}); it is not loaded"
+            f"{path} holds more than tensors and plain values ({found[1].decode()}); it is not "
+            f"loaded"
         )
 
 
@@ -154,7 +160,8 @@ def read_pytorch(path, start):
             else "pickles in a format that is not read"
         )
         raise WeightsError(
-            f"{path} holds {what}{_some(sorted(types))}; it is not loaded, since unpickling can run any code. If you "
+            f"{path} holds {what}{_some(sorted(types))}; it is not loaded, since unpickling can "
+            f"run any code. If you "
             "trust its author, load it with the program that wrote it, and save its tensors alone: "
             "torch.save(model.state_dict(), NEW_PATH)"
         )
@@ -210,7 +217,8 @@ def check_tensor(tensor, size, path):
     stored = min(tensor.untyped_storage().nbytes(), size)
     if needed > stored:
         raise WeightsError(
-            f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: save its clone()"
+            f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: "
+            f"save its clone()"
         )
 
 
@@ -221,14 +229,16 @@ def plain(text, longest=200):
 
 
 def reason(error):
-    """What another program says is wrong, in one line, and without its advice to load what is not safe."""
+    """What another program says is wrong, in one line, and without its advice to load what is not
+    safe."""
     line = (str(error).strip().splitlines() or [""])[0]
     line = "" if re.search("weights.only", line, re.IGNORECASE) else plain(line)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def unwrap(state, source="the file"):
-    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.` before the keys.
+    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.`
+    before the keys.
 
     Raises:
         WeightsError: no dict of tensors.
@@ -247,7 +257,8 @@ def unwrap(state, source="the file"):
 
 
 def backbone_of(state, source):
-    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others are left alone."""
+    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others
+    are left alone."""
     if not any(key.startswith("backbone.") for key in state):
         return state
     kept = {
@@ -256,13 +267,15 @@ def backbone_of(state, source):
         if not key.startswith(HEADS)
     }
     logger.info(
-        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are left out"
+        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are "
+        f"left out"
     )
     return kept
 
 
 def rename(state, table):
-    """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one after the other."""
+    """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one
+    after the other."""
     renamed = {}
     for key, value in state.items():
         for old, new in table.items():
@@ -276,9 +289,11 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 
     Args:
         module: network, changed in place.
-        state: {key: tensor}; `{"state_dict": ...}`, `{"model": ...}` and a prefix `module.` are unwrapped.
+        state: {key: tensor}; `{"state_dict": ...}`, `{"model": ...}` and a prefix `module.` are
+            unwrapped.
         source: what to call the weights in messages.
-        allow_missing: patterns (`layer4.*`) of keys of the module that may keep their initial values.
+        allow_missing: patterns (`layer4.*`) of keys of the module that may keep their initial
+            values.
         drop: patterns of keys of the weights that are not wanted (`fc.*`).
     Raises:
         WeightsError: keys that match neither side, or tensors of another shape.
@@ -301,7 +316,8 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
             + _listing("missing", missing)
             + _listing("unexpected", unexpected)
             + _listing("of another shape", shapes)
-            + ". Wrong network or options? Keys that may stay random are named by allow_missing: ['layer4.*']"
+            + ". Wrong network or options? Keys that may stay random are named by allow_missing: "
+            "['layer4.*']"
         )
     module.load_state_dict(fitting, strict=False)
     initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
@@ -312,7 +328,8 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 
 
 def download(url):
-    """The path of a file that is downloaded once into PyTorch's cache; a hash in its name is checked."""
+    """The path of a file that is downloaded once into PyTorch's cache; a hash in its name is
+    checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         hashed = re.search(r"-([0-9a-f]{8,})\.", path.name)
@@ -329,10 +346,11 @@ def download(url):
 def load_pretrained(
     module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state
 ):
-    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path.
+    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then
+    cached) or a path.
 
-    `adapt` changes the state dict to the names of the module. It comes without `state_dict` and `module.` around it,
-    and of a whole network of MMSegmentation, only the backbone.
+    `adapt` changes the state dict to the names of the module. It comes without `state_dict` and
+    `module.` around it, and of a whole network of MMSegmentation, only the backbone.
     """
     if weights == "none":
         return

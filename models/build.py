@@ -1,4 +1,5 @@
-"""The network of a configuration: assembled, started from other weights, restored from a checkpoint; its prototypes."""
+"""The network of a configuration: assembled, started from other weights, restored from a
+checkpoint; its prototypes."""
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ def build_segmentor(model, classes, pretrained=True):
     Args:
         model: the section.
         classes: names of the K classes.
-        pretrained: False where a checkpoint follows, which then needs no file of weights or class vectors.
+        pretrained: False where a checkpoint follows, which then needs no file of weights or class
+            vectors.
     """
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec, "Backbone")
@@ -60,7 +62,8 @@ def head_keys(network, state):
 
 
 def initial_network(cfg, classes, previous):
-    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
+    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a
+    checkpoint."""
     init = cfg.stage.init
     if init == "previous" and previous is None:
         raise ConfigError(
@@ -116,8 +119,8 @@ def build_prototypes(specs, joint=0, **context):
         joint: channels of the joint space of text and images (`joint_channels`).
         context: num_classes, in_channels of the features, ...
     Returns:
-        {name: Prototypes} as a module; {name: view whose features update it}, of those that follow any, and of
-        "classifier"; {name: space of these features}.
+        {name: Prototypes} as a module; {name: view whose features update it}, of those that follow
+        any, and of "classifier"; {name: space of these features}.
     """
     specs, members, features = present(specs), nn.ModuleDict(), context["in_channels"]
     views = {name: spec.get("view", "source") for name, spec in specs.items()}
@@ -127,7 +130,8 @@ def build_prototypes(specs, joint=0, **context):
             raise ConfigError(f"prototypes: the name {name} is taken; choose another one")
         if spaces[name] not in ("features", "joint") or (spaces[name] == "joint" and not joint):
             raise ConfigError(
-                f"prototypes.{name}: space must be features, or joint with model.heads.projector, not {spaces[name]!r}"
+                f"prototypes.{name}: space must be features, or joint with model.heads.projector, "
+                f"not {spaces[name]!r}"
             )
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
         channels = joint if spaces[name] == "joint" else features
@@ -152,7 +156,8 @@ def build_tower(spec, joint, device="cpu"):
         )
     if joint != tower.joint:
         raise ConfigError(
-            f"the joint space of dg.tower has {tower.joint} channels, and that of model.heads.projector {joint}: set "
+            f"the joint space of dg.tower has {tower.joint} channels, and that of "
+            f"model.heads.projector {joint}: set "
             f"its channels to {tower.joint}"
         )
     return tower.requires_grad_(False).eval().to(device)

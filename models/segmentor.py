@@ -36,7 +36,8 @@ class Segmentor(nn.Module):
         self.head_names = list(heads or {})
         if taken := {*self.head_names} & {*dir(self)}:
             raise UserError(
-                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is taken"
+                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is "
+                f"taken"
             )
         for name, head in (heads or {}).items():
             self.add_module(name, head)

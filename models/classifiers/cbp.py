@@ -1,25 +1,28 @@
-"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., PR 2024).
+"""Category-basis prototypes as the classifier: "Frozen is better than learning" (Chen et al., PR
+2024).
 
-Logits are inner products with frozen, mutually orthogonal prototypes of one length (equations 1 and 2). Orthogonality
-keeps similar classes from getting correlated weights, the equal length keeps frequent classes from getting longer ones.
-There is no bias, which would bring the prior back, and features are not normalised in the pixel loss.
+Logits are inner products with frozen, mutually orthogonal prototypes of one length (equations 1 and
+2). Orthogonality keeps similar classes from getting correlated weights, the equal length keeps
+frequent classes from getting longer ones. There is no bias, which would bring the prior back, and
+features are not normalised in the pixel loss.
 
     model.classifier: {name: cbp.CBP, length: 2}
 
 The paper's ablations are options:
 
-    {name: cbp.CBP, update: gradient}                  # or ema; or penalty, with the loss {name: occl.Orthogonality}
-    {name: cbp.CBP, equal: false}                      # or ortho: false
-    {name: cbp.CBP, ortho: false, init: FILE}          # text: models/prototypes/text.py; masked: .../masked.py
+    {name: cbp.CBP, update: gradient}           # or ema; or penalty, with the loss occl.Orthogonality
+    {name: cbp.CBP, equal: false}               # or ortho: false
+    {name: cbp.CBP, ortho: false, init: FILE}   # of models/prototypes/text.py or .../masked.py
 
-Two things are ideas of this project: several prototypes per class, and frames for fewer feature channels than
-prototypes (models/prototypes/basis.py):
+Two things are ideas of this project: several prototypes per class, and frames for fewer feature
+channels than prototypes (models/prototypes/basis.py):
 
     {name: cbp.CBP, per_class: 4, assign: sinkhorn}    # with the loss {name: protoseg.Contrast}
     {name: cbp.CBP, fallback: polar}
 
-Cross-entropy on pooled logits is content when one prototype of a class takes all of its pixels. In the contrast of
-ProtoSeg (losses/protoseg.py) the others of the class are negatives, and with a balanced assignment each gets its share.
+Cross-entropy on pooled logits is content when one prototype of a class takes all of its pixels. In
+the contrast of ProtoSeg (losses/protoseg.py) the others of the class are negatives, and with a
+balanced assignment each gets its share.
 """
 
 import logging
@@ -42,26 +45,30 @@ class CBP(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w) = <features, prototypes>.
 
     Args:
-        length: T, the norm of every prototype: 2 in the paper's default, 0.3 to 3 per data set and network.
-        update: frozen; gradient: the optimiser trains the vectors, and nothing makes them equal again; ema: w_l <-
-            m w_l + (1 - m) s_l with the mean feature s_l of the class in the step, for classes that occur, and nothing
-            makes them orthogonal or equal again; penalty: the optimiser trains u in w = T u / |u|.
+        length: T, the norm of every prototype: 2 in the paper's default, 0.3 to 3 per data set and
+            network.
+        update: frozen; gradient: the optimiser trains the vectors, and nothing makes them equal
+            again; ema: w_l <- m w_l + (1 - m) s_l with the mean feature s_l of the class in the
+            step, for classes that occur, and nothing makes them orthogonal or equal again; penalty:
+            the optimiser trains u in w = T u / |u|.
         momentum: m of ema [R].
-        equal: all of length T; otherwise as long as they are drawn, or as Gram-Schmidt leaves them, whatever T is.
+        equal: all of length T; otherwise as long as they are drawn, or as Gram-Schmidt leaves them,
+            whatever T is.
         ortho: mutually orthogonal; otherwise in the directions that are drawn.
         init: random, or a file with a row of any number of channels per class.
-        rows, map: names of the rows of a plain array in `init`, and {class: [names of rows]} for classes that have no
-            row of their own name, as in models/prototypes/text.py.
-        fallback: when D < K M cannot hold K M orthogonal vectors. none is an error; project, polar and etf are frames
-            of unit vectors times T, see basis.frame.
+        rows, map: names of the rows of a plain array in `init`, and {class: [names of rows]} for
+            classes that have no row of their own name, as in models/prototypes/text.py.
+        fallback: when D < K M cannot hold K M orthogonal vectors. none is an error; project, polar
+            and etf are frames of unit vectors times T, see basis.frame.
         per_class: M prototypes per class, all K M of them orthogonal.
         pool: the logit of a class of its M: the largest, or their log-sum-exp.
-        assign: which of the M a labelled pixel belongs to, in ema and in protoseg.Contrast: the nearest (argmax), or so
-            that each takes an equal share of the pixels of its class in a micro-batch (sinkhorn).
+        assign: which of the M a labelled pixel belongs to, in ema and in protoseg.Contrast: the
+            nearest (argmax), or so that each takes an equal share of the pixels of its class in a
+            micro-batch (sinkhorn).
     State: prototypes.vectors (K M, D), those of a class one after the other.
     Raises:
-        ValueError: fewer feature channels than prototypes and no fallback; a file that does not fit; options that
-            contradict each other.
+        ValueError: fewer feature channels than prototypes and no fallback; a file that does not
+            fit; options that contradict each other.
     """
 
     def __init__(
@@ -129,7 +136,8 @@ class CBP(Classifier):
         return vectors.unflatten(0, (-1, self.per_class))
 
     def means(self):
-        """The prototypes (K, D); of several per class the direction of their mean, with length T."""
+        """The prototypes (K, D); of several per class the direction of their mean, with length
+        T."""
         vectors = self.components()
         return (
             vectors[:, 0]
@@ -142,7 +150,8 @@ class CBP(Classifier):
         return self.components().flatten(0, 1)
 
     def forward(self, features, output=None):
-        """In training `output.components` gets the cosines (B, K, M, h, w) of several prototypes per class."""
+        """In training `output.components` gets the cosines (B, K, M, h, w) of several prototypes
+        per class."""
         scores = basis.inner_products(features, self.every())
         if self.per_class == 1:
             return scores
