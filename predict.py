@@ -71,11 +71,10 @@ def find_pictures(source, out):
 
 def save_all(out, name, image, ids, palette):
     """Write the three pictures of one image: ids (H, W) uint8."""
-    indexed = Image.fromarray(ids)
+    indexed, overlay = Image.fromarray(ids), pictures.overlay(image, ids, palette)
     colored = indexed.copy()
     colored.putpalette([channel for color in palette for channel in color])
-    overlay = Image.fromarray(pictures.overlay(image, ids, palette))
-    for kind, picture in zip(KINDS, (indexed, colored, overlay)):
+    for kind, picture in zip(KINDS, (indexed, colored, Image.fromarray(overlay))):
         with replacing(out / kind / name) as path:
             picture.save(path)
 

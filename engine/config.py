@@ -7,111 +7,23 @@ keys). Below them all lies `configs/defaults.yaml`: it lists every key with its 
 and a key or a type that is not in it is an error. A mapping with a `name: module.Class` is a
 component (engine/build.py); its other keys are keywords of the constructor. Naming another class
 replaces the component, so no option of the old class is left behind.
-
-YAML is read as the core schema of version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no`
-are strings, `010` is ten, and a key that appears twice is an error. Numbers are finite. `${NAME}`
-in a string is the environment variable NAME, and a string that starts with `~/` starts with the
-home folder.
 """
 
 import difflib
 import functools
 import itertools
 import logging
-import math
-import os
 import re
-import typing
 from pathlib import Path
-from typing import Annotated, Literal
 
 import yaml
 
-from engine.errors import UserError
-from engine.ranges import (
-    Count,
-    Momentum,
-    Name,
-    Natural,
-    NonNegative,
-    OptionalWidth,
-    Positive,
-    Scales,
-    Share,
-    Size,
-    Text,
-    brief,
-    describe,
-    is_a,
-    mismatch,
-    show,
-)
+from engine.ranges import RANGES, STAGE_RANGES, brief, describe, is_a, mismatch, show
+from engine.reading import LEVELS, ConfigError, Dumper, read_file, read_yaml
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "defaults.yaml"
 logger = logging.getLogger("engine")
 
-# What the values of DEFAULTS may be; a key that is not here takes what has the type of its default.
-Part = Literal["backbone", "decoder", "projector"]
-RANGES = {
-    "seed": Annotated[int, "[0, 2147483647]"],
-    "folder": Text,
-    "resume": Text,
-    "device": Literal["auto", "cpu", "cuda"],
-    "threads": Annotated[int, "[0, 1024]"],
-    "precision": Literal["fp32", "bf16", "fp16"],
-    "timeout": Annotated[float, "(0, 100000]"],
-    "data": {
-        "root": Text | None,
-        "test": dict[Name, dict],
-        "seen": list[str],
-        "rare_classes": {"temperature": NonNegative, "min_pixels": Natural},
-        "cache": Text,
-        "workers": Annotated[int, "[0, 256]"],
-    },
-    "model": {
-        "heads": dict[Name, dict],
-        "frozen_bn": list[Part],
-        "bn_views": list[str],
-    },
-    "uda": {"labelers": list[dict]},
-    "stages": list[dict],
-    "prototypes": dict[Name, dict],
-    "losses": Annotated[list[dict], "[1, inf)"],
-    "train": {
-        "iters": Count,
-        "batch_size": Annotated[int, "[1, 65536]"],
-        "accumulate": Count,
-        "teacher": Momentum,
-    },
-    "optimizer": {
-        "name": Literal["AdamW", "SGD"],
-        "lr": Positive,
-        "head_lr_factor": NonNegative,
-        "weight_decay": NonNegative,
-        "momentum": Momentum,
-        "betas": Annotated[list[Momentum], "[2, 2]"],
-        "clip": NonNegative,
-    },
-    "schedule": {
-        "warmup": Natural,
-        "warmup_ratio": Share,
-        "power": NonNegative,
-        "min_ratio": Share,
-    },
-    "eval": {
-        "every": Natural,
-        "mode": Literal["whole", "slide"],
-        "crop": Size,
-        "stride": Size,
-        "short_side": OptionalWidth,
-        "scales": Scales,
-        "weights": Literal["student", "teacher"],
-        "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
-        "pictures": Natural,
-    },
-    "log": {"every": Count, "images_every": Natural},
-    "checkpoint": {"every": Count, "keep": Count},
-}
 # Sections of `model` that have become heads: {name: (key that switched it off with 0, class)}.
 MOVED = {
     "projector": ("channels", "projector.Projector"),
@@ -127,18 +39,6 @@ STAGE = {
     "repeat": 1,
     "lr_scale": 1.0,
 }
-STAGE_RANGES = {
-    "name": Name,
-    "iters": Natural,
-    "init": Text,
-    "teacher": Literal["ema", "frozen", "none"],
-    "repeat": Annotated[int, "[1, 100]"],
-    "lr_scale": Annotated[float, "(0, 10]"],
-}
-
-
-class ConfigError(UserError):
-    """A mistake in a YAML file or an override; the message names the key and what to do."""
 
 
 class Config(dict):
@@ -153,146 +53,10 @@ class Config(dict):
             ) from None
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-LEVELS, VALUES = (
-    50,
-    20_000,
-)  # what nests deeper or holds more is damaged, or made to take all memory
-
-
-class _Loader(yaml.SafeLoader):
-    # None of YAML 1.1's: those of the 1.2 core schema follow, so that other tags are unknown.
-    yaml_implicit_resolvers: typing.ClassVar = {}
-    yaml_constructors: typing.ClassVar = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")))
-    }
-    level = count = 0
-
-    def compose_node(self, parent, index):
-        self.level, self.count = self.level + 1, self.count + 1
-        _limit(self.name, self.level, self.count)
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        return node
-
-    def flatten_mapping(self, node):
-        super().flatten_mapping(node)
-        # A key that is merged twice counts once, or their number would double with every level.
-        keys = [k.value if isinstance(k.value, str) else id(k) for k, _ in node.value]
-        node.value = [*dict(zip(keys, node.value)).values()]
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node)
-            if isinstance(key, (list, dict)):
-                continue  # not a key: the parent class says so
-            if key in seen:
-                raise ConfigError(
-                    f"{_place(key_node.start_mark)}: the key {show(key)} appears twice"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_core(self, node):
-        """null, true and false, and numbers, also where a tag such as !!int says so."""
-        kind, text = node.tag.rpartition(":")[2], self.construct_scalar(node)
-        if not re.fullmatch(_CORE[node.tag], text):
-            raise ConfigError(f"{_place(node.start_mark)}: {show(text)} is no YAML {kind}")
-        if kind in ("null", "bool"):
-            return text.lower() == "true" if kind == "bool" else None
-        number = float(text)
-        if abs(number) >= (2**63 if kind == "int" else math.inf):
-            raise ConfigError(f"{_place(node.start_mark)}: the number {show(text)} is too large")
-        return number if kind == "float" else int(text)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a string that YAML 1.1 or 1.2 would read as something else."""
-
-
-_CORE = {
-    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
-    # no .inf, no .nan
-    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
-}
-for _tag, _pattern in _CORE.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
-    _Loader.add_constructor(_tag, _Loader.construct_core)
-    _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])  # `<<: *anchor`
-
-
-def _limit(name, level, count):
-    if level > LEVELS or count > VALUES:
-        raise ConfigError(
-            f"{name} holds more than {VALUES} values, or nests deeper than {LEVELS} levels"
-        )
-
-
-def _place(mark):
-    return f"{mark.name}, line {mark.line + 1}"
-
-
-def read_yaml(text, name):
-    """A YAML text -> plain values, with `${NAME}` replaced by environment variables and `~/` by the
-    home folder."""
-    try:
-        loader = _Loader(text)
-        loader.name = str(name)
-        return _expand(loader.get_single_data(), name, itertools.count(1))
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = " ".join((problem or str(error)).split())
-        raise ConfigError(f"{name} is not valid YAML: {where}{problem[:200]}") from None
-
-
-def read_file(path):
-    """A YAML file in UTF-8, with or without a byte order mark -> plain values."""
-    try:
-        return read_yaml(Path(path).read_text("utf-8-sig"), path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not in UTF-8 (byte {error.start + 1}): save it with this encoding"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-
-
 @functools.cache
 def defaults():
     """The content of DEFAULTS; nobody may change it."""
     return read_file(DEFAULTS)
-
-
-def _expand(value, name, count, level=1):
-    """Replace what stands for something else; count values, since an alias may stand for many or
-    for what holds it."""
-    _limit(name, level, next(count))
-    if isinstance(value, dict):
-        return {key: _expand(item, name, count, level + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, name, count, level + 1) for item in value]
-    if isinstance(value, str):
-        for variable in re.findall(r"\$\{(\w+)\}", value):
-            if variable not in os.environ:
-                raise ConfigError(
-                    f"{name}: the environment variable {show(variable)} in {show(value)} is not set"
-                )
-            value = value.replace(f"${{{variable}}}", os.environ[variable])
-        value = os.path.expanduser(value) if value.startswith("~/") else value
-    return value
-
-
-# --- merging and checking -------------------------------------------------------------------------
 
 
 def load(path, overrides=()):
@@ -357,8 +121,8 @@ def stages(config):
     result = []
     for number, spec in enumerate(plain(config["stages"]) or [{}]):
         _check(spec, schema, STAGE_RANGES | RANGES, f"stages.{number}", "the configuration")
-        changes = {key: value for key, value in spec.items() if key not in STAGE}
         stage = STAGE | {key: value for key, value in spec.items() if key in STAGE}
+        changes = {key: value for key, value in spec.items() if key not in STAGE}
         if len(result) + stage["repeat"] > 1000:
             raise ConfigError("there are more than 1000 stages")
         for turn in range(stage["repeat"]):
@@ -373,7 +137,7 @@ def stages(config):
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
     Path(path).write_text(
-        yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8"
+        yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True), "utf-8"
     )
 
 
@@ -673,16 +437,13 @@ def _override(config, keys, value, schema, kinds, dotted):
 
 
 def module_names(specs):
-    """Names of the components in a list: their modules; a second one of a module is called
-    `module_2`."""
+    """Names of the components in a list: their modules; a second one is called `module_2`."""
     names = []
     for spec in specs:
-        name = module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
-        count = 1
-        while name and name in names:
-            count += 1
-            name = f"{module}_{count}"
-        names.append(name)
+        module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
+        others = (f"{module}_{count}" for count in itertools.count(2))
+        free = (name for name in itertools.chain([module], others) if name not in names)
+        names.append(next(free) if module else "")
     return names
 
 

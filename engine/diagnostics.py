@@ -112,6 +112,11 @@ def pair_sums(matrix, pairs):
     return {pair: value if value == value else None for pair, value in sums.items()}
 
 
+def told(value):
+    """A number of a table, "-" where there is none."""
+    return "-" if value is None else f"{value:.1f}"
+
+
 def bars(values, captions, title):
     """Per cents, None for none, as bars below each other with a caption and the number: a picture
     (H, W, 3) uint8."""
@@ -132,7 +137,7 @@ def bars(values, captions, title):
             draw.rectangle(
                 (left, middle - line / 3, left + length, middle + line / 3), pictures.SEQUENTIAL[2]
             )
-        text = "-" if value is None else f"{value:.1f}"
+        text = told(value)
         draw.text((left + width + pictures.GAP, middle), text, pictures.INK, font, anchor="lm")
     return np.array(page)
 
@@ -150,6 +155,8 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     """
     vectors, names = classifier.means().detach(), next(iter(matrices.values())).classes
     content = separability(vectors) | {"norm_pixels": norm_pixels(vectors, counts), "sets": {}}
+    figures = (f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float))
+    lines = ["", ", ".join(figures)]
     shown = {
         "cosines": pictures.heatmap(
             similarity(vectors), names, names, low=-1, diverging=True, title="cosines"
@@ -157,32 +164,22 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     }
     for name, matrix in matrices.items():
         groups = frequency_groups(matrix.per_class()["F1"].numpy(), counts)
-        for group in groups:
-            group["classes"] = [names[number] for number in group["classes"]]
-        content["sets"][name] = {"groups": groups, "pairs": pair_sums(matrix, pairs)}
+        groups = [group | {"classes": [names[i] for i in group["classes"]]} for group in groups]
+        sums = pair_sums(matrix, pairs)
+        content["sets"][name] = {"groups": groups, "pairs": sums}
         captions = [
             f"{', '.join(group['classes'][:3])}{' ...' * (len(group['classes']) > 3)}"
             for group in groups
         ]
         title = f"{name}: mean F1 of groups of classes, rarest in training first"
         shown[f"{name}_F1"] = bars([group["F1"] for group in groups], captions, title)
-    lines = [
-        ", ".join(
-            f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float)
-        )
-    ]
-    for name, found in content["sets"].items():
-        scores = " ".join(
-            "-" if group["F1"] is None else f"{group['F1']:.1f}" for group in found["groups"]
-        )
-        sums = "".join(
-            f"; {pair} {'-' if s is None else f'{s:.1f}'}" for pair, s in found["pairs"].items()
-        )
+        scores = " ".join(told(group["F1"]) for group in groups)
+        pair_scores = "".join(f"; {pair} {told(value)}" for pair, value in sums.items())
         lines.append(
-            f"{name}: F1 of groups of classes, rarest first: "
-            f"{scores}{sums and '; sums of IoU' + sums}"
+            f"{name}: F1 of groups of classes, rarest first: {scores}"
+            + (pair_scores and "; sums of IoU" + pair_scores)
         )
-    logger.info("\n".join(["", *lines]))
+    logger.info("\n".join(lines))
     if not distributed.is_main():
         return
     write(folder / "diagnostics.json", json.dumps(content | {"pixels": counts.tolist()}, indent=1))

@@ -134,14 +134,14 @@ def warnings_about(pixels, classes, where, expected=None):
     present = [name for name, count in zip(classes, counts) if count]
     expected = classes if expected is None else expected
     absent, sentences = [name for name in expected if name not in present], []
-    if absent and (sum(counts) or ignored):
+    total = sum(counts) + ignored
+    if absent and total:
         some = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
         sentences.append(
             f"{where}: classes that never occur: {some} ({len(absent)} of {len(expected)})"
         )
-    if 2 * ignored > sum(counts) + ignored:
-        share = ignored / (sum(counts) + ignored)
-        sentences.append(f"{where}: {share:.1%} of the pixels are ignored (id 255)")
+    if 2 * ignored > total:
+        sentences.append(f"{where}: {ignored / total:.1%} of the pixels are ignored (id 255)")
     if sentences and ignored and present == [classes[0]]:  # of two classes the first alone
         names = f"0: {classes[0]}, 255: {classes[1]}" if len(classes) > 1 else "0: ..., 255: ..."
         sentences[-1] += f"; masks of 0 and 255 need folder.Folder with id_map: {{{names}}}"

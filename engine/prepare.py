@@ -70,17 +70,9 @@ class Preparation:
     """
 
     def __init__(self, network, source, target, prototypes, folder, device, autocast, workers=0):
-        self.network, self.prototypes, self.device, self.autocast = (
-            network.eval(),
-            prototypes,
-            device,
-            autocast,
-        )
-        self.folder, self.workers, self.training = (
-            Path(folder),
-            workers,
-            dict(zip(KINDS, (source, target))),
-        )
+        self.network, self.prototypes = network.eval(), prototypes
+        self.device, self.autocast, self.workers = device, autocast, workers
+        self.folder, self.training = Path(folder), dict(zip(KINDS, (source, target)))
         self.source, self.target = source.without_augmentation(), target.without_augmentation()
 
     def images(self, dataset):

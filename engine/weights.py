@@ -89,30 +89,27 @@ def check_archive(path):
         raise WeightsError(f"{path} is incomplete or damaged ({reason(error)})") from None
     with archive:
         members = archive.infolist()
-        if any(member.filename.endswith("/constants.pkl") for member in members):
-            raise WeightsError(
-                f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is "
-                f"not loaded. If you "
-                "trust it, convert it once: torch.save(torch.jit.load(PATH, "
-                "map_location='cpu').state_dict(), NEW_PATH)"
-            )
         claimed = sum(member.file_size for member in members)
-        if claimed > size:
-            raise WeightsError(
-                f"{path} has {size} bytes and claims to hold {claimed}: it is damaged, or made to "
-                f"fill the memory"
-            )
-        if any(member.compress_type for member in members):
-            raise WeightsError(
-                f"{path} is compressed, which torch.save never does: unpack it and store it "
-                f"uncompressed"
-            )
-        if any(member.external_attr & FOLDER for member in members):
-            raise WeightsError(f"{path} is damaged: it marks what PyTorch reads as a folder")
+        faults = {
+            "is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If "
+            "you trust it, convert it once: torch.save(torch.jit.load(PATH, "
+            "map_location='cpu').state_dict(), NEW_PATH)": any(
+                member.filename.endswith("/constants.pkl") for member in members
+            ),
+            f"has {size} bytes and claims to hold {claimed}: it is damaged, or made to fill the "
+            "memory": claimed > size,
+            "is compressed, which torch.save never does: unpack it and store it uncompressed": any(
+                member.compress_type for member in members
+            ),
+            "is damaged: it marks what PyTorch reads as a folder": any(
+                member.external_attr & FOLDER for member in members
+            ),
+        }
+        if found := [fault for fault, there in faults.items() if there]:
+            raise WeightsError(f"{path} {found[0]}")
         checked = any(member.CRC for member in members)  # torch.save can leave the checksums out
         for member in members:
-            if not checked:
-                member.CRC = None
+            member.CRC = member.CRC if checked else None
             try:
                 with archive.open(member) as content:
                     while content.read(2**20):
@@ -261,11 +258,7 @@ def backbone_of(state, source):
     are left alone."""
     if not any(key.startswith("backbone.") for key in state):
         return state
-    kept = {
-        key.removeprefix("backbone."): value
-        for key, value in state.items()
-        if not key.startswith(HEADS)
-    }
+    kept = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith(HEADS)}
     logger.info(
         f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are "
         f"left out"
@@ -276,12 +269,9 @@ def backbone_of(state, source):
 def rename(state, table):
     """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one
     after the other."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in table.items():
-            key = re.sub(old, new, key)
-        renamed[key] = value
-    return renamed
+    for old, new in table.items():
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    return state
 
 
 def load_into(module, state, *, source, allow_missing=(), drop=()):
@@ -301,16 +291,16 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     state = {key: value for key, value in unwrap(state, source).items() if not _matches(key, drop)}
     own = module.state_dict()
     # Batch counters matter only for cumulative averages, and old or converted weights lack them.
-    missing = [
-        k
-        for k in own
-        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
-    ]
-    unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
+    known = ("*num_batches_tracked", *allow_missing)
+    missing = [k for k in own if k not in state and not _matches(k, known)]
+    unexpected = [k for k in state if k not in own and not _matches(k, known[:1])]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    differing = [k for k in state if k in own and k not in fitting]
-    if missing or unexpected or differing:
-        shapes = [f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}" for k in differing]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}"
+        for k in state
+        if k in own and k not in fitting
+    ]
+    if missing or unexpected or shapes:
         raise WeightsError(
             f"{source} does not fit {type(module).__name__}: {len(fitting)} keys match"
             + _listing("missing", missing)

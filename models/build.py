@@ -37,10 +37,7 @@ def build_segmentor(model, classes, pretrained=True):
     context |= {"map_channels": backbone.channels, "depths": backbone.depths}
     context |= {"joint": joint_channels(model), "classifier": classifier}
     specs = present(model.heads)
-    names = [
-        *(name for name in HEADS if name in specs),
-        *(name for name in specs if name not in HEADS),
-    ]
+    names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
     network = Segmentor(backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
@@ -134,8 +131,7 @@ def build_prototypes(specs, joint=0, **context):
                 f"not {spaces[name]!r}"
             )
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
-        channels = joint if spaces[name] == "joint" else features
-        context["in_channels"] = channels
+        context["in_channels"] = joint if spaces[name] == "joint" else features
         members[name] = build("models.prototypes", options, "Prototypes", **context)
     views = {name: view for name, view in views.items() if view != "none"}
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
