@@ -5,28 +5,32 @@
     python eval.py CHECKPOINT data.test.dusk='{name: camvid.CamVid, split: test_dusk}'
     torchrun --nproc_per_node=8 eval.py CHECKPOINT
 
-The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none). Tables go to the
-console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint. `eval.weights=teacher` evaluates the
-averaged network. What differs from the checkpoint's own configuration stands in the JSON, as `overrides`, and in the
-name of the folder: `eval_best_flip_scales0.75-1-1.25/`, or `eval_best_data-1f3870be/` with a hash of what is long.
+The data sets are `data.test` of the checkpoint's configuration (or data.val, where it has none).
+Tables go to the console, JSON, CSV and pictures to `eval_<checkpoint>/` beside the checkpoint.
+`eval.weights=teacher` evaluates the averaged network. What differs from the checkpoint's own
+configuration stands in the JSON, as `overrides`, and in the name of the folder:
+`eval_best_flip_scales0.75-1-1.25/`, or `eval_best_data-1f3870be/` with a hash of what is long.
 
     python eval.py CHECKPOINT CHECKPOINT ...
 
-Several sets or checkpoints end with a table, rows checkpoints, columns sets, and the mean over sets. Of checkpoints of
-train_dg.py the mean is over those that are not in `data.seen`. It is written to domains.txt in the folder of the
-results, of several checkpoints to domains_<hash of their paths>.txt in that of the first.
+Several sets or checkpoints end with a table, rows checkpoints, columns sets, and the mean over
+sets. Of checkpoints of train_dg.py the mean is over those that are not in `data.seen`. It is
+written to domains.txt in the folder of the results, of several checkpoints to domains_<hash of
+their paths>.txt in that of the first.
 
     python eval.py CHECKPOINT export=pseudo_labels
 
-writes instead the labels that the checkpoint's labeler gives to the same data sets, as palette PNGs with settings.json
-beside them: the labeler, the checkpoint and its hash, the classes, and, where a set has labels, the share and accuracy
-of each class. Labels of an earlier export are replaced. Any checkpoint takes a labeler without fitted state, such as
-`uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'`.
+writes instead the labels that the checkpoint's labeler gives to the same data sets, as palette PNGs
+with settings.json beside them: the labeler, the checkpoint and its hash, the classes, and, where a
+set has labels, the share and accuracy of each class. Labels of an earlier export are replaced. Any
+checkpoint takes a labeler without fitted state, such as `uda.labelers='[{name:
+self_training.StoredConfidence, threshold: 0.9}]'`.
 
     python eval.py CHECKPOINT diagnostics=true pairs='[[Car, Truck]]'
 
-writes besides how far the class vectors are from orthogonal and equal, F1 by how frequent classes are in training, and
-the summed IoU of similar classes (engine/diagnostics.py). It counts the labels of data.train once.
+writes besides how far the class vectors are from orthogonal and equal, F1 by how frequent classes
+are in training, and the summed IoU of similar classes (engine/diagnostics.py). It counts the labels
+of data.train once.
 """
 
 import hashlib
@@ -49,7 +53,7 @@ from engine.files import write
 from engine.log import facts, to_console
 from engine.prepare import images, write_maps
 from engine.process import run
-from engine.report import domain_table, label_scalars, pseudo_label_quality, report
+from engine.report import domain_table, pseudo_label_quality, report
 from losses.build import build_adaptation
 from models.build import build_prototypes, joint_channels, restore, trained_with
 
@@ -77,8 +81,8 @@ def digest(value):
 
 
 def protocol_name(changes):
-    """{dotted key: value} of a protocol -> its part of a folder's name: "" for none, "_flip_scales0.75-1", and a hash
-    of what is too long to be read, "_data-1f3870be"."""
+    """{dotted key: value} of a protocol -> its part of a folder's name: "" for none,
+    "_flip_scales0.75-1", and a hash of what is too long to be read, "_data-1f3870be"."""
     words, others = [], {}
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
@@ -91,16 +95,15 @@ def protocol_name(changes):
             told = "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
             words.append(told if isinstance(value, str) else f"{name}{told}")
     if others:
-        words.append(
-            "-".join([*dict.fromkeys(key.split(".")[0] for key in others), digest(others)])
-        )
-    words = [re.sub(r"[^\w.]+", "-", word) for word in words]
-    readable = "".join(f"_{word}" for word in words)
+        sections = dict.fromkeys(key.split(".")[0] for key in others)
+        words.append("-".join([*sections, digest(others)]))
+    readable = "".join("_" + re.sub(r"[^\w.]+", "-", word) for word in words)
     return readable if len(readable) <= 80 else f"_{digest(changes)}"
 
 
 def load_network(path, overrides=()):
-    """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device, checkpoint).
+    """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device,
+    checkpoint).
 
     Raises:
         UserError: a file, a key or weights that cannot be used, such as weights of NaN.
@@ -108,14 +111,16 @@ def load_network(path, overrides=()):
     network, cfg, saved = restore(path, overrides)
     if name := checkpoint.first_nonfinite(network.state_dict()):
         raise UserError(
-            f"{path}: the weights {name} are not finite, the training had diverged; take an earlier checkpoint"
+            f"{path}: the weights {name} are not finite, the training had diverged; take an "
+            f"earlier checkpoint"
         )
     device = distributed.setup(cfg)
     return network.to(device), cfg, device, saved
 
 
 def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
-    """Write `<folder>/<set>/<path of the image>.png` by the rule of the first labeler that has one."""
+    """Write `<folder>/<set>/<path of the image>.png` by the rule of the first labeler that has
+    one."""
     context = {
         "num_classes": len(saved["classes"]),
         "in_channels": network.decoder.channels,
@@ -132,7 +137,8 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     rules = [pair for pair in zip(labelers, cfg.uda.labelers) if pair[0].labels_images]
     if not rules:
         raise ConfigError(
-            "no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: 0.9}]'"
+            "no labeler: set uda.labelers='[{name: self_training.StoredConfidence, threshold: "
+            "0.9}]'"
         )
     labeler, spec = rules[0]
     labeler, vectors = labeler.to(device), {"classifier": network.classifier, **members.to(device)}
@@ -145,8 +151,9 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
         "checkpoint": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "step": saved["step"],
+        "labeler": config.plain(spec),
+        "weights": cfg.eval.weights,
     }
-    about |= {"labeler": config.plain(spec), "weights": cfg.eval.weights}
 
     def make(index, image, label):
         with autocast:
@@ -155,9 +162,7 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     for name, dataset in datasets.items():
         quality = {}
         if dataset.labels:
-            quality = label_scalars(
-                *pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
-            )
+            quality = pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
             logger.info(
                 f"\n{name}: per cent\n"
                 + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items())
@@ -176,10 +181,8 @@ def main(arguments):
     for key, only in (("export", "pseudo_labels"), ("diagnostics", "true")):
         if own.get(key, only) != only:
             raise ConfigError(f"{key} must be {only}, not {own[key]}")
-    if "pairs" in own:
-        if "diagnostics" not in own:
-            raise ConfigError("pairs belongs to diagnostics=true")
-        own["pairs"] = config.read_yaml(own["pairs"], "pairs")
+    if "pairs" in own and "diagnostics" not in own:
+        raise ConfigError("pairs belongs to diagnostics=true")
     if not paths:
         raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
     to_console()
@@ -203,8 +206,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     """One checkpoint on the test sets of its configuration.
 
     Returns:
-        {set: ConfusionMatrix}, empty for an export; the folder of the results; names of the sets of the training domain
-        if the checkpoint is one of train_dg.py, None if not.
+        {set: ConfusionMatrix}, empty for an export; the folder of the results; names of the sets of
+        the training domain if the checkpoint is one of train_dg.py, None if not.
     """
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
@@ -217,7 +220,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:
             raise ConfigError(
-                f"{where}{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and {path} was "
+                f"{where}{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) "
+                f"and {path} was "
                 f"trained with {len(saved['classes'])} ({', '.join(saved['classes'])})"
             )
         if not export:
@@ -237,7 +241,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     about["overrides"] = config.plain(changes)
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:
-        pairs = checked_pairs(pairs, saved["classes"])
+        pairs = checked_pairs(pairs and config.read_yaml(pairs, "pairs"), saved["classes"])
         train_set = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
         counts = class_counts(train_set, cfg.data.cache, cfg.data.workers).sum(0)
     matrices = report(network, datasets, cfg.eval, device, autocast, folder, about)

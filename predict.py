@@ -8,8 +8,8 @@ writes for each picture NAME of PICTURES (sub folders too)
     OUT/colors/NAME.png     the same ids as a palette PNG
     OUT/overlays/NAME.png   class colours over the picture
 
-NAME has no suffix; pictures whose names differ in the suffix alone keep it, as in a.jpg.png. What is hidden, and OUT
-itself, is left out. A picture that cannot be read is named and skipped.
+NAME has no suffix; pictures whose names differ in the suffix alone keep it, as in a.jpg.png. What
+is hidden, and OUT itself, is left out. A picture that cannot be read is named and skipped.
 """
 
 import logging
@@ -34,10 +34,12 @@ KINDS = ("ids", "colors", "overlays")
 
 
 def find_pictures(source, out):
-    """PICTURES and OUT -> {path of a picture: path of its results below OUT/ids, OUT/colors and OUT/overlays}.
+    """PICTURES and OUT -> {path of a picture: path of its results below OUT/ids, OUT/colors and
+    OUT/overlays}.
 
     Raises:
-        DataError: no such file or folder, no pictures in it, or results that would overwrite pictures.
+        DataError: no such file or folder, no pictures in it, or results that would overwrite
+            pictures.
     """
     if not source.exists():
         raise DataError(f"there is no file or folder {source}")
@@ -69,11 +71,10 @@ def find_pictures(source, out):
 
 def save_all(out, name, image, ids, palette):
     """Write the three pictures of one image: ids (H, W) uint8."""
-    indexed = Image.fromarray(ids)
+    indexed, overlay = Image.fromarray(ids), pictures.overlay(image, ids, palette)
     colored = indexed.copy()
     colored.putpalette([channel for color in palette for channel in color])
-    overlay = Image.fromarray(pictures.overlay(image, ids, palette))
-    for kind, picture in zip(KINDS, (indexed, colored, overlay)):
+    for kind, picture in zip(KINDS, (indexed, colored, Image.fromarray(overlay))):
         with replacing(out / kind / name) as path:
             picture.save(path)
 

@@ -1,18 +1,18 @@
 """Supervised training: CBP + OCCL, or any classifier and losses that a configuration names.
 
     python train_supervised.py configs/toy/supervised.yaml
-    python train_supervised.py configs/camvid/resnet18_cbp_occl.yaml data.root=PATH optimizer.lr=1e-4
+    python train_supervised.py configs/camvid/resnet18_cbp_occl.yaml optimizer.lr=1e-4
     torchrun --nproc_per_node=8 train_supervised.py configs/camvid/resnet18_cbp_occl.yaml
 
-The same command goes on where a killed run stopped. The run folder, the options and their units: configs/defaults.yaml.
+The same command goes on where a killed run stopped. configs/defaults.yaml lists the run folder, the
+options and their units.
 """
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data
-from engine import config, distributed, precision, schedule
+from engine import config, distributed
 from engine.ema import Teacher
-from engine.log import to_console
 from engine.process import run as run_script
 from engine.report import draw_step, final_report, validate
 from engine.run import Run
@@ -26,45 +26,40 @@ from models.build import build_prototypes, build_segmentor
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
     config.check_sections(cfg, "train_supervised")
-    device = distributed.setup(cfg)
-    to_console()
-    run = Run(cfg, device)
+    run = Run(cfg, distributed.setup(cfg))
 
     # --- build ---
     data = build_data(cfg)
     classes = tuple(data.train.CLASSES)
     model = build_segmentor(cfg.model, classes, pretrained=not run.saved)
-    model = distributed.place(model, device, cfg.model.sync_bn)
-    context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
-    context |= {"classes": classes, "seed": cfg.seed}
+    model = distributed.place(model, run.device, cfg.model.sync_bn)
+    context = {
+        "num_classes": len(classes),
+        "in_channels": model.decoder.channels,
+        "classes": classes,
+        "seed": cfg.seed,
+    }
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
-    members = members.to(device)
+    members = members.to(run.device)
     prototypes = {"classifier": model.classifier, **members}
     losses, factors = build_losses(cfg.losses, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
-    optimizer = schedule.make_optimizer(model, cfg.optimizer)
-    scaler = precision.make_scaler(device, cfg.precision)
-    autocast = precision.autocast(device, cfg.precision)
-    student = distributed.parallel(model, device, cfg.model.compile)
+    student = run.equip(model, cfg)
 
     # --- resume ---
     run.open(cfg.train.iters, train=data.train)
-    parts = {"model": model, "prototypes": members, "optimizer": optimizer, "scaler": scaler}
-    run.begin(parts | {"teacher": teacher}, data.train, cfg.train.iters, seed=cfg.seed)
-    stream = Stream(data.train, cfg, cfg.seed, run.done, device)
-
-    def check():
-        run.score(validate(reported, data.val, cfg.eval, autocast, run))
-
+    run.begin(
+        {"model": model, "prototypes": members, "teacher": teacher}, data.train, seed=cfg.seed
+    )
+    stream = Stream(data.train, cfg, cfg.seed, run.done, run.device)
     if run.pending and data.val:
-        check()
+        run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
 
     # --- train ---
     model.train()
     for number in run.steps(train=stream):
-        rates = schedule.set_lr(optimizer, schedule.factor(number, cfg.train.iters, cfg.schedule))
-        batches = [Batch.load(next(stream), device) for _ in range(cfg.train.accumulate)]
+        batches = [Batch.load(next(stream), run.device) for _ in range(cfg.train.accumulate)]
         # Every labelled pixel of the step weighs the same, in all processes and micro-batches.
         labelled = sum((batch.label != IGNORE).sum() for batch in batches)
         labelled = distributed.mean(labelled.double()) / len(batches)
@@ -76,32 +71,31 @@ def main(arguments):
             step.labels["source"] = batch.label
             step.counts["source"] = labelled
             with distributed.synced(student, batch is batches[-1]):
-                with autocast:
+                with run.autocast:
                     step.outputs = student(step.views, number)
                 terms = {name: loss(step) for name, loss in losses.items()}
                 loss = sum(factors[name] * term for name, term in terms.items())
-                scaler.scale(loss / len(batches)).backward()
+                run.scaler.scale(loss / len(batches)).backward()
             run.add({f"loss_{name}": term for name, term in terms.items()} | {"loss": loss})
             steps.append(step)
 
-        step.skipped = run.optimise(optimizer, scaler)
+        step.skipped = run.optimise()
         if teacher:
             teacher.update(model, step.skipped)
         for name, view in view_of.items():
             prototypes[name].update(evidence(steps, view), step)
 
         # --- log, validate, save ---
-        run.log(rates, scaler)
+        run.log()
         if run.draws():
             draw_step(run, step, data.train)
-        if run.validates() and data.val:
-            check()
+        if run.validates and data.val:
+            run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
         run.save()
 
     if not run.stopped:
-        final_report(reported, data.test or {"val": data.val}, cfg.eval, autocast, run)
-    run.close()
-    return run.exit_code
+        final_report(reported, data.test or {"val": data.val}, cfg.eval, run.autocast, run)
+    return run.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Unsupervised domain adaptation: labelled source, unlabelled target, an averaged teacher, one or several stages.
+"""Unsupervised domain adaptation: labelled source, unlabelled target, an averaged teacher, stages.
 
     python train_uda.py configs/toy/uda_self_training.yaml
     torchrun --nproc_per_node=4 train_uda.py configs/... optimizer.lr=1e-4
 
-A run is a composition of parts that the configuration names: labelers (pseudo labels), source weights, a style, a mixer
-(views), prototypes and losses. None owns a trainable parameter, so the loop is the same for every method. The same
-command goes on where a killed run stopped, in whatever stage.
+A run is a composition of parts that the configuration names: labelers (pseudo labels), source
+weights, a style, a mixer (views), prototypes and losses. None owns a trainable parameter, so the
+loop is the same for every method. The same command goes on where a killed run stopped, in whatever
+stage.
 """
 
 import logging
@@ -14,9 +15,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data
-from engine import config, distributed, precision, schedule
+from engine import config, distributed, precision
 from engine.ema import Teacher
-from engine.log import to_console
 from engine.prepare import Preparation
 from engine.process import run as run_script
 from engine.report import draw_step, final_report, log_pseudo_labels, validate
@@ -34,25 +34,29 @@ def build_parts(cfg, model, classes):
 
     Returns:
         members, {name: view that a member follows}, losses, their factors, labelers, the same after
-        the source weights, style, mixer.
+        the source weights, style, mixer, whether one of them needs the teacher.
     Raises:
         ConfigError: a part that is not one, or that needs a teacher where there is none.
     """
-    context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
-    context |= {"classes": classes, "seed": cfg.seed}
+    context = {
+        "num_classes": len(classes),
+        "in_channels": model.decoder.channels,
+        "classes": classes,
+        "seed": cfg.seed,
+    }
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
     losses, factors = build_losses(cfg.losses, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
     labeling = [source_weights, *labelers] if source_weights else [*labelers]
-    if any(part.needs_teacher for part in [*labeling, *losses.values()]):
-        where = f"stage {cfg.stage.name}"
-        if cfg.stage.teacher == "none":
-            raise config.ConfigError(f"{where}: a labeler or a loss needs a teacher: ema or frozen")
-        if cfg.stage.teacher == "ema" and not cfg.train.teacher:
-            raise config.ConfigError(
-                f"{where}: train.teacher=0 would copy the student; set 0.99 to 0.999"
-            )
-    return members, view_of, losses, factors, labelers, labeling, style, mixer
+    needs_teacher = any(part.needs_teacher for part in [*labeling, *losses.values()])
+    if needs_teacher and (
+        cfg.stage.teacher == "none" or (cfg.stage.teacher == "ema" and not cfg.train.teacher)
+    ):
+        raise config.ConfigError(
+            f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen; of ema, "
+            "train.teacher=0 would copy the student, so set 0.99 to 0.999"
+        )
+    return members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher
 
 
 def train_stage(run, cfg, number, offset, data, previous):
@@ -66,64 +70,47 @@ def train_stage(run, cfg, number, offset, data, previous):
         network to report and to go on from.
     """
     # --- build ---
-    classes, device, resumed = tuple(data.train.CLASSES), run.device, run.resumes(number)
+    classes, device, resumed = tuple(data.train.CLASSES), run.device, run.at == number
     distributed.seed_everything(cfg.seed + 1009 * number)
-    if resumed:
-        model = build_segmentor(cfg.model, classes, pretrained=False)
-    else:
-        model = initial_network(cfg, classes, previous)
+    model = (
+        build_segmentor(cfg.model, classes, pretrained=False)
+        if resumed
+        else initial_network(cfg, classes, previous)
+    )
     model = distributed.place(model, device, cfg.model.sync_bn)
-    members, view_of, losses, factors, labelers, labeling, style, mixer = build_parts(
-        cfg, model, classes
+    members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher = (
+        build_parts(cfg, model, classes)
     )
     members, labelers = members.to(device), labelers.to(device)
     prototypes = {"classifier": model.classifier, **members}
     # The network that labels: what the stage starts or learns from.
     origin = model if previous is None else previous
-    teacher = None
-    if cfg.stage.teacher == "ema":
-        teacher = Teacher(model, cfg.train.teacher)
-    elif cfg.stage.teacher == "frozen":
-        teacher = Teacher(origin, 1.0)
-    needs_teacher = any(part.needs_teacher for part in [*labeling, *losses.values()])
-    optimizer = schedule.make_optimizer(model, cfg.optimizer)
-    scaler = precision.make_scaler(device, cfg.precision)
-    autocast = precision.autocast(device, cfg.precision)
-    student = distributed.parallel(model, device, cfg.model.compile)
+    followed = {"ema": (model, cfg.train.teacher), "frozen": (origin, 1.0)}.get(cfg.stage.teacher)
+    teacher = Teacher(*followed) if followed else None
+    student = run.equip(model, cfg)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
 
     # --- resume, or prepare what the stage needs ---
-    maps = run.folder / "maps" / f"{number + 1}_{cfg.stage.name}"
     preparation = Preparation(
         origin,
         data.train,
         data.target,
         prototypes | {"classifier": origin.classifier},
-        maps,
+        run.folder / "maps" / f"{number + 1}_{cfg.stage.name}",
         device,
-        autocast,
+        run.autocast,
         cfg.data.workers,
     )
-    if resumed:
-        preparation.attach(run.saved["maps"])
-    else:
-        for labeler in labeling:
-            labeler.prepare(preparation)
-            if data.monitor and labeler.stored:
-                log_pseudo_labels(
-                    origin, labeler, preparation.prototypes, data.monitor, autocast, run, offset
-                )
-    parts = {
-        "model": model,
-        "prototypes": members,
-        "labelers": labelers,
-        "optimizer": optimizer,
-        "scaler": scaler,
-    }
+    for labeler in [] if resumed else labeling:
+        labeler.prepare(preparation)
+        if data.monitor and labeler.stored:
+            log_pseudo_labels(
+                origin, labeler, preparation.prototypes, data.monitor, run.autocast, run, offset
+            )
+    preparation.attach(run.saved["maps"] if resumed else [])
     run.begin(
-        parts | {"teacher": teacher},
+        {"model": model, "prototypes": members, "labelers": labelers, "teacher": teacher},
         data.train,
-        cfg.train.iters,
         seed=cfg.seed + 1009 * number,
         name=cfg.stage.name,
         number=number,
@@ -140,12 +127,17 @@ def train_stage(run, cfg, number, offset, data, previous):
     def check():
         for labeler in labelers if data.monitor else []:
             if labeler.labels_images and not labeler.stored:
-                guide = teacher.network if teacher else model
                 log_pseudo_labels(
-                    guide, labeler, prototypes, data.monitor, autocast, run, offset + run.done
+                    teacher.network if teacher else model,
+                    labeler,
+                    prototypes,
+                    data.monitor,
+                    run.autocast,
+                    run,
+                    offset + run.done,
                 )
         if data.val:  # on the source: the target's labels choose nothing
-            run.score(validate(reported, data.val, cfg.eval, autocast, run))
+            run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
 
     if run.pending:
         check()
@@ -153,12 +145,11 @@ def train_stage(run, cfg, number, offset, data, previous):
     # --- train ---
     model.train()
     for number in run.steps(source=sources, target=targets):
-        rates = schedule.set_lr(optimizer, schedule.factor(number, cfg.train.iters, cfg.schedule))
         pairs = [
             (Batch.load(next(sources), device), Batch.load(next(targets), device))
             for _ in range(cfg.train.accumulate)
         ]
-        # Every labelled source pixel of the step weighs the same, in all processes and micro-batches.
+        # Every labelled pixel of the step weighs the same, in all processes and micro-batches.
         labelled = sum((source.label != IGNORE).sum() for source, _ in pairs)
         labelled = distributed.mean(labelled.double()) / len(pairs)
 
@@ -167,7 +158,7 @@ def train_stage(run, cfg, number, offset, data, previous):
             step = Step(number, cfg.train.iters, source, target, prototypes)
             step.labels["source"] = source.label
             step.counts["source"] = labelled
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), run.autocast:
                 if style:
                     source.image = style(source.image, target.image)
                 if needs_teacher:
@@ -176,21 +167,21 @@ def train_stage(run, cfg, number, offset, data, previous):
                     labeler.before(step)
                 mixer(step)
             with distributed.synced(student, len(steps) == len(pairs) - 1):
-                with autocast:
+                with run.autocast:
                     step.outputs = student(step.views, number)
                 with torch.no_grad():
                     for labeler in labeling:
                         labeler.after(step)
                 terms = {name: loss(step) for name, loss in losses.items()}
                 loss = sum(factors[name] * term for name, term in terms.items())
-                scaler.scale(loss / len(pairs)).backward()
+                run.scaler.scale(loss / len(pairs)).backward()
             run.add(
                 {f"loss_{name}": term for name, term in terms.items()} | {"loss": loss},
                 **step.summary("uda"),
             )
             steps.append(step)
 
-        step.skipped = run.optimise(optimizer, scaler)
+        step.skipped = run.optimise()
         if cfg.stage.teacher == "ema":
             teacher.update(model, step.skipped)
         for name, view in view_of.items():
@@ -199,12 +190,12 @@ def train_stage(run, cfg, number, offset, data, previous):
             labeler.update(step)
 
         # --- log, validate, save ---
-        run.log(rates, scaler)
+        run.log()
         if run.draws():
             draw_step(run, step, data.train)
             for head in model.heads.values():
                 head.draw(run.writer, offset + run.done, model, target.image[:1])
-        if run.validates():
+        if run.validates:
             check()
         run.save()
     return reported
@@ -214,9 +205,7 @@ def train_stage(run, cfg, number, offset, data, previous):
 def main(arguments):
     cfg = config.load(arguments[0], arguments[1:])
     config.check_sections(cfg, "train_uda")
-    device = distributed.setup(cfg)
-    to_console()
-    run = Run(cfg, device)
+    run = Run(cfg, distributed.setup(cfg))
     stages = config.stages(cfg)
     # All of them first: a mistake should not show up only after hours.
     data = [build_data(stage) for stage in stages]
@@ -239,25 +228,21 @@ def main(arguments):
                 break
         offset += stage.train.iters
     if not run.stopped:
-        tests, before = data[-1].test or {"val": data[-1].val}, None
-        starts = (
-            run.folder / f"stage_{stages[0].stage.name}.pt"
-            if len(stages) > 1
-            else stages[0].stage.init
+        first, before = stages[0], None
+        start = run.folder / f"stage_{first.stage.name}.pt" if stages[1:] else first.stage.init
+        if cfg.uda.compare and start not in ("imagenet", "previous"):
+            averaged = stages[1:] and first.stage.teacher == "ema"
+            kind = first.eval.weights if averaged else "student"
+            before = restore(start, [f"eval.weights={kind}"])[0].to(run.device)
+        final_report(
+            network,
+            data[-1].test or {"val": data[-1].val},
+            stages[-1].eval,
+            precision.autocast(run.device, cfg.precision),
+            run,
+            before,
         )
-        if cfg.uda.compare and starts not in ("imagenet", "previous"):
-            averaged = (
-                len(stages) > 1
-                and stages[0].stage.teacher == "ema"
-                and stages[0].eval.weights == "teacher"
-            )
-            before = restore(starts, [f"eval.weights={'teacher' if averaged else 'student'}"])[
-                0
-            ].to(device)
-        autocast = precision.autocast(device, cfg.precision)
-        final_report(network, tests, stages[-1].eval, autocast, run, before)
-    run.close()
-    return run.exit_code
+    return run.close()
 
 
 if __name__ == "__main__":

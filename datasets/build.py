@@ -63,7 +63,8 @@ def build_data(cfg):
         augment = build_any("datasets", cfg.data.target_augment, "Augment") or build(
             "datasets", cfg.data.augment
         )
-        # A target set for training gets no label path at all; its samples are drawn independently of the source's.
+        # A target set for training gets no label path at all; its samples are drawn independently
+        # of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
         target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
     scored = {"train": train, "val": val, "monitor": monitor}
@@ -74,7 +75,8 @@ def build_data(cfg):
     for name, dataset in (scored | {"target": target}).items():
         if dataset and tuple(dataset.CLASSES) != tuple(train.CLASSES):
             raise ConfigError(
-                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) and data.train has "
+                f"data.{name} has {len(dataset.CLASSES)} classes ({', '.join(dataset.CLASSES)}) "
+                f"and data.train has "
                 f"{len(train.CLASSES)} ({', '.join(train.CLASSES)}): they must be the same"
             )
     if not test and val is None:
@@ -83,7 +85,8 @@ def build_data(cfg):
 
 
 class Stream:
-    """The micro-batches of a training set for one process, one after the other: an iterator of collated batches.
+    """The micro-batches of a training set for one process, one after the other: an iterator of
+    collated batches.
 
     Args:
         dataset: training set.

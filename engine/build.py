@@ -1,8 +1,10 @@
-"""Components: from `name: module.Class` in a YAML to an object, checked against the constructor's signature.
+"""Components: from `name: module.Class` in a YAML to an object, checked against the constructor's
+signature.
 
     loss = build("losses", {"name": "occl.OCCL", "temperature": 0.07}, num_classes=11)
 
-There is no registry: the name is the place, `losses/occl.py`, and it is imported only when a configuration asks for it.
+There is no registry: the name is the place, `losses/occl.py`, and it is imported only when a
+configuration asks for it.
 """
 
 import importlib
@@ -43,20 +45,24 @@ def build(package, spec, face="", **context):
     """Make the object that a component names.
 
     Args:
-        package: one of PACKAGES; it comes from our code, never from the YAML, so a YAML cannot import anything else.
+        package: one of PACKAGES; it comes from our code, never from the YAML, so a YAML cannot
+            import anything else.
         spec: {"name": "module.Class", keyword: value, ...}
-        face: name of the base class that the class must have, such as "Loss": a package holds parts of several kinds.
-        context: what only the running program knows (num_classes, in_channels, root ...). The constructor gets what it
-            asks for by name; a key in the spec wins.
+        face: name of the base class that the class must have, such as "Loss": a package holds parts
+            of several kinds.
+        context: what only the running program knows (num_classes, in_channels, root ...). The
+            constructor gets what it asks for by name; a key in the spec wins.
     Raises:
-        ConfigError: no such module or class, an unknown or missing keyword, or one out of its range.
+        ConfigError: no such module or class, an unknown or missing keyword, or one out of its
+            range.
     """
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise ConfigError(f"{package}: a component needs 'name: module.Class', got {show(spec)}")
     name = spec["name"]
     if name == "none":
         raise ConfigError(
-            f"the configuration names no component of {package}: give it 'name: module.Class' and its options"
+            f"the configuration names no component of {package}: give it 'name: module.Class' and "
+            f"its options"
         )
     if package not in PACKAGES or not re.fullmatch(r"[A-Za-z_]\w{0,50}\.[A-Za-z_]\w{0,50}", name):
         raise ConfigError(f"{show(name)} must be 'module.Class' of the package {package}")

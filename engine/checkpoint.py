@@ -1,6 +1,8 @@
-"""Checkpoints: safe types, written whole or not at all, found again after the queue has killed the job.
+"""Checkpoints: safe types, written whole or not at all, found again after the queue has killed the
+job.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without running any code:
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it loads without
+running any code:
 
     format step model teacher prototypes optimizer scaler rng best seconds config classes palette
     stage stage_step labelers maps      (train_uda.py)
@@ -16,18 +18,20 @@ from pathlib import Path
 import torch
 
 from engine import contents, distributed, weights
-from engine.config import difference, plain
-from engine.errors import UserError
+from engine.config import check_resume, difference, plain
+from engine.errors import NonFinite, UserError
 
 FORMAT = 1
 logger = logging.getLogger("engine")
 
 
 def save(path, content, required=True):
-    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all of it or nothing.
+    """Write a checkpoint under a temporary name, flush it to the disk, then rename: readers see all
+    of it or nothing.
 
     Raises:
-        UserError: the file is `required` and could not be written. Otherwise that is a warning, and training goes on.
+        UserError: the file is `required` and could not be written. Otherwise that is a warning, and
+            training goes on.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -47,19 +51,25 @@ def save(path, content, required=True):
 
 
 def content(stateful, dataset, **about):
-    """What a checkpoint holds: the states of all parts, the classes, the generators of all processes, and `about`."""
+    """What a checkpoint holds: the states of all parts, generators of all processes, and `about`.
+
+    Raises:
+        NonFinite: on every process, if a tensor of one of them is not finite.
+    """
     state = {name: part.state_dict() for name, part in stateful.items()}
+    name, rng = first_nonfinite(state), distributed.gather(rng_state())
+    if distributed.any_process(name is not None):
+        raise NonFinite(
+            f"step {about['step']}: {name or 'a tensor of another process'} is not finite. Nothing "
+            "was written over the checkpoints before. Lower optimizer.lr, or set optimizer.clip=1"
+        )
     palette = [list(map(int, color)) for color in dataset.PALETTE]
-    return state | {
-        "classes": list(dataset.CLASSES),
-        "palette": palette,
-        "rng": distributed.gather(rng_state()),
-        **about,
-    }
+    return state | {"classes": list(dataset.CLASSES), "palette": palette, "rng": rng, **about}
 
 
 def first_nonfinite(state):
-    """The dotted name of a tensor in nested dicts that holds a NaN or an infinity; None if there is none.
+    """The dotted name of a tensor in nested dicts that holds a NaN or an infinity; None if there is
+    none.
 
     Thresholds of labelers may be infinite: a class that was never predicted has no threshold.
     """
@@ -71,15 +81,13 @@ def first_nonfinite(state):
                 collect(item, f"{name}.{key}" if name else str(key))
         elif torch.is_tensor(value) and value.is_floating_point():
             bad = value.isnan() if name.startswith("labelers") else ~value.isfinite()
-            found[name] = bad.any()
+            found.setdefault(bad.device, {})[name] = bad.any()
 
     collect(state, "")
-    devices = {flag.device for flag in found.values()}
-    for device in devices:  # one wait for each
-        names = [name for name, flag in found.items() if flag.device == device]
-        flags = torch.stack([found[name] for name in names]).tolist()
-        if any(flags):
-            return names[flags.index(True)]
+    for flags in found.values():  # one wait for each device
+        broken = torch.stack([*flags.values()]).tolist()
+        if any(broken):
+            return [*flags][broken.index(True)]
     return None
 
 
@@ -87,7 +95,8 @@ def load(path, needed=contents.EVALUATED):
     """Read a checkpoint of this project, which must hold the `needed` keys.
 
     Raises:
-        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint of this project.
+        weights.WeightsError: no such file, an incomplete, damaged or unsafe one, or no checkpoint
+            of this project.
         ConfigError: its configuration has an unknown key or a value of a wrong type.
     """
     content = weights.read(path)
@@ -99,33 +108,40 @@ def load(path, needed=contents.EVALUATED):
 
 
 def fingerprint(dataset):
-    """[number of images, hash of their names]: changes when images are added, removed or renamed."""
+    """[number of images, hash of their names]: changes when images are added, removed or
+    renamed."""
     names = "\n".join(dataset.stem(index) for index in range(len(dataset)))
     return [len(dataset), hashlib.sha256(names.encode()).hexdigest()[:16]]
 
 
-def check_data(path, before, data, resume):
-    """Compare the training sets of a checkpoint with those of the run that is to go on from it.
+def check_same(path, saved, cfg, data):
+    """Compare a checkpoint with the run that is to go on from it.
 
     Args:
-        before, data: {name of the set: fingerprint}, then and now.
+        saved: content of the checkpoint at `path`.
+        cfg: configuration of the run.
+        data: {name of a training set: fingerprint} of the run.
     Raises:
-        UserError: they differ, and the checkpoint was not named explicitly; otherwise that is a warning.
+        ConfigError: the configurations differ.
+        UserError: the training sets do, and the checkpoint was not named explicitly; otherwise that
+            is a warning.
     """
-    for name in before:
-        if data.get(name) != before[name]:
+    check_resume(saved["config"], cfg)
+    for name, before in saved.get("data", {}).items():
+        if data.get(name) != before:
             message = (
-                f"data.{name} is not what {path} was trained on: {before[name][0]} images then, {data[name][0]} now, or "
-                "other names"
+                f"data.{name} is not what {path} was trained on: {before[0]} images then, "
+                f"{data[name][0]} now, or other names"
             )
-            if resume == "auto":
+            if cfg.resume == "auto":
                 remedy = f"choose another folder=..., or go on all the same with resume={path}"
                 raise UserError(f"{message}; {remedy}")
             logger.warning(message)
 
 
 def save_step(folder, content, keep, final=False):
-    """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one is required."""
+    """Write `step_<n>.pt` and remove all but the `keep` newest; main process only. The `final` one
+    is required."""
     if not distributed.is_main():
         return
     save(Path(folder) / f"step_{content['step']:07d}.pt", content, required=final)
@@ -149,17 +165,16 @@ def save_light(path, content, required=False):
 
 def list_steps(folder):
     """Paths of `step_<n>.pt`, the newest first."""
-    paths = [
-        path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)
-    ]
+    paths = (p for p in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d+", p.stem))
     return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
 def find(cfg):
     """The checkpoint to go on from.
 
-    `resume: auto` takes the newest complete one of the run folder, `none` starts anew. A path is taken, unless this
-    very configuration has gone on from it before, as when a queue starts a command again: then the newest that it wrote.
+    `resume: auto` takes the newest complete one of the run folder, `none` starts anew. A path is
+    taken, unless this very configuration has gone on from it before, as when a queue starts a
+    command again: then the newest that it wrote.
 
     Returns:
         (path, content), or (None, None) for a fresh start.
@@ -168,7 +183,8 @@ def find(cfg):
     if resume == "none":
         if list_steps(folder):
             raise UserError(
-                f"{folder} holds checkpoints of another run: choose another folder=..., or resume=auto"
+                f"{folder} holds checkpoints of another run: choose another folder=..., or "
+                f"resume=auto"
             )
         return None, None
     for path in list_steps(folder):
@@ -184,8 +200,8 @@ def find(cfg):
 
 
 def tidy(folder, start, resume):
-    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later ones move to
-    `abandoned/`: they are neither lost nor taken for those of this run."""
+    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later
+    ones move to `abandoned/`: they are neither lost nor taken for those of this run."""
     for path in Path(folder).glob("*.tmp.*"):
         path.unlink(missing_ok=True)
     for path in list_steps(folder) if resume not in ("auto", "none") else []:
@@ -195,7 +211,8 @@ def tidy(folder, start, resume):
 
 
 def rng_state():
-    """The state of this process's generators. Dropout and drop path need it; all else is a function of the step."""
+    """The state of this process's generators. Dropout and drop path need it; all else is a function
+    of the step."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -206,7 +223,8 @@ def set_rng_state(states):
     """Restore the generators from the list that one `rng_state` per process made."""
     if len(states) != distributed.world_size():
         logger.warning(
-            f"the checkpoint comes from {len(states)} processes and there are {distributed.world_size()} now: "
+            f"the checkpoint comes from {len(states)} processes and there are "
+            f"{distributed.world_size()} now: "
             "dropout will not repeat bitwise"
         )
         return

@@ -1,115 +1,29 @@
 """Configuration: one YAML per experiment.
 
-    cfg = load("configs/camvid/resnet18_cbp_occl.yaml", ["optimizer.lr=1e-4", "losses.occl.weight=0"])
+    cfg = load("configs/toy/supervised.yaml", ["optimizer.lr=1e-4", "losses.occl.weight=0"])
 
-A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own keys). Below them all
-lies `configs/defaults.yaml`: it lists every key with its meaning and unit, and a key or a type that is not in it is an
-error. A mapping with a `name: module.Class` is a component (engine/build.py); its other keys are keywords of the
-constructor. Naming another class replaces the component, so no option of the old class is left behind.
-
-YAML is read as the core schema of version 1.2 reads it: `1e-4` is a number, `on`, `off` and `no` are strings, `010` is
-ten, and a key that appears twice is an error. Numbers are finite. `${NAME}` in a string is the environment variable
-NAME, and a string that starts with `~/` starts with the home folder.
+A file may start from others (`base: [a.yaml, b.yaml]`, merged from left to right, then its own
+keys). Below them all lies `configs/defaults.yaml`: it lists every key with its meaning and unit,
+and a key or a type that is not in it is an error. A mapping with a `name: module.Class` is a
+component (engine/build.py); its other keys are keywords of the constructor. Naming another class
+replaces the component, so no option of the old class is left behind.
 """
 
 import difflib
 import functools
 import itertools
 import logging
-import math
-import os
 import re
-import typing
 from pathlib import Path
-from typing import Annotated, Literal
 
 import yaml
 
-from engine.errors import UserError
-from engine.ranges import (
-    Count,
-    Momentum,
-    Name,
-    Natural,
-    NonNegative,
-    OptionalWidth,
-    Positive,
-    Scales,
-    Share,
-    Size,
-    Text,
-    brief,
-    describe,
-    is_a,
-    mismatch,
-    show,
-)
+from engine.ranges import RANGES, STAGE_RANGES, brief, describe, is_a, mismatch, show
+from engine.reading import LEVELS, ConfigError, Dumper, read_file, read_yaml
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "defaults.yaml"
 logger = logging.getLogger("engine")
 
-# What the values of DEFAULTS may be; a key that is not here takes what has the type of its default.
-Part = Literal["backbone", "decoder", "projector"]
-RANGES = {
-    "seed": Annotated[int, "[0, 2147483647]"],
-    "folder": Text,
-    "resume": Text,
-    "device": Literal["auto", "cpu", "cuda"],
-    "threads": Annotated[int, "[0, 1024]"],
-    "precision": Literal["fp32", "bf16", "fp16"],
-    "timeout": Annotated[float, "(0, 100000]"],
-    "data": {
-        "root": Text | None,
-        "test": dict[Name, dict],
-        "seen": list[str],
-        "rare_classes": {"temperature": NonNegative, "min_pixels": Natural},
-        "cache": Text,
-        "workers": Annotated[int, "[0, 256]"],
-    },
-    "model": {
-        "heads": dict[Name, dict],
-        "frozen_bn": list[Part],
-        "bn_views": list[str],
-    },
-    "uda": {"labelers": list[dict]},
-    "stages": list[dict],
-    "prototypes": dict[Name, dict],
-    "losses": Annotated[list[dict], "[1, inf)"],
-    "train": {
-        "iters": Count,
-        "batch_size": Annotated[int, "[1, 65536]"],
-        "accumulate": Count,
-        "teacher": Momentum,
-    },
-    "optimizer": {
-        "name": Literal["AdamW", "SGD"],
-        "lr": Positive,
-        "head_lr_factor": NonNegative,
-        "weight_decay": NonNegative,
-        "momentum": Momentum,
-        "betas": Annotated[list[Momentum], "[2, 2]"],
-        "clip": NonNegative,
-    },
-    "schedule": {
-        "warmup": Natural,
-        "warmup_ratio": Share,
-        "power": NonNegative,
-        "min_ratio": Share,
-    },
-    "eval": {
-        "every": Natural,
-        "mode": Literal["whole", "slide"],
-        "crop": Size,
-        "stride": Size,
-        "short_side": OptionalWidth,
-        "scales": Scales,
-        "weights": Literal["student", "teacher"],
-        "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
-        "pictures": Natural,
-    },
-    "log": {"every": Count, "images_every": Natural},
-    "checkpoint": {"every": Count, "keep": Count},
-}
 # Sections of `model` that have become heads: {name: (key that switched it off with 0, class)}.
 MOVED = {
     "projector": ("channels", "projector.Projector"),
@@ -125,18 +39,6 @@ STAGE = {
     "repeat": 1,
     "lr_scale": 1.0,
 }
-STAGE_RANGES = {
-    "name": Name,
-    "iters": Natural,
-    "init": Text,
-    "teacher": Literal["ema", "frozen", "none"],
-    "repeat": Annotated[int, "[1, 100]"],
-    "lr_scale": Annotated[float, "(0, 10]"],
-}
-
-
-class ConfigError(UserError):
-    """A mistake in a YAML file or an override; the message names the key and what to do."""
 
 
 class Config(dict):
@@ -151,143 +53,10 @@ class Config(dict):
             ) from None
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-LEVELS, VALUES = (
-    50,
-    20_000,
-)  # what nests deeper or holds more is damaged, or made to take all memory
-
-
-class _Loader(yaml.SafeLoader):
-    # None of YAML 1.1's: those of the 1.2 core schema follow, so that other tags are unknown.
-    yaml_implicit_resolvers: typing.ClassVar = {}
-    yaml_constructors: typing.ClassVar = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")))
-    }
-    level = count = 0
-
-    def compose_node(self, parent, index):
-        self.level, self.count = self.level + 1, self.count + 1
-        _limit(self.name, self.level, self.count)
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        return node
-
-    def flatten_mapping(self, node):
-        super().flatten_mapping(node)
-        # A key that is merged twice counts once, or their number would double with every level.
-        keys = [k.value if isinstance(k.value, str) else id(k) for k, _ in node.value]
-        node.value = [*dict(zip(keys, node.value)).values()]
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node)
-            if isinstance(key, (list, dict)):
-                continue  # not a key: the parent class says so
-            if key in seen:
-                raise ConfigError(
-                    f"{_place(key_node.start_mark)}: the key {show(key)} appears twice"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_core(self, node):
-        """null, true and false, and numbers, also where a tag such as !!int says so."""
-        kind, text = node.tag.rpartition(":")[2], self.construct_scalar(node)
-        if not re.fullmatch(_CORE[node.tag], text):
-            raise ConfigError(f"{_place(node.start_mark)}: {show(text)} is no YAML {kind}")
-        if kind in ("null", "bool"):
-            return text.lower() == "true" if kind == "bool" else None
-        number = float(text)
-        if abs(number) >= (2**63 if kind == "int" else math.inf):
-            raise ConfigError(f"{_place(node.start_mark)}: the number {show(text)} is too large")
-        return number if kind == "float" else int(text)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a string that YAML 1.1 or 1.2 would read as something else."""
-
-
-_CORE = {
-    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
-    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",  # no .inf, no .nan
-}
-for _tag, _pattern in _CORE.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
-    _Loader.add_constructor(_tag, _Loader.construct_core)
-    _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])  # `<<: *anchor`
-
-
-def _limit(name, level, count):
-    if level > LEVELS or count > VALUES:
-        raise ConfigError(
-            f"{name} holds more than {VALUES} values, or nests deeper than {LEVELS} levels"
-        )
-
-
-def _place(mark):
-    return f"{mark.name}, line {mark.line + 1}"
-
-
-def read_yaml(text, name):
-    """A YAML text -> plain values, with `${NAME}` replaced by environment variables and `~/` by the home folder."""
-    try:
-        loader = _Loader(text)
-        loader.name = str(name)
-        return _expand(loader.get_single_data(), name, itertools.count(1))
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = " ".join((problem or str(error)).split())
-        raise ConfigError(f"{name} is not valid YAML: {where}{problem[:200]}") from None
-
-
-def read_file(path):
-    """A YAML file in UTF-8, with or without a byte order mark -> plain values."""
-    try:
-        return read_yaml(Path(path).read_text("utf-8-sig"), path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not in UTF-8 (byte {error.start + 1}): save it with this encoding"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-
-
 @functools.cache
 def defaults():
     """The content of DEFAULTS; nobody may change it."""
     return read_file(DEFAULTS)
-
-
-def _expand(value, name, count, level=1):
-    """Replace what stands for something else; count values, since an alias may stand for many or for what holds it."""
-    _limit(name, level, next(count))
-    if isinstance(value, dict):
-        return {key: _expand(item, name, count, level + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, name, count, level + 1) for item in value]
-    if isinstance(value, str):
-        for variable in re.findall(r"\$\{(\w+)\}", value):
-            if variable not in os.environ:
-                raise ConfigError(
-                    f"{name}: the environment variable {show(variable)} in {show(value)} is not set"
-                )
-            value = value.replace(f"${{{variable}}}", os.environ[variable])
-        value = os.path.expanduser(value) if value.startswith("~/") else value
-    return value
-
-
-# --- merging and checking ------------------------------------------------------------------------------------------
 
 
 def load(path, overrides=()):
@@ -295,13 +64,14 @@ def load(path, overrides=()):
 
     Args:
         path: YAML file.
-        overrides: strings `key.sub=value`, the value in YAML. An entry of a list is addressed by its position or, for
-            components, by its module: `losses.0.weight=1` or `losses.occl.weight=1`.
+        overrides: strings `key.sub=value`, the value in YAML. An entry of a list is addressed by
+            its position or, for components, by its module: `losses.0.weight=1` or
+            `losses.occl.weight=1`.
     Returns:
         Config with every key of `configs/defaults.yaml`; `save` writes it so that it runs alone.
     Raises:
-        ConfigError: unknown key, value out of its range, duplicate key, unreadable file; with a suggestion where there
-            is one.
+        ConfigError: unknown key, value out of its range, duplicate key, unreadable file; with a
+            suggestion where there is one.
     """
     config = override(_read_with_bases(Path(path), ()), overrides)
     if config["folder"] == "auto":
@@ -310,7 +80,8 @@ def load(path, overrides=()):
 
 
 def override(config, overrides):
-    """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get their defaults."""
+    """Apply `key.sub=value` strings to a configuration such as a checkpoint's; keys it lacks get
+    their defaults."""
     schema = defaults()
     if not isinstance(config, dict):
         raise ConfigError(f"a configuration must hold keys and values, not {show(config)}")
@@ -331,25 +102,27 @@ def override(config, overrides):
     for name in config["data"]["seen"]:
         if name not in config["data"]["test"]:
             raise ConfigError(
-                f"data.seen names {show(name)}, which is not in data.test: {listing(config['data']['test'])}"
+                f"data.seen names {show(name)}, which is not in data.test: "
+                f"{listing(config['data']['test'])}"
             )
     stages(config)
     return _wrap(config)
 
 
 def stages(config):
-    """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any others.
+    """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any
+    others.
 
     Returns:
-        list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with its learning rate
-        multiplied by `lr_scale` once more.
+        list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with
+        its learning rate multiplied by `lr_scale` once more.
     """
     schema = STAGE | {key: value for key, value in defaults().items() if key != "stages"}
     result = []
     for number, spec in enumerate(plain(config["stages"]) or [{}]):
         _check(spec, schema, STAGE_RANGES | RANGES, f"stages.{number}", "the configuration")
-        changes = {key: value for key, value in spec.items() if key not in STAGE}
         stage = STAGE | {key: value for key, value in spec.items() if key in STAGE}
+        changes = {key: value for key, value in spec.items() if key not in STAGE}
         if len(result) + stage["repeat"] > 1000:
             raise ConfigError("there are more than 1000 stages")
         for turn in range(stage["repeat"]):
@@ -364,12 +137,13 @@ def stages(config):
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
     Path(path).write_text(
-        yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8"
+        yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True), "utf-8"
     )
 
 
 def check(config, where):
-    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the defaults.
+    """Compare a configuration that was not read from a YAML, such as a checkpoint's, with the
+    defaults.
 
     Raises:
         ConfigError: unknown key or wrong type; `where` it is.
@@ -398,8 +172,8 @@ def plain(config):
 
 
 def difference(old, new, prefix=""):
-    """The keys at which two configurations differ -> {dotted key: (old value, new value)}; entries of a list of
-    components go by their modules, as in an override."""
+    """The keys at which two configurations differ -> {dotted key: (old value, new value)}; entries
+    of a list of components go by their modules, as in an override."""
     changes = {}
     for key in sorted(set(old) | set(new), key=str):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
@@ -423,7 +197,8 @@ def _are_components(value):
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-# Keys that may change between a checkpoint and the run that goes on from it: they do not change what is computed.
+# Keys that may change between a checkpoint and the run that goes on from it: they do not change
+# what is computed.
 FREE = (
     "folder",
     "resume",
@@ -451,7 +226,8 @@ def check_resume(old, new):
     The last stage, or the one of a run without stages, may be longer than it was.
 
     Raises:
-        ConfigError: they differ in more than that and FREE, and the checkpoint was not named explicitly.
+        ConfigError: they differ in more than that and FREE, and the checkpoint was not named
+            explicitly.
     """
     old = override(old, [])  # keys that are new since then have their defaults
     free = [re.escape(key) for key in FREE]
@@ -464,12 +240,14 @@ def check_resume(old, new):
         changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ConfigError(
-            f"{new['folder']} holds a run with another configuration: {', '.join(changed[:5])}{more}. Choose another "
+            f"{new['folder']} holds a run with another configuration: "
+            f"{', '.join(changed[:5])}{more}. Choose another "
             "folder=..., or go on from it all the same with resume=PATH of the checkpoint"
         )
     if longer and before[-1] < after[-1]:
         logger.warning(
-            f"{before[-1]} -> {after[-1]} iterations: from the checkpoint on, the learning rate is that of the longer "
+            f"{before[-1]} -> {after[-1]} iterations: from the checkpoint on, the learning rate is "
+            f"that of the longer "
             "run"
         )
 
@@ -493,11 +271,13 @@ VIEWS = {
 
 
 def check_sections(config, script):
-    """What a configuration sets must have an effect in the script that reads it: train_supervised, train_uda, train_dg.
+    """What a configuration sets must have an effect in the script that reads it: train_supervised,
+    train_uda, train_dg.
 
     Raises:
-        ConfigError: a section that another script uses differs from the defaults, a loss or a member of the prototype
-            family needs another script's view, or the teacher is to be reported and there is none.
+        ConfigError: a section that another script uses differs from the defaults, a loss or a
+            member of the prototype family needs another script's view, or the teacher is to be
+            reported and there is none.
     """
     parts = stages(config)
     changed = [key for part in parts for key in difference(defaults(), plain(part))]
@@ -511,7 +291,8 @@ def check_sections(config, script):
         for key, view in spec.items():
             if str(key).endswith("view") and view not in VIEWS.get(script, (view,)):
                 raise ConfigError(
-                    f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are {listing(VIEWS[script])}"
+                    f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are "
+                    f"{listing(VIEWS[script])}"
                 )
     last = parts[-1]  # what is reported
     kind = last["stage"]["teacher"] if script == "train_uda" else "ema"
@@ -519,7 +300,8 @@ def check_sections(config, script):
         kind == "frozen" or (kind == "ema" and last["train"]["teacher"])
     ):
         raise ConfigError(
-            "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or eval.weights=student"
+            "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or "
+            "eval.weights=student"
         )
 
 
@@ -558,7 +340,8 @@ SEVERAL = ("data.train", "data.target")  # components that may be a list of comp
 
 
 def _check(value, schema, kinds, key, where, known=True):
-    """Compare values with the defaults and RANGES; `known`: another key is an error. `build` checks components."""
+    """Compare values with the defaults and RANGES; `known`: another key is an error. `build` checks
+    components."""
     if schema is None and kinds is None:
         return  # within a list
     if key.endswith(SEVERAL) and isinstance(value, list) and value:  # also within a stage
@@ -567,7 +350,8 @@ def _check(value, schema, kinds, key, where, known=True):
     elif isinstance(kinds or schema, dict):
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{where}: {brief(key)} must be a mapping with keys such as {listing(schema)}, not {show(value)}"
+                f"{where}: {brief(key)} must be a mapping with keys such as {listing(schema)}, not "
+                f"{show(value)}"
             )
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else str(name)
@@ -585,7 +369,8 @@ ELSEWHERE = {"epochs": "iters", "max_iters": "iters", "learning_rate": "lr", "wd
 
 
 def _unknown(name, schema, dotted):
-    """The sentence for a key that `schema` lacks: a similar one of the section, or one of its name in another."""
+    """The sentence for a key that `schema` lacks: a similar one of the section, or one of its name
+    in another."""
     name, prefix, dotted = str(name)[:80], dotted.rpartition(".")[0], brief(dotted)
     if name in MOVED and prefix.endswith("model"):
         new = f"{prefix}.heads.{name}={{name: {MOVED[name][1]}, ...}}"
@@ -632,7 +417,8 @@ def _override(config, keys, value, schema, kinds, dotted):
         index = names.index(head) if head and head in names else number
         if not 0 <= index < len(config):
             raise ConfigError(
-                f"'{brief(dotted)}': the list has no entry '{brief(head)}'; it has {listing(names) or len(config)}"
+                f"'{brief(dotted)}': the list has no entry '{brief(head)}'; it has "
+                f"{listing(names) or len(config)}"
             )
         entry = _override(config[index], rest, value, None, None, dotted) if rest else value
         return [*config[:index], entry, *config[index + 1 :]]
@@ -651,20 +437,19 @@ def _override(config, keys, value, schema, kinds, dotted):
 
 
 def module_names(specs):
-    """Names of the components in a list: their modules; a second one of a module is called `module_2`."""
+    """Names of the components in a list: their modules; a second one is called `module_2`."""
     names = []
     for spec in specs:
-        name = module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
-        count = 1
-        while name and name in names:
-            count += 1
-            name = f"{module}_{count}"
-        names.append(name)
+        module = str(spec.get("name", "")).split(".")[0] if isinstance(spec, dict) else ""
+        others = (f"{module}_{count}" for count in itertools.count(2))
+        free = (name for name in itertools.chain([module], others) if name not in names)
+        names.append(next(free) if module else "")
     return names
 
 
 def _is_component(value):
-    """Does `name` say module.Class, or none where it is to be chosen? `optimizer: {name: AdamW}` is a plain section."""
+    """Does `name` say module.Class, or none where it is to be chosen? `optimizer: {name: AdamW}` is
+    a plain section."""
     name = value.get("name")
     return isinstance(name, str) and ("." in name or name == "none")
 

@@ -1,4 +1,5 @@
-"""What a checkpoint must hold, checked in one place before anything uses it: the file may come from anywhere."""
+"""What a checkpoint must hold, checked in one place before anything uses it: the file may come from
+anywhere."""
 
 import math
 import re
@@ -78,8 +79,8 @@ KINDS = {
 
 
 def check(content, path, needed=EVALUATED):
-    """Compare a checkpoint's content with KINDS, its configuration with the defaults. An older configuration becomes one
-    of today.
+    """Compare a checkpoint's content with KINDS, its configuration with the defaults. An older
+    configuration becomes one of today.
 
     Raises:
         WeightsError: a key of another kind, or a needed one is missing.

@@ -1,18 +1,22 @@
-"""What a classifier's class vectors are like, and whom they serve: the diagnostics of "Frozen is better than learning"
-(Chen et al., PR 2024).
+"""What a classifier's class vectors are like, and whom they serve: the diagnostics of "Frozen is
+better than learning" (Chen et al., PR 2024).
 
     python eval.py CHECKPOINT diagnostics=true pairs='[[Car, Truck], [Fence, Pole]]'
 
-writes diagnostics.json, cosines.png and <set>_F1.png beside the other results, and the pictures to TensorBoard where
-the run has its curves there. With class vectors w, K classes and the pixels n of each in the training set:
+writes diagnostics.json, cosines.png and <set>_F1.png beside the other results, and the pictures to
+TensorBoard where the run has its curves there. With class vectors w, K classes and the pixels n of
+each in the training set:
 
-    CS            1/2 sum_{i != j} cos(w_i, w_j), equation 8: 0 for orthogonal vectors, K (K - 1) / 2 for equal ones. Of
-                  random ones in D channels it scatters around 0 by sqrt(K (K - 1) / 2 / D)
+    CS            1/2 sum_{i != j} cos(w_i, w_j), equation 8: 0 for orthogonal vectors,
+                  K (K - 1) / 2 for equal ones. Of random ones in D channels it scatters around 0
+                  by sqrt(K (K - 1) / 2 / D)
     CS_abs        the same of |cos|, which does not cancel; max_cos: the largest |cos|
     norm_pixels   Pearson's correlation of |w| and n: 0.27 for the learned classifier of the paper
-    groups        mean F1 of classes that are about as frequent: classes sorted by n, rarest first, and split by
-                  np.array_split into min(15, K // 2) groups (at least one); the paper has 15 of 10 classes
-    pairs         sum of the IoU of two similar classes; PAIRS, where the data set has both, or those that are named
+    groups        mean F1 of classes that are about as frequent: classes sorted by n, rarest first,
+                  and split by np.array_split into min(15, K // 2) groups (at least one); the paper
+                  has 15 of 10 classes
+    pairs         sum of the IoU of two similar classes; PAIRS, where the data set has both, or
+                  those that are named
 """
 
 import json
@@ -60,8 +64,8 @@ def separability(vectors):
 
 
 def norm_pixels(vectors, pixels):
-    """Pearson's correlation of the norms of class vectors (K, D) and the pixels (K); None where one of them is alike
-    for all classes."""
+    """Pearson's correlation of the norms of class vectors (K, D) and the pixels (K); None where one
+    of them is alike for all classes."""
     norms = vectors.detach().double().cpu().norm(dim=1).numpy()
     values = np.stack([norms, np.asarray(pixels, np.float64)])
     if (values.std(1) <= 1e-6 * abs(values.mean(1))).any():
@@ -70,8 +74,8 @@ def norm_pixels(vectors, pixels):
 
 
 def frequency_groups(f1, pixels):
-    """F1 (K) in [0, 1] with nan for classes that have none, and pixels (K) -> [{"classes" (numbers), "pixels" (mean),
-    "F1" (per cent, None where no class has one)}], rarest first."""
+    """F1 (K) in [0, 1] with nan for classes that have none, and pixels (K) -> [{"classes"
+    (numbers), "pixels" (mean), "F1" (per cent, None where no class has one)}], rarest first."""
     f1 = np.asarray(f1, np.float64)
     groups = []
     for members in np.array_split(np.argsort(pixels, kind="stable"), max(1, min(15, len(f1) // 2))):
@@ -101,14 +105,21 @@ def checked_pairs(pairs, classes):
 
 
 def pair_sums(matrix, pairs):
-    """ConfusionMatrix -> {"a + b": sum of two IoUs in per cent, None where one of them has none}."""
+    """ConfusionMatrix -> {"a + b": sum of two IoUs in per cent, None where one of them has
+    none}."""
     iou = dict(zip(matrix.classes, matrix.per_class()["IoU"].tolist()))
     sums = {f"{a} + {b}": 100 * (iou[a] + iou[b]) for a, b in pairs}
     return {pair: value if value == value else None for pair, value in sums.items()}
 
 
+def told(value):
+    """A number of a table, "-" where there is none."""
+    return "-" if value is None else f"{value:.1f}"
+
+
 def bars(values, captions, title):
-    """Per cents, None for none, as bars below each other with a caption and the number: a picture (H, W, 3) uint8."""
+    """Per cents, None for none, as bars below each other with a caption and the number: a picture
+    (H, W, 3) uint8."""
     font = ImageFont.load_default(size=pictures.FONT)
     line, width = pictures.FONT + 2 * pictures.GAP, 400
     left = pictures.GAP * 2 + int(max(map(font.getlength, captions)))
@@ -126,7 +137,7 @@ def bars(values, captions, title):
             draw.rectangle(
                 (left, middle - line / 3, left + length, middle + line / 3), pictures.SEQUENTIAL[2]
             )
-        text = "-" if value is None else f"{value:.1f}"
+        text = told(value)
         draw.text((left + width + pictures.GAP, middle), text, pictures.INK, font, anchor="lm")
     return np.array(page)
 
@@ -144,6 +155,8 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     """
     vectors, names = classifier.means().detach(), next(iter(matrices.values())).classes
     content = separability(vectors) | {"norm_pixels": norm_pixels(vectors, counts), "sets": {}}
+    figures = (f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float))
+    lines = ["", ", ".join(figures)]
     shown = {
         "cosines": pictures.heatmap(
             similarity(vectors), names, names, low=-1, diverging=True, title="cosines"
@@ -151,31 +164,22 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     }
     for name, matrix in matrices.items():
         groups = frequency_groups(matrix.per_class()["F1"].numpy(), counts)
-        for group in groups:
-            group["classes"] = [names[number] for number in group["classes"]]
-        content["sets"][name] = {"groups": groups, "pairs": pair_sums(matrix, pairs)}
+        groups = [group | {"classes": [names[i] for i in group["classes"]]} for group in groups]
+        sums = pair_sums(matrix, pairs)
+        content["sets"][name] = {"groups": groups, "pairs": sums}
         captions = [
             f"{', '.join(group['classes'][:3])}{' ...' * (len(group['classes']) > 3)}"
             for group in groups
         ]
         title = f"{name}: mean F1 of groups of classes, rarest in training first"
         shown[f"{name}_F1"] = bars([group["F1"] for group in groups], captions, title)
-    lines = [
-        ", ".join(
-            f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float)
-        )
-    ]
-    for name, found in content["sets"].items():
-        scores = " ".join(
-            "-" if group["F1"] is None else f"{group['F1']:.1f}" for group in found["groups"]
-        )
-        sums = "".join(
-            f"; {pair} {'-' if s is None else f'{s:.1f}'}" for pair, s in found["pairs"].items()
-        )
+        scores = " ".join(told(group["F1"]) for group in groups)
+        pair_scores = "".join(f"; {pair} {told(value)}" for pair, value in sums.items())
         lines.append(
-            f"{name}: F1 of groups of classes, rarest first: {scores}{sums and '; sums of IoU' + sums}"
+            f"{name}: F1 of groups of classes, rarest first: {scores}"
+            + (pair_scores and "; sums of IoU" + pair_scores)
         )
-    logger.info("\n".join(["", *lines]))
+    logger.info("\n".join(lines))
     if not distributed.is_main():
         return
     write(folder / "diagnostics.json", json.dumps(content | {"pixels": counts.tolist()}, indent=1))

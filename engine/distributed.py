@@ -1,4 +1,5 @@
-"""Processes: torchrun's environment or a single process, and the few collectives that the project needs.
+"""Processes: torchrun's environment or a single process, and the few collectives that the project
+needs.
 
 Everything here works unchanged on one process, so no other file asks whether it runs distributed.
 
@@ -40,7 +41,8 @@ def init(device="auto", timeout=30):
             )
         if local_rank >= count:
             raise errors.UserError(
-                f"this machine has {count} CUDA devices, and this is process {local_rank + 1} on it: "
+                f"this machine has {count} CUDA devices, and this is process {local_rank + 1} on "
+                f"it: "
                 f"set --nproc_per_node={count}, or device=cpu"
             )
         torch.cuda.set_device(local_rank)
@@ -51,7 +53,8 @@ def init(device="auto", timeout=30):
 
 
 def setup(cfg):
-    """What every script does first: join the processes, set threads, determinism and seed -> device."""
+    """What every script does first: join the processes, set threads, determinism and seed ->
+    device."""
     device = init(cfg.device, cfg.timeout)
     if device.type == "cpu":
         keep_memory()
@@ -64,8 +67,8 @@ def setup(cfg):
 
 
 def keep_memory():
-    """Let glibc keep what it has got from the system: by default it returns every large tensor when it is freed, and
-    getting it anew, page by page, is a part of every training step on a CPU."""
+    """Let glibc keep what it has got from the system: by default it returns every large tensor when
+    it is freed, and getting it anew, page by page, is a part of every training step on a CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
@@ -76,7 +79,8 @@ def keep_memory():
 
 
 def place(network, device, sync_bn=False):
-    """The network on its device; with `sync_bn` its batch norm takes the statistics of all processes (CUDA only)."""
+    """The network on its device; with `sync_bn` its batch norm takes the statistics of all
+    processes (CUDA only)."""
     network = network.to(device)
     if sync_bn and device.type == "cuda" and world_size() > 1:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -86,8 +90,9 @@ def place(network, device, sync_bn=False):
 def parallel(network, device, compiled=False):
     """What to call in training: the network, or DDP around it where there are several processes.
 
-    With `compiled` its backbone and decoder are compiled in place: the names of their tensors stay, and what looks into
-    them (regions) still can. Each new size of images compiles again, up to PyTorch's limit.
+    With `compiled` its backbone and decoder are compiled in place: the names of their tensors stay,
+    and what looks into them (regions) still can. Each new size of images compiles again, up to
+    PyTorch's limit.
     """
     for part in (network.backbone, network.decoder) if compiled else ():
         part.compile()
@@ -98,7 +103,8 @@ def parallel(network, device, compiled=False):
 
 
 def synced(network, last):
-    """The context of a micro-batch: DDP adds up the gradients of all processes at the last one of a step."""
+    """The context of a micro-batch: DDP adds up the gradients of all processes at the last one of a
+    step."""
     return contextlib.nullcontext() if last or world_size() == 1 else network.no_sync()
 
 
@@ -159,8 +165,9 @@ class _SyncedSum(torch.autograd.Function):
 def synced_sum(tensor):
     """Sum over processes that keeps the graph of the local summand.
 
-    Every process computes the same loss from the sum, and DDP averages the gradients over processes; the factor
-    `world_size` in the backward pass makes that average the gradient of the one global loss.
+    Every process computes the same loss from the sum, and DDP averages the gradients over
+    processes; the factor `world_size` in the backward pass makes that average the gradient of the
+    one global loss.
     """
     return _SyncedSum.apply(tensor) if world_size() > 1 else tensor
 
@@ -172,7 +179,8 @@ def of_the_first(tensor):
 
 
 def any_process(flag):
-    """True on every process if the flag is set on one of them. A collective on the CPU: no GPU waits for it."""
+    """True on every process if the flag is set on one of them. A collective on the CPU: no GPU
+    waits for it."""
     return bool(all_reduce(torch.tensor(int(flag))))
 
 

@@ -1,6 +1,8 @@
-"""The teacher: an exponential moving average of a network (Tarvainen and Valpola, Mean teachers, NeurIPS 2017).
+"""The teacher: an exponential moving average of a network (Tarvainen and Valpola, Mean teachers,
+NeurIPS 2017).
 
-It lives outside DDP and is identical on all processes, since every process averages the same weights.
+It lives outside DDP and is identical on all processes, since every process averages the same
+weights.
 """
 
 import copy
@@ -10,12 +12,14 @@ from torch import nn
 
 
 class Teacher(nn.Module):
-    """A copy of the student whose parameters follow it; buffers (batch statistics, prototypes) are copied.
+    """A copy of the student whose parameters follow it; buffers (batch statistics, prototypes) are
+    copied.
 
     Args:
         student: network, not wrapped by DDP.
-        momentum: alpha of teacher <- alpha teacher + (1 - alpha) student, with the ramp min(1 - 1 / (t + 1), alpha).
-            The count t of updates is a buffer, so a resumed run goes on where it stopped.
+        momentum: alpha of teacher <- alpha teacher + (1 - alpha) student, with the ramp min(1 - 1 /
+            (t + 1), alpha). The count t of updates is a buffer, so a resumed run goes on where it
+            stopped.
     """
 
     def __init__(self, student, momentum):
@@ -28,7 +32,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, skipped):
-        """Call after each optimiser step. Where `skipped` (0-dim bool) is true, only buffers are copied."""
+        """Call after each optimiser step. Where `skipped` (0-dim bool) is true, only buffers are
+        copied."""
         self.updates += ~skipped
         alpha = (1 - 1 / (self.updates.double() + 1)).clamp_max(self.momentum)
         share = ((1 - alpha) * ~skipped).to(next(student.parameters()).dtype)

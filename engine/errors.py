@@ -7,3 +7,7 @@ class UserError(ValueError):
     def __str__(self):
         # A loader process sends the text of its traceback, which ends with the message.
         return super().__str__().rsplit(f".{type(self).__name__}: ", 1)[-1].strip()
+
+
+class NonFinite(UserError):
+    """A loss, a gradient or a tensor that is not finite, or overflows of fp16 without end."""

@@ -1,4 +1,5 @@
-"""Files of other people are read with care, our own are written whole or not at all, in the folder where they belong."""
+"""Files of other people are read with care, our own are written whole or not at all, in the folder
+where they belong."""
 
 import contextlib
 import json
@@ -69,10 +70,12 @@ def read_json_lines(path):
 
 
 def read_array(path):
-    """The numbers of a .npy file; its header is compared with its size before anything is allocated.
+    """The numbers of a .npy file; its header is compared with its size before anything is
+    allocated.
 
     Raises:
-        UserError: no such file, another format, objects instead of numbers, an incomplete or damaged file.
+        UserError: no such file, another format, objects instead of numbers, an incomplete or
+            damaged file.
     """
     data = read_bytes(path)
     start = 10 + int.from_bytes(data[8:10], "little")
@@ -84,7 +87,8 @@ def read_array(path):
     claimed, held = math.prod(shape) * dtype.itemsize, len(data) - start
     if claimed != held:
         raise UserError(
-            f"{path} is incomplete or damaged: its header claims {claimed} bytes of numbers, and it holds {held}"
+            f"{path} is incomplete or damaged: its header claims {claimed} bytes of numbers, and "
+            f"it holds {held}"
         )
     order = "F" if b"'fortran_order': True" in data[:start] else "C"
     return (
@@ -96,8 +100,9 @@ def read_array(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`. What the block writes there takes the place of `path` when the block has ended,
-    and is removed if the block fails or is interrupted. The folder is made if needed.
+    """A temporary path beside `path`. What the block writes there takes the place of `path` when
+    the block has ended, and is removed if the block fails or is interrupted. The folder is made if
+    needed.
 
     Raises:
         UserError: the file cannot be written, because the disk is full, say.
@@ -128,7 +133,8 @@ def write_picture(path, picture):
 
 
 def inside(folder, name):
-    """The path `name` below a folder. The name comes from a configuration, and so perhaps from a stranger's checkpoint.
+    """The path `name` below a folder. The name comes from a configuration, and so perhaps from a
+    stranger's checkpoint.
 
     Raises:
         UserError: an absolute path, one with `..`, or a link that leads out of the folder.

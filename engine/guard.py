@@ -1,34 +1,22 @@
 """Steps that are not finite change nothing, and end the run where it waits for the device anyway.
 
-A loss or a gradient norm that is NaN or infinite on any process makes its step, and every later one, a step that is
-skipped: optimiser, teacher, prototypes and batch statistics keep what they had. The script learns of it at the next
-line of the log or at the next save; the state is then that before the first such step, which can be replayed.
+A loss or a gradient norm that is NaN or infinite on any process makes its step, and every later
+one, a step that is skipped: optimiser, teacher, prototypes and batch statistics keep what they had.
+The script learns of it at the next line of the log or at the next save; the state is then that
+before the first such step, which can be replayed.
 
-fp16 skips steps whose gradients overflow as a matter of course. Only many of them in a row end the run.
+fp16 skips steps whose gradients overflow as a matter of course. Only many of them in a row end the
+run.
 """
 
 import torch
 from torch import nn
 
-from engine import distributed
-from engine.checkpoint import rng_state
-from engine.errors import UserError
+from engine import checkpoint, distributed
+from engine.errors import NonFinite
 
 # Skipped steps in a row after which the loss scale of fp16 can no longer rescue the run.
 OVERFLOWS = 25
-
-
-class NonFinite(UserError):
-    """A loss or a gradient that is not finite, or overflows of fp16 without end.
-
-    Attributes:
-        step: of the stage, whose batch can be replayed; None after overflows.
-        rng: generators of this process before it.
-    """
-
-    def __init__(self, message, step=None, rng=None):
-        super().__init__(message)
-        self.step, self.rng = step, rng
 
 
 def _joined(tensors):
@@ -51,7 +39,8 @@ class Guard:
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
         self.names, self.values, self.generators = [], None, {}
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        # What is saved is the main process's. Were the others' their own, a run that goes on would predict otherwise.
+        # What is saved is the main process's. Were the others' their own, a run that goes on would
+        # predict otherwise.
         self.local = not all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         statistics = [buffer for norm in norms for buffer in norm.buffers()]
         # Means and variances, and counters: each kind as one tensor, since there may be hundreds.
@@ -60,12 +49,13 @@ class Guard:
 
     def begin(self, step):
         """Before a step: note the generators and the batch statistics."""
-        self.generators[step] = rng_state()
+        self.generators[step] = checkpoint.rng_state()
         self.kept = [_joined(kind) for kind in self.statistics]
 
     @torch.no_grad()
     def judge(self, step, losses, norm):
-        """After the backward pass. Batch statistics become those of the main process, or what they were before the step.
+        """After the backward pass. Batch statistics become those of the main process, or what they
+        were before the step.
 
         Args:
             losses: {name: 0-dim tensor} of the step on this process.
@@ -97,14 +87,17 @@ class Guard:
     def check(self):
         """Wait for the device.
 
+        Returns:
+            None, or of the first step that was not finite: its number in the stage, the generators
+            of this process before it, and what is not finite; on every process alike.
         Raises:
-            NonFinite: on every process alike.
+            NonFinite: overflows of fp16 without end.
         """
         first, overflows = torch.stack([self.first, self.overflows]).tolist()
         if overflows > OVERFLOWS:
             raise NonFinite(
-                f"the gradients overflowed fp16 in {overflows} steps in a row: use precision=bf16, a lower optimizer.lr "
-                "or optimizer.clip=1"
+                f"the gradients overflowed fp16 in {overflows} steps in a row: use precision=bf16, "
+                "a lower optimizer.lr or optimizer.clip=1"
             )
         if first >= 0:
             values = distributed.gather(self.values.tolist())
@@ -114,5 +107,28 @@ class Guard:
                 for row in values
                 if not abs(row[i]) < float("inf")
             ]
-            raise NonFinite(wrong[0], first, self.generators[first])
+            return first, self.generators[first], wrong[0]
         self.generators = {}
+
+
+def end_at(step, rng, reason, content, streams, folder):
+    """End the run at a step that was not finite, and keep what replays it.
+
+    Args:
+        step, rng, reason: of `Guard.check`.
+        content: of a checkpoint before the step.
+        streams: {name: datasets.build.Stream}, which make its batches again.
+    Raises:
+        NonFinite: always.
+    """
+    number, rng = content["step"] + 1, distributed.gather(rng)
+    path = folder / f"debug_step_{number:07d}.pt"
+    if distributed.is_main():
+        batches = {name: stream.whole(step) for name, stream in streams.items()}
+        content = content | {"rng": rng, "reason": reason, "batch": batches}
+        checkpoint.save(path, content, required=False)
+    raise NonFinite(
+        f"step {number}: {reason}. It was not taken, nor was one after it, and the checkpoints "
+        "before are intact. Lower optimizer.lr, set optimizer.clip=1, or use precision=fp32. To "
+        f"replay the step: resume={path}"
+    )

@@ -1,4 +1,5 @@
-"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at label resolution."""
+"""Predict and evaluate: whole image or sliding window, several scales, mirrored image; scored at
+label resolution."""
 
 import logging
 import weakref
@@ -22,16 +23,13 @@ class NonFiniteScores(UserError):
 
     def __init__(self, what):
         super().__init__(
-            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with precision=fp16 try bf16"
+            f"{what}: the network's scores are not finite. Take an earlier checkpoint; with "
+            f"precision=fp16 try bf16"
         )
 
 
 def _window_logits(network, image, options):
     """Logits at image size (1, K, H, W) by a sliding window; overlaps are averaged."""
-    if not all(0 < stride <= crop for stride, crop in zip(options.stride, options.crop)):
-        raise UserError(
-            f"eval.stride must be between 1 and eval.crop, not {options.stride} for {options.crop}"
-        )
     height, width = image.shape[-2:]
     crop = [min(options.crop[0], height), min(options.crop[1], width)]
 
@@ -50,14 +48,6 @@ def _window_logits(network, image, options):
     return total / count
 
 
-def _logits(network, image, options):
-    if options.mode == "slide":
-        return _window_logits(network, image, options)
-    if options.mode == "whole":
-        return network.segment(image).logits.float()
-    raise UserError(f"eval.mode must be whole or slide, not '{options.mode}'")
-
-
 @torch.no_grad()
 def predict(network, image, options, size=None):
     """Class scores of one image.
@@ -72,7 +62,7 @@ def predict(network, image, options, size=None):
     """
     size = size or image.shape[-2:]
     base = options.short_side / min(image.shape[-2:]) if options.short_side else 1.0
-    mirrors = (False, True) if options.flip else (False,)
+    mirrors = (False, True)[: 1 + options.flip]
     views = [(base * scale, mirror) for scale in options.scales for mirror in mirrors]
     total = 0
     for scale, mirror in views:
@@ -81,7 +71,12 @@ def predict(network, image, options, size=None):
             image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
         )
         view = view.flip(-1) if mirror else view
-        logits = resize_logits(_logits(network, view, options), size)
+        logits = (
+            _window_logits(network, view, options)
+            if options.mode == "slide"
+            else network.segment(view).logits.float()
+        )
+        logits = resize_logits(logits, size)
         logits = logits.flip(-1) if mirror else logits
         if len(views) == 1:
             return logits
@@ -130,7 +125,6 @@ def evaluate(network, dataset, options, device, autocast, title=""):
     if distributed.is_main() and dataset not in warned:
         warned.add(dataset)
         where = f"{type(dataset).__name__} {dataset.split}{f' ({title})' * bool(title)}"
-        pixels = matrix.pixels().tolist()
-        for sentence in warnings_about(pixels, dataset.CLASSES, where, dataset.expected):
+        for sentence in warnings_about(matrix.pixels(), dataset.CLASSES, where, dataset.expected):
             logger.warning(sentence)
     return matrix

@@ -1,6 +1,8 @@
-"""What a run leaves behind: console and log.txt, TensorBoard events, and the same numbers in full precision.
+"""What a run leaves behind: console and log.txt, TensorBoard events, and the same numbers in full
+precision.
 
-    runs/<config>/seed0/{config.yaml, log.txt, scalars.jsonl, events.*, step_*.pt, best.pt, results.json, eval/}
+    runs/<config>/seed0/{config.yaml, log.txt, scalars.jsonl, events.*, step_*.pt, best.pt,
+    results.json, eval/}
 
 Only the main process writes.
 """
@@ -49,7 +51,8 @@ class _Console(logging.Handler):
 
 
 def _thread_failed(arguments):
-    """Said once: the thread that writes for TensorBoard passes its error on at the next call, see `Log`."""
+    """Said once: the thread that writes for TensorBoard passes its error on at the next call, see
+    `Log`."""
     if not issubclass(arguments.exc_type, OSError):
         threading.__excepthook__(arguments)
 
@@ -75,7 +78,8 @@ def facts(device):
         "command": " ".join(sys.argv),
         "commit": (_git("rev-parse", "--short", "HEAD") or "none")
         + ("+" if _git("status", "--porcelain") else ""),
-        "device": f"{distributed.world_size()} x {name} ({device.type}, {torch.get_num_threads()} threads)",
+        "device": f"{distributed.world_size()} x {name} "
+        f"({device.type}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
     }
 
@@ -124,7 +128,8 @@ def release(folder):
 
 
 class Averages:
-    """Means of scalar tensors over the micro-batches since the last look. Adding never waits for the GPU."""
+    """Means of scalar tensors over the micro-batches since the last look. Adding never waits for
+    the GPU."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -135,13 +140,12 @@ class Averages:
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def take(self):
-        """Averages over steps and processes -> {name: float}, the same on every process; starts anew."""
-        names, count = list(self.sums), max(self.count, 1)
-        if not names:
-            return {}
-        values = distributed.mean(torch.stack([self.sums[name] for name in names])).tolist()
+        """Averages over steps and processes -> {name: float}, the same on every process; starts
+        anew."""
+        sums, count = self.sums, self.count
         self.sums, self.count = {}, 0
-        return {name: value / count for name, value in zip(names, values)}
+        values = distributed.mean(torch.stack([*sums.values()])).tolist() if sums else []
+        return {name: value / count for name, value in zip(sums, values)}
 
 
 class Log:
@@ -175,20 +179,24 @@ class Log:
                 self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
                 self.scalars_file.flush()
 
-    def progress(self, step, total, values, pace, batch_size, device):
+    def progress(self, step, total, values, laps, batch_size, device):
         """The line and the scalars of a step.
 
         Args:
             values: averages since the last line.
-            pace: seconds per step.
+            laps: seconds of each step since then.
         Returns:
             the time that is left, as text.
         """
+        pace = sum(laps) / len(laps)
         days, left = divmod(round((total - step) * pace), 86400)
         eta = f"{days} d " * (days > 0) + time.strftime("%H:%M:%S", time.gmtime(left))
         rate = max(value for name, value in values.items() if name.startswith("train/lr"))
-        text = f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}"
-        logger.info(f"{text}  {pace:.3f} s/step  eta {eta}", extra={"progress": True})
+        logger.info(
+            f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}  "
+            f"{pace:.3f} s/step  eta {eta}",
+            extra={"progress": True},
+        )
         speed = {"train/images_per_sec": batch_size / pace, "train/samples": step * batch_size}
         self.scalars(values | speed | {"train/max_mem_gb": peak_memory(device)}, step)
         return eta
@@ -205,7 +213,8 @@ class Log:
             yield
         except OSError as error:  # TensorBoard's thread passes its errors on at the next call
             raise UserError(
-                f"could not write the log in {self.folder} ({error}); the last checkpoint is complete"
+                f"could not write the log in {self.folder} ({error}); the last checkpoint is "
+                f"complete"
             ) from None
 
     def close(self):
@@ -218,7 +227,8 @@ class Log:
 
 
 def _step(line):
-    """The step of a line of scalars.jsonl; infinite for one that a full disk or a power cut has damaged."""
+    """The step of a line of scalars.jsonl; infinite for one that a full disk or a power cut has
+    damaged."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,9 +1,9 @@
 """One int64 confusion matrix over the whole data set, and what is read from it.
 
-Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the predictions have no IoU
-(nan, shown as "-") and do not enter the means; the table says how many classes did. A data set that lacks classes names
-those that it has (SCORED): the others have no IoU either, and a pixel that is taken for one of them is an error of the
-class that it has.
+Rows are the truth, columns the prediction. Classes that occur neither in the labels nor in the
+predictions have no IoU (nan, shown as "-") and do not enter the means; the table says how many
+classes did. A data set that lacks classes names those that it has (SCORED): the others have no IoU
+either, and a pixel that is taken for one of them is an error of the class that it has.
 """
 
 import torch
@@ -13,7 +13,8 @@ from engine.errors import UserError
 
 
 class ConfusionMatrix:
-    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which enters no value.
+    """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which
+    enters no value.
 
     Args:
         classes: K names.
@@ -42,7 +43,8 @@ class ConfusionMatrix:
         return self.classes.index(name)
 
     def update(self, predictions, labels):
-        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are ignored."""
+        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are
+        ignored."""
         k = len(self.classes)
         rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # k: the ignored ones
         counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
@@ -60,7 +62,8 @@ class ConfusionMatrix:
         return torch.cat([self.matrix.sum(1), self.ignored[None]])
 
     def per_class(self):
-        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or is not scored."""
+        """{"IoU", "Acc", "F1"}: (K) float64 tensors in [0, 1], nan where a class does not occur or
+        is not scored."""
         matrix = self.matrix.double().cpu()
         hit, truth, prediction = matrix.diag(), matrix.sum(1), matrix.sum(0)
         values = {
@@ -131,14 +134,14 @@ def warnings_about(pixels, classes, where, expected=None):
     present = [name for name, count in zip(classes, counts) if count]
     expected = classes if expected is None else expected
     absent, sentences = [name for name in expected if name not in present], []
-    if absent and (sum(counts) or ignored):
+    total = sum(counts) + ignored
+    if absent and total:
         some = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
         sentences.append(
             f"{where}: classes that never occur: {some} ({len(absent)} of {len(expected)})"
         )
-    if 2 * ignored > sum(counts) + ignored:
-        share = ignored / (sum(counts) + ignored)
-        sentences.append(f"{where}: {share:.1%} of the pixels are ignored (id 255)")
+    if 2 * ignored > total:
+        sentences.append(f"{where}: {ignored / total:.1%} of the pixels are ignored (id 255)")
     if sentences and ignored and present == [classes[0]]:  # of two classes the first alone
         names = f"0: {classes[0]}, 255: {classes[1]}" if len(classes) > 1 else "0: ..., 255: ..."
         sentences[-1] += f"; masks of 0 and 255 need folder.Folder with id_map: {{{names}}}"

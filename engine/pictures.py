@@ -1,10 +1,13 @@
-"""Pictures: everything that the scripts write as PNG or show in TensorBoard, drawn with NumPy and Pillow.
+"""Pictures: everything that the scripts write as PNG or show in TensorBoard, drawn with NumPy and
+Pillow.
 
-    row = strip([("image", image), ("truth", overlay(image, labels, palette)), ("prediction", colorize(pred, palette))])
-    picture = stack([row, legend(names, palette, row.shape[1])])
-    confusion = heatmap(matrix, names, names, title="rows: truth, columns: prediction", text="{:.0%}")
+    row = strip([("image", image), ("truth", overlay(image, labels, palette)), ("prediction",
+    colorize(pred, palette))]) picture = stack([row, legend(names, palette, row.shape[1])])
+    confusion = heatmap(matrix, names, names, title="rows: truth, columns: prediction",
+    text="{:.0%}")
 
-Every function is pure. A picture is a uint8 RGB array (H, W, 3), also where the arguments ask for one.
+Every function is pure. A picture is a uint8 RGB array (H, W, 3), also where the arguments ask for
+one.
 """
 
 import functools
@@ -37,7 +40,8 @@ def _font(size):
 
 
 def _shorten(text, font, width):
-    """The longest beginning of `text` that fits into `width` pixels, ended by dots when something is cut off."""
+    """The longest beginning of `text` that fits into `width` pixels, ended by dots when something
+    is cut off."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -50,56 +54,23 @@ def _page(height, width):
     return page, ImageDraw.Draw(page)
 
 
-def _check_pictures(*pictures):
-    if not pictures:
-        raise ValueError("expected at least one picture, got 0")
-    for picture in pictures:
-        if (
-            picture.ndim != 3
-            or picture.shape[2] != 3
-            or picture.dtype != np.uint8
-            or picture.size == 0
-        ):
-            raise ValueError(
-                f"expected a uint8 picture (H, W, 3), got {picture.dtype} {picture.shape}"
-            )
-
-
-def _check_palette(palette):
-    palette = np.asarray(palette)
-    if (
-        palette.ndim != 2
-        or palette.shape[1] != 3
-        or not np.array_equal(palette, palette.astype(np.uint8))
-    ):
-        raise ValueError(
-            f"expected a palette (K, 3) of integers 0..255, got {palette.dtype} {palette.shape}"
-        )
-    return palette.astype(np.uint8)
-
-
 def _known(labels, palette):
     """Class ids (H, W) with one common id, K, for everything that is not a class."""
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"expected integer labels (H, W), got {labels.dtype} {labels.shape}")
     return np.where((labels >= 0) & (labels < len(palette)), labels.astype(np.int64), len(palette))
 
 
 def colorize(labels, palette):
-    """Labels (H, W) in the colours of the palette (K, 3); ids outside 0..K-1, such as 255 for ignore, become black."""
-    palette = _check_palette(palette)
-    return np.concatenate([palette, np.zeros((1, 3), np.uint8)])[_known(labels, palette)]
+    """Labels (H, W) in the colours of the palette (K, 3); ids outside 0..K-1, such as 255 for
+    ignore, become black."""
+    return np.array([*palette, (0, 0, 0)], np.uint8)[_known(labels, palette)]
 
 
 def overlay(image, labels, palette, alpha=0.55):
-    """Class colours over the image (H, W, 3), labels (H, W), palette (K, 3); ignored pixels show the plain image.
+    """Class colours over the image (H, W, 3), labels (H, W), palette (K, 3); ignored pixels show
+    the plain image.
 
     `alpha` is the share of the class colour, 0..1. Borders between classes are a fine light line.
     """
-    _check_pictures(image)
-    if image.shape[:2] != labels.shape:
-        raise ValueError(f"image {image.shape} and labels {labels.shape} differ in size")
-    palette = _check_palette(palette)
     ids, border = _known(labels, palette), np.zeros(labels.shape, bool)
     blended = np.rint(alpha * colorize(labels, palette) + (1 - alpha) * image)
     border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
@@ -111,15 +82,16 @@ def overlay(image, labels, palette, alpha=0.55):
 
 
 def strip(panels, height=None):
-    """Panels (caption, picture) side by side, scaled to the same `height` in pixels, by default that of the tallest."""
-    _check_pictures(*(picture for _, picture in panels))
+    """Panels (caption, picture) side by side, scaled to the same `height` in pixels, by default
+    that of the tallest."""
     height = height or max(picture.shape[0] for _, picture in panels)
     widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for _, picture in panels]
     bar = FONT + GAP
     page, draw = _page(bar + height, sum(widths) + GAP * (len(panels) - 1))
     left = 0
     for (caption, picture), width in zip(panels, widths):
-        # enlarging by the nearest pixel invents no colours, which in a label map would be colours of other classes
+        # enlarging by the nearest pixel invents no colours, which in a label map would be colours
+        # of other classes
         method = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_NEAREST
         page.paste(
             Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar)
@@ -137,7 +109,6 @@ def strip(panels, height=None):
 
 def stack(rows):
     """Pictures of any size below each other, the narrow ones padded with white on the right."""
-    _check_pictures(*rows)
     width = max(row.shape[1] for row in rows)
     padded = [
         np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255)
@@ -148,9 +119,7 @@ def stack(rows):
 
 def legend(names, palette, width):
     """A box of colour before each of the K names, palette (K, 3), wrapped to `width` pixels."""
-    palette, font, box, line = _check_palette(palette), _font(FONT), FONT, FONT + GAP
-    if len(names) != len(palette) or len(names) == 0:
-        raise ValueError(f"{len(names)} names do not fit a palette {palette.shape}")
+    font, box, line = _font(FONT), FONT, FONT + GAP
     longest = min(MAX_NAME, math.ceil(max(map(font.getlength, names))))
     step = min(width, box + longest + 3 * GAP)
     lines = math.ceil(len(names) / (width // step))
@@ -160,7 +129,7 @@ def legend(names, palette, width):
     page, draw = _page(lines * line, width)
     for i, name in enumerate(names):
         left, top = i % columns * step, i // columns * line + GAP // 2
-        draw.rectangle((left, top, left + box, top + box), tuple(palette[i].tolist()), FRAME)
+        draw.rectangle((left, top, left + box, top + box), tuple(map(int, palette[i])), FRAME)
         draw.text(
             (left + box + GAP, top + box / 2),
             _shorten(name, font, step - box - 2 * GAP),
@@ -182,7 +151,8 @@ def _ramp(values, anchors, low, high):
 
 
 def _name_list(names, cell, anchor):
-    """Names below each other, one per `cell` pixels, FONT spare pixels at both ends; in low cells only every nth."""
+    """Names below each other, one per `cell` pixels, FONT spare pixels at both ends; in low cells
+    only every nth."""
     font = _font(min(FONT, max(11, cell)))
     step = math.ceil((font.size + 1) / cell)
     shown = {i: _shorten(names[i], font, MAX_NAME) for i in range(0, len(names), step)}
@@ -202,18 +172,14 @@ def _name_list(names, cell, anchor):
 def heatmap(
     matrix, row_names, column_names, *, title="", low=0.0, high=1.0, diverging=False, text="{:.2f}"
 ):
-    """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a colour bar.
+    """A matrix (R, C) as coloured cells, with R row names on the left, C column names on top and a
+    colour bar.
 
-    Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash. `diverging` is blue,
-    white halfway, red. `text` formats the numbers (None: none); matrices beyond 20 x 20 have them only at the bar.
+    Colours run from `low` to `high`, values beyond get the end colours, NaN is grey with a dash.
+    `diverging` is blue, white halfway, red. `text` formats the numbers (None: none); matrices
+    beyond 20 x 20 have them only at the bar.
     """
     matrix = np.asarray(matrix, np.float64)
-    if matrix.shape != (len(row_names), len(column_names)) or matrix.size == 0:
-        raise ValueError(
-            f"{len(row_names)} row and {len(column_names)} column names do not fit {matrix.shape}"
-        )
-    if not low < high:
-        raise ValueError(f"low {low} is not below high {high}")
     anchors, small, font = DIVERGING if diverging else SEQUENTIAL, _font(FONT - 2), _font(FONT)
     rows, columns = matrix.shape
     colors = _ramp(matrix, anchors, low, high)
@@ -272,7 +238,8 @@ SMALLEST = 192  # pixels: smaller images are enlarged, so that they can be looke
 
 
 def side_by_side(image, palette, **maps):
-    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image, weights are grey."""
+    """Image (3, H, W) in [0, 1] and maps (H, W) -> one picture. Class ids are laid over the image,
+    weights are grey."""
     rgb = (image.detach().float().cpu().clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     panels = [("image", rgb)]
     for caption, values in maps.items():

@@ -19,22 +19,30 @@ def make_scaler(device, precision):
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def clip(optimizer, scaler, parameters, largest):
+def clip(optimizer, scaler, largest):
     """Unscale the gradients and clip their norm -> the norm before clipping, 0-dim.
 
     Args:
-        parameters: all trainable parameters.
         largest: gradient norm; 0 measures the norm and leaves the gradients alone.
     """
     scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
 
 
-def step(optimizer, scaler, skipped):
-    """Step, unless `skipped` (0-dim bool on the device): fused optimisers read it there, so nobody waits.
+def figures(scaler):
+    """For the log: the loss scale, where there is one."""
+    return {"train/amp_scale": scaler.get_scale()} if scaler.is_enabled() else {}
 
-    This is what GradScaler.step does for a fused optimiser; the scale then follows the overflows that `clip` found.
+
+def step(optimizer, scaler, skipped):
+    """Step, and clear the gradients; nothing moves if `skipped` (0-dim bool on the device).
+
+    Fused optimisers read it there, so nobody waits.
+    This is what GradScaler.step does for a fused optimiser; the scale then follows the overflows
+    that `clip` found.
     """
     optimizer.found_inf = skipped.to(torch.float32)
     optimizer.step()
     scaler.update()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,11 +1,13 @@
-"""What a stage of domain adaptation makes before its first step: stored pseudo labels, weight maps, fitted prototypes.
+"""What a stage of domain adaptation makes before its first step: stored pseudo labels, weight maps,
+fitted prototypes.
 
-A part with a method `prepare(preparation)` is called once. What it stores are PNGs in the run folder,
+A part with a method `prepare(preparation)` is called once. What it stores are PNGs in the run
+folder,
 
-    <run>/maps/<number>_<stage>/<source|target>/<name>/<path of the image>.png     settings.json beside them
+    <run>/maps/<number>_<stage>/<source|target>/<name>/<path of the image>.png, settings.json
 
-which the training set then returns as `extra[name]`, cut and mirrored with the image. The maps appear as a whole or not
-at all, and each process makes its share of them.
+which the training set then returns as `extra[name]`, cut and mirrored with the image. The maps
+appear as a whole or not at all, and each process makes its share of them.
 """
 
 import json
@@ -33,7 +35,8 @@ UNFINISHED = re.compile(r"\.settings\.\d+\.tmp\.json")  # what a kill before the
 
 
 def images(dataset, device, workers=0, count=None):
-    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64).
+    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W)
+    int64).
 
     `count`: at most as many images of the whole set, evenly spaced.
     """
@@ -67,21 +70,14 @@ class Preparation:
     """
 
     def __init__(self, network, source, target, prototypes, folder, device, autocast, workers=0):
-        self.network, self.prototypes, self.device, self.autocast = (
-            network.eval(),
-            prototypes,
-            device,
-            autocast,
-        )
-        self.folder, self.workers, self.training = (
-            Path(folder),
-            workers,
-            dict(zip(KINDS, (source, target))),
-        )
+        self.network, self.prototypes = network.eval(), prototypes
+        self.device, self.autocast, self.workers = device, autocast, workers
+        self.folder, self.training = Path(folder), dict(zip(KINDS, (source, target)))
         self.source, self.target = source.without_augmentation(), target.without_augmentation()
 
     def images(self, dataset):
-        """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W) int64)."""
+        """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W)
+        int64)."""
         return images(dataset, self.device, self.workers)
 
     @torch.no_grad()
@@ -91,7 +87,8 @@ class Preparation:
             return self.network.segment(image)
 
     def backbone(self, spec):
-        """A frozen backbone from its specification, in eval mode; it normalises pictures for itself."""
+        """A frozen backbone from its specification, in eval mode; it normalises pictures for
+        itself."""
         return (
             build("models.backbones", spec, "Backbone").requires_grad_(False).eval().to(self.device)
         )
@@ -122,15 +119,18 @@ class Preparation:
             kind, name = item.split("/")
             if not (self.folder / item / SETTINGS).is_file():
                 raise UserError(
-                    f"the maps {self.folder / item} of the interrupted stage are gone, and the network they were made "
-                    "with is not that of the checkpoint: remove the checkpoints of this stage to start it again"
+                    f"the maps {self.folder / item} of the interrupted stage are gone, and the "
+                    f"network they were made "
+                    "with is not that of the checkpoint: remove the checkpoints of this stage to "
+                    "start it again"
                 )
             self.training[kind].extra[name] = self.folder / item
 
 
 @torch.no_grad()
 def write_maps(root, name, dataset, images, make, settings, palette=False):
-    """PNGs of the maps that `make` returns for this process's `images`, and settings.json; see `Preparation.store`.
+    """PNGs of the maps that `make` returns for this process's `images`, and settings.json; see
+    `Preparation.store`.
 
     Returns:
         Path of their folder, `<root>/<name>`. Maps that are there already are replaced.
@@ -148,7 +148,8 @@ def write_maps(root, name, dataset, images, make, settings, palette=False):
             unfinished = all(UNFINISHED.fullmatch(path.name) for path in inner)
             if not ours or not (unfinished or (old / SETTINGS).is_file()):
                 raise UserError(
-                    f"{old} holds no maps (there is no {SETTINGS} in it) and is not replaced: move it away"
+                    f"{old} holds no maps (there is no {SETTINGS} in it) and is not replaced: move "
+                    f"it away"
                 )
             for (
                 path
@@ -173,7 +174,8 @@ def write_maps(root, name, dataset, images, make, settings, palette=False):
 
 
 def save_map(path, values, palette=None):
-    """Write a map (H, W) of 0..255 as an 8-bit PNG: grey, or class ids with their colours, 255 black."""
+    """Write a map (H, W) of 0..255 as an 8-bit PNG: grey, or class ids with their colours, 255
+    black."""
     picture = Image.fromarray(values.to("cpu").numpy().astype(np.uint8))
     if palette is not None:
         colors = np.zeros((256, 3), np.uint8)

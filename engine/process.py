@@ -1,8 +1,10 @@
-"""How a process ends: with one line and a code that is not 0, or the traceback of a fault of ours; always, and soon.
+"""How a process ends: with one line and a code that is not 0, or the traceback of a fault of ours;
+always, and soon.
 
-A run stops gently at the first SIGTERM, SIGINT or SIGHUP while it trains: it finishes the step, saves and leaves. At any
-other time, and at the second signal, it leaves at once. Its loader processes ignore signals, since schedulers and
-terminals send them to every process of a run; they end with their run, however that ends.
+A run stops gently at the first SIGTERM, SIGINT or SIGHUP while it trains: it finishes the step,
+saves and leaves. At any other time, and at the second signal, it leaves at once. Its loader
+processes ignore signals, since schedulers and terminals send them to every process of a run; they
+end with their run, however that ends.
 """
 
 import contextlib
@@ -44,21 +46,19 @@ def run(main, usage):
     except UserError as error:
         leave(1, f"error{_process()}: {error}")
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower train.batch_size, raise train.accumulate, take smaller crops or precision=bf16"
+        leave(
+            1,
+            f"error{_process()}: {str(error).splitlines()[0]} What helps: lower train.batch_size, "
+            "raise train.accumulate, take smaller crops or precision=bf16",
         )
-        leave(1, f"error{_process()}: {str(error).splitlines()[0]} What helps: {remedy}")
-    except OSError as error:
-        if error.errno in OUTSIDE:
-            leave(1, f"error{_process()}: {error}")
-        traceback.print_exc()
-        leave(1)
     except SystemExit as error:
         leave(
             error.code if isinstance(error.code, int) else 1,
             error.code if isinstance(error.code, str) else "",
         )
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in OUTSIDE:
+            leave(1, f"error{_process()}: {error}")
         traceback.print_exc()
         leave(1)
     if code:
@@ -72,13 +72,15 @@ def _process():
 
 
 def say(message):
-    """Write a line to the standard error, also in a signal handler; nobody may be reading any more."""
+    """Write a line to the standard error, also in a signal handler; nobody may be reading any
+    more."""
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
 
 
 def leave(code, message=""):
-    """End this process and its loaders: Python's way, or without it where a thread or a queue keeps it alive."""
+    """End this process and its loaders: Python's way, or without it where a thread or a queue keeps
+    it alive."""
     if message:
         say(message)
     kill_loaders()
@@ -131,7 +133,8 @@ class Signals:
         self.received, self.gentle, self.slowest, self.process = 0, False, 0.0, 0
 
     def install(self):
-        """Handle them from now on; those that are ignored (nohup) stay so. Only the main thread can."""
+        """Handle them from now on; those that are ignored (nohup) stay so. Only the main thread
+        can."""
         if threading.current_thread() is not threading.main_thread():
             return
         self.received, self.gentle = 0, False
@@ -163,8 +166,8 @@ class Signals:
             say(f"\n{name} received: finishing the step, then saving")
 
     def _watch(self, reader):
-        """A process that waits inside a library, for a process that is gone, never gets to its handler or to the end
-        of its step."""
+        """A process that waits inside a library, for a process that is gone, never gets to its
+        handler or to the end of its step."""
         while os.read(reader, 1)[0] not in self.NUMBERS:
             pass
         deadline = time.monotonic() + GRACE + 3 * self.slowest

@@ -1,10 +1,11 @@
 """What a value may be: Python's types, numbers with their range.
 
-    def __init__(self, *, momentum: Momentum = 0.99, crop: Size, split: Literal["random", "image"] = "random"): ...
+    def __init__(self, *, momentum: Momentum = 0.99, crop: Size, split: Literal["a", "b"] = "a"):
 
-`Annotated[int, "[1, inf)"]` is an int of at least 1. The interval is that of a number, or of the length of a list or a
-string. The keys of configs/defaults.yaml have theirs in engine/config.py, the options of a component in the signature
-of its constructor, which engine/build.py compares with the YAML.
+`Annotated[int, "[1, inf)"]` is an int of at least 1. The interval is that of a number, or of the
+length of a list or a string. The keys of configs/defaults.yaml have theirs here, the
+options of a component in the signature of its constructor, which engine/build.py compares with the
+YAML.
 """
 
 import json
@@ -29,14 +30,87 @@ Text = Annotated[str, "[1, 4096]"]
 # What becomes a file or a folder: no path, and short enough with a suffix in any alphabet.
 Name = Annotated[str, re.compile(r"(?!.*\.\.)\w[\w.-]{0,49}")]
 
+# What the values of configs/defaults.yaml may be; a key that is not here takes what has the type of its default.
+Part = Literal["backbone", "decoder", "projector"]
+RANGES = {
+    "seed": Annotated[int, "[0, 2147483647]"],
+    "folder": Text,
+    "resume": Text,
+    "device": Literal["auto", "cpu", "cuda"],
+    "threads": Annotated[int, "[0, 1024]"],
+    "precision": Literal["fp32", "bf16", "fp16"],
+    "timeout": Annotated[float, "(0, 100000]"],
+    "data": {
+        "root": Text | None,
+        "test": dict[Name, dict],
+        "seen": list[str],
+        "rare_classes": {"temperature": NonNegative, "min_pixels": Natural},
+        "cache": Text,
+        "workers": Annotated[int, "[0, 256]"],
+    },
+    "model": {
+        "heads": dict[Name, dict],
+        "frozen_bn": list[Part],
+        "bn_views": list[str],
+    },
+    "uda": {"labelers": list[dict]},
+    "stages": list[dict],
+    "prototypes": dict[Name, dict],
+    "losses": Annotated[list[dict], "[1, inf)"],
+    "train": {
+        "iters": Count,
+        "batch_size": Annotated[int, "[1, 65536]"],
+        "accumulate": Count,
+        "teacher": Momentum,
+    },
+    "optimizer": {
+        "name": Literal["AdamW", "SGD"],
+        "lr": Positive,
+        "head_lr_factor": NonNegative,
+        "weight_decay": NonNegative,
+        "momentum": Momentum,
+        "betas": Annotated[list[Momentum], "[2, 2]"],
+        "clip": NonNegative,
+    },
+    "schedule": {
+        "warmup": Natural,
+        "warmup_ratio": Share,
+        "power": NonNegative,
+        "min_ratio": Share,
+    },
+    "eval": {
+        "every": Natural,
+        "mode": Literal["whole", "slide"],
+        "crop": Size,
+        "stride": Size,
+        "short_side": OptionalWidth,
+        "scales": Scales,
+        "weights": Literal["student", "teacher"],
+        "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
+        "pictures": Natural,
+    },
+    "log": {"every": Count, "images_every": Natural},
+    "checkpoint": {"every": Count, "keep": Count},
+}
+STAGE_RANGES = {
+    "name": Name,
+    "iters": Natural,
+    "init": Text,
+    "teacher": Literal["ema", "frozen", "none"],
+    "repeat": Annotated[int, "[1, 100]"],
+    "lr_scale": Annotated[float, "(0, 10]"],
+}
+
 
 def is_a(value, kind):
-    """Is a YAML value of this kind? An int counts as a float, a bool as neither; NaN and infinity are no floats."""
+    """Is a YAML value of this kind? An int counts as a float, a bool as neither; NaN and infinity
+    are no floats."""
     return mismatch(value, kind) is None
 
 
 def mismatch(value, kind, key=""):
-    """The first part of a value that is not of its kind -> (its dotted key, itself, its kind); None if all are."""
+    """The first part of a value that is not of its kind -> (its dotted key, itself, its kind); None
+    if all are."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         found = mismatch(value, arguments[0], key)
@@ -70,7 +144,8 @@ def mismatch(value, kind, key=""):
 
 
 def within(value, rule):
-    """Does a number, or a length, lie in an interval such as "[0, 1)"; does a string match a pattern?"""
+    """Does a number, or a length, lie in an interval such as "[0, 1)"; does a string match a
+    pattern?"""
     if isinstance(rule, re.Pattern):
         return rule.fullmatch(value) is not None
     value = value if isinstance(value, (int, float)) else len(value)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from engine import distributed, pictures
-from engine.errors import UserError
 from engine.files import inside, replacing, write, write_picture
 from engine.inference import NonFiniteScores, evaluate, predict
 from engine.metrics import ConfusionMatrix
@@ -39,16 +38,21 @@ def confusion_picture(matrix, title):
 
 
 def draw_step(run, step, dataset):
-    """TensorBoard: what a training step saw and where the prototypes are."""
+    """TensorBoard: what a training step saw, where the prototypes are, and per cent of the target's
+    labels that each class has."""
     number = run.offset + run.done
     draw_views(run.writer, number, step, dataset)
     draw_prototypes(run.writer, number, step.prototypes, dataset)
     if "target" in step.labels:
-        log_label_shares(run.writer, number, step.labels["target"], dataset)
+        labels, names = step.labels["target"].flatten(), dataset.CLASSES
+        shares = (100 * torch.bincount(labels, minlength=256) / len(labels)).tolist()
+        shares = {f"pseudo/pixels_{name}": share for name, share in zip(names, shares)}
+        run.writer.scalars(shares, number)
 
 
 def draw_views(log, number, step, dataset, count=2):
-    """TensorBoard: the first images of every view of a training step, its labels, weights and the prediction."""
+    """TensorBoard: the first images of every view of a training step, its labels, weights and the
+    prediction."""
     for name, view in step.views.items():
         maps = {"labels": step.labels[name]} if name in step.labels else {}
         maps |= {"weights": step.weights[name]} if name in step.weights else {}
@@ -65,7 +69,8 @@ def draw_views(log, number, step, dataset, count=2):
 
 
 def draw_prototypes(log, number, prototypes, dataset):
-    """TensorBoard: cosines between the class vectors of each member of the family, and its tables."""
+    """TensorBoard: cosines between the class vectors of each member of the family, and its
+    tables."""
     names = dataset.CLASSES
     for name, member in prototypes.items():
         picture = pictures.heatmap(
@@ -81,15 +86,6 @@ def draw_prototypes(log, number, prototypes, dataset):
                 values, names, heads, low=low, high=high, title=title, text=text
             )
             log.picture(f"prototypes/{name}_{kind}", picture, number)
-
-
-def log_label_shares(log, step, labels, dataset):
-    """TensorBoard: per cent of the pixels of a view's labels (B, H, W) that each class has."""
-    counts = torch.bincount(labels.flatten(), minlength=256)[: len(dataset.CLASSES)]
-    shares = (100 * counts / labels.numel()).tolist()
-    log.scalars(
-        {f"pseudo/pixels_{name}": share for name, share in zip(dataset.CLASSES, shares)}, step
-    )
 
 
 def drawn(dataset, options):
@@ -112,46 +108,42 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
     Returns:
         {name: ConfusionMatrix}, the same on every process.
     Raises:
-        UserError: scores that are not finite, the name of a set that leads out of the folder, a full disk.
+        UserError: scores that are not finite, the name of a set that leads out of the folder, a
+            full disk.
     """
     folder, matrices = Path(folder), {}
     for name in datasets:
         inside(folder, name)
     for name, dataset in datasets.items():
-        matrix = (known or {}).get(dataset) or evaluate(
+        matrices[name] = matrix = (known or {}).get(dataset) or evaluate(
             network, dataset, options, device, autocast, title=name
         )
-        matrices[name] = matrix
         protocol = describe(options)
         logger.info(
             f"\n{name}: {len(dataset)} images, {protocol}, {options.weights}\n{matrix.table()}"
         )
         if not distributed.is_main():
             continue
-        content = {
-            "dataset": name,
-            "images": len(dataset),
-            "protocol": protocol,
-            "weights": options.weights,
-            **about,
-        }
-        write_result(folder / f"{name}.json", content | matrix.as_dict())
+        sizes = {"dataset": name, "images": len(dataset), "protocol": protocol}
+        content = {**sizes, "weights": options.weights, **about, **matrix.as_dict()}
+        write_result(folder / f"{name}.json", content)
         with replacing(folder / f"{name}.csv") as path, open(path, "w", newline="") as file:
             columns = matrix.per_class()
             writer = csv.writer(file)
             writer.writerow(["class", *columns])
             for i, row in enumerate(zip(*(values.tolist() for values in columns.values()))):
                 writer.writerow([matrix.classes[i], *(f"{100 * value:.2f}" for value in row)])
-        picture = confusion_picture(matrix, f"{name}: rows truth, columns prediction")
-        write_picture(folder / f"{name}_confusion.png", picture)
+        title = f"{name}: rows truth, columns prediction"
+        write_picture(folder / f"{name}_confusion.png", confusion_picture(matrix, title))
         for index in drawn(dataset, options):
-            picture = draw(network, dataset, index, options, device, autocast)
+            picture = draw({"prediction": network}, dataset, [index], options, device, autocast)
             write_picture(folder / f"{name}_{index:04d}.png", picture)
     return matrices
 
 
 def write_result(path, content):
-    """Write a result as JSON. One that differs from the file in nothing but the command leaves the file alone."""
+    """Write a result as JSON. One that differs from the file in nothing but the command leaves the
+    file alone."""
 
     def lines(text):
         return [line for line in text.splitlines() if not line.startswith(' "command": ')]
@@ -187,10 +179,11 @@ def validate(network, dataset, options, autocast, run):
 
 
 def domain_table(rows, seen=None):
-    """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a domain is missing.
+    """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a
+    domain is missing.
 
-    `seen`, of runs of train_dg.py: names of the sets of the training domain; the mean, called unseen, is over the
-    others. None, of other runs: the mean is over all sets.
+    `seen`, of runs of train_dg.py: names of the sets of the training domain; the mean, called
+    unseen, is over the others. None, of other runs: the mean is over all sets.
     """
     domains = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     title = "mean" if seen is None else "unseen"
@@ -215,22 +208,17 @@ def domain_table(rows, seen=None):
 def run_title(folder):
     """runs/toy/dg_ppar/seed0 -> "toy/dg_ppar seed0", another folder as it is."""
     parts = Path(folder).parts
-    if len(parts) < 3 or parts[0] != "runs":
-        return str(folder)
-    return f"{'/'.join(parts[1:-1])} {parts[-1]}"
+    ours = len(parts) > 2 and parts[0] == "runs"
+    return f"{'/'.join(parts[1:-1])} {parts[-1]}" if ours else str(folder)
 
 
 def selected_on_target(cfg, val_set, test_sets):
-    """Whether best.pt is chosen on a domain that the run claims not to have seen; warns. The last checkpoint, which is
-    what a run reports, is free of it.
+    """Whether best.pt is chosen on a domain that the run claims not to have seen; warns. The last
+    checkpoint, which is what a run reports, is free of it.
 
-    A validation set is one of the source if it differs from a training set in nothing but its part of it (split,
-    length, size), and shares no image with an unseen test set.
+    A validation set is one of the source if it differs from a training set in nothing but its part
+    of it (split, length, size), and shares no image with an unseen test set.
     """
-    if unknown := set(cfg.data.seen) - set(cfg.data.test):
-        raise UserError(
-            f"data.seen names {', '.join(sorted(unknown))}; the test sets are {', '.join(cfg.data.test)}"
-        )
     if not val_set:
         return False
     part = ("split", "length", "size", "labels", "ignore", "root")
@@ -251,27 +239,30 @@ def selected_on_target(cfg, val_set, test_sets):
         else "is not of the training domain"
     )
     logger.warning(
-        f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain generalisation. Take a "
+        f"data.val {what}: best.pt is then chosen on a target, and no number of it is domain "
+        f"generalisation. Take a "
         "part of the source, or data.val={name: none}. This run is marked selected_on_target"
     )
     return True
 
 
 def final_report(network, datasets, options, autocast, run, before=None, seen=None):
-    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is left to eval.py.
+    """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is
+    left to eval.py.
 
-    With `before`, the network that adaptation started from, both are compared class by class and in pictures. With
-    `seen`, names of test sets from the training domain, a table over all domains comes last.
+    With `before`, the network that adaptation started from, both are compared class by class and in
+    pictures. With `seen`, names of test sets from the training domain, a table over all domains
+    comes last.
     """
     device, folder = run.device, run.folder
     about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
     matrices = report(
         network, datasets, options, device, autocast, folder / "eval", about, run.known
     )
-    results = {"results": {name: matrix.as_dict()["summary"] for name, matrix in matrices.items()}}
-    results["IoU"] = {
-        name: dict(zip(matrix.classes, matrix.as_dict()["IoU"]))
-        for name, matrix in matrices.items()
+    told = {name: matrix.as_dict() for name, matrix in matrices.items()}
+    results = {
+        "results": {name: values["summary"] for name, values in told.items()},
+        "IoU": {name: dict(zip(v["classes"], v["IoU"])) for name, v in told.items()},
     }
     if before is not None:
         old = compare(
@@ -319,19 +310,10 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
         head = f"{'IoU':<{width}} {'before':>8} {'after':>8} {'change':>8}"
         logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
         if distributed.is_main() and options.pictures:
-            strips = []
-            for index in drawn(dataset, options):
-                sample = dataset[index]
-                labels = [
-                    label(network, sample["image"], options, device, autocast)
-                    for network in (before, after)
-                ]
-                shown = dict(zip(("before", "after", "truth"), (*labels, sample["label"].long())))
-                strips.append(
-                    pictures.side_by_side(sample["image"] / 255, dataset.PALETTE, **shown)
-                )
-            strips.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, strips[0].shape[1]))
-            write_picture(folder / f"{name}_before_after.png", pictures.stack(strips))
+            networks = {"before": before, "after": after}
+            shown = drawn(dataset, options)
+            picture = draw(networks, dataset, shown, options, device, autocast)
+            write_picture(folder / f"{name}_before_after.png", picture)
     return old
 
 
@@ -351,13 +333,24 @@ def label(network, image, options, device, autocast):
     return scores.argmax(1)[0]
 
 
-def draw(network, dataset, index, options, device, autocast):
-    """Image, truth and prediction of one image of a data set, with the legend below."""
-    sample = dataset[index]
-    prediction = label(network, sample["image"], options, device, autocast)
-    maps = {"truth": sample["label"].long(), "prediction": prediction}
-    row = pictures.side_by_side(sample["image"] / 255, dataset.PALETTE, **maps)
-    return pictures.stack([row, pictures.legend(dataset.CLASSES, dataset.PALETTE, row.shape[1])])
+def draw(networks, dataset, indices, options, device, autocast):
+    """Images of a data set with their truth and the predictions of {caption: network}, and a
+    legend.
+
+    The truth comes first beside one prediction, and last beside several.
+    """
+    rows = []
+    for index in indices:
+        sample = dataset[index]
+        image, truth = sample["image"], {"truth": sample["label"].long()}
+        made = {
+            caption: label(network, image, options, device, autocast)
+            for caption, network in networks.items()
+        }
+        maps = truth | made if len(made) == 1 else made | truth
+        rows.append(pictures.side_by_side(image / 255, dataset.PALETTE, **maps))
+    rows.append(pictures.legend(dataset.CLASSES, dataset.PALETTE, rows[0].shape[1]))
+    return pictures.stack(rows)
 
 
 @torch.no_grad()
@@ -365,8 +358,8 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     """Pseudo labels of a labelled set against its truth.
 
     Returns:
-        ConfusionMatrix (rows truth, columns pseudo labels) over the labelled pixels, and pixels of each class in the
-        truth (K); the same on every process. Its column-wise precision is the accuracy of the labels.
+        {tag: percent}, the same on every process: how much of each class, and of all, has a pseudo
+        label, and how many of the labels of each class, and of all, are right.
     """
     mode = network.training
     network.eval()
@@ -378,33 +371,25 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
         truth += torch.bincount(real.flatten(), minlength=256)[: len(truth)]
         matrix.update(pseudo.where(pseudo != IGNORE, 0), real.where(pseudo != IGNORE, IGNORE))
     network.train(mode)
-    return matrix.all_reduce(), distributed.all_reduce(truth)
+    counts, truth = matrix.all_reduce().matrix.double(), distributed.all_reduce(truth)
+    right, values = counts.diagonal(), {}
+    shares = {"share": (counts.sum(1), truth), "accuracy": (right, counts.sum(0))}
+    for kind, (part, whole) in shares.items():
+        column = [*(part / whole).tolist(), float(part.sum() / whole.sum())]
+        tags = [*(f"pseudo/{kind}_{name}" for name in matrix.classes), f"pseudo/{kind}"]
+        values |= {tag: 100 * value for tag, value in zip(tags, column) if value == value}
+    return values
 
 
 def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
-    """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the target domain."""
+    """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the
+    target domain."""
     where = dataset, run.device, autocast
-    values = label_scalars(*pseudo_label_quality(network, labeler, prototypes, *where))
+    values = pseudo_label_quality(network, labeler, prototypes, *where)
     run.writer.scalars(values, step)
-    share, right = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
-    share, right = ("-" if value is None else f"{value:.1f} %" for value in (share, right))
+    found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
+    share, right = ("-" if value is None else f"{value:.1f} %" for value in found)
     logger.info(f"pseudo labels: {share} labelled, {right} right")
-
-
-def label_scalars(matrix, truth):
-    """{tag: percent}: how much of each class has a pseudo label, and how many of the labels of each class are right."""
-    counts, values = matrix.matrix.double(), {}
-    columns = (counts.sum(1) / truth, counts.diagonal() / counts.sum(0))
-    for kind, column in zip(("share", "accuracy"), columns):
-        named = zip(matrix.classes, column.tolist())
-        values |= {f"pseudo/{kind}_{name}": 100 * value for name, value in named if value == value}
-    total = {
-        "share": counts.sum() / truth.sum(),
-        "accuracy": counts.diagonal().sum() / counts.sum(),
-    }
-    return values | {
-        f"pseudo/{kind}": 100 * float(value) for kind, value in total.items() if value == value
-    }
 
 
 def describe(options):

@@ -1,4 +1,5 @@
-"""Optimiser, parameter groups, and the learning rate as a pure function of the step: resuming needs no state."""
+"""Optimiser, parameter groups, and the learning rate as a pure function of the step: resuming needs
+no state."""
 
 import torch
 
@@ -53,7 +54,8 @@ def parameter_groups(model, options):
 
 
 def make_optimizer(model, options):
-    """AdamW or SGD over `parameter_groups`; fused, so that a step can be skipped on the device (precision.step)."""
+    """AdamW or SGD over `parameter_groups`; fused, so that a step can be skipped on the device
+    (precision.step)."""
     groups = parameter_groups(model, options)
     if options.name == "AdamW":
         return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas), fused=True)

@@ -1,10 +1,12 @@
-"""Class sums, the one kernel that prototypes, contrast and calibration share; cosines of features and prototypes.
+"""Class sums, the one kernel that prototypes, contrast and calibration share; cosines of features
+and prototypes.
 
-    sums, counts = class_sums(features, labels, num_classes)      means = sums / counts[:, None].clamp_min(1)
+    sums, counts = class_sums(features, labels, num_classes)
+    means = sums / counts[:, None].clamp_min(1)
 
-The features stay as they lie in memory, maps (B, D, h, w) or, under channels_last, rows (B h w, D): copying one to the
-other costs more than the sums themselves, and so does a loop over classes or a boolean mask (which also makes a GPU
-wait). Measure with `python -m benchmarks.kernels`.
+The features stay as they lie in memory, maps (B, D, h, w) or, under channels_last, rows (B h w, D):
+copying one to the other costs more than the sums themselves, and so does a loop over classes or a
+boolean mask (which also makes a GPU wait). Measure with `python -m benchmarks.kernels`.
 """
 
 import torch
@@ -16,7 +18,8 @@ IGNORE = 255
 
 
 def resize_labels(labels, size):
-    """Labels (B, H, W) -> (B, h, w): the label at the centre of each feature cell (align_corners=False)."""
+    """Labels (B, H, W) -> (B, h, w): the label at the centre of each feature cell
+    (align_corners=False)."""
     if labels.shape[-2:] == tuple(size):
         return labels
     (height, width), (h, w) = labels.shape[-2:], size
@@ -26,8 +29,8 @@ def resize_labels(labels, size):
 
 
 def pure_labels(labels, size, share=0.75):
-    """Labels (B, H, W) -> (B, h, w): the label at the centre of each cell, 255 where less than a share of the cell's
-    pixels carry it."""
+    """Labels (B, H, W) -> (B, h, w): the label at the centre of each cell, 255 where less than a
+    share of the cell's pixels carry it."""
     cells = resize_labels(labels, size)
     same = labels == F.interpolate(cells[:, None].to(torch.float32), labels.shape[-2:])[:, 0]
     return torch.where(
@@ -41,7 +44,8 @@ def resize_logits(logits, size):
 
 
 def pixel_hash(seed, samples, pixels):
-    """Pseudo-random integers in [0, 2^32) of every (sample, pixel) -> (B, pixels), the same on every device."""
+    """Pseudo-random integers in [0, 2^32) of every (sample, pixel) -> (B, pixels), the same on
+    every device."""
     mask = 0xFFFFFFFF
     pixel = torch.arange(pixels, device=samples.device)
     x = (samples[:, None] * 0x9E3779B1 + pixel * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & mask
@@ -59,11 +63,12 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
         labels: (B, h, w) integers; a value outside 0..K-1 (255) belongs to no class.
         num_classes: K.
         weights: (B, h, w) factor of each pixel, or None for ones.
-        sync: add the sums of all processes; gradients are those of the global sums (see distributed.synced_sum).
+        sync: add the sums of all processes; gradients are those of the global sums (see
+            distributed.synced_sum).
         per_image: keep the images apart; without `sync`.
     Returns:
-        sums (K, D) with the graph of the features, counts (K) = sum of the weights; both at least float32. Per image
-        (B, K, D) and (B, K).
+        sums (K, D) with the graph of the features, counts (K) = sum of the weights; both at least
+        float32. Per image (B, K, D) and (B, K).
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
@@ -72,7 +77,8 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
         members = (labels.flatten(1)[:, None] == classes).to(dtype)  # (B, K, N)
         if weights is not None:
             members = members * weights.flatten(1)[:, None].to(dtype)
-        # The order of the product decides the layout of its gradient; in another one backward would copy it.
+        # The order of the product decides the layout of its gradient; in another one backward would
+        # copy it.
         if features.is_contiguous(memory_format=torch.channels_last):
             sums = torch.bmm(members, maps.transpose(1, 2))  # (B, K, D)
         else:
@@ -87,7 +93,8 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
 
 
 def class_means(batches, like):
-    """Mean feature of each class over all batches of all processes, with one all-reduce and without a graph.
+    """Mean feature of each class over all batches of all processes, with one all-reduce and without
+    a graph.
 
     Args:
         batches: iterable of (features (B, D, h, w), labels (B, h, w), weights (B, h, w) or None).
@@ -115,8 +122,8 @@ def unit(features):
 
 
 def cosine(features, vectors):
-    """Cosine similarity of features (B, D, h, w) with vectors (K, D), or (B, K, D) of each image -> (B, K, h, w), in at
-    least float32."""
+    """Cosine similarity of features (B, D, h, w) with vectors (K, D), or (B, K, D) of each image ->
+    (B, K, h, w), in at least float32."""
     with torch.autocast(features.device.type, enabled=False):
         features = precise(features)
         vectors = F.normalize(vectors, dim=-1, eps=1e-6).to(features.dtype)
@@ -124,5 +131,6 @@ def cosine(features, vectors):
             scores = F.conv2d(features, vectors[:, :, None, None])
         else:
             scores = (vectors @ features.flatten(2)).unflatten(2, features.shape[2:])
-        # Normalising the scores instead of the features saves copies of the features, forward and backward.
+        # Normalising the scores instead of the features saves copies of the features, forward and
+        # backward.
         return scores / features.norm(dim=1, keepdim=True).clamp_min(1e-6)

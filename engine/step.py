@@ -27,8 +27,10 @@ class Record:
     """A dataclass without room for typing errors."""
 
     def __getattr__(self, name):
-        listed = ", ".join(entry.name for entry in fields(self))
-        raise AttributeError(f"{type(self).__name__} has no field '{name}'; it has {listed}")
+        raise AttributeError(
+            f"{type(self).__name__} has no field '{name}'; it has "
+            + ", ".join(entry.name for entry in fields(self))
+        )
 
     def __setattr__(self, name, value):
         if name not in self.__dataclass_fields__:
@@ -50,15 +52,15 @@ class Batch(Record):
     def load(cls, batch, device):
         """A collated batch of a data set on the device. Bytes travel; floats are made there."""
 
-        def move(value):
-            return value.to(device, non_blocking=True)
-
+        moved = {
+            name: batch[name].to(device, non_blocking=True) for name in ("image", "label", "sample")
+        }
         return cls(
-            image=move(batch["image"]).to(torch.get_default_dtype()) / 255,
-            label=move(batch["label"]).long(),
-            sample=move(batch["sample"]),
+            image=moved["image"].to(torch.get_default_dtype()) / 255,
+            label=moved["label"].long(),
+            sample=moved["sample"],
             numbers=batch["sample"].tolist(),
-            extra={name: move(maps) for name, maps in batch["extra"].items()},
+            extra={k: maps.to(device, non_blocking=True) for k, maps in batch["extra"].items()},
         )
 
 
@@ -72,12 +74,14 @@ class View(NamedTuple):
 
 
 class ByView(dict):
-    """{view: value}; what a part asks of a view that the step lacks is an error that lists those it has."""
+    """{view: value}; a view that the step lacks is an error that lists those it has."""
 
     def __missing__(self, view):
         raise UserError(
-            f"nothing of this kind in the step for the view '{view}', only for {', '.join(self) or 'none'}: give the loss "
-            "another view=..., or the step a mixer or labeler that makes it"
+            f"nothing of this kind in the step for the view '{view}', only for "
+            f"{', '.join(self) or 'none'}: give the loss or the prototypes another view=..., or "
+            f"the "
+            "step a mixer or labeler that makes it"
         )
 
 
@@ -100,14 +104,18 @@ class Output(Record):
         Raises:
             UserError: the network has no such head.
         """
-        found = {"logits": self.logits, "auxiliary": self.auxiliary}
-        found |= {"region": self.regions and self.regions.logits}
-        found |= {f"query{i}": logits for i, logits in enumerate(self.layers)}
+        found = {
+            "logits": self.logits,
+            "auxiliary": self.auxiliary,
+            "region": self.regions and self.regions.logits,
+            **{f"query{i}": logits for i, logits in enumerate(self.layers)},
+        }
         if found.get(head) is None:
-            present = ", ".join(name for name, logits in found.items() if logits is not None)
             raise UserError(
-                f"the network has no head '{head}'; it has {present}. 'auxiliary' needs "
-                "model.heads.auxiliary, 'region' model.heads.region, 'query0' queries.Queries"
+                f"the network has no head '{head}'; it has "
+                f"{', '.join(name for name, logits in found.items() if logits is not None)}. "
+                "'auxiliary' needs model.heads.auxiliary, 'region' model.heads.region, 'query0' "
+                "queries.Queries"
             )
         return found[head]
 
@@ -153,10 +161,11 @@ class Step(Record):
     def summary(self, prefix):
         """For the log: the mean weight of each view, the labelled share of all but the source."""
         values = {f"{prefix}/weight_{name}": w.mean() for name, w in self.weights.items()}
-        for name, labels in self.labels.items():
-            if name != "source":
-                values[f"{prefix}/labelled_{name}"] = (labels != IGNORE).double().mean()
-        return values
+        return values | {
+            f"{prefix}/labelled_{name}": (labels != IGNORE).double().mean()
+            for name, labels in self.labels.items()
+            if name != "source"
+        }
 
     @property
     def progress(self):
@@ -166,19 +175,11 @@ class Step(Record):
 
 def withheld(step, features, labels):
     """Features (B, D, h, w) and labels as prototypes may learn from them: nothing if `skipped`."""
-    features = torch.where(step.skipped, 0, features.detach())
-    labels = resize_labels(labels, features.shape[-2:])
-    return features, torch.where(step.skipped, IGNORE, labels), None
+    labels = resize_labels(labels, features.shape[-2:]).where(~step.skipped, IGNORE)
+    return torch.where(step.skipped, 0, features.detach()), labels, None
 
 
 def evidence(steps, view):
-    """What updates a prototype member: (features, labels, None) of a view of every micro-batch.
-
-    Raises:
-        UserError: no such view has labels.
-    """
+    """What updates a prototype member: (features, labels, None) of a view of every micro-batch."""
     for step in steps:
-        if view not in step.outputs or view not in step.labels:
-            there = ", ".join(step.labels)
-            raise UserError(f"prototypes: no view '{view}' has labels; there are {there}")
         yield withheld(steps[-1], step.outputs[view].features, step.labels[view])

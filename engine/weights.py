@@ -1,7 +1,7 @@
 """Foreign weights into a network, with a report of every key.
 
-A key that is missing, left over or of another shape is an error unless the caller expects it: a silent `strict=False`
-is how a network ends up half random.
+A key that is missing, left over or of another shape is an error unless the caller expects it: a
+silent `strict=False` is how a network ends up half random.
 """
 
 import contextlib
@@ -49,11 +49,12 @@ class WeightsError(UserError):
 
 
 def read(path):
-    """Read a file of tensors safely -> its content: PyTorch's or safetensors. Never runs code from the file.
+    """Read a file of tensors safely -> its content: PyTorch's or safetensors. Never runs code from
+    the file.
 
     Raises:
-        WeightsError: no such file, an incomplete or damaged file, one that holds more than tensors and plain values, or
-            whose content claims more than the file holds.
+        WeightsError: no such file, an incomplete or damaged file, one that holds more than tensors
+            and plain values, or whose content claims more than the file holds.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -88,26 +89,27 @@ def check_archive(path):
         raise WeightsError(f"{path} is incomplete or damaged ({reason(error)})") from None
     with archive:
         members = archive.infolist()
-        if any(member.filename.endswith("/constants.pkl") for member in members):
-            raise WeightsError(
-                f"{path} is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If you "
-                "trust it, convert it once: torch.save(torch.jit.load(PATH, map_location='cpu').state_dict(), NEW_PATH)"
-            )
         claimed = sum(member.file_size for member in members)
-        if claimed > size:
-            raise WeightsError(
-                f"{path} has {size} bytes and claims to hold {claimed}: it is damaged, or made to fill the memory"
-            )
-        if any(member.compress_type for member in members):
-            raise WeightsError(
-                f"{path} is compressed, which torch.save never does: unpack it and store it uncompressed"
-            )
-        if any(member.external_attr & FOLDER for member in members):
-            raise WeightsError(f"{path} is damaged: it marks what PyTorch reads as a folder")
+        faults = {
+            "is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If "
+            "you trust it, convert it once: torch.save(torch.jit.load(PATH, "
+            "map_location='cpu').state_dict(), NEW_PATH)": any(
+                member.filename.endswith("/constants.pkl") for member in members
+            ),
+            f"has {size} bytes and claims to hold {claimed}: it is damaged, or made to fill the "
+            "memory": claimed > size,
+            "is compressed, which torch.save never does: unpack it and store it uncompressed": any(
+                member.compress_type for member in members
+            ),
+            "is damaged: it marks what PyTorch reads as a folder": any(
+                member.external_attr & FOLDER for member in members
+            ),
+        }
+        if found := [fault for fault, there in faults.items() if there]:
+            raise WeightsError(f"{path} {found[0]}")
         checked = any(member.CRC for member in members)  # torch.save can leave the checksums out
         for member in members:
-            if not checked:
-                member.CRC = None
+            member.CRC = member.CRC if checked else None
             try:
                 with archive.open(member) as content:
                     while content.read(2**20):
@@ -124,12 +126,13 @@ def check_archive(path):
 def check_pickle(data, path):
     """Raise WeightsError for what PyTorch takes for safe and is not.
 
-    Unpickling a bytearray allocates as many bytes as it likes, and a damaged sparse tensor makes PyTorch refuse the
-    next file too.
+    Unpickling a bytearray allocates as many bytes as it likes, and a damaged sparse tensor makes
+    PyTorch refuse the next file too.
     """
     if found := UNSAFE.search(data):
         raise WeightsError(
-            f"{path} holds more than tensors and plain values ({found[1].decode()}); it is not loaded"
+            f"{path} holds more than tensors and plain values ({found[1].decode()}); it is not "
+            f"loaded"
         )
 
 
@@ -154,7 +157,8 @@ def read_pytorch(path, start):
             else "pickles in a format that is not read"
         )
         raise WeightsError(
-            f"{path} holds {what}{_some(sorted(types))}; it is not loaded, since unpickling can run any code. If you "
+            f"{path} holds {what}{_some(sorted(types))}; it is not loaded, since unpickling can "
+            f"run any code. If you "
             "trust its author, load it with the program that wrote it, and save its tensors alone: "
             "torch.save(model.state_dict(), NEW_PATH)"
         )
@@ -210,7 +214,8 @@ def check_tensor(tensor, size, path):
     stored = min(tensor.untyped_storage().nbytes(), size)
     if needed > stored:
         raise WeightsError(
-            f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: save its clone()"
+            f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: "
+            f"save its clone()"
         )
 
 
@@ -221,14 +226,16 @@ def plain(text, longest=200):
 
 
 def reason(error):
-    """What another program says is wrong, in one line, and without its advice to load what is not safe."""
+    """What another program says is wrong, in one line, and without its advice to load what is not
+    safe."""
     line = (str(error).strip().splitlines() or [""])[0]
     line = "" if re.search("weights.only", line, re.IGNORECASE) else plain(line)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def unwrap(state, source="the file"):
-    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.` before the keys.
+    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.`
+    before the keys.
 
     Raises:
         WeightsError: no dict of tensors.
@@ -247,28 +254,24 @@ def unwrap(state, source="the file"):
 
 
 def backbone_of(state, source):
-    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others are left alone."""
+    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others
+    are left alone."""
     if not any(key.startswith("backbone.") for key in state):
         return state
-    kept = {
-        key.removeprefix("backbone."): value
-        for key, value in state.items()
-        if not key.startswith(HEADS)
-    }
+    kept = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith(HEADS)}
     logger.info(
-        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are left out"
+        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are "
+        f"left out"
     )
     return kept
 
 
 def rename(state, table):
-    """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one after the other."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in table.items():
-            key = re.sub(old, new, key)
-        renamed[key] = value
-    return renamed
+    """{key: tensor} with new keys: the regular expressions of a table {pattern: replacement}, one
+    after the other."""
+    for old, new in table.items():
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    return state
 
 
 def load_into(module, state, *, source, allow_missing=(), drop=()):
@@ -276,9 +279,11 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 
     Args:
         module: network, changed in place.
-        state: {key: tensor}; `{"state_dict": ...}`, `{"model": ...}` and a prefix `module.` are unwrapped.
+        state: {key: tensor}; `{"state_dict": ...}`, `{"model": ...}` and a prefix `module.` are
+            unwrapped.
         source: what to call the weights in messages.
-        allow_missing: patterns (`layer4.*`) of keys of the module that may keep their initial values.
+        allow_missing: patterns (`layer4.*`) of keys of the module that may keep their initial
+            values.
         drop: patterns of keys of the weights that are not wanted (`fc.*`).
     Raises:
         WeightsError: keys that match neither side, or tensors of another shape.
@@ -286,22 +291,23 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     state = {key: value for key, value in unwrap(state, source).items() if not _matches(key, drop)}
     own = module.state_dict()
     # Batch counters matter only for cumulative averages, and old or converted weights lack them.
-    missing = [
-        k
-        for k in own
-        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
-    ]
-    unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
+    known = ("*num_batches_tracked", *allow_missing)
+    missing = [k for k in own if k not in state and not _matches(k, known)]
+    unexpected = [k for k in state if k not in own and not _matches(k, known[:1])]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    differing = [k for k in state if k in own and k not in fitting]
-    if missing or unexpected or differing:
-        shapes = [f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}" for k in differing]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}"
+        for k in state
+        if k in own and k not in fitting
+    ]
+    if missing or unexpected or shapes:
         raise WeightsError(
             f"{source} does not fit {type(module).__name__}: {len(fitting)} keys match"
             + _listing("missing", missing)
             + _listing("unexpected", unexpected)
             + _listing("of another shape", shapes)
-            + ". Wrong network or options? Keys that may stay random are named by allow_missing: ['layer4.*']"
+            + ". Wrong network or options? Keys that may stay random are named by allow_missing: "
+            "['layer4.*']"
         )
     module.load_state_dict(fitting, strict=False)
     initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
@@ -312,7 +318,8 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 
 
 def download(url):
-    """The path of a file that is downloaded once into PyTorch's cache; a hash in its name is checked."""
+    """The path of a file that is downloaded once into PyTorch's cache; a hash in its name is
+    checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         hashed = re.search(r"-([0-9a-f]{8,})\.", path.name)
@@ -329,10 +336,11 @@ def download(url):
 def load_pretrained(
     module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state
 ):
-    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then cached) or a path.
+    """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then
+    cached) or a path.
 
-    `adapt` changes the state dict to the names of the module. It comes without `state_dict` and `module.` around it,
-    and of a whole network of MMSegmentation, only the backbone.
+    `adapt` changes the state dict to the names of the module. It comes without `state_dict` and
+    `module.` around it, and of a whole network of MMSegmentation, only the backbone.
     """
     if weights == "none":
         return

@@ -1,4 +1,5 @@
-"""BCL: "Bi-directional Contrastive Learning for Domain Adaptive Semantic Segmentation" (Lee et al., ECCV 2022).
+"""BCL: "Bi-directional Contrastive Learning for Domain Adaptive Semantic Segmentation" (Lee et al.,
+ECCV 2022).
 
     uda:
       labelers:
@@ -12,33 +13,35 @@
       - {name: entropy.Entropy, view: target, weight: 0.12}
       - {name: bcl.Contrast, weight: 0.2}
     stages:
-      - {name: source, ...}                                         # source only: the first round labels with it
-      - {name: round, init: previous, repeat: 10, lr_scale: 0.5}    # each with new labels and half the learning rate
+      - {name: source, ...}     # source only: the first round labels with it
+      - {name: round, init: previous, repeat: 10, lr_scale: 0.5}    # new labels, half the rate
 
-The batch is a set of pairs, the i-th source with the i-th target image, and the pixels of each are drawn to the class
-means of the other. With features f, labels y (y_T: pseudo labels) and cosine -1 for classes without a mean:
+The batch is a set of pairs, the i-th source with the i-th target image, and the pixels of each are
+drawn to the class means of the other. With features f, labels y (y_T: pseudo labels) and cosine -1
+for classes without a mean:
 
     rho_S^k = mean of f_S(p) over y_S(p) = k        z_k(p) = cos(rho_S^k, f_T(p)) / tau
-    L_FCL   = mean of -log softmax(z(p))_{y_T(p)} over y_T(p) in O          O = classes in both y_S and y_T
+    L_FCL   = mean of -log softmax(z(p))_{y_T(p)} over y_T(p) in O      O = classes of y_S and y_T
     L_BCL   = the same with rho_T, f_S, y_S
 
-The target's labels are hybrid: static ones of the classifier, made once per stage (StaticLabels), and in their holes
-dynamic ones of every step (LabelTransfer): the nearest class mean of the source image, which a bias per class moves
-towards the target.
+The target's labels are hybrid: static ones of the classifier, made once per stage (StaticLabels),
+and in their holes dynamic ones of every step (LabelTransfer): the nearest class mean of the source
+image, which a bias per class moves towards the target.
 
-How sure this is. Contrast is what the authors' code does [C]. Its static rule accepts a pixel if *any* class exceeds
-its own threshold; here the arg max has to [R]. It has no calibration, and makes dynamic labels but never uses them:
-LabelTransfer is reconstructed [R] from the paper's overview figure and abstract. Released behaviour: `dynamic: off,
-calibration: off`, which equals no LabelTransfer at all.
+How sure this is. Contrast is what the authors' code does [C]. Its static rule accepts a pixel if
+*any* class exceeds its own threshold; here the arg max has to [R]. It has no calibration, and makes
+dynamic labels but never uses them: LabelTransfer is reconstructed [R] from the paper's overview
+figure and abstract. Released behaviour: `dynamic: off, calibration: off`, which equals no
+LabelTransfer at all.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
 from engine import distributed
-from engine.ranges import Positive, Share
+from engine.ranges import Momentum, Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -48,7 +51,8 @@ LOW, HIGH, STEPS = -8, 120, 512
 
 
 def log_odds(logits, size):
-    """The arg max of each pixel, and its log p / (1 - p), which orders pixels as p does, but never rounds to 1.
+    """The arg max of each pixel, and its log p / (1 - p), which orders pixels as p does, but never
+    rounds to 1.
 
     Args:
         logits: (B, K, h, w).
@@ -63,27 +67,26 @@ def log_odds(logits, size):
 
 
 class StaticLabels(Labeler):
-    """Labeler: arg max of the pixels that are sure for their class, and of those that are sure for their image.
+    """Labeler: arg max of the pixels that are sure for their class, and of those that are sure for
+    their image.
 
-    A class's threshold is what `share` of the pixels predicted as it reach in the whole target set (the code looks at
-    every fifth of them). An image's pixels are chosen by rank: the code compares with a quantile, which no pixel
-    exceeds if the surest all have a probability of 1.
+    A class's threshold is what `share` of the pixels predicted as it reach in the whole target set
+    (the code looks at every fifth of them). An image's pixels are chosen by rank: the code compares
+    with a quantile, which no pixel exceeds if the surest all have a probability of 1.
 
     Args:
-        share: of the pixels of each class, and of each image, in (0, 1]. So 1 to 2 times `share` get a label.
+        share: of the pixels of each class, and of each image, in (0, 1]. So 1 to 2 times `share`
+            get a label.
 
-    State: theta (K), thresholds in log-odds, to 1/512 and 120 at most; infinite for classes that were never predicted.
+    State: theta (K), thresholds in log-odds, to 1/512 and 120 at most; infinite for classes that
+    were never predicted.
     """
 
     stored = True
     labels_images = True
 
-    def __init__(self, *, num_classes, share: float = 0.1):
+    def __init__(self, *, num_classes, share: Annotated[float, "(0, 1]"] = 0.1):
         super().__init__()
-        if not 0 < share <= 1:
-            raise ValueError(
-                f"share={share} is no share of the pixels: it must be above 0 and at most 1"
-            )
         self.share = share
         self.register_buffer("theta", torch.full((num_classes,), torch.inf))
 
@@ -96,17 +99,23 @@ class StaticLabels(Labeler):
             sure, classes = log_odds(preparation.segment(image).logits, image.shape[-2:])
             place = (sure * STEPS).floor().clamp(LOW * STEPS, HIGH * STEPS - 1).long() - LOW * STEPS
             counts += torch.bincount((classes * bins + place).flatten(), minlength=len(counts))
-        # Pixels in a bin or above it; the highest bin that holds the share counts whole, so no tie is ever left out.
+        # Pixels in a bin or above it; the highest bin that holds the share counts whole, so no tie
+        # is ever left out.
         above = distributed.all_reduce(counts).view(-1, bins).flip(1).cumsum(1).flip(1)
         highest = (above >= self.share * above[:, :1].double()).sum(1) - 1
         self.theta.copy_(torch.where(above[:, 0] > 0, highest / STEPS + LOW, torch.inf))
 
-        def make(index, image, label):
-            return self.select(*log_odds(preparation.segment(image).logits, image.shape[-2:]))[0]
-
-        reached = [float(t) if t.isfinite() else None for t in self.theta.to("cpu")]
-        settings = {"labeler": "bcl.StaticLabels", "share": self.share, "log_odds": reached}
-        preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
+        preparation.store(
+            "pseudo_labels",
+            preparation.target,
+            lambda index, image, label: self.label(preparation, image, {})[0],
+            {
+                "labeler": "bcl.StaticLabels",
+                "share": self.share,
+                "log_odds": [float(t) if t.isfinite() else None for t in self.theta.to("cpu")],
+            },
+            palette=True,
+        )
 
     def select(self, sure, classes):
         """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
@@ -118,7 +127,11 @@ class StaticLabels(Labeler):
         return torch.where(chosen, classes, IGNORE)
 
     def label(self, network, image, prototypes):
-        """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`."""
+        """Images (B, 3, H, W) -> labels (B, H, W) with the thresholds of the last `prepare`.
+
+        Args:
+            network: anything with the method `segment`.
+        """
         return self.select(*log_odds(network.segment(image).logits, image.shape[-2:]))
 
     def before(self, step):
@@ -127,9 +140,11 @@ class StaticLabels(Labeler):
 
 
 def cosines(features, means, present):
-    """Features (B, D, h, w), means (B, K, D), present (B, K) -> (B, K, h, w), -1 for absent classes."""
+    """Features (B, D, h, w), means (B, K, D), present (B, K) -> (B, K, h, w), -1 for absent
+    classes."""
     maps, means = features.flatten(2), F.normalize(means, dim=2, eps=EPS)
-    # The order of the product decides the layout of its gradient: the features' own saves a fifth of the time.
+    # The order of the product decides the layout of its gradient: the features' own saves a fifth
+    # of the time.
     if features.is_contiguous(memory_format=torch.channels_last):
         products = torch.bmm(maps.transpose(1, 2), means.transpose(1, 2)).transpose(1, 2)
     else:
@@ -138,28 +153,33 @@ def cosines(features, means, present):
     return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
 
 
-def pair(outputs):
-    """Features of source and target, of at least float32: the i-th images of both are a pair."""
-    return [precise(outputs[view].features) for view in ("source", "target")]
+def image_sums(features, labels, num_classes):
+    """Class sums (B, K, D) of each image, and which classes occur in it (B, K)."""
+    labels = resize_labels(labels, features.shape[-2:])
+    sums, counts = class_sums(features, labels, num_classes, per_image=True)
+    return sums, counts > 0
 
 
 class LabelTransfer(Labeler):
-    """Labeler [R]: pixels without a static label take the class of the nearest mean of their pair's source image.
+    """Labeler [R]: pixels without a static label take the class of the nearest mean of their pair's
+    source image.
 
     With features and means of unit length, and b as the last step left it,
 
         y_D(p) = arg max over the classes k of y_S of cos(rho_S^k + g b^k, f_T(p))
-        b^k   <- m b^k + (1 - m) (rho_F^k - rho_S^k), averaged over the pairs of a step where both images have k
+        b^k   <- m b^k + (1 - m) (rho_F^k - rho_S^k), averaged over the pairs of a
+                   step where both images have k
 
-    rho_F are the target's means over static labels alone: a bias that follows the labels it makes confirms itself. It
-    comes after any labeler of the target view; without one b stays zero, and the dynamic labels are the only ones.
+    rho_F are the target's means over static labels alone: a bias that follows the labels it makes
+    confirms itself. It comes after any labeler of the target view; without one b stays zero, and
+    the dynamic labels are the only ones.
 
     Args:
         dynamic: "fill" gives y_D to unlabelled pixels; "off" leaves the labels as they are.
         calibration: "ema" moves b; "off" keeps it at zero.
-        confidence: probability, the softmax of cos / tau over all K classes, that y_D has to exceed. With 19 classes in
-            the source image 0.8 needs a cosine 0.43 above the others; absent ones have the cosine -1, so with two
-            classes 0.14 is enough.
+        confidence: probability, the softmax of cos / tau over all K classes, that y_D has to
+            exceed. With 19 classes in the source image 0.8 needs a cosine 0.43 above the others;
+            absent ones have the cosine -1, so with two classes 0.14 is enough.
         momentum: m.
         ramp: share of the stage's steps over which g rises from 0 to 1; 0: always 1.
         temperature: tau.
@@ -175,19 +195,17 @@ class LabelTransfer(Labeler):
         dynamic: Literal["off", "fill"] = "fill",
         calibration: Literal["off", "ema"] = "ema",
         confidence: Share = 0.8,
-        momentum: float = 0.99,
-        ramp: float = 0.0,
+        momentum: Momentum = 0.99,
+        ramp: Share = 0.0,
         temperature: Positive = 0.1,
     ):
         super().__init__()
-        if not (0 <= momentum < 1 and 0 <= ramp <= 1):
-            raise ValueError(f"momentum={momentum} must be in [0, 1), and ramp={ramp} in [0, 1]")
-        self.dynamic, self.calibration = dynamic, calibration
-        self.confidence, self.momentum = confidence, momentum
-        self.ramp, self.temperature = ramp, temperature
+        self.dynamic, self.calibration, self.ramp = dynamic, calibration, ramp
+        self.confidence, self.momentum, self.temperature = confidence, momentum, temperature
         self.register_buffer("bias", torch.zeros(num_classes, in_channels))
         self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.long))
-        # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in the last column.
+        # Of the running step, on this process: sums of rho_F - rho_S, and the number of pairs in
+        # the last column.
         self.register_buffer("moves", torch.zeros(num_classes, in_channels + 1), persistent=False)
 
     @torch.no_grad()
@@ -196,32 +214,36 @@ class LabelTransfer(Labeler):
         truth = step.labels["source"]
         static = step.labels.get("target", torch.full_like(truth, IGNORE))
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = (F.normalize(x, dim=1, eps=EPS) for x in pair(step.outputs))
+            source, target = (
+                F.normalize(precise(step.outputs[view].features), dim=1, eps=EPS)
+                for view in ("source", "target")
+            )
             means, known = self.unit_means(source, truth)
             if self.calibration == "ema":
                 reached, found = self.unit_means(target, static)
                 both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
-                moves = torch.cat([(reached - means) * both, both], 2).sum(0)
-                self.moves += moves.to(self.moves.dtype)
+                self.moves += (
+                    torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
+                )
             if self.dynamic == "fill":
                 strength = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
                 dynamic = self.nearest(target, means + strength * self.bias, known)
-                dynamic = resize_labels(dynamic, static.shape[-2:])
-                static = torch.where(static == IGNORE, dynamic, static)
+                static = static.where(static != IGNORE, resize_labels(dynamic, static.shape[-2:]))
         step.labels["target"] = static
 
     def unit_means(self, features, labels):
-        """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur (B, K)."""
-        labels = resize_labels(labels, features.shape[-2:])
-        sums, counts = class_sums(features, labels, len(self.updates), per_image=True)
-        return F.normalize(sums, dim=2, eps=EPS), counts > 0
+        """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur
+        (B, K)."""
+        sums, known = image_sums(features, labels, len(self.updates))
+        return F.normalize(sums, dim=2, eps=EPS), known
 
     def nearest(self, features, means, known):
-        """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B, K)."""
+        """y_D (B, h, w) of features (B, D, h, w), from means (B, K, D) of which some are known (B,
+        K)."""
         scores = cosines(features, means.to(features.dtype), known) / self.temperature
         confidence, classes = scores.softmax(1).max(1)
-        real = known.gather(1, classes.flatten(1)).view_as(classes)
-        return torch.where((confidence > self.confidence) & real, classes, IGNORE)
+        sure = known.gather(1, classes.flatten(1)).view_as(classes) & (confidence > self.confidence)
+        return classes.where(sure, IGNORE)
 
     @torch.no_grad()
     def update(self, step):
@@ -229,8 +251,7 @@ class LabelTransfer(Labeler):
         total = distributed.all_reduce(self.moves).masked_fill(step.skipped, 0)
         moved = total[:, -1] > 0
         mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-        bias = torch.lerp(mean, self.bias, self.momentum)
-        self.bias.copy_(torch.where(moved[:, None], bias, self.bias))
+        self.bias.copy_(self.bias.where(~moved[:, None], mean.lerp(self.bias, self.momentum)))
         self.updates += moved
         self.moves.zero_()
 
@@ -246,16 +267,18 @@ def pixels_of_cells(labels, size, num_classes):
 
 
 class Contrast(Loss):
-    """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty has 0.
+    """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty
+    has 0.
 
     Args:
         forward_weight: factor of L_FCL, target pixels to source means.
         backward_weight: factor of L_BCL, source pixels to target means.
         temperature: tau.
-        detach_prototypes: no gradient through the means, so that L_FCL reaches f_T alone and L_BCL f_S; in the released
-            code both losses reach both.
-        source, target: whose vectors are rho_S and rho_T: "pair", the means of each image, which needs no member of
-            that name, or a member such as centroids or mixtures, whose `seen` classes then count as present.
+        detach_prototypes: no gradient through the means, so that L_FCL reaches f_T alone and L_BCL
+            f_S; in the released code both losses reach both.
+        source, target: whose vectors are rho_S and rho_T: "pair", the means of each image, which
+            needs no member of that name, or a member such as centroids or mixtures, whose `seen`
+            classes then count as present.
     """
 
     def __init__(
@@ -277,34 +300,35 @@ class Contrast(Loss):
     def forward(self, step):
         truth, pseudo = step.labels["source"], step.labels["target"]
         with torch.autocast(truth.device.type, enabled=False):
-            source, target = pair(step.outputs)
+            source, target = (precise(step.outputs[v].features) for v in ("source", "target"))
             rho_s, in_source = self.vectors(self.members[0], step.prototypes, source, truth)
             rho_t, in_target = self.vectors(self.members[1], step.prototypes, target, pseudo)
             both = in_source & in_target  # O, (B, K)
-            forward = self.towards(rho_s, in_source, target, pseudo, both)
-            backward = self.towards(rho_t, in_target, source, truth, both)
-            return self.forward_weight * forward + self.backward_weight * backward
+            return self.forward_weight * self.towards(
+                rho_s, in_source, target, pseudo, both
+            ) + self.backward_weight * self.towards(rho_t, in_target, source, truth, both)
 
     def vectors(self, name, prototypes, features, labels):
         """Vectors (B, K, D) of a member for each image, and which classes have one (B, K)."""
-        labels = resize_labels(labels, features.shape[-2:])
         if name == "pair" and name not in prototypes:
             # Sums stand for means, since a cosine divides by the length.
-            means, counts = class_sums(features, labels, self.num_classes, per_image=True)
-            present = counts > 0
+            means, present = image_sums(features, labels, self.num_classes)
         else:
-            prototype = member(prototypes, name, "bcl.Contrast")
-            means, present = prototype.pair_means(features, labels)
-            means = means.to(features.dtype)
-        return means.detach() if self.detach_prototypes else means, present
+            means, present = member(prototypes, name, "bcl.Contrast").pair_means(
+                features, resize_labels(labels, features.shape[-2:])
+            )
+        means = means.detach() if self.detach_prototypes else means
+        return means.to(features.dtype), present
 
     def towards(self, means, present, features, labels, both):
         """The loss of one direction.
 
-        z is upsampled to the labels as nearest neighbours. All pixels of a cell share its log-probabilities, so the sum
-        over pixels is one over cells that counts their pixels, and nothing of the labels' size needs a gradient.
+        z is upsampled to the labels as nearest neighbours. All pixels of a cell share its
+        log-probabilities, so the sum over pixels is one over cells that counts their pixels, and
+        nothing of the labels' size needs a gradient.
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
-        counts = pixels_of_cells(labels, features.shape[-2:], self.num_classes)
-        counts = counts * both[..., None, None]
+        counts = (
+            pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
+        )
         return -((log_p * counts).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()

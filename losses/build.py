@@ -8,7 +8,8 @@ from engine.ranges import is_a, show
 
 
 def build_losses(specs, **context):
-    """The `losses` of a configuration -> ({name: Loss}, {name: factor}), named as by `config.module_names`.
+    """The `losses` of a configuration -> ({name: Loss}, {name: factor}), named as by
+    `config.module_names`.
 
     Raises:
         ConfigError: no loss; a weight that is no number; a loss with parameters or buffers.
@@ -28,7 +29,8 @@ def build_losses(specs, **context):
             raise ConfigError(f"{spec['name']}: weight must be a float, not {show(factor)}")
         if [*term.parameters(), *term.buffers()]:
             raise ConfigError(
-                f"{spec['name']} has parameters or buffers, which no checkpoint would hold: what is learned belongs to a "
+                f"{spec['name']} has parameters or buffers, which no checkpoint would hold: what "
+                f"is learned belongs to a "
                 "head (models/heads), a running state to a member of models/prototypes"
             )
         terms[name], factors[name] = term, factor
@@ -36,7 +38,8 @@ def build_losses(specs, **context):
 
 
 def build_adaptation(uda, **context):
-    """The `uda` section -> (labelers, source weights, style, mixer), None for what is not configured."""
+    """The `uda` section -> (labelers, source weights, style, mixer), None for what is not
+    configured."""
     labelers = nn.ModuleList(build("losses", s, "Labeler", **context) for s in uda.labelers)
     weights = build_any("losses", uda.source_weights, "Labeler", **context)
     style = build_any("datasets", uda.style, "Style", **context)

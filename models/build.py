@@ -1,4 +1,5 @@
-"""The network of a configuration: assembled, started from other weights, restored from a checkpoint; its prototypes."""
+"""The network of a configuration: assembled, started from other weights, restored from a
+checkpoint; its prototypes."""
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ def build_segmentor(model, classes, pretrained=True):
     Args:
         model: the section.
         classes: names of the K classes.
-        pretrained: False where a checkpoint follows, which then needs no file of weights or class vectors.
+        pretrained: False where a checkpoint follows, which then needs no file of weights or class
+            vectors.
     """
     spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec, "Backbone")
@@ -35,10 +37,7 @@ def build_segmentor(model, classes, pretrained=True):
     context |= {"map_channels": backbone.channels, "depths": backbone.depths}
     context |= {"joint": joint_channels(model), "classifier": classifier}
     specs = present(model.heads)
-    names = [
-        *(name for name in HEADS if name in specs),
-        *(name for name in specs if name not in HEADS),
-    ]
+    names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
     network = Segmentor(backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
@@ -60,7 +59,8 @@ def head_keys(network, state):
 
 
 def initial_network(cfg, classes, previous):
-    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a checkpoint."""
+    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a
+    checkpoint."""
     init = cfg.stage.init
     if init == "previous" and previous is None:
         raise ConfigError(
@@ -116,8 +116,8 @@ def build_prototypes(specs, joint=0, **context):
         joint: channels of the joint space of text and images (`joint_channels`).
         context: num_classes, in_channels of the features, ...
     Returns:
-        {name: Prototypes} as a module; {name: view whose features update it}, of those that follow any, and of
-        "classifier"; {name: space of these features}.
+        {name: Prototypes} as a module; {name: view whose features update it}, of those that follow
+        any, and of "classifier"; {name: space of these features}.
     """
     specs, members, features = present(specs), nn.ModuleDict(), context["in_channels"]
     views = {name: spec.get("view", "source") for name, spec in specs.items()}
@@ -127,17 +127,17 @@ def build_prototypes(specs, joint=0, **context):
             raise ConfigError(f"prototypes: the name {name} is taken; choose another one")
         if spaces[name] not in ("features", "joint") or (spaces[name] == "joint" and not joint):
             raise ConfigError(
-                f"prototypes.{name}: space must be features, or joint with model.heads.projector, not {spaces[name]!r}"
+                f"prototypes.{name}: space must be features, or joint with model.heads.projector, "
+                f"not {spaces[name]!r}"
             )
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
-        channels = joint if spaces[name] == "joint" else features
-        context["in_channels"] = channels
+        context["in_channels"] = joint if spaces[name] == "joint" else features
         members[name] = build("models.prototypes", options, "Prototypes", **context)
     views = {name: view for name, view in views.items() if view != "none"}
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
 
 
-def build_tower(spec, joint):
+def build_tower(spec, joint, device="cpu"):
     """`dg.tower`, the frozen tower of images, None where there is none.
 
     Raises:
@@ -152,7 +152,8 @@ def build_tower(spec, joint):
         )
     if joint != tower.joint:
         raise ConfigError(
-            f"the joint space of dg.tower has {tower.joint} channels, and that of model.heads.projector {joint}: set "
+            f"the joint space of dg.tower has {tower.joint} channels, and that of "
+            f"model.heads.projector {joint}: set "
             f"its channels to {tower.joint}"
         )
-    return tower.requires_grad_(False).eval()
+    return tower.requires_grad_(False).eval().to(device)

@@ -1,7 +1,8 @@
-"""The network: backbone -> decoder -> heads -> classifier, over all views of a training step in one call.
+"""The network: backbone -> decoder -> heads -> classifier, over all views of a step in one call.
 
-One forward of the DDP module and one backward per micro-batch keep DDP simple: every trainable parameter of a run lives
-in the Segmentor, and views (source, target, strongly augmented target ...) are entries of one dict.
+One forward of the DDP module and one backward per micro-batch keep DDP simple: every trainable
+parameter of a run lives in the Segmentor, and views (source, target, strongly augmented target ...)
+are entries of one dict.
 """
 
 import contextlib
@@ -19,12 +20,13 @@ class Segmentor(nn.Module):
 
     Args:
         heads: {name: Head}, in the order in which they run. Each becomes a module of its name.
-        frozen_bn: names of parts ("backbone", "decoder", "projector") whose batch norm keeps its running statistics and
-            its affine parameters: the safe choice for small batches and for pretrained weights.
-        bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
-            normalised by its own batch all the same.
+        frozen_bn: names of parts ("backbone", "decoder", "projector") whose batch norm keeps its
+            running statistics and its affine parameters: the safe choice for small batches and for
+            pretrained weights.
+        bn_views: names of the views that move the running statistics of batch norm; none named: all
+            do. Every view is normalised by its own batch all the same.
     Raises:
-        UserError: `frozen_bn` names something else, or a head has a name that the network has.
+        UserError: a head has a name that the network has.
     """
 
     def __init__(self, backbone, decoder, classifier, heads=None, frozen_bn=(), bn_views=()):
@@ -33,14 +35,12 @@ class Segmentor(nn.Module):
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         self.head_names = list(heads or {})
         if taken := {*self.head_names} & {*dir(self)}:
-            names = ", ".join(sorted(taken))
-            raise UserError(f"model.heads: a head cannot be named {names}, that name is taken")
+            raise UserError(
+                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is "
+                f"taken"
+            )
         for name, head in (heads or {}).items():
             self.add_module(name, head)
-        if unknown := set(frozen_bn) - {"backbone", "decoder", "projector"}:
-            raise UserError(
-                f"model.frozen_bn may name backbone, decoder and projector, not {', '.join(sorted(unknown))}"
-            )
         for norm in self._frozen_norms():
             norm.requires_grad_(False)
 
@@ -50,11 +50,13 @@ class Segmentor(nn.Module):
         return {name: self.get_submodule(name) for name in self.head_names}
 
     def _frozen_norms(self):
-        for name, part in self.named_children():
-            if name in self.frozen_bn:
-                yield from (
-                    m for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                )
+        return (
+            module
+            for name, part in self.named_children()
+            if name in self.frozen_bn
+            for module in part.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        )
 
     def train(self, mode=True):
         super().train(mode)
@@ -63,7 +65,7 @@ class Segmentor(nn.Module):
         return self
 
     def segment(self, image, domain="target", heads=False, step=0):
-        """One image batch (B, 3, H, W) -> Output. Logits stay at feature size; losses and evaluation resize them.
+        """One image batch (B, 3, H, W) -> Output. Logits stay at feature size.
 
         Args:
             heads: run those heads too that otherwise run in training alone.
@@ -76,9 +78,8 @@ class Segmentor(nn.Module):
         output = Output()
         running = [head for head in self.heads.values() if head.at_test or heads or self.training]
         given = {"domain": view.domain} if self.backbone.per_domain else {}
-        for head in running:
-            if bias := head.bias(output, step):
-                given["bias"] = bias
+        biases = [bias for head in running if (bias := head.bias(output, step))]
+        given |= {"bias": biases[-1]} if biases else {}
         maps = self.backbone(view.image, **given)
         output.features = self.decoder(maps)
         for head in running:
@@ -92,14 +93,16 @@ class Segmentor(nn.Module):
             raise UserError(
                 f"model.bn_views names {', '.join(self.bn_views)}; the views are {', '.join(views)}"
             )
-        domains = {view.domain for view in views.values()}
-        if self.backbone.per_domain and distributed.world_size() > 1 and len(domains) < 2:
+        if (
+            self.backbone.per_domain
+            and distributed.world_size() > 1
+            and len({view.domain for view in views.values()}) < 2
+        ):
             raise UserError(
                 "stem: per_domain on several processes needs views of both domains in every step"
             )
         outputs = ByView()
         for name, view in views.items():
-            moves = not self.bn_views or name in self.bn_views
-            with contextlib.nullcontext() if moves else still(self):
+            with still(self) if name not in (self.bn_views or views) else contextlib.nullcontext():
                 outputs[name] = self.look(view, step, heads=True)
         return outputs

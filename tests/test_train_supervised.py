@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train_supervised
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, precision
 from engine.errors import UserError
 from engine.log import Averages, claim, release
 from engine.process import signals
@@ -275,7 +275,7 @@ def test_every_precision_trains_on_the_cpu(tmp_path, precision):
 
 
 def test_a_step_that_fp16_skips_leaves_teacher_and_prototypes_alone(tmp_path, monkeypatch):
-    original = train_supervised.precision.make_scaler
+    original = precision.make_scaler
     scaler = {}
 
     def overflowing(device, precision):
@@ -284,9 +284,9 @@ def test_a_step_that_fp16_skips_leaves_teacher_and_prototypes_alone(tmp_path, mo
         )  # every gradient overflows
         return scaler["it"]
 
-    monkeypatch.setattr(train_supervised.precision, "make_scaler", overflowing)
+    monkeypatch.setattr(precision, "make_scaler", overflowing)
     train(tmp_path / "run", "precision=fp16", "train.iters=1", "checkpoint.every=1")
-    monkeypatch.setattr(train_supervised.precision, "make_scaler", original)
+    monkeypatch.setattr(precision, "make_scaler", original)
     state = last(tmp_path / "run")
     assert state["teacher"]["updates"] == 0 and not state["prototypes"]["centroids.seen"].any()
     assert scaler["it"].get_scale() < 2.0**120

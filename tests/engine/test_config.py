@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from engine import build as building
-from engine import config
+from engine import config, ranges
 from engine.build import build
 from engine.config import (
     ConfigError,
@@ -477,13 +477,13 @@ def test_an_override_that_cannot_be_is_one_short_sentence(write, given, message)
 @pytest.mark.parametrize(
     "value, kind, words",
     [
-        (3, config.Count, "an int of at least 1"),
-        (0.5, config.Momentum, "a float in [0, 1)"),
-        ([1, 2], config.Size, "a list of length 2, each an int in [1, 16384]"),
-        ([0.5], config.Scales, "a list of length 1 to 100, each a float in (0, 16]"),
+        (3, ranges.Count, "an int of at least 1"),
+        (0.5, ranges.Momentum, "a float in [0, 1)"),
+        ([1, 2], ranges.Size, "a list of length 2, each an int in [1, 16384]"),
+        ([0.5], ranges.Scales, "a list of length 1 to 100, each a float in (0, 16]"),
         (None, int | None, "an int or null"),
-        (2, config.Literal["a", 2], "a or 2"),
-        ({"a": {}}, dict[config.Name, dict], "a mapping, each value a mapping"),
+        (2, ranges.Literal["a", 2], "a or 2"),
+        ({"a": {}}, dict[ranges.Name, dict], "a mapping, each value a mapping"),
     ],
 )
 def test_a_kind_in_words(value, kind, words):

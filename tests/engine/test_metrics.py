@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from engine import distributed
-from engine.config import Config
+from engine.config import Config, load
 from engine.errors import UserError
 from engine.inference import evaluate, predict
 from engine.metrics import ConfusionMatrix
+from tests.runs import TINY
 
 CLASSES = ["road", "tree", "sky"]
 CPU = torch.device("cpu")
@@ -258,12 +259,7 @@ def test_window_logits_are_resized_to_the_window():
 @pytest.mark.parametrize("stride", [[9, 8], [8, 9], [0, 4]])
 def test_a_stride_that_leaves_gaps_is_an_error(stride):
     with pytest.raises(UserError, match=r"eval\.stride"):
-        predict(Pointwise(), random_image(30, 30), options(mode="slide", stride=stride))
-
-
-def test_an_unknown_mode_is_an_error():
-    with pytest.raises(UserError, match=r"eval\.mode must be whole or slide, not 'windows'"):
-        predict(Pointwise(), random_image(4, 4), options(mode="windows"))
+        load(TINY, ["eval.mode=slide", "eval.crop=[8, 8]", f"eval.stride={stride}"])
 
 
 @pytest.mark.parametrize("stride", [1, 2])

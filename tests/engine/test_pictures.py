@@ -125,27 +125,6 @@ def test_heatmap_of_any_size_stays_a_sensible_picture(rows, columns):
     assert max(picture.shape) < 1600
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: colorize(np.zeros((2, 2)), PALETTE), r"float64 \(2, 2\)"),
-        (lambda: colorize(np.zeros((2, 2), int), PALETTE / 255), r"float64 \(3, 3\)"),
-        (
-            lambda: overlay(random_picture(4, 6), np.zeros((6, 4), int), PALETTE),
-            r"\(4, 6, 3\).*\(6, 4\)",
-        ),
-        (lambda: strip([("image", np.zeros((4, 6, 3)))]), r"float64 \(4, 6, 3\)"),
-        (lambda: stack([]), "got 0"),
-        (lambda: legend(NAMES[:2], PALETTE, 100), r"2 names.*\(3, 3\)"),
-        (lambda: heatmap(np.zeros((3, 2)), NAMES, NAMES), r"3 row and 3 column names.*\(3, 2\)"),
-        (lambda: heatmap(np.zeros((3, 3)), NAMES, NAMES, low=1.0), "low 1.0 is not below high 1.0"),
-    ],
-)
-def test_what_does_not_fit_is_an_error_with_the_numbers(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_maps_stand_beside_their_image_and_small_ones_are_enlarged():
     image = torch.zeros(3, 10, 12)
     labels, weights = torch.ones(10, 12, dtype=torch.long), torch.full((10, 12), 2.0)

@@ -279,7 +279,7 @@ def step_with_gradient(gradient, word, clip=0.0, skipped=TAKEN):
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
     scaler = precision.make_scaler(CPU, word)
     scaler.scale((weight * torch.tensor(gradient)).sum()).backward()
-    norm = precision.clip(optimizer, scaler, [weight], clip)
+    norm = precision.clip(optimizer, scaler, clip)
     precision.step(optimizer, scaler, skipped)
     return weight.detach(), norm, scaler
 
@@ -316,7 +316,7 @@ def test_a_skipped_step_leaves_weights_and_the_state_of_the_optimiser(name, word
         for parameter in net.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         scaler.scale(torch.ones((), requires_grad=True)).backward()  # starts the scaler
-        precision.clip(optimizer, scaler, list(net.parameters()), 0.0)
+        precision.clip(optimizer, scaler, 0.0)
         precision.step(optimizer, scaler, skipped)
         return copy.deepcopy([net.state_dict(), optimizer.state_dict()["state"]])
 

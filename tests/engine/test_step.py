@@ -12,7 +12,7 @@ import train_dg
 from engine import distributed
 from engine.config import ConfigError
 from engine.errors import UserError
-from engine.step import Batch, Output, Step, evidence
+from engine.step import Batch, ByView, Output, Step, evidence
 from losses import entropy
 from losses.base import Labeler, Loss, member
 from losses.build import build_losses
@@ -264,6 +264,9 @@ def test_evidence_is_features_without_a_graph_and_labels_at_their_size():
 
 
 def test_evidence_of_a_view_without_labels_lists_those_that_have_some():
-    step = a_step({"target": an_output(features=torch.zeros(1, D, 2, 2))}, torch.zeros(1, 2, 2))
-    with pytest.raises(UserError, match="no view 'target' has labels; there are source"):
+    labels = ByView(source=torch.zeros(1, 2, 2))
+    step = a_step({"target": an_output(features=torch.zeros(1, D, 2, 2))}, labels)
+    with pytest.raises(
+        UserError, match=r"for the view 'target', only for source: give .* prototypes"
+    ):
         list(evidence([step], "target"))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from engine.build import build
 from engine.errors import UserError
 from engine.statistics import resize_labels
 from losses.bcl import Contrast, LabelTransfer, StaticLabels, log_odds
@@ -207,8 +208,8 @@ def test_static_labels_of_bf16_logits_are_ranked_in_float32():
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_a_share_that_is_none_is_an_error(share):
-    with pytest.raises(ValueError, match=f"share={share} is no share"):
-        StaticLabels(num_classes=K, share=share)
+    with pytest.raises(ValueError, match=f"'share' must be a float in .*, not {share}"):
+        build("losses", {"name": "bcl.StaticLabels", "share": share}, num_classes=K)
 
 
 # --- label transfer --------------------------------------------------------------------------------------------------
@@ -486,8 +487,8 @@ def test_the_state_comes_back_and_holds_no_sums_of_a_step():
 
 @pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": -0.1}, {"ramp": 1.5}])
 def test_impossible_momentum_and_ramp_are_errors(options):
-    with pytest.raises(ValueError, match=str(*options.values())):
-        transfer(**options)
+    with pytest.raises(ValueError, match=f"must be a float in .*, not {str(*options.values())}"):
+        build("losses", {"name": "bcl.LabelTransfer", **options}, num_classes=K, in_channels=D)
 
 
 # --- contrast --------------------------------------------------------------------------------------------------------

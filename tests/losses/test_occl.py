@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
+from engine.config import load
 from engine.schedule import make_optimizer, parameter_groups
 from engine.statistics import class_sums, resize_labels
 from engine.weights import WeightsError
@@ -25,6 +26,7 @@ from models.decoders.fcn import FCN
 from models.prototypes.basis import OrthogonalBasis, orthogonal_rows
 from models.segmentor import Segmentor
 from tests.records import a_step, an_output
+from tests.runs import TINY
 
 IGNORE = 255
 TAU = 0.07
@@ -588,8 +590,8 @@ def test_frozen_batch_norm_keeps_statistics_and_affine_parameters(frozen):
 
 
 def test_frozen_batch_norm_of_an_unknown_part_is_an_error():
-    with pytest.raises(ValueError, match="not head"):
-        Segmentor(nn.Identity(), nn.Identity(), nn.Identity(), frozen_bn=["head"])
+    with pytest.raises(ValueError, match=r"frozen_bn\.0 must be backbone, .*, not 'head'"):
+        load(TINY, ["model.frozen_bn=[head]"])
 
 
 @pytest.fixture(scope="module")
