@@ -16,6 +16,8 @@ import zipfile
 from http.client import HTTPException
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -42,6 +44,7 @@ DAMAGE = (
 FOLDER = 0x10  # a bit that no checksum covers: PyTorch returns whatever lies in memory for a folder
 UNSAFE = re.compile(rb"\n(bytearray|_rebuild_sparse_tensor)\n")
 DEPTH = 50  # of lists and dicts within each other
+SECONDS = 5  # without an answer there is no connection
 
 
 class WeightsError(UserError):
@@ -311,17 +314,35 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     )
 
 
+def reach(url):
+    """Raise OSError or HTTPException unless a server answers soon: libraries wait and retry longer."""
+    with contextlib.suppress(HTTPError):  # it answers
+        urlopen(Request(url, method="HEAD"), timeout=SECONDS).close()
+
+
+def check_hub():
+    """Where the Hugging Face hub does not answer, its library takes what it has stored, or fails at once."""
+    from huggingface_hub import constants
+
+    try:
+        reach(constants.ENDPOINT)
+    except (OSError, HTTPException):
+        constants.HF_HUB_OFFLINE = True
+
+
 def download(url):
     """The path of a file that is downloaded once into PyTorch's cache; a hash in its name is checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         hashed = re.search(r"-([0-9a-f]{8,})\.", path.name)
         try:
+            reach(url)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hashed and hashed[1])
         except (OSError, RuntimeError, HTTPException) as error:
             raise WeightsError(
-                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH"
+                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH, or take "
+                "random weights by weights=none"
             ) from None
     return path
 
