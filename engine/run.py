@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision
+from engine.errors import UserError
 from engine.guard import Guard, NonFinite
 from engine.log import Averages, Log, claim, facts, interactive, release
 from engine.process import signals
@@ -62,6 +63,11 @@ class Run:
         Raises:
             UserError: another run has it; another configuration or other data than the checkpoint's.
         """
+        if self.saved and ("stage" in self.saved) != ("target" in datasets):
+            raise UserError(
+                f"{self.path} cannot be resumed from: "
+                f"{'train_uda.py' if 'stage' in self.saved else 'another script'} wrote it"
+            )
         claim(self.folder)
         self.data = {name: checkpoint.fingerprint(dataset) for name, dataset in datasets.items()}
         if self.saved:
@@ -103,7 +109,7 @@ class Run:
         self.done, self.best, self.pending = 0, -1.0, False
         if self.resumed:
             for name, part in self.parts.items():
-                part.load_state_dict(self.saved[name])
+                checkpoint.restore(part, name, self.saved, self.path)
             self.done = self.saved.get("stage_step", self.saved["step"])
             self.best, self.pending = self.saved["best"], self.saved.get("pending", False)
         self.first = self.done
@@ -214,7 +220,8 @@ class Run:
         elif score > self.best:
             self.best = score
             checkpoint.save_light(self.folder / "best.pt", self._content())
-        if late and not self.pending:  # the checkpoint that a signal left is now what it would have been
+        if late and not self.pending:
+            # The checkpoint that a signal left is now what it would have been.
             known = self.saved | {"best": self.best, "pending": False}
             checkpoint.save_step(self.folder, known, self.cfg.checkpoint.keep)
 

@@ -36,6 +36,15 @@ class Record:
         super().__setattr__(name, value)
 
 
+class Maps(dict):
+    """{name: stored map}; one that is asked for and was not stored is an error that says so."""
+
+    def __missing__(self, name):
+        raise UserError(
+            f"the stage has stored no maps '{name}': start it again, from a checkpoint before it"
+        )
+
+
 @dataclass(eq=False)
 class Batch(Record):
     """Images of one domain as they come from the loader, on the device."""
@@ -58,7 +67,7 @@ class Batch(Record):
             label=move(batch["label"]).long(),
             sample=move(batch["sample"]),
             numbers=batch["sample"].tolist(),
-            extra={name: move(maps) for name, maps in batch["extra"].items()},
+            extra=Maps({name: move(maps) for name, maps in batch["extra"].items()}),
         )
 
 

@@ -274,6 +274,24 @@ def rename(state, table):
     return renamed
 
 
+def compare(module, state, allow_missing=()):
+    """The tensors of a state dict that fit a module, and how the two differ, in words or ""."""
+    own = module.state_dict()
+    # Batch counters matter only for cumulative averages, and old or converted weights lack them.
+    missing = [
+        k
+        for k in own
+        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
+    ]
+    unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    differing = [k for k in state if k in own and k not in fitting]
+    shapes = [f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}" for k in differing]
+    how = _listing("missing", missing) + _listing("unexpected", unexpected)
+    how += _listing("of another shape", shapes)
+    return fitting, how and f"{len(fitting)} keys match{how}"
+
+
 def load_into(module, state, *, source, allow_missing=(), drop=()):
     """Copy a state dict into a module.
 
@@ -287,27 +305,18 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
         WeightsError: keys that match neither side, or tensors of another shape.
     """
     state = {key: value for key, value in unwrap(state, source).items() if not _matches(key, drop)}
-    own = module.state_dict()
-    # Batch counters matter only for cumulative averages, and old or converted weights lack them.
-    missing = [
-        k
-        for k in own
-        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
-    ]
-    unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    differing = [k for k in state if k in own and k not in fitting]
-    if missing or unexpected or differing:
-        shapes = [f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}" for k in differing]
+    fitting, how = compare(module, state, allow_missing)
+    if how:
         raise WeightsError(
-            f"{source} does not fit {type(module).__name__}: {len(fitting)} keys match"
-            + _listing("missing", missing)
-            + _listing("unexpected", unexpected)
-            + _listing("of another shape", shapes)
-            + ". Wrong network or options? Keys that may stay random are named by allow_missing: ['layer4.*']"
+            f"{source} does not fit {type(module).__name__}: {how}. Wrong network or options? Keys "
+            "that may stay random are named by allow_missing: ['layer4.*']"
         )
     module.load_state_dict(fitting, strict=False)
-    initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
+    initial = [
+        key
+        for key in module.state_dict()
+        if key not in fitting and not key.endswith("num_batches_tracked")
+    ]
     logger.info(
         f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values"
         + _some(initial)
