@@ -51,6 +51,7 @@ from engine.diagnostics import checked_pairs, diagnose
 from engine.errors import UserError
 from engine.files import write
 from engine.log import facts, to_console
+from engine.metrics import ConfusionMatrix
 from engine.prepare import images, write_maps
 from engine.process import run
 from engine.report import domain_table, pseudo_label_quality, report
@@ -226,6 +227,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
             )
         if not export:
             check_scored(f"{where}{name}".removeprefix("data."), dataset)
+            ConfusionMatrix(dataset.CLASSES, cfg.eval.subsets)  # before labels are counted
     changes = {
         key: value
         for key, (_, value) in config.difference(trained_with(saved), cfg).items()

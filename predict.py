@@ -9,7 +9,8 @@ writes for each picture NAME of PICTURES (sub folders too)
     OUT/overlays/NAME.png   class colours over the picture
 
 NAME has no suffix; pictures whose names differ in the suffix alone keep it, as in a.jpg.png. What
-is hidden, and OUT itself, is left out. A picture that cannot be read is named and skipped.
+is hidden, and OUT itself, is left out. A picture that cannot be read, or is too small for the
+network, is named and skipped.
 """
 
 import logging
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from datasets.base import DataError, files_below, read_image
 from engine import inference, pictures, precision
+from engine.errors import UserError
 from engine.files import replacing
 from engine.log import to_console
 from engine.process import run
@@ -94,16 +96,15 @@ def main(arguments):
     for path, name in tqdm(names.items()):
         try:
             image = read_image(path)
-        except DataError as error:
-            logger.warning(f"skipped: {error}")
+            tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+            tensor = tensor.to(device, torch.get_default_dtype()) / 255
+            with precision.autocast(device, cfg.precision):
+                scores = inference.predict(network, tensor, cfg.eval)
+        except UserError as error:  # unreadable, or too small for the network
+            named = str(path) in str(error)
+            logger.warning(f"skipped: {error}" if named else f"skipped: {path}: {error}")
             skipped += 1
             continue
-        tensor = (
-            torch.from_numpy(image).permute(2, 0, 1)[None].to(device, torch.get_default_dtype())
-            / 255
-        )
-        with precision.autocast(device, cfg.precision):
-            scores = inference.predict(network, tensor, cfg.eval)
         if not scores.isfinite().all():
             raise inference.NonFiniteScores(path)
         ids = scores.argmax(1)[0].byte().cpu().numpy()

@@ -13,7 +13,7 @@ from datasets.statistics import class_counts
 from engine import distributed
 from engine.build import build, build_any, present
 from engine.config import ConfigError
-from engine.metrics import warnings_about
+from engine.metrics import ConfusionMatrix, warnings_about
 
 logger = logging.getLogger("engine")
 
@@ -45,6 +45,7 @@ def build_data(cfg):
 
     Raises:
         ConfigError: they do not share their classes, or there is nothing to evaluate on.
+        UserError: eval.subsets names another class.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
     train = build_set(
@@ -81,6 +82,7 @@ def build_data(cfg):
             )
     if not test and val is None:
         raise ConfigError("nothing to evaluate on: set data.val or data.test")
+    ConfusionMatrix(train.CLASSES, cfg.eval.subsets)  # before the training, not after it
     return Data(train, val, test, target, monitor)
 
 

@@ -25,6 +25,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError)
 BROKEN += (EOFError, RuntimeError, struct.error, zlib.error)
 SAMPLES, BITS, PLANES = 277, 258, 284  # tags of TIFF: channels, bits of each, interleaved or not
+PHOTOMETRIC = 262  # tag of TIFF: 0 where 0 is white
 GREY_DEPTHS = ("I", "I;16", "I;16B", "I;16L", "F")  # modes of Pillow for grey of more than 8 bits
 DARK = 4096  # 16 bits with no value above are data of 12 bits or fewer
 PIXEL_BYTES = 8  # while a picture is decoded: Pillow's four, the array's three, a grey original
@@ -94,7 +95,7 @@ def opened(path, kind):
     the file a `kind`."""
     try:
         with Image.open(path) as picture:
-            check_header(picture)
+            check_header(picture, kind)
             yield picture
     except (*BROKEN, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -103,7 +104,7 @@ def opened(path, kind):
         raise DataError(f"cannot read the {kind} {path}: {reason}") from None
 
 
-def check_header(picture):
+def check_header(picture, kind):
     """Raise ValueError where decoding takes too much memory, or gives something else than what the
     file holds."""
     (width, height), tags = picture.size, getattr(picture, "tag_v2", {})
@@ -117,6 +118,9 @@ def check_header(picture):
     separate = tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8
     if tags.get(SAMPLES, 1) > 4 or separate:
         raise ValueError(layout(tags))
+    # Pillow turns 8 bits of it around, which makes other ids of ids, and leaves 16 bits inverted.
+    if tags.get(PHOTOMETRIC) == 0 and (kind != "image" or max(tags.get(BITS, (1,))) > 8):
+        raise ValueError("in this TIFF 0 is white (WhiteIsZero): save it with 0 as black")
     several = getattr(picture, "is_animated", False) and picture.format != "MPO"  # a photograph
     if several and picture.format not in told:
         told.add(picture.format)

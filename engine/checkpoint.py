@@ -107,6 +107,32 @@ def load(path, needed=contents.EVALUATED):
     return content
 
 
+def restore(part, name, saved, path):
+    """Give a part of a run its state in a checkpoint.
+
+    Raises:
+        UserError: it has none, or that of another network, optimizer or scaler.
+    """
+    options = _options(part)
+    try:
+        part.load_state_dict(saved[name])
+        how = "its options are others" if options - _options(part) else ""
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        how = weights.reason(error) if name in saved else "there is none"
+        if name in saved and isinstance(part, torch.nn.Module):
+            how = weights.compare(part, saved[name])[1] or how
+    if how:
+        raise UserError(
+            f"{path} cannot be resumed from, its '{name}' does not fit this run: {how}. Take the "
+            "configuration of the run that wrote it, or another folder=... without resume"
+        )
+
+
+def _options(part):
+    """Names of an optimizer's options, which it replaces by those of the state that it loads."""
+    return {key for group in getattr(part, "param_groups", ()) for key in group}
+
+
 def fingerprint(dataset):
     """[number of images, hash of their names]: changes when images are added, removed or
     renamed."""

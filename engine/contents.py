@@ -12,6 +12,8 @@ from engine.weights import WeightsError
 EVALUATED = ("step", "model", "config", "classes", "palette")  # what no use can do without
 RESUMED = (*EVALUATED, "optimizer", "scaler", "rng", "prototypes", "best", "seconds")
 
+STAGED = ("stage_step", "maps", "labelers")  # and this, where there are stages
+
 
 def fits(value, kind):
     """Is a value of a kind: a type, [kind], {str: kind}, or a function that says so?"""
@@ -38,6 +40,10 @@ def color(value):
 
 def stored_map(value):
     return isinstance(value, str) and re.fullmatch(r"(source|target)/\w[\w.-]*", value)
+
+
+def fingerprint(value):
+    return isinstance(value, list) and list(map(type, value)) == [int, str]
 
 
 def optimizer(value):
@@ -71,7 +77,7 @@ KINDS = {
     "classes": ([str], "a list of names"),
     "palette": ([color], "a list of colours [r, g, b]"),
     "pending": (bool, "true or false"),
-    "data": (dict, "a mapping"),
+    "data": ({str: fingerprint}, "the number and hash of the images of each set"),
     "stage": (count, "the number of a stage"),
     "stage_step": (count, "a number of steps"),
     "maps": ([stored_map], "a list of names such as target/pseudo_labels"),
@@ -92,7 +98,8 @@ def check(content, path, needed=EVALUATED):
             raise WeightsError(f"{foreign}: '{key}' must be {what}")
     if missing := [key for key in EVALUATED if key not in content]:
         raise WeightsError(f"{foreign}: it lacks {', '.join(missing)}")
-    if missing := [key for key in needed if key not in content]:
+    staged = STAGED if "stage" in content and needed is RESUMED else ()
+    if missing := [key for key in (*needed, *staged) if key not in content]:
         raise WeightsError(
             f"{path} cannot be resumed from: it lacks {', '.join(missing)}; take a step_<n>.pt"
         )
@@ -101,6 +108,11 @@ def check(content, path, needed=EVALUATED):
         raise WeightsError(f"{foreign}: 'classes' must be different, each with one colour")
     content["config"] = config.modern(content["config"])
     config.check(content["config"], f"the configuration in {path}")
-    stages = config.stages(config.override(content["config"], [])) if "stage" in content else []
-    if content.get("stage", -1) >= len(stages):
-        raise WeightsError(f"{foreign}: 'stage' must be one of its {len(stages)} stages")
+    if "stage" in content:
+        stages, stage = config.stages(config.override(content["config"], [])), content["stage"]
+        if stage >= len(stages):
+            raise WeightsError(f"{foreign}: 'stage' must be one of its {len(stages)} stages")
+        if content.get("stage_step", 0) > (iters := stages[stage].train.iters):
+            raise WeightsError(
+                f"{foreign}: 'stage_step' must be at most {iters}, its stage's steps"
+            )

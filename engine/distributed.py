@@ -10,6 +10,7 @@ Everything here works unchanged on one process, so no other file asks whether it
 import contextlib
 import ctypes
 import datetime
+import inspect
 import os
 import random
 
@@ -99,7 +100,11 @@ def parallel(network, device, compiled=False):
     if world_size() == 1:
         return network
     devices = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # Batch statistics stay each process's own. The newest PyTorch deprecates the older name.
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    name = next(name for name in names if name in inspect.signature(ddp.__init__).parameters)
+    return ddp(network, devices, **{name: False})
 
 
 def synced(network, last):

@@ -120,6 +120,13 @@ def replacing(path):
             temporary.unlink()
 
 
+def tidy(folder):
+    """Remove what `replacing` leaves in a folder when its process is killed."""
+    for path in Path(folder).glob(".*.tmp.*"):
+        if re.fullmatch(r"\..+\.\d+\.tmp\.\w+", path.name):
+            path.unlink(missing_ok=True)
+
+
 def write(path, text):
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:

@@ -110,8 +110,11 @@ def evaluate(network, dataset, options, device, autocast, title=""):
         sample = dataset[index]
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         label = sample["label"].to(device)
-        with autocast:
-            scores = predict(network, image, options, label.shape[-2:])
+        try:
+            with autocast:
+                scores = predict(network, image, options, label.shape[-2:])
+        except UserError as error:
+            raise UserError(f"{title or 'data set'}, {dataset.stem(index)}: {error}") from error
         if signals.received:  # the run that validates its network stops here, on all processes
             break
         broken += ~scores.isfinite().all()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine import distributed, pictures
-from engine.files import inside, replacing, write, write_picture
+from engine.files import inside, replacing, tidy, write, write_picture
 from engine.inference import NonFiniteScores, evaluate, predict
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
@@ -114,6 +114,8 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
     folder, matrices = Path(folder), {}
     for name in datasets:
         inside(folder, name)
+    if distributed.is_main():
+        tidy(folder)
     for name, dataset in datasets.items():
         matrices[name] = matrix = (known or {}).get(dataset) or evaluate(
             network, dataset, options, device, autocast, title=name

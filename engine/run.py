@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
+from engine.errors import UserError
 from engine.guard import Guard, end_at
 from engine.log import Averages, Log, claim, facts, interactive, release, to_console
 from engine.process import signals
@@ -70,6 +71,11 @@ class Run:
             UserError: another run has it; another configuration or other data than the
                 checkpoint's.
         """
+        if self.saved and ("stage" in self.saved) != ("target" in datasets):
+            raise UserError(
+                f"{self.path} cannot be resumed from: "
+                f"{'train_uda.py' if 'stage' in self.saved else 'another script'} wrote it"
+            )
         claim(self.folder)
         self.data = {name: checkpoint.fingerprint(dataset) for name, dataset in datasets.items()}
         if self.saved:
@@ -118,7 +124,7 @@ class Run:
         self.done, self.best, self.pending = 0, -1.0, False
         if self.resumed:
             for name, part in self.parts.items():
-                part.load_state_dict(self.saved[name])
+                checkpoint.restore(part, name, self.saved, self.path)
             self.done = self.saved.get("stage_step", self.saved["step"])
             self.best, self.pending = self.saved["best"], self.saved.get("pending", False)
         self.guard = Guard(self.parts["model"], self.device, self.cfg.precision == "fp16")

@@ -38,6 +38,15 @@ class Record:
         super().__setattr__(name, value)
 
 
+class Maps(dict):
+    """{name: stored map}; one that is asked for and was not stored is an error that says so."""
+
+    def __missing__(self, name):
+        raise UserError(
+            f"the stage has stored no maps '{name}': start it again, from a checkpoint before it"
+        )
+
+
 @dataclass(eq=False)
 class Batch(Record):
     """Images of one domain as they come from the loader, on the device."""
@@ -60,7 +69,9 @@ class Batch(Record):
             label=moved["label"].long(),
             sample=moved["sample"],
             numbers=batch["sample"].tolist(),
-            extra={k: maps.to(device, non_blocking=True) for k, maps in batch["extra"].items()},
+            extra=Maps(
+                {k: maps.to(device, non_blocking=True) for k, maps in batch["extra"].items()}
+            ),
         )
 
 

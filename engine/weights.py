@@ -16,6 +16,8 @@ import zipfile
 from http.client import HTTPException
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -42,6 +44,7 @@ DAMAGE = (
 FOLDER = 0x10  # a bit that no checksum covers: PyTorch returns whatever lies in memory for a folder
 UNSAFE = re.compile(rb"\n(bytearray|_rebuild_sparse_tensor)\n")
 DEPTH = 50  # of lists and dicts within each other
+SECONDS = 5  # without an answer there is no connection
 
 
 class WeightsError(UserError):
@@ -274,6 +277,24 @@ def rename(state, table):
     return state
 
 
+def compare(module, state, allow_missing=()):
+    """The tensors of a state dict that fit a module, and how the two differ, in words or ""."""
+    own = module.state_dict()
+    # Batch counters matter only for cumulative averages, and old or converted weights lack them.
+    missing = [
+        k
+        for k in own
+        if k not in state and not _matches(k, ("*num_batches_tracked", *allow_missing))
+    ]
+    unexpected = [k for k in state if k not in own and not _matches(k, ("*num_batches_tracked",))]
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    differing = [k for k in state if k in own and k not in fitting]
+    shapes = [f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}" for k in differing]
+    how = _listing("missing", missing) + _listing("unexpected", unexpected)
+    how += _listing("of another shape", shapes)
+    return fitting, how and f"{len(fitting)} keys match{how}"
+
+
 def load_into(module, state, *, source, allow_missing=(), drop=()):
     """Copy a state dict into a module.
 
@@ -289,32 +310,38 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
         WeightsError: keys that match neither side, or tensors of another shape.
     """
     state = {key: value for key, value in unwrap(state, source).items() if not _matches(key, drop)}
-    own = module.state_dict()
-    # Batch counters matter only for cumulative averages, and old or converted weights lack them.
-    known = ("*num_batches_tracked", *allow_missing)
-    missing = [k for k in own if k not in state and not _matches(k, known)]
-    unexpected = [k for k in state if k not in own and not _matches(k, known[:1])]
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    shapes = [
-        f"{k} {tuple(state[k].shape)} -> {tuple(own[k].shape)}"
-        for k in state
-        if k in own and k not in fitting
-    ]
-    if missing or unexpected or shapes:
+    fitting, how = compare(module, state, allow_missing)
+    if how:
         raise WeightsError(
-            f"{source} does not fit {type(module).__name__}: {len(fitting)} keys match"
-            + _listing("missing", missing)
-            + _listing("unexpected", unexpected)
-            + _listing("of another shape", shapes)
-            + ". Wrong network or options? Keys that may stay random are named by allow_missing: "
-            "['layer4.*']"
+            f"{source} does not fit {type(module).__name__}: {how}. Wrong network or options? Keys "
+            "that may stay random are named by allow_missing: ['layer4.*']"
         )
     module.load_state_dict(fitting, strict=False)
-    initial = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
+    initial = [
+        key
+        for key in module.state_dict()
+        if key not in fitting and not key.endswith("num_batches_tracked")
+    ]
     logger.info(
         f"weights {source}: {len(fitting)} keys loaded, {len(initial)} keep their initial values"
         + _some(initial)
     )
+
+
+def reach(url):
+    """Raise OSError or HTTPException unless a server answers soon: libraries wait and retry longer."""
+    with contextlib.suppress(HTTPError):  # it answers
+        urlopen(Request(url, method="HEAD"), timeout=SECONDS).close()
+
+
+def check_hub():
+    """Where the Hugging Face hub does not answer, its library takes what it has stored, or fails at once."""
+    from huggingface_hub import constants
+
+    try:
+        reach(constants.ENDPOINT)
+    except (OSError, HTTPException):
+        constants.HF_HUB_OFFLINE = True
 
 
 def download(url):
@@ -324,11 +351,13 @@ def download(url):
     if not path.is_file():
         hashed = re.search(r"-([0-9a-f]{8,})\.", path.name)
         try:
+            reach(url)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hashed and hashed[1])
         except (OSError, RuntimeError, HTTPException) as error:
             raise WeightsError(
-                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH"
+                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH, or take "
+                "random weights by weights=none"
             ) from None
     return path
 

@@ -12,7 +12,10 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
+from engine.weights import reason
 from models.blocks import still
+
+SMALL = 32  # pixels; up to here maps may have one cell, or attention no key
 
 
 class Segmentor(nn.Module):
@@ -80,8 +83,17 @@ class Segmentor(nn.Module):
         given = {"domain": view.domain} if self.backbone.per_domain else {}
         biases = [bias for head in running if (bias := head.bias(output, step))]
         given |= {"bias": biases[-1]} if biases else {}
-        maps = self.backbone(view.image, **given)
-        output.features = self.decoder(maps)
+        try:
+            maps = self.backbone(view.image, **given)
+            output.features = self.decoder(maps)
+        except (RuntimeError, ValueError) as error:
+            if min(size := view.image.shape[-2:]) > SMALL:
+                raise
+            raise UserError(
+                f"the network cannot take {len(view.image)} x {size[0]}x{size[1]} pixels "
+                f"({reason(error)}): set a larger data.augment.crop, eval.crop, eval.short_side or "
+                "eval.scales, or in training a larger batch"
+            ) from error
         for head in running:
             head(view, maps, output, step)
         output.logits = self.classifier(output.features, output)

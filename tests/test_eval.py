@@ -73,6 +73,13 @@ def test_a_test_set_without_labels_is_an_error_and_not_a_table_of_nothing(traine
         evaluation.main([str(trained / "best.pt"), "data.test.toy.labels=false"])
 
 
+def test_subsets_of_other_classes_are_found_before_labels_are_counted(trained, monkeypatch):
+    monkeypatch.setattr(evaluation, "class_counts", pytest.fail)
+    arguments = [str(trained / "best.pt"), "eval.subsets={top: [grass]}", "diagnostics=true"]
+    with pytest.raises(UserError, match=r"eval\.subsets\.top names the class 'grass'"):
+        evaluation.main(arguments)
+
+
 def test_eval_writes_tables_and_pictures_for_several_data_sets(trained, capsys):
     evaluation.main([str(trained / "best.pt"), NIGHT])
     output = capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 import predict
 from engine import checkpoint
 from engine.errors import UserError
@@ -165,3 +166,17 @@ def test_what_is_not_finite_labels_nothing(best, tmp_path, value, message):
     with pytest.raises(UserError, match=message):
         label(str(tmp_path / "broken.pt"), tmp_path / "in", tmp_path / "out")
     assert written(tmp_path / "out") == []
+
+
+def test_a_picture_too_small_for_the_network_is_named_and_skipped(tmp_path, capsys):
+    options = ["model.backbone={name: mit.MiT, size: b0, weights: none}", "eval.pictures=0"]
+    train(tmp_path / "run", "train.iters=1", *options)
+    draw(tmp_path / "in" / "a.png")
+    draw(tmp_path / "in" / "b.png", (20, 20))
+    label(str(tmp_path / "run" / "best.pt"), tmp_path / "in", tmp_path / "out")
+    assert written(tmp_path / "out") == ["a.png"]
+    said = capsys.readouterr().out
+    assert "in/b.png: the network cannot take 1 x 20x20 pixels" in said and "1 skipped" in said
+    spec = "data.test.toy={name: toy.Toy, split: test, length: 2, size: [20, 20]}"
+    with pytest.raises(UserError, match=r"^toy, \S+: the network cannot take 1 x 20x20 pixels"):
+        evaluation.main([str(tmp_path / "run" / "best.pt"), spec])

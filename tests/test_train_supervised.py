@@ -1,6 +1,7 @@
 """The training script as a user runs it: resume, signals, several processes, precisions, degenerate batches,
 mistakes."""
 
+import contextlib
 import json
 import os
 import re
@@ -581,7 +582,7 @@ def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
     results = []
     for _ in range(2):
         code, output = run(tmp_path / "run", *options, processes=2)
-        assert code == 0, output
+        assert code == 0 and "broadcast_buffers" not in output, output
         results.append(json.loads((tmp_path / "run" / "results.json").read_text()))
         (tmp_path / "run" / "results.json").unlink()
     assert results[0]["IoU"] == results[1]["IoU"]
@@ -599,3 +600,62 @@ def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
 def test_a_view_that_the_step_lacks_is_one_sentence(tmp_path, config, loss, has):
     with pytest.raises(UserError, match=f"for the view {has}.*: give the loss another view"):
         train(tmp_path / "run", f"losses=[{loss}]", config=config)
+
+
+OTHERS = {
+    "model.decoder.width=12": r"'model' .*: \d+ keys match; \d+ of another shape \(decoder",
+    "model.classifier.name=linear.Linear": r"'model' .*: .* missing \(classifier.* unexpected",
+    "prototypes.centroids.name=none": r"'prototypes' .*: .* unexpected \(centroids",
+    "optimizer.name=SGD": "'optimizer' .*: its options are others",
+    "optimizer.weight_decay=0": "",
+    "train.teacher=0.9": "'teacher' .*: there is none",
+}
+
+
+def test_a_checkpoint_of_another_network_is_one_sentence(tmp_path):
+    path = tmp_path / "one" / "step_0000001.pt"
+    train(path.parent, "train.iters=1", "train.teacher=0")
+    for number, (option, says) in enumerate(OTHERS.items()):
+        options = ("train.teacher=0", option, f"resume={path}", "train.iters=1")
+        says = rf"{path} cannot be resumed from, its {says}.*configuration" if says else ""
+        with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+            train(tmp_path / str(number), *options)
+
+
+def test_a_checkpoint_of_another_script_is_one_sentence(tmp_path):
+    for config, other in ((TINY_UDA, TINY), (TINY, TINY_UDA)):
+        folder = tmp_path / Path(config).stem
+        train(folder, "train.iters=1", config=config)
+        newest = checkpoint.list_steps(folder)[0]
+        with pytest.raises(UserError, match=f"{newest} cannot be resumed from: .* wrote it"):
+            train(tmp_path / "again", f"resume={newest}", config=other)
+
+
+def test_subsets_of_other_classes_are_found_before_the_training(tmp_path):
+    options = ("train.iters=1", "eval.subsets={top: [grass]}")
+    with pytest.raises(UserError, match=r"eval\.subsets\.top names the class 'grass'"):
+        train(tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_leaves_of_a_report_is_removed_by_the_next(tmp_path):
+    train(tmp_path / "run", "train.iters=1")
+    left = [tmp_path / "run" / "eval" / f".toy.123.tmp.{end}" for end in ("json", "csv", "png")]
+    mine = tmp_path / "run" / "eval" / ".notes.tmp.txt"
+    for path in (*left, mine):
+        path.write_text("cut")
+    train(tmp_path / "run", "train.iters=1")
+    assert not any(path.exists() for path in left) and mine.exists()
+
+
+@pytest.mark.parametrize(
+    "crop, options",
+    [
+        (8, ["train.batch_size=1", "model.decoder={name: deeplabv3plus.DeepLabV3Plus, width: 12}"]),
+        (16, ["model.backbone={name: mit.MiT, size: b0, weights: none}"]),
+    ],
+)
+def test_crops_too_small_for_the_network_are_one_sentence(tmp_path, crop, options):
+    says = rf"cannot take \d x {crop}x{crop} pixels .*: set a larger data\.augment\.crop"
+    with pytest.raises(UserError, match=says):
+        train(tmp_path / "run", f"data.augment.crop=[{crop}, {crop}]", *options)

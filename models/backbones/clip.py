@@ -27,7 +27,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.ranges import Natural
 from engine.statistics import unit
-from engine.weights import WeightsError, load_into, read, reason, unwrap
+from engine.weights import WeightsError, check_hub, load_into, read, reason, unwrap
 from models.backbones.base import Backbone
 from models.blocks import Normalize
 
@@ -82,6 +82,7 @@ def load(tower, weights, model, activation=None, drop=()):
             raise WeightsError(
                 f"{weights} of {model} needs images of mean {tag['mean']}, not CLIP's {MEAN}"
             )
+        check_hub()
         try:
             path = pretrained.download_pretrained(tag)
         except (OSError, RuntimeError) as error:

@@ -5,8 +5,10 @@ model.backbone:
   {name: timm.Timm, model: convnext_tiny.fb_in22k_ft_in1k, options: {drop_path_rate: 0.2}}
 """
 
+import difflib
+
 from engine.errors import UserError
-from engine.weights import load_into, read, reason
+from engine.weights import check_hub, load_into, read, reason
 from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
 from models.blocks import Normalize
@@ -19,10 +21,12 @@ def create(model, **options):
     except ImportError as error:
         raise UserError(f"timm.Timm needs the package timm: pip install timm ({error})") from None
     if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('.')[0][:8]}*")[:5]
+        near = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=5)
         raise ValueError(
             f"timm has no model '{model}'; similar: {', '.join(near) or 'resnet50, convnext_tiny'}"
         )
+    if options.get("pretrained") and "pretrained_cfg_overlay" not in options:
+        check_hub()
     try:
         return timm.create_model(model, **options)
     except (
@@ -30,7 +34,7 @@ def create(model, **options):
     ) as error:  # of many types: no features, no such tag or option, no weights, no connection
         if isinstance(error, TypeError) and options.pop("dynamic_img_size", False):
             return create(model, **options)  # only some vision transformers know it
-        hint = "; give a local copy by weights=PATH, or set HF_HUB_OFFLINE=1 to skip the retries"
+        hint = "; give a local copy by weights=PATH, or take random weights by weights=none"
         raise ValueError(
             f"timm cannot make {model} "
             f"({reason(error)}){hint if isinstance(error, OSError) else ''}"

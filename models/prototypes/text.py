@@ -32,7 +32,7 @@ import yaml
 from engine.errors import UserError
 from engine.files import read_array, read_text
 from engine.process import run
-from engine.weights import load_into, read, reason, unwrap
+from engine.weights import check_hub, load_into, read, reason, unwrap
 from models.prototypes.base import Prototypes
 
 TEMPLATES = {
@@ -256,6 +256,7 @@ def load_clip(model, pretrained):
         raise UserError(f"open_clip has no model '{model}'; {near(model, open_clip.list_models())}")
     if tag := open_clip.pretrained.get_pretrained_cfg(model, pretrained):
         quick = tag.get("quick_gelu", False)
+        check_hub()
         try:
             network = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
         except (OSError, RuntimeError) as error:

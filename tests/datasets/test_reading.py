@@ -117,6 +117,10 @@ REFUSED = {
         "TIFFs of 7 channels of 8 bits are not read",
     ),
     "float_rgb": (tiff(COLORS / np.float32(255), 3), "TIFFs of 3 channels of 32 bits are not"),
+    "white_is_zero": (
+        tiff(GREY.astype(np.uint16) * 257, photometric=0),
+        "cannot read the image .*: in this TIFF 0 is white",
+    ),
     "planes_16": (
         tiff(COLORS.astype(np.uint16) * 257, planar=2),
         "TIFFs of 3 channels of 16 bits, not interleaved are not read",
@@ -264,6 +268,14 @@ def test_a_label_of_five_channels_is_refused_with_their_number(tmp_path):
     path = written(tmp_path / "a.tif", tiff(np.dstack([COLORS, COLORS[..., :2]]), extra=[0, 0]))
     with pytest.raises(DataError, match=r"cannot read the label .*a.tif: TIFFs of 5 channels of 8"):
         read_ids(path)
+
+
+def test_ids_of_a_tiff_where_0_is_white_are_refused_and_its_picture_is_read(tmp_path):
+    path = written(tmp_path / "a.tif", tiff(np.array([[0, 200]], np.uint8), photometric=0))
+    assert read_image(path)[0, :, 0].tolist() == [255, 55]
+    for read in (read_ids, read_map):
+        with pytest.raises(DataError, match=r"a\.tif: in this TIFF 0 is white"):
+            read(path)
 
 
 def test_maps_have_8_bits(tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints survive kills and refuse what is unsafe; foreign weights fit or say which keys do not."""
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -438,6 +439,7 @@ def test_pretrained_imagenet_is_downloaded_once_and_read_like_any_file(tmp_path,
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weights, "reach", lambda url: None)
     for url in (URL, "https://example.org/net-c867db91.pth"):
         for _ in range(2):
             net = network()
@@ -449,11 +451,26 @@ def test_pretrained_imagenet_is_downloaded_once_and_read_like_any_file(tmp_path,
         load_pretrained(network(), "imagenet", URL)
 
 
-def test_a_download_that_fails_names_the_url_and_the_way_out(tmp_path, monkeypatch):
-    def download(*options):
+@pytest.mark.parametrize("fails", ["reach", "download"])
+def test_a_download_that_fails_names_the_url_and_the_way_out(tmp_path, monkeypatch, fails):
+    def fail(*options):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    reach, download = (fail, pytest.fail) if fails == "reach" else (lambda url: None, fail)
+    monkeypatch.setattr(weights, "reach", reach)
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(WeightsError, match=rf"{re.escape(URL)}.*no route to host.*weights=PATH"):
+    says = rf"{re.escape(URL)}.*no route to host.*weights=PATH.*weights=none"
+    with pytest.raises(WeightsError, match=says):
         load_pretrained(network(), "imagenet", URL)
+
+
+@pytest.mark.parametrize("code", [404, 0])
+def test_a_server_answers_or_fails_within_seconds(monkeypatch, code):
+    def answer(request, timeout):
+        assert timeout <= 10 and request.method == "HEAD"
+        raise urllib.error.HTTPError(URL, code, "", {}, None) if code else TimeoutError
+
+    monkeypatch.setattr(weights, "urlopen", answer)
+    with contextlib.nullcontext() if code else pytest.raises(OSError):
+        weights.reach(URL)

@@ -20,7 +20,7 @@ from datasets.folder import Folder
 from datasets.gta5 import GTA5
 from datasets.statistics import class_counts, read_counts, write_counts
 from datasets.voc import VOC
-from engine import checkpoint, weights
+from engine import checkpoint, contents, weights
 from engine.build import build
 from engine.config import Config, ConfigError
 from engine.errors import UserError
@@ -293,7 +293,7 @@ WRONG = {
     "teacher": [None, {"network.w": [1.0]}],
     "step": ["3", 3.5, -1, True, torch.tensor(3)],
     "stage": [-1, "main", None, 1, 10**30],
-    "stage_step": [0.5],
+    "stage_step": [0.5, 1001, True, "3", None],
     "best": ["high", float("nan"), None],
     "seconds": [[1], float("inf")],
     "rng": [{}, [{}], [torch.zeros(4)], [{"torch": torch.zeros(8, dtype=torch.uint8)}], [{"torch": 3}]],
@@ -301,6 +301,7 @@ WRONG = {
     "scaler": [3],
     "prototypes": [{"centroids": 3}],
     "labelers": [[1]],
+    "data": [[], {"train": 5}, {"train": []}, {"train": [3, 4]}, {3: [3, "a"]}],
     "maps": ["target/x", ["x"], ["target/../../x"], ["target/a/b"], ["other/x"], [3], ["target/.."]],
 }  # fmt: skip
 
@@ -324,6 +325,11 @@ def test_a_checkpoint_without_what_evaluation_or_a_resumed_run_needs_says_what_i
     del content["classes"], content["config"]
     text = refused(tmp_path / "a.pt", saved(content), checkpoint.load)
     assert "not a checkpoint of this project: it lacks config, classes" in text
+    for key in ("stage_step", "maps", "labelers"):
+        path = tmp_path / f"without_{key}.pt"
+        path.write_bytes(saved({k: v for k, v in a_checkpoint().items() if k != key}))
+        with pytest.raises(WeightsError, match=f"cannot be resumed from: it lacks {key};"):
+            checkpoint.load(path, contents.RESUMED)
     checkpoint.save_light(tmp_path / "best.pt", a_checkpoint())
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
 

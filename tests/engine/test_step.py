@@ -86,6 +86,14 @@ def test_a_batch_is_loaded_as_floats_ids_and_numbers():
 # --- what it counts -------------------------------------------------------------------------------
 
 
+def test_a_map_that_no_stage_has_stored_is_one_sentence():
+    collated = {"image": torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "sample": torch.zeros(1)}
+    collated |= {"label": torch.zeros(1, 2, 2), "extra": {}}
+    batch = Batch.load(collated, torch.device("cpu"))
+    with pytest.raises(UserError, match="has stored no maps 'pseudo_labels'"):
+        batch.extra["pseudo_labels"]
+
+
 def test_pixels_are_the_labelled_ones_of_the_view_or_those_of_the_whole_step(monkeypatch):
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     labels[0, 1] = IGNORE

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine import weights
 from engine.build import build
 from engine.config import Config, ConfigError
 from engine.errors import UserError
@@ -555,6 +556,8 @@ def test_timm_says_what_is_wrong(monkeypatch):
     for model in ("test_resnet", "test_vit"):
         with pytest.raises(ConfigError, match=rf"cannot make {model}.*no_such_option"):
             timm_backbone(model, options={"no_such_option": 3})
+    with pytest.raises(ConfigError, match=r"no model 'resnet-18'; similar: .*resnet18"):
+        timm_backbone("resnet-18")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build("models.backbones", {"name": "timm.Timm", "model": "test_resnet", "weights": "none"})
@@ -590,3 +593,27 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
     second.load_state_dict(first.state_dict())
     image = torch.rand(1, 3, 70, 49)
     assert torch.equal(first.segment(image).logits, second.segment(image).logits)
+
+
+@pytest.mark.parametrize(
+    "package, spec",
+    [
+        ("models.backbones", {"name": "timm.Timm", "model": "resnet10t.c3_in1k"}),
+        ("models.backbones", {"name": "clip.ResNet", "model": "RN50", "weights": "openai"}),
+    ],
+)
+def test_without_a_network_weights_fail_at_once_with_the_way_out(
+    tmp_path, monkeypatch, package, spec
+):
+    from huggingface_hub import constants
+
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights, "urlopen", unreachable)
+    monkeypatch.setattr("time.sleep", pytest.fail)  # between retries
+    with pytest.raises(UserError, match="weights=PATH"):
+        build(package, spec)
+    assert constants.HF_HUB_OFFLINE
