@@ -107,8 +107,7 @@ def main(arguments):
             continue
         if not scores.isfinite().all():
             raise inference.NonFiniteScores(path)
-        ids = scores.argmax(1)[0].byte().cpu().numpy()
-        save_all(out, name, image, ids, saved["palette"])
+        save_all(out, name, image, scores.argmax(1)[0].byte().cpu().numpy(), saved["palette"])
     count = len(names) - skipped
     if not count:
         raise DataError(f"none of the {skipped} pictures could be read")

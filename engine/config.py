@@ -430,8 +430,7 @@ def _override(config, keys, value, schema, kinds, dotted):
     schema = schema.get(head) if isinstance(schema, dict) else None
     kinds = kinds.get(head) if isinstance(kinds, dict) else None
     if rest:
-        below = _override(config.get(head, {}), rest, value, schema, kinds, dotted)
-        return {**config, head: below}
+        return {**config, head: _override(config.get(head, {}), rest, value, schema, kinds, dotted)}
     _check(value, schema, kinds, dotted, "the command line")
     return _merge(config, {head: value})
 

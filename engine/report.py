@@ -313,8 +313,7 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
         logger.info("\n".join([f"\n{name}: before and after adaptation", head, *rows]))
         if distributed.is_main() and options.pictures:
             networks = {"before": before, "after": after}
-            shown = drawn(dataset, options)
-            picture = draw(networks, dataset, shown, options, device, autocast)
+            picture = draw(networks, dataset, drawn(dataset, options), options, device, autocast)
             write_picture(folder / f"{name}_before_after.png", picture)
     return old
 
@@ -386,8 +385,7 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
 def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the
     target domain."""
-    where = dataset, run.device, autocast
-    values = pseudo_label_quality(network, labeler, prototypes, *where)
+    values = pseudo_label_quality(network, labeler, prototypes, dataset, run.device, autocast)
     run.writer.scalars(values, step)
     found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
     share, right = ("-" if value is None else f"{value:.1f} %" for value in found)
