@@ -47,9 +47,13 @@ def build_data(cfg):
         ConfigError: they do not share their classes, or there is nothing to evaluate on.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    train = build_set(
-        cfg.data.train, augment=build("datasets", cfg.data.augment, "Augment"), **context
-    )
+    augment = build("datasets", cfg.data.augment, "Augment")
+    if cfg.model.cache != "none" and not augment.repeats:
+        raise ConfigError(
+            f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever new ones: take "
+            "data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or model.cache=none"
+        )
+    train = build_set(cfg.data.train, augment=augment, **context)
     val, monitor = (
         build_any("datasets", cfg.data[name], SET, **context) for name in ("val", "monitor")
     )

@@ -69,6 +69,8 @@ RANGES = {
     "model": {
         "heads": dict[Name, dict],
         "frozen_bn": list[Part],
+        "frozen": list[str],
+        "cache": Text,
         "bn_views": list[str],
     },
     "uda": {"labelers": list[dict]},
@@ -85,6 +87,7 @@ RANGES = {
         "name": Literal["AdamW", "SGD"],
         "lr": Positive,
         "head_lr_factor": NonNegative,
+        "layer_decay": Annotated[float, "(0, 1]"],
         "weight_decay": NonNegative,
         "momentum": Momentum,
         "betas": Annotated[list[Momentum], "[2, 2]"],
@@ -440,6 +443,7 @@ FREE = (
     "data.cache",
     "data.seen",
     "model.backbone.weights",
+    "model.cache",
     "model.backbone.checkpointing",
     "dg.tower.weights",
 )

@@ -23,14 +23,28 @@ class Segmentor(nn.Module):
             its affine parameters: the safe choice for small batches and for pretrained weights.
         bn_views: names of the views that move the running statistics of batch norm; none named: all do. Every view is
             normalised by its own batch all the same.
+        frozen: names of parts that are not trained: no gradient, no state of the optimiser, evaluation mode.
+        cache: models.cache.FeatureCache of a frozen backbone; None computes its maps anew each time.
     Raises:
-        UserError: `frozen_bn` names something else, or a head has a name that the network has.
+        UserError: `frozen_bn` or `frozen` names something else, a head has a name that the network has, or a cache goes
+            with a backbone that is trained.
     """
 
-    def __init__(self, backbone, decoder, classifier, heads=None, frozen_bn=(), bn_views=()):
+    def __init__(
+        self,
+        backbone,
+        decoder,
+        classifier,
+        heads=None,
+        frozen_bn=(),
+        bn_views=(),
+        frozen=(),
+        cache=None,
+    ):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
+        self.frozen, self.cache = list(frozen), cache
         self.head_names = list(heads or {})
         if taken := {*self.head_names} & {*dir(self)}:
             names = ", ".join(sorted(taken))
@@ -41,8 +55,15 @@ class Segmentor(nn.Module):
             raise UserError(
                 f"model.frozen_bn may name backbone, decoder and projector, not {', '.join(sorted(unknown))}"
             )
-        for norm in self._frozen_norms():
-            norm.requires_grad_(False)
+        parts = [name for name, _ in self.named_children() if name != "classifier"]
+        if unknown := set(frozen) - set(parts):
+            raise UserError(
+                f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
+            )
+        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+            part.requires_grad_(False)
+        if cache and "backbone" not in self.frozen:
+            raise UserError("model.cache holds maps that never change: set model.frozen=[backbone]")
 
     @property
     def heads(self):
@@ -58,8 +79,8 @@ class Segmentor(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        for norm in self._frozen_norms():
-            norm.eval()
+        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+            part.eval()
         return self
 
     def segment(self, image, domain="target", heads=False, step=0):
@@ -79,7 +100,16 @@ class Segmentor(nn.Module):
         for head in running:
             if bias := head.bias(output, step):
                 given["bias"] = bias
-        maps = self.backbone(view.image, **given)
+        if self.cache and given:
+            raise UserError(
+                "model.cache holds maps that depend on the picture alone: it goes neither with a stem per domain nor "
+                "with a head that guides the attention (region.Region)"
+            )
+        maps = (
+            self.cache.maps(self.backbone, view.image)
+            if self.cache
+            else self.backbone(view.image, **given)
+        )
         output.features = self.decoder(maps)
         for head in running:
             head(view, maps, output, step)

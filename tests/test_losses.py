@@ -29,7 +29,13 @@ from tests.records import a_step, an_output
 IGNORE = 255
 TAU = 0.07
 OPTIONS = types.SimpleNamespace(
-    name="AdamW", lr=0.1, head_lr_factor=1.0, weight_decay=0.5, betas=[0.9, 0.999], momentum=0.9
+    name="AdamW",
+    lr=0.1,
+    head_lr_factor=1.0,
+    layer_decay=1.0,
+    weight_decay=0.5,
+    betas=[0.9, 0.999],
+    momentum=0.9,
 )
 
 
