@@ -214,7 +214,9 @@ class Run:
         elif score > self.best:
             self.best = score
             checkpoint.save_light(self.folder / "best.pt", self._content())
-        if late and not self.pending:  # the checkpoint that a signal left is now what it would have been
+        if (
+            late and not self.pending
+        ):  # the checkpoint that a signal left is now what it would have been
             known = self.saved | {"best": self.best, "pending": False}
             checkpoint.save_step(self.folder, known, self.cfg.checkpoint.keep)
 

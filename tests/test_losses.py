@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
@@ -16,8 +17,9 @@ from torchvision.models import resnet50
 from engine.schedule import make_optimizer, parameter_groups
 from engine.statistics import class_sums, resize_labels
 from engine.weights import WeightsError
+from losses._views import components, halve
 from losses.cross_entropy import CrossEntropy
-from losses.occl import OCCL, halve
+from losses.occl import OCCL
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
@@ -191,16 +193,204 @@ def test_class_sums_of_half_precision_features_are_float32(layout):
 # --- OCCL: the two views ---------------------------------------------------------------------------------------------
 
 
-def test_views_halve_the_pixels_of_every_class_of_every_image():
-    labels, k = patches(3, 21, 18, range(6)), 6
-    views = halve(labels, torch.tensor([0, 7, 12345678]), k, seed=0)
-    for b in range(3):
-        for c in range(k):
-            first, second = views[b] == c, views[b] == k + c
-            assert not (first & second).any()
-            assert torch.equal(first | second, labels[b] == c)
-            assert abs(first.sum() - second.sum()) <= 1
+SPLITS = pytest.mark.parametrize("split", ["objects", "image", "random"])
+
+
+def naive_components(label):
+    """First cell, in raster order, of the 8-connected region of each cell (h, w), by breadth-first search."""
+    height, width = label.shape
+    found = np.full((height, width), -1)
+    for start in np.ndindex(height, width):
+        if found[start] < 0:
+            queue = [start]
+            found[start] = start[0] * width + start[1]
+            while queue:
+                y, x = queue.pop(0)
+                for v in range(max(0, y - 1), min(height, y + 2)):
+                    for u in range(max(0, x - 1), min(width, x + 2)):
+                        if found[v, u] < 0 and label[v, u] == label[y, x]:
+                            found[v, u] = found[start]
+                            queue.append((v, u))
+    return torch.from_numpy(found)
+
+
+def spiral(size):
+    """A path of ones, one cell wide, from the corner to the centre; the walls between its turns are zeros."""
+    label, y, x, dy, dx = np.zeros((size + 2, size + 2), np.int64), 1, 1, 0, 1
+    label[1, 1] = 1
+
+    def free(y, x):
+        return 1 <= y <= size and 1 <= x <= size and not label[y, x]
+
+    for _ in range(4 * size):
+        while (
+            free(y + dy, x + dx) and not (label[y + 2 * dy : y + 2 * dy + 1, x + 2 * dx] == 1).any()
+        ):
+            y, x = y + dy, x + dx
+            label[y, x] = 1
+            if not (0 <= y + 2 * dy < size + 2 and 0 <= x + 2 * dx < size + 2):
+                break
+        dy, dx = dx, -dy
+    return torch.from_numpy(label[1:-1, 1:-1])
+
+
+def zigzag(height, width):
+    """A path of ones that meets each column twice: as many turns as a map has room for."""
+    label = torch.zeros(height, width, dtype=torch.long)
+    label[:, ::2] = 1
+    label[0, 1::4] = 1
+    label[-1, 3::4] = 1
+    return label
+
+
+def weave(size):
+    """Diagonals of single cells: every link is a diagonal one, and every run is one cell long."""
+    y, x = np.mgrid[:size, :size]
+    return torch.from_numpy(np.where((y + x) % 2, 2 + (y // 2 + x // 3) % 2, (y // 5) % 2))
+
+
+SHAPES = {
+    "spiral": lambda: spiral(33),
+    "zigzag": lambda: zigzag(24, 31),
+    "turned zigzag": lambda: zigzag(31, 24).T.contiguous(),
+    "mirrored zigzag": lambda: zigzag(24, 31).flip(0, 1),
+    "weave": lambda: weave(26),
+    "checkerboard": lambda: (torch.arange(20)[:, None] + torch.arange(23)) % 2,
+    "two classes": lambda: torch.randint(2, (30, 30)),
+    "five classes": lambda: torch.randint(5, (30, 30)),
+    "one cell": lambda: torch.zeros(1, 1, dtype=torch.long),
+    "one row": lambda: torch.randint(2, (1, 40)),
+    "one column": lambda: torch.randint(2, (40, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_components_are_those_of_a_breadth_first_search(shape):
+    labels = torch.stack([SHAPES[shape](), SHAPES[shape]().flip(1)])
+    expected = torch.stack([naive_components(label.numpy()) for label in labels])
+    assert torch.equal(components(labels).view_as(labels), expected)
+
+
+def test_the_winding_shapes_are_single_components():
+    for shape in ("spiral", "zigzag", "turned zigzag"):
+        label = SHAPES[shape]()
+        assert label.any() and len(components(label[None])[0][label.flatten() == 1].unique()) == 1
+
+
+def unit_of(labels, split):
+    """(B, h, w): a number for the object, image or cell that each cell belongs to."""
+    first = len(labels[0].flatten()) * torch.arange(len(labels))[:, None, None]
+    if split == "objects":
+        return first + torch.stack([naive_components(label.numpy()) for label in labels])
+    if split == "image":
+        return first.expand_as(labels)
+    return torch.arange(labels.numel()).view_as(labels)
+
+
+@SPLITS
+def test_views_halve_the_units_of_every_class_and_share_none(split):
+    labels, k = patches(5, 21, 18, range(6)), 6
+    samples = torch.tensor([0, 7, 12345678, 3, 8])
+    views, found = halve(labels, samples, k, 0, split), unit_of(labels, split)
+    for c in range(k):
+        first, second = ({*found[views == view].tolist()} for view in (c, k + c))
+        assert not first & second and abs(len(first) - len(second)) <= 1
+        assert torch.equal((views == c) | (views == k + c), labels == c)
     assert (views[labels == IGNORE] >= 2 * k).all()
+
+
+@SPLITS
+def test_either_view_may_be_the_larger(split):
+    labels, more = torch.full((3, 5, 5), IGNORE), set()
+    labels[:, 2, 2] = 0
+    for sample in range(0, 300, 3):
+        views = halve(labels, sample + torch.arange(3), 1, 0, split)
+        more.add(int((views == 1).sum()))
+    assert more == {1, 2}
+
+
+@SPLITS
+def test_single_cells_of_several_images_are_shared(split):
+    labels = torch.full((8, 4, 4), IGNORE)
+    labels[:, 1, 2] = 3
+    views = halve(labels, torch.arange(8), 5, 0, split)
+    assert (views == 3).sum() == (views == 8).sum() == 4
+
+
+@pytest.mark.parametrize("split", ["objects", "image"])
+def test_the_cells_of_a_class_of_one_unit_are_dealt_out(split):
+    labels = torch.full((3, 6, 6), IGNORE)
+    labels[1, 2:5, 1:4] = 0  # one object of nine cells
+    labels[2, 0, 0] = 1  # one cell in all
+    views = halve(labels, torch.tensor([4, 9, 2]), 2, 0, split)
+    counts = [int((views == view).sum()) for view in range(4)]
+    assert sorted(counts[::2]) == [4, 5] and sorted(counts[1::2]) == [0, 1]
+
+
+def test_images_of_one_parity_are_contrasted_too():
+    features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
+    classifier = CBP(num_classes=4, in_channels=8)
+    for samples in (torch.tensor([2, 4]), torch.tensor([3])):
+        few = slice(len(samples))
+        assert occl(features[few], labels[few], classifier, samples, split="image") > 0
+
+
+@pytest.mark.parametrize("split", ["objects", "image", "random", "checkerboard"])
+def test_views_of_ignored_labels_are_a_zero_with_a_graph(split):
+    features = torch.randn(2, 8, 6, 6, requires_grad=True)
+    labels = torch.full((2, 6, 6), IGNORE, dtype=torch.uint8)
+    value = occl(features, labels, CBP(num_classes=5, in_channels=8), split=split)
+    value.backward()
+    assert value == 0 and (features.grad == 0).all()
+
+
+@pytest.mark.parametrize("split", ["objects", "image", "random", "checkerboard"])
+def test_views_need_no_look_at_the_values(split):
+    """A meta tensor has no values: what waits for a GPU fails on it."""
+    labels, samples = torch.zeros(2, 9, 7, dtype=torch.long, device="meta"), torch.arange(2)
+    views = halve(labels, samples.to("meta"), 3, 0, split)
+    assert views.shape == labels.shape
+
+
+def occl_of_a_half(rank, folder):
+    """Loss and gradient of one of two processes: every other sample."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save([occl_of_samples(slice(rank, None, 2), split) for split in ALL], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+ALL = ["objects", "image", "random", "checkerboard"]
+
+
+def occl_of_samples(chosen, split):
+    """(loss, gradient, views) of some of six images: class 3 in one image, 4 one object, 5 one cell, 6 in none."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 10, 12, 11, dtype=torch.float64)[chosen].requires_grad_()
+    labels = patches(6, 12, 11, [0, 1, 2])
+    labels[3, 7:, 5:] = 3
+    labels[3, 9] = 0
+    labels[4, :3, :4] = 4
+    labels[5, 5, 5] = 5
+    labels, samples = labels[chosen], torch.tensor([3, 8, 4, 100, 7, 5])[chosen]
+    torch.manual_seed(1)
+    classifier = CBP(num_classes=7, in_channels=10).double()
+    value = occl(features, labels, classifier, samples, split=split, centroid=0.7, seed=2)
+    value.backward()
+    return value.detach(), features.grad, halve(labels, samples, 7, 2, split, sync=True)
+
+
+def test_two_processes_draw_the_views_of_one(tmp_path):
+    torch.multiprocessing.spawn(occl_of_a_half, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for i, split in enumerate(ALL):
+        value, gradient, views = occl_of_samples(slice(None), split)
+        for rank in range(2):
+            mine, slope, drawn = parts[rank][i]
+            assert torch.equal(drawn, views[rank::2]), split
+            torch.testing.assert_close(mine, value, atol=1e-12, rtol=1e-12)
+            # DDP takes the mean over processes.
+            torch.testing.assert_close(slope / 2, gradient[rank::2], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("outside", [-1, 6, 254, IGNORE])
@@ -212,18 +402,21 @@ def test_views_leave_out_what_is_no_class(outside):
     assert (views.flatten()[2:] >= 12).all()
 
 
-def test_views_depend_only_on_seed_and_sample():
+@SPLITS
+def test_views_depend_on_seed_and_samples_alone(split):
     labels, samples = patches(4, 20, 20, range(3)), torch.tensor([5, 1, 40, 2])
-    views = halve(labels, samples, 3, seed=0)
-    order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(halve(labels[order], samples[order], 3, seed=0), views[order])
-    parts = [halve(labels[i : i + 1], samples[i : i + 1], 3, seed=0) for i in range(4)]
-    assert torch.equal(torch.cat(parts), views)
-    same = labels[:1].expand(2, -1, -1)
-    a, b = halve(same, torch.tensor([5, 6]), 3, seed=0)
-    assert 0.3 < (a != b)[same[0] != IGNORE].float().mean() < 0.7
-    c = halve(same[:1], torch.tensor([5]), 3, seed=1)[0]
-    assert 0.3 < (a != c)[same[0] != IGNORE].float().mean() < 0.7
+    views, order = halve(labels, samples, 3, 0, split), torch.tensor([2, 0, 3, 1])
+    assert torch.equal(halve(labels[order], samples[order], 3, 0, split), views[order])
+    assert not torch.equal(halve(labels, samples + 1, 3, 0, split), views)
+    assert not torch.equal(halve(labels, samples, 3, 1, split), views)
+
+
+def test_random_views_of_two_samples_differ_in_half_of_the_cells():
+    labels = patches(1, 20, 20, range(3))
+    known, a = labels[0] != IGNORE, halve(labels, torch.tensor([5]), 3, seed=0)[0]
+    for sample, seed in ((6, 0), (5, 1)):
+        b = halve(labels, torch.tensor([sample]), 3, seed=seed)[0]
+        assert 0.3 < (a != b)[known].float().mean() < 0.7
 
 
 @pytest.mark.parametrize("sample", [0, 1, 1000, 10**9])
