@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from engine import distributed
-from engine.ranges import Natural, Share
-from engine.statistics import IGNORE, precise, resize_logits
+from engine.ranges import Count, Natural, Share
+from engine.statistics import IGNORE, precise, resize_labels, resize_logits
 from losses.base import Loss
 
 
@@ -27,6 +27,8 @@ class CrossEntropy(Loss):
             the layers of queries.Queries.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
+        stride: only every n-th row and column of the label is scored, which divides the cost by n^2 where features are
+            coarse and classes many; each micro-batch is then normalised by its own number of pixels.
         by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
             micro-batch by its own.
     """
@@ -38,24 +40,29 @@ class CrossEntropy(Loss):
         head: str = "logits",
         ohem: Share = 0.0,
         ohem_min: Natural = 10000,
+        stride: Count = 1,
         by_weights: bool = False,
     ):
         super().__init__()
         self.view, self.head, self.by_weights = view, head, by_weights
-        self.ohem, self.ohem_min = ohem, ohem_min
+        self.ohem, self.ohem_min, self.stride = ohem, ohem_min, stride
 
     def forward(self, step):
         logits, labels = step.outputs[self.view].scores(self.head), step.labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
+            count = step.pixels(self.view)
+            if self.stride > 1:
+                labels = resize_labels(labels, [-(-n // self.stride) for n in labels.shape[-2:]])
+                count = distributed.mean((labels != IGNORE).sum().double())
             logits = resize_logits(precise(logits), labels.shape[-2:])
             # (B, H, W), 0 where ignored
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-            count = step.pixels(self.view).to(loss.dtype)
+            count = count.to(loss.dtype)
             if self.ohem:
                 kept = self.hard(loss.detach(), labels)
                 loss, count = loss * kept, distributed.mean(kept.sum())
             if self.view in step.weights:
-                weights = step.weights[self.view]
+                weights = resize_labels(step.weights[self.view], labels.shape[-2:])
                 loss = loss * weights
                 if self.by_weights:
                     counted = weights * (labels != IGNORE) * (kept if self.ohem else 1)
