@@ -1,22 +1,25 @@
-"""CeCo, centre collapse: "Understanding Imbalanced Semantic Segmentation Through Neural Collapse" (Zhong et al., CVPR
-2023), a term beside the pixel loss.
+"""CeCo, centre collapse, a term beside the pixel loss: "Understanding Imbalanced Semantic
+Segmentation Through Neural Collapse" (Zhong et al., CVPR 2023).
 
     losses: [{name: cross_entropy.CrossEntropy}, {name: ceco.CeCo, weight: 0.8}]
 
-Pixels of rare classes have little say in the pixel loss; here every class of a batch has one say. With the mean feature
-z_c of class c over the batch and fixed directions m_1 ... m_K, all cosines between them -1 / (K - 1) (a simplex ETF,
-where neural collapse ends on balanced data):
+Pixels of rare classes have little say in the pixel loss; here every class of a batch has one say.
+z_c is the mean feature of class c over the batch. m_1 ... m_K are fixed directions, all cosines
+between them -1 / (K - 1): a simplex ETF, where neural collapse ends on balanced data.
 
-    L = mean_c -log softmax_j (kappa <z_c / |z_c|, m_j> + log pi_j)_c            over the classes c that are present
+    L = mean_c -log softmax_j (kappa <z_c / |z_c|, m_j> + log pi_j)_c    over the classes c present
 
-[C], read in the authors' release (dvlab-research/Parametric-Contrastive-Learning, GPaCo/Seg, UPerHead_ceco): kappa = 5;
-the mean over present classes; pi_j, the share of class j in the classes of all training images; weight 0.8 for ADE20K
-with Swin-T; centres over the images of one GPU; features enlarged to the size of the labels. There z_c first passes a
-1x1 convolution to 128 channels with batch norm, a linear layer to 512 and a ReLU. None of them is trained.
+[C], read in the authors' release (dvlab-research/Parametric-Contrastive-Learning at 2fd1504,
+GPaCo/Seg, UPerHead_ceco): kappa = 5; the mean over present classes; pi_j, the share of class j by a
+file of image counts; weight 0.8 for ADE20K with Swin-T; centres over the images of one GPU, of
+features enlarged to the size of the labels. There z_c first passes a 1x1 convolution to 128
+channels with batch norm, a linear layer to 512, a ReLU, and after its normalisation the head's
+dropout. None of these layers is trained.
 
-Reconstructed [R]: centres of the features themselves, without those random layers, at the size of the features; with
-`space: joint` of the embedding of model.heads.projector, which is trained. `sync` takes the centres over all processes.
-`prior` is off by default, because it reads every label of the training set once. The paper's text was not at hand.
+Reconstructed [R]: centres of the features themselves, without those layers, at the size of the
+features; with `space: joint` of the embedding of model.heads.projector, which is trained. `sync`
+takes the centres over all processes. `prior` is off by default, because it reads every label of the
+training set once. The paper's text was not at hand.
 """
 
 import functools
@@ -34,15 +37,15 @@ from losses.base import Loss
 
 @functools.cache
 def simplex(num_classes, dim, seed, device):
-    """K unit vectors (K, D), float64, whose cosines are -1 / (K - 1), turned at random; kept on the device.
+    """K unit vectors (K, D), float64, with cosines -1 / (K - 1), turned at random; kept there.
 
     Raises:
         UserError: D < K - 1.
     """
     if dim < num_classes - 1:
         raise UserError(
-            f"ceco.CeCo needs at least {num_classes - 1} channels for {num_classes} classes, and there "
-            f"are {dim}: raise model.decoder.width, or take space=joint with model.heads.projector"
+            f"ceco.CeCo needs at least {num_classes - 1} channels for {num_classes} classes, and "
+            f"there are {dim}: raise model.decoder.width, or set space=joint and a projector head"
         )
     generator = torch.Generator().manual_seed(seed)
     turn = torch.randn(dim, num_classes - 1, generator=generator, dtype=torch.float64)

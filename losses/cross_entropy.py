@@ -6,14 +6,14 @@ OHEM (online hard example mining; Shrivastava et al., CVPR 2016; per pixel) keep
 probability below `ohem`, and at least `ohem_min` pixels per image. How many these are is known only after the forward
 pass, so each micro-batch is then normalised by its own number and the step is the mean of its micro-batches.
 
-Class weights multiply the weights of pixels. `class_weights: auto` is median frequency balancing (Eigen & Fergus, ICCV
-2015; SegNet used it on CamVid):
+Class weights multiply the weights of pixels. `class_weights: auto` is median frequency balancing
+(Eigen & Fergus, ICCV 2015; SegNet used it on CamVid):
 
-    w_c = a median_j(f_j) / f_c,        f_c = pixels of c / labelled pixels of the images that show c
+    w_c = a median_j(f_j) / f_c,    f_c = pixels of c / labelled pixels of the images that show c
 
-over the training set, each image once. Factor a makes the mean weight of its labelled pixels 1, so that the loss keeps
-its scale [R]. Like any weights of pixels they do not change the divisor, the number of labelled pixels of the step,
-unless `by_weights` asks for it: that is the rule of PyTorch's weighted cross-entropy.
+over the training set, each image once. The factor a makes the mean weight of its labelled pixels 1,
+so that the loss keeps its scale [R]. Weights do not change the divisor, the number of labelled
+pixels of the step. With `by_weights` they do, as in PyTorch's weighted cross-entropy.
 """
 
 import math
@@ -30,7 +30,7 @@ from losses.base import Loss
 
 
 def median_frequency(counts):
-    """Pixels (n, K) of each class in each image -> weights (K), float64; 1 for a class that none shows.
+    """Pixels (n, K) of each class in each image -> weights (K), float64; 1 where none shows it.
 
     Raises:
         ValueError: no image has a labelled pixel.
@@ -75,7 +75,7 @@ class CrossEntropy(Loss):
 
     Args:
         classes: names, for `class_weights`.
-        counts: returns (n, K) pixels of each class in each training image, for `class_weights: auto`.
+        counts: returns (n, K) pixels of each class in each training image, for `auto`.
         view: the view whose logits are scored.
         head: "logits", or other class scores of the output: "auxiliary" and "region" of model.heads, "query0" ... of
             the layers of queries.Queries.
@@ -83,8 +83,8 @@ class CrossEntropy(Loss):
         ohem_min: pixels per image that are kept at least.
         by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
             micro-batch by its own.
-        class_weights: none; auto, see above; or {name: weight} as they are, 1 for classes that are not named. OHEM
-            chooses pixels by their unweighted loss.
+        class_weights: none; auto, see above; or {name: weight} as they are, 1 for other classes.
+            OHEM chooses pixels by their unweighted loss.
     """
 
     def __init__(

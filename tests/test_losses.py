@@ -195,7 +195,7 @@ SPLITS = pytest.mark.parametrize("split", ["objects", "image", "random"])
 
 
 def naive_components(label):
-    """First cell, in raster order, of the 8-connected region of each cell (h, w), by breadth-first search."""
+    """First cell, in raster order, of the 8-connected region of each cell, breadth first."""
     height, width = label.shape
     found = np.full((height, width), -1)
     for start in np.ndindex(height, width):
@@ -213,7 +213,7 @@ def naive_components(label):
 
 
 def spiral(size):
-    """A path of ones, one cell wide, from the corner to the centre; the walls between its turns are zeros."""
+    """A path of ones, one cell wide, from the corner to the centre; walls of zeros between."""
     label, y, x, dy, dx = np.zeros((size + 2, size + 2), np.int64), 1, 1, 0, 1
     label[1, 1] = 1
 
@@ -328,7 +328,7 @@ def test_the_cells_of_a_class_of_one_unit_are_dealt_out(split):
 
 
 def test_equal_hashes_of_two_samples_are_told_apart():
-    """Two numbers of samples for which the hash of cell p of one is that of cell p + 1 of the other."""
+    """The hash of a cell of one sample is that of the cell before it of another."""
     apart = 0x85EBCA77 * pow(0x9E3779B1, -1, 2**32) % 2**32
     samples, labels = torch.tensor([7 + apart, 7]), torch.zeros(2, 24, 24, dtype=torch.long)
     first, second = pixel_hash(0, samples, 576)
@@ -373,7 +373,10 @@ ALL = ["objects", "image", "random", "checkerboard"]
 
 
 def occl_of_samples(chosen, split):
-    """(loss, gradient, views) of some of six images: class 3 in one image, 4 one object, 5 one cell, 6 in none."""
+    """(loss, gradient, views) of some of six images.
+
+    Class 3 is in one image, 4 is one object, 5 one cell, 6 in none.
+    """
     torch.manual_seed(0)
     features = torch.randn(6, 10, 12, 11, dtype=torch.float64)[chosen].requires_grad_()
     labels = patches(6, 12, 11, [0, 1, 2])
