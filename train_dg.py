@@ -15,7 +15,7 @@ import logging
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from datasets.build import Stream, build_data
+from datasets.build import Stream, build_data, count_classes
 from engine import config, distributed, precision, schedule
 from engine.build import build_any
 from engine.ema import Teacher
@@ -69,6 +69,7 @@ def main(arguments):
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
     context |= {"classes": classes, "seed": cfg.seed}
+    context |= {"counts": lambda: count_classes(data.train, cfg)}
     members, view_of, space_of = build_prototypes(cfg.prototypes, joint, **context)
     members = members.to(device)
     prototypes = {"classifier": model.classifier, **members}

@@ -9,7 +9,7 @@ The same command goes on where a killed run stopped. The run folder, the options
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from datasets.build import Stream, build_data
+from datasets.build import Stream, build_data, count_classes
 from engine import config, distributed, precision, schedule
 from engine.ema import Teacher
 from engine.log import to_console
@@ -37,6 +37,7 @@ def main(arguments):
     model = distributed.place(model, device, cfg.model.sync_bn)
     context = {"num_classes": len(classes), "in_channels": model.decoder.channels}
     context |= {"classes": classes, "seed": cfg.seed}
+    context |= {"counts": lambda: count_classes(data.train, cfg)}
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
     members = members.to(device)
     prototypes = {"classifier": model.classifier, **members}

@@ -86,6 +86,11 @@ def build_data(cfg):
     return Data(train, val, test, target, monitor)
 
 
+def count_classes(dataset, cfg):
+    """Pixels of each class in each label of a data set, (n, K): see datasets/statistics.py."""
+    return class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+
+
 class Stream:
     """The micro-batches of a training set for one process, one after the other: an iterator of collated batches.
 
@@ -104,7 +109,7 @@ class Stream:
         options |= {"start": start, "stop": cfg.train.iters, "seed": seed}
         options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
         if cfg.data.rare_classes.temperature and dataset.labels:
-            counts = class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+            counts = count_classes(dataset, cfg)
             self.sampler = RareClassSampler(counts, **cfg.data.rare_classes, **options)
         else:
             self.sampler = StreamSampler(len(dataset), **options)

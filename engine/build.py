@@ -36,6 +36,7 @@ CONTEXT = {
     "in_channels": Width,
     "classes": list[str],
     "strides": list[Few],
+    "counts": Callable,
 }
 
 

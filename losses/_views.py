@@ -2,10 +2,10 @@
 
     views = halve(labels, samples, num_classes, seed, "objects", sync=True)
 
-A class is made of units: objects, images or cells. A hash orders its units over the whole batch and they are dealt out
-in turn, one to the first view, one to the second. The hash reads the seed, the sample's number in the stream and the
-first cell of the unit. So neither the order of the batch, nor the number of processes, nor a resumed run changes views.
-Nothing here waits for a GPU.
+A class is made of units: objects, images or cells. A hash orders its units over the whole batch.
+They are dealt out in turn, one to the first view, one to the second. The hash reads the seed, the
+sample's number in the stream and the first cell of the unit. So neither the order of the batch, nor
+the number of processes, nor a resumed run changes views. Nothing here waits for a GPU.
 """
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from engine import distributed
 from engine.statistics import IGNORE, pixel_hash
 
-# A key holds, from the top: class, 32 bits of hash, and low bits of the sample that part equal hashes of two images.
+# A key holds, from the top: class, 32 bits of hash, low bits of the sample. The last tell apart
+# equal hashes of two images.
 SAMPLE_BITS = 20
 CLASS = 1 << (SAMPLE_BITS + 32)
 
@@ -22,10 +23,11 @@ CLASS = 1 << (SAMPLE_BITS + 32)
 def components(labels):
     """Connected components of equal labels, where the 8 cells around a cell are its neighbours.
 
-    Exact for every shape. Trees of cells start as horizontal runs. In a round, every root takes the smallest root that
-    it touches as its parent, if that is smaller than itself, and every cell then points at its root. Two rounds halve
-    the roots of a component, or more: a root that stays and that no other took touches a smaller one after the first
-    round, so it goes in the second. Hence the number of rounds is fixed, 2 log2 of the runs an image can have.
+    Exact for every shape. Trees of cells start as horizontal runs. In a round, every root takes the
+    smallest root that it touches as its parent, if that is smaller than itself. Then every cell
+    points at its root again. Two rounds halve the roots of a component, or more: a root that stays
+    and that no other took touches a smaller one after the first round, so it goes in the second.
+    Hence the number of rounds is fixed, 2 log2 of the runs that an image can have.
 
     Args:
         labels: (B, h, w) integers from 0.
@@ -80,17 +82,19 @@ def deal(ids, order, heads, num_classes, sync):
         heads: (B, N) first cell of its unit, whose number places the unit.
         sync: units of all processes.
     Returns:
-        (B, N) 0 or 1, the view of each cell; (K + 1) number of units of each class, 0 for the last. The views of a
-        class differ by at most one unit; a bit of the hash says which is the larger.
+        (B, N) 0 or 1, the view of each cell; (K + 1) number of units of each class, 0 for the last.
+        The views of a class differ by at most one unit; a bit of the hash says which is the larger.
     """
-    keys = ids * CLASS + order.gather(1, heads)
-    first = heads == torch.arange(ids.shape[1], device=ids.device)
-    drawn = torch.where(first & (ids < num_classes), keys, num_classes * CLASS)
-    drawn = distributed.all_gather(drawn) if sync else drawn
-    drawn = drawn.flatten().sort().values
+    head = heads == torch.arange(ids.shape[1], device=ids.device)
+    keys = torch.where(head & (ids < num_classes), ids * CLASS + order, num_classes * CLASS)
+    keys = distributed.all_gather(keys) if sync else keys[None]  # (processes, B, N)
+    drawn, places = keys.flatten().sort()
+    ranks = torch.empty_like(places)
+    ranks.scatter_(0, places, torch.arange(len(places), device=ids.device))
+    ranks = ranks.view_as(keys)[distributed.rank() if sync else 0].gather(1, heads)
     starts = torch.searchsorted(drawn, torch.arange(num_classes + 1, device=ids.device) * CLASS)
     rounding = drawn[starts.clamp_max(len(drawn) - 1)] >> SAMPLE_BITS
-    turn = torch.searchsorted(drawn, keys) - starts[ids] + rounding[ids]
+    turn = ranks - starts[ids] + rounding[ids]
     return turn % 2, starts.diff(append=starts[-1:])
 
 

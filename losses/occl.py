@@ -2,31 +2,35 @@
 
     losses: [..., {name: occl.OCCL, weight: 1, centroid: 1.0, category: 0.1}]
 
-The feature cells of each class are split into two halves, the views. With v_lx the mean feature of class l in view x,
-s_l the mean of both and w_l the class prototype, all normalised (equations 3 to 6; lambda = centroid, phi = category):
+The feature cells of each class are split into two halves, the views. v_lx is the mean feature of
+class l in view x, s_l the mean of both and w_l the class prototype, all normalised (equations 3 to
+6; lambda = centroid, phi = category):
 
-    L_v(x) = mean_l -log  exp(<v_l1, v_l2> / tau) / (exp(<v_l1, v_l2> / tau) + sum_{j != l} exp(<v_lx, sg(s_j)> / tau))
+    L_v(x) = mean_l -log  exp(<v_l1, v_l2> / tau)
+                          / (exp(<v_l1, v_l2> / tau) + sum_{j != l} exp(<v_lx, sg(s_j)> / tau))
     L_c(x) = mean_l -log  exp(<v_lx, w_l> / tau) / sum_j exp(<v_lx, w_j> / tau)
     L      = (lambda (L_v(1) + L_v(2)) + phi (L_c(1) + L_c(2))) / 2
 
-Reconstructed [R], because the paper does not say or prints something else: the logarithm and the indices of the
-negatives (standard InfoNCE), normalised vectors, and the mean over present classes (the paper prints a sum). Each has a
-key for the other readings; the defaults are the equations above.
+Reconstructed [R], because the paper does not say or prints something else: the logarithm and the
+indices of the negatives (standard InfoNCE), normalised vectors, and the mean over present classes
+(the paper prints a sum). Options are the other readings; the defaults are the equations above.
 
-How views are drawn is reconstructed too. To the paper, "different objects in a mini-batch belonging to the same
-category" augment each other, and of the labels y, y_1 and y_2 each have all categories and half of the objects. `split`
-says what is dealt out, over the whole batch:
+How views are drawn is reconstructed too. To the paper, "different objects in a mini-batch belonging
+to the same category" augment each other. Of the labels y, its y_1 and y_2 each have all categories
+and half of the objects. `split` says what is dealt out, over the whole batch:
 
-    objects         connected regions of a class, the literal reading; an object cut in two by another counts twice
-    image           images; objects of one image stay together, so that views also differ in place and light
-    random          cells: both views hold all objects, and their means differ by sampling noise alone
-    checkerboard    cells by the parity of row + column, the same in short
+    objects         connected regions of a class, the literal reading; what an occluder cuts in two
+                    counts as two objects
+    image           images, class by class: one may show its cars to view 1, its trees to view 2
+    random          cells: both views hold all objects; their means differ by sampling noise alone
+    checkerboard    cells too, by whether row + column is even
 
-Of a class that is one object, or in one image, the cells are dealt out instead, so that it is not lost.
+Of a class that is one object, or lies in one image, the cells are dealt out instead, so that it is
+not lost.
 
-Two things differ from the paper, or may. `sync` takes the centroids of all processes' images; the paper has 2 images on
-each of 8 GPUs, and its code, had it no synchronisation of its own, the centroids of 2. And `features` lie behind the
-decoder's dropout, where that is set, so that centroids are means of what dropout left.
+Two things differ from the paper, or may. `sync` takes the centroids of all processes' images. The
+paper has 2 images on each of 8 GPUs, and does not say that they share centroids. And `features` lie
+behind the decoder's dropout, where there is one: centroids are means of what it left.
 
     losses: [..., {name: occl.Orthogonality, weight: 0.01}]     # with cbp.CBP, update: penalty
 """

@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
+from engine.build import build
+from engine.config import ConfigError
+from engine.errors import UserError
 from engine.schedule import make_optimizer, parameter_groups
-from engine.statistics import class_sums, resize_labels
+from engine.statistics import class_sums, pixel_hash, resize_labels
 from engine.weights import WeightsError
 from losses._views import components, halve
-from losses.cross_entropy import CrossEntropy
+from losses.ceco import CeCo, simplex
+from losses.cross_entropy import CrossEntropy, median_frequency
 from losses.occl import OCCL
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
@@ -197,7 +201,7 @@ SPLITS = pytest.mark.parametrize("split", ["objects", "image", "random"])
 
 
 def naive_components(label):
-    """First cell, in raster order, of the 8-connected region of each cell (h, w), by breadth-first search."""
+    """First cell, in raster order, of the 8-connected region of each cell, breadth first."""
     height, width = label.shape
     found = np.full((height, width), -1)
     for start in np.ndindex(height, width):
@@ -215,7 +219,7 @@ def naive_components(label):
 
 
 def spiral(size):
-    """A path of ones, one cell wide, from the corner to the centre; the walls between its turns are zeros."""
+    """A path of ones, one cell wide, from the corner to the centre; walls of zeros between."""
     label, y, x, dy, dx = np.zeros((size + 2, size + 2), np.int64), 1, 1, 0, 1
     label[1, 1] = 1
 
@@ -258,6 +262,8 @@ SHAPES = {
     "checkerboard": lambda: (torch.arange(20)[:, None] + torch.arange(23)) % 2,
     "two classes": lambda: torch.randint(2, (30, 30)),
     "five classes": lambda: torch.randint(5, (30, 30)),
+    # At this share of ones clusters are ragged and as large as the map.
+    "percolation": lambda: (torch.rand(48, 48) < 0.41).long(),
     "one cell": lambda: torch.zeros(1, 1, dtype=torch.long),
     "one row": lambda: torch.randint(2, (1, 40)),
     "one column": lambda: torch.randint(2, (40, 1)),
@@ -327,6 +333,15 @@ def test_the_cells_of_a_class_of_one_unit_are_dealt_out(split):
     assert sorted(counts[::2]) == [4, 5] and sorted(counts[1::2]) == [0, 1]
 
 
+def test_equal_hashes_of_two_samples_are_told_apart():
+    """The hash of a cell of one sample is that of the cell before it of another."""
+    apart = 0x85EBCA77 * pow(0x9E3779B1, -1, 2**32) % 2**32
+    samples, labels = torch.tensor([7 + apart, 7]), torch.zeros(2, 24, 24, dtype=torch.long)
+    first, second = pixel_hash(0, samples, 576)
+    assert torch.equal(first[:-1], second[1:])
+    assert (halve(labels, samples, 1, 0) == 0).sum() == 576
+
+
 def test_images_of_one_parity_are_contrasted_too():
     features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
     classifier = CBP(num_classes=4, in_channels=8)
@@ -364,7 +379,10 @@ ALL = ["objects", "image", "random", "checkerboard"]
 
 
 def occl_of_samples(chosen, split):
-    """(loss, gradient, views) of some of six images: class 3 in one image, 4 one object, 5 one cell, 6 in none."""
+    """(loss, gradient, views) of some of six images.
+
+    Class 3 is in one image, 4 is one object, 5 one cell, 6 in none.
+    """
     torch.manual_seed(0)
     features = torch.randn(6, 10, 12, 11, dtype=torch.float64)[chosen].requires_grad_()
     labels = patches(6, 12, 11, [0, 1, 2])
@@ -616,6 +634,119 @@ def test_occl_does_not_depend_on_the_order_of_the_batch():
     assert not torch.isclose(occl(features, labels, classifier, samples + 1), value)
 
 
+# --- CeCo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, dim", [(2, 1), (3, 2), (11, 10), (19, 64), (150, 256)])
+def test_corners_of_the_simplex_are_unit_vectors_with_equal_cosines(k, dim):
+    corners = simplex(k, dim, 0, torch.device("cpu"))
+    expected = torch.full((k, k), -1 / (k - 1), dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(corners @ corners.T, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(corners, simplex(k, dim, 1, torch.device("cpu"))) or dim == 1
+
+
+def test_a_simplex_needs_channels_and_two_classes():
+    with pytest.raises(UserError, match=r"at least 4 channels for 5 classes, and there are 3"):
+        simplex(5, 3, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="at least two classes"):
+        CeCo(num_classes=1)
+    with pytest.raises(ValueError, match="prior needs the labels"):
+        CeCo(num_classes=2, prior=True)
+
+
+def ceco(features, labels, k=6, seed=3, **options):
+    return CeCo(num_classes=k, seed=seed, **options)(a_step(an_output(None, features), labels))
+
+
+def naive_ceco(features, labels, k=6, seed=3, scale=5.0, prior=None):
+    """The equation of losses/ceco.py, class by class and pixel by pixel."""
+    corners, terms = simplex(k, features.shape[1], seed, torch.device("cpu")), []
+    for c in range(k):
+        cells = [
+            features[b, :, y, x] for b, y, x in np.ndindex(*labels.shape) if labels[b, y, x] == c
+        ]
+        if cells:
+            z = sum(cells) / len(cells)
+            z = z / z.norm()
+            logits = [
+                scale * (z @ m) + (math.log(prior[j]) if prior else 0)
+                for j, m in enumerate(corners)
+            ]
+            terms.append(-torch.log(torch.exp(logits[c]) / sum(torch.exp(l) for l in logits)))
+    return sum(terms) / len(terms)
+
+
+COUNTS = np.array([[5, 0, 9, 0, 1, 0], [2, 0, 0, 0, 4, 0], [1, 3, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("classes", [range(6), [0, 2, 5]])
+def test_ceco_and_its_gradient_equal_the_equation(classes, prior):
+    features = torch.randn(2, 9, 8, 7, dtype=torch.float64, requires_grad=True)
+    labels = patches(2, 8, 7, classes)
+    shares = [3 / 9, 1 / 9, 1 / 9, 1 / 9, 2 / 9, 1 / 9] if prior else None  # a class unseen is one
+    value = ceco(features, labels, scale=4.0, prior=prior, counts=lambda: COUNTS)
+    expected = naive_ceco(features, labels, scale=4.0, prior=shares)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, features)[0] for loss in (value, expected)),
+        atol=1e-12,
+        rtol=1e-9,
+    )
+
+
+def test_ceco_is_least_at_the_corners():
+    labels = torch.arange(6).view(1, 2, 3)
+    corners = simplex(6, 9, 3, torch.device("cpu"))
+    features = corners.T.reshape(1, 9, 2, 3).clone().requires_grad_()
+    value = ceco(7 * features, labels)
+    assert value.item() == pytest.approx(math.log(1 + 5 * math.exp(-5 * 6 / 5)))
+    value.backward()
+    assert features.grad.abs().max() < 1e-6
+
+
+def test_ceco_of_the_embedding_reads_no_features():
+    embedding, labels = torch.randn(2, 9, 8, 7), patches(2, 8, 7, range(6))
+    term = CeCo(num_classes=6, space="joint")
+    assert term(a_step(an_output(embedding=embedding), labels)) > 0
+    with pytest.raises(UserError, match=r"space=joint needs model\.heads\.projector"):
+        term(a_step(an_output(features=embedding), labels))
+
+
+def test_ceco_of_ignored_labels_is_a_zero_with_a_graph():
+    features = torch.randn(1, 9, 4, 4, requires_grad=True)
+    value = ceco(features, torch.full((1, 4, 4), IGNORE))
+    value.backward()
+    assert value == 0 and (features.grad == 0).all()
+
+
+def ceco_of_samples(chosen):
+    """(loss, gradient) on some of six images; class 4 in one image alone."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 9, 8, 7, dtype=torch.float64)[chosen].requires_grad_()
+    labels = patches(6, 8, 7, [0, 1, 2])
+    labels[3, 5:] = 4
+    value = ceco(features, labels[chosen])
+    value.backward()
+    return value.detach(), features.grad
+
+
+def ceco_of_a_half(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(ceco_of_samples(slice(rank, None, 2)), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_ceco_of_two_processes_is_that_of_one(tmp_path):
+    torch.multiprocessing.spawn(ceco_of_a_half, (str(tmp_path),), nprocs=2)
+    value, gradient = ceco_of_samples(slice(None))
+    for rank in range(2):
+        mine, slope = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(mine, value, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(slope / 2, gradient[rank::2], atol=1e-12, rtol=1e-12)
+
+
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
@@ -689,6 +820,145 @@ def test_ohem_keeps_hard_pixels_and_a_least_number_per_image(ohem, ohem_min):
 def test_ohem_of_zero_is_the_plain_loss():
     logits, labels = logits_and_labels()
     assert pixel_loss(logits, labels, ohem=0.0, ohem_min=1) == pixel_loss(logits, labels)
+
+
+CLASSES = ("sky", "road", "car", "pole", "sign")
+
+
+def naive_frequencies(counts):
+    """Median frequency balancing, image by image; classes that no image shows weigh 1."""
+    n, k = counts.shape
+    frequencies = {}
+    for c in range(k):
+        shows = [i for i in range(n) if counts[i, c]]
+        if shows:
+            around = sum(counts[i, j] for i in shows for j in range(k))
+            frequencies[c] = sum(counts[i, c] for i in shows) / around
+    median = float(np.median([*frequencies.values()]))
+    weights = {c: median / f for c, f in frequencies.items()}
+    mean = sum(weights[c] * counts[:, c].sum() for c in weights) / counts.sum()
+    return [weights[c] / mean if c in weights else 1.0 for c in range(k)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_median_frequency_balancing_equals_a_loop_over_images(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 1000, (7, 5)) * rng.integers(0, 2, (7, 5))
+    counts[:, 3] = 0
+    weights = median_frequency(counts)
+    assert weights == pytest.approx(naive_frequencies(counts), rel=1e-12)
+    assert (weights * counts).sum() == pytest.approx(counts.sum())  # their mean over pixels is 1
+
+
+def test_rarer_classes_weigh_more_and_equal_ones_the_same():
+    assert median_frequency(np.array([[10, 10, 10]])) == pytest.approx([1, 1, 1])
+    weights = median_frequency(np.array([[100, 10, 1]]))
+    assert weights[1] == pytest.approx(10 * weights[0]) == pytest.approx(weights[2] / 10)
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+@pytest.mark.parametrize("pixel_weights", [False, True])
+def test_class_weights_equal_a_loop_over_pixels(by_weights, pixel_weights):
+    logits, labels = torch.randn(2, 5, 9, 8).double().requires_grad_(), patches(2, 9, 8, range(5))
+    named = {"car": 3.0, "sky": 0.25, "sign": 0}
+    own = torch.rand(labels.shape).double() if pixel_weights else None
+    value = pixel_loss(
+        logits, labels, weights=own, class_weights=named, classes=CLASSES, by_weights=by_weights
+    )
+    total, mass, pixels = 0.0, 0.0, 0
+    for b, y, x in np.ndindex(*labels.shape):
+        if labels[b, y, x] != IGNORE:
+            weight = named.get(CLASSES[labels[b, y, x]], 1.0) * (
+                own[b, y, x] if pixel_weights else 1
+            )
+            total = total - weight * logits[b, :, y, x].log_softmax(0)[labels[b, y, x]]
+            mass, pixels = mass + weight, pixels + 1
+    expected = total / (mass if by_weights else pixels)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, logits)[0] for loss in (value, expected))
+    )
+    if by_weights and not pixel_weights:
+        vector = torch.tensor([named.get(name, 1.0) for name in CLASSES]).double()
+        theirs = F.cross_entropy(logits, labels, vector, ignore_index=IGNORE)
+        torch.testing.assert_close(value, theirs)
+
+
+def test_automatic_class_weights_are_those_of_the_counted_labels():
+    logits, labels = logits_and_labels()
+    counts = np.array([[5, 90, 0, 3, 1], [0, 40, 9, 0, 1]])
+    auto, named = (
+        pixel_loss(logits, labels, class_weights=weights, classes=CLASSES, counts=lambda: counts)
+        for weights in ("auto", dict(zip(CLASSES, naive_frequencies(counts))))
+    )
+    torch.testing.assert_close(auto, named)
+    assert not torch.isclose(auto, pixel_loss(logits, labels))
+
+
+def test_class_weights_that_cannot_be_had_are_a_sentence():
+    spec = {"name": "cross_entropy.CrossEntropy", "class_weights": {"carr": 2.0}}
+    with pytest.raises(
+        ConfigError, match=r"names 'carr', which is no class of sky, road, car, pole"
+    ):
+        build("losses", spec, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="each value a float of at least 0"):
+        build("losses", spec | {"class_weights": {"car": -1}}, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="auto needs the labels of a training set"):
+        build("losses", spec | {"class_weights": "auto"}, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="with labelled pixels"):
+        empty = {"classes": CLASSES, "counts": lambda: np.zeros((2, 5), np.int64)}
+        build("losses", spec | {"class_weights": "auto"}, "Loss", **empty)
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+def test_ohem_chooses_by_the_plain_loss_and_class_weights_weigh_what_is_left(by_weights):
+    logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))
+    named, options = {"car": 50.0, "road": 0.01}, {"ohem": 0.1, "ohem_min": 30}
+    value = pixel_loss(
+        logits, labels, class_weights=named, classes=CLASSES, by_weights=by_weights, **options
+    )
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    kept, total, mass, number = CrossEntropy(**options).hard(loss, labels), 0.0, 0.0, 0
+    for b, y, x in np.ndindex(*labels.shape):
+        if kept[b, y, x]:
+            weight = named.get(CLASSES[labels[b, y, x]], 1.0)
+            total, mass, number = total + weight * loss[b, y, x], mass + weight, number + 1
+    assert number == naive_ohem(loss, labels, *options.values())[1]
+    torch.testing.assert_close(value, total / (mass if by_weights else number))
+
+
+def weighted_loss(chosen, **options):
+    """(loss, gradient) on some of four images with unequal numbers of labelled pixels."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 12, 8).double()[chosen].requires_grad_()
+    labels = patches(4, 12, 8, range(5))
+    labels[1, :9], labels[3, 2:] = IGNORE, IGNORE
+    options |= {"class_weights": {"car": 3.0, "sky": 0.2}, "classes": CLASSES}
+    value = pixel_loss(logits, labels[chosen], **options)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+WEIGHTED = [{}, {"by_weights": True}, {"ohem": 0.2, "ohem_min": 9}]
+WEIGHTED += [WEIGHTED[1] | WEIGHTED[2]]
+
+
+def weighted_loss_of_a_half(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save([weighted_loss(slice(rank, None, 2), **o) for o in WEIGHTED], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_class_weights_and_ohem_of_two_processes_are_those_of_one(tmp_path):
+    torch.multiprocessing.spawn(weighted_loss_of_a_half, (str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for i, options in enumerate(WEIGHTED):
+        value, gradient = weighted_loss(slice(None), **options)
+        # The loss of a step is the mean over processes.
+        torch.testing.assert_close((halves[0][i][0] + halves[1][i][0]) / 2, value)
+        for rank in range(2):
+            torch.testing.assert_close(halves[rank][i][1] / 2, gradient[rank::2])
 
 
 def test_losses_of_bf16_outputs_are_those_of_the_same_values_in_float32():
