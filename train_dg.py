@@ -17,7 +17,7 @@ import logging
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from datasets.build import Stream, build_data
+from datasets.build import Stream, build_data, count_classes
 from engine import config, distributed
 from engine.build import build_any
 from engine.ema import Teacher
@@ -77,6 +77,7 @@ def main(arguments):
         "in_channels": model.decoder.channels,
         "classes": classes,
         "seed": cfg.seed,
+        "counts": lambda: count_classes(data.train, cfg),
     }
     members, view_of, space_of = build_prototypes(cfg.prototypes, joint, **context)
     members = members.to(run.device)

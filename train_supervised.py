@@ -10,7 +10,7 @@ options and their units.
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from datasets.build import Stream, build_data
+from datasets.build import Stream, build_data, count_classes
 from engine import config, distributed
 from engine.ema import Teacher
 from engine.process import run as run_script
@@ -38,6 +38,7 @@ def main(arguments):
         "in_channels": model.decoder.channels,
         "classes": classes,
         "seed": cfg.seed,
+        "counts": lambda: count_classes(data.train, cfg),
     }
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
     members = members.to(run.device)

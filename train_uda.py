@@ -14,7 +14,7 @@ import logging
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from datasets.build import Stream, build_data
+from datasets.build import Stream, build_data, count_classes
 from engine import config, distributed, precision
 from engine.ema import Teacher
 from engine.prepare import Preparation
@@ -29,7 +29,7 @@ from models.build import build_prototypes, build_segmentor, initial_network, res
 logger = logging.getLogger("engine")
 
 
-def build_parts(cfg, model, classes):
+def build_parts(cfg, model, train):
     """The parts of a stage around its network.
 
     Returns:
@@ -38,11 +38,13 @@ def build_parts(cfg, model, classes):
     Raises:
         ConfigError: a part that is not one, or that needs a teacher where there is none.
     """
+    classes = tuple(train.CLASSES)
     context = {
         "num_classes": len(classes),
         "in_channels": model.decoder.channels,
         "classes": classes,
         "seed": cfg.seed,
+        "counts": lambda: count_classes(train, cfg),
     }
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
     losses, factors = build_losses(cfg.losses, **context)
@@ -79,7 +81,7 @@ def train_stage(run, cfg, number, offset, data, previous):
     )
     model = distributed.place(model, device, cfg.model.sync_bn)
     members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher = (
-        build_parts(cfg, model, classes)
+        build_parts(cfg, model, data.train)
     )
     members, labelers = members.to(device), labelers.to(device)
     prototypes = {"classifier": model.classifier, **members}
@@ -211,12 +213,12 @@ def main(arguments):
     data = [build_data(stage) for stage in stages]
     if any(one.target is None for one in data):
         raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
-    classes = tuple(data[0].train.CLASSES)
+    train = data[0].train
     for stage in {
         str(stage | {"stage": stage.stage.teacher, "optimizer": 0}): stage for stage in stages
     }.values():
-        build_parts(stage, build_segmentor(stage.model, classes, False), classes)
-    run.open(sum(stage.train.iters for stage in stages), train=data[0].train, target=data[0].target)
+        build_parts(stage, build_segmentor(stage.model, tuple(train.CLASSES), False), train)
+    run.open(sum(stage.train.iters for stage in stages), train=train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 
     offset, network = 0, None

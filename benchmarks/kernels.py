@@ -16,8 +16,9 @@ import torch
 
 from engine.statistics import IGNORE, class_sums
 from engine.step import Batch, Output, Step, View
+from losses._views import halve
 from losses.cross_entropy import CrossEntropy
-from losses.occl import OCCL, halve
+from losses.occl import OCCL
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear

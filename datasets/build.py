@@ -48,9 +48,13 @@ def build_data(cfg):
         UserError: eval.subsets names another class.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    train = build_set(
-        cfg.data.train, augment=build("datasets", cfg.data.augment, "Augment"), **context
-    )
+    augment = build("datasets", cfg.data.augment, "Augment")
+    if cfg.model.cache != "none" and not augment.repeats:
+        raise ConfigError(
+            f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever new ones: take "
+            "data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or model.cache=none"
+        )
+    train = build_set(cfg.data.train, augment=augment, **context)
     val, monitor = (
         build_any("datasets", cfg.data[name], SET, **context) for name in ("val", "monitor")
     )
@@ -86,6 +90,11 @@ def build_data(cfg):
     return Data(train, val, test, target, monitor)
 
 
+def count_classes(dataset, cfg):
+    """Pixels of each class in each label of a data set, (n, K): see datasets/statistics.py."""
+    return class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+
+
 class Stream:
     """The micro-batches of a training set for one process, one after the other: an iterator of
     collated batches.
@@ -105,7 +114,7 @@ class Stream:
         options |= {"start": start, "stop": cfg.train.iters, "seed": seed}
         options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
         if cfg.data.rare_classes.temperature and dataset.labels:
-            counts = class_counts(dataset, cfg.data.cache, workers=cfg.data.workers)
+            counts = count_classes(dataset, cfg)
             self.sampler = RareClassSampler(counts, **cfg.data.rare_classes, **options)
         else:
             self.sampler = StreamSampler(len(dataset), **options)

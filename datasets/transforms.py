@@ -77,6 +77,12 @@ def distort(image):
     return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
 
 
+def resize_map(values, size):
+    """(H, W) -> `size`. v2 resizes masks by `nearest`, which shifts them by up to half a pixel."""
+    exact = F.resize_image(values[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    return type(values)(exact[0])
+
+
 class Augment:
     """Random scale and crop, mirror, colour jitter.
 
@@ -93,7 +99,11 @@ class Augment:
             hue (0.5 = half circle); [] for none.
         photometric: `distort` in place of `color`.
         blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
+    Attributes:
+        repeats: a picture has a few versions that come again and again, which model.cache needs.
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -166,7 +176,7 @@ class Augment:
         if window != self.crop:
             image, maps = (
                 F.resize(image, self.crop, antialias=True),
-                [self.resize_map(values) for values in maps],
+                [resize_map(values, self.crop) for values in maps],
             )
         return image, *maps
 
@@ -182,10 +192,30 @@ class Augment:
         counts = torch.bincount(label[rows, columns].flatten(), minlength=IGNORE + 1)[:IGNORE]
         return bool(0 < counts.max() <= self.cat_max_ratio * counts.sum())
 
-    def resize_map(self, values):
-        """(H, W) -> the size of the crop. v2 resizes masks by `nearest`, which shifts them by up to
-        half a pixel."""
-        exact = F.resize_image(
-            values[None], self.crop, interpolation=v2.InterpolationMode.NEAREST_EXACT
-        )
-        return type(values)(exact[0])
+
+class Whole(Augment):
+    """The whole picture at one size, so that a picture has one version, or two with its mirror image.
+
+    It is what maps that are computed once per picture (model.cache) are trained on.
+
+    Args:
+        size: [height, width] of the result in pixels. The picture is scaled to fit in; what is left on the right or at
+            the bottom is filled, and 255 in labels.
+        flip: probability of mirroring.
+    """
+
+    repeats = True
+
+    def __init__(self, *, size: Size, flip: Share = 0.5):
+        self.size, self.flip = list(size), flip
+
+    def __call__(self, image, *maps):
+        """As Augment."""
+        scale = min(new / old for new, old in zip(self.size, image.shape[-2:]))
+        inner = [round(side * scale) for side in image.shape[-2:]]
+        padding = [0, 0, self.size[1] - inner[1], self.size[0] - inner[0]]
+        image = F.pad(F.resize(image, inner, antialias=True), padding, fill=FILL)
+        maps = [F.pad(resize_map(values, inner), padding, fill=IGNORE) for values in maps]
+        if uniform(0, 1) < self.flip:
+            image, *maps = (F.horizontal_flip(values) for values in (image, *maps))
+        return image, *maps

@@ -38,6 +38,7 @@ CONTEXT = {
     "in_channels": Width,
     "classes": list[str],
     "strides": list[Few],
+    "counts": Callable,
 }
 
 

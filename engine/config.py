@@ -215,6 +215,7 @@ FREE = (
     "data.cache",
     "data.seen",
     "model.backbone.weights",
+    "model.cache",
     "model.backbone.checkpointing",
     "dg.tower.weights",
 )

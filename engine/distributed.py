@@ -177,6 +177,16 @@ def synced_sum(tensor):
     return _SyncedSum.apply(tensor) if world_size() > 1 else tensor
 
 
+@torch.no_grad()
+def all_gather(tensor):
+    """The tensors of all processes, of one shape, along a new first dimension; without a graph."""
+    if world_size() == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
 def of_the_first(tensor):
     """Overwrite a tensor with that of the main process."""
     if world_size() > 1:

@@ -51,6 +51,8 @@ RANGES = {
     "model": {
         "heads": dict[Name, dict],
         "frozen_bn": list[Part],
+        "frozen": list[str],
+        "cache": Text,
         "bn_views": list[str],
     },
     "uda": {"labelers": list[dict]},
@@ -67,6 +69,7 @@ RANGES = {
         "name": Literal["AdamW", "SGD"],
         "lr": Positive,
         "head_lr_factor": NonNegative,
+        "layer_decay": Annotated[float, "(0, 1]"],
         "weight_decay": NonNegative,
         "momentum": Momentum,
         "betas": Annotated[list[Momentum], "[2, 2]"],

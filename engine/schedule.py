@@ -33,23 +33,28 @@ def parameter_groups(model, options):
     """Split the trainable parameters into backbone / head x with / without weight decay.
 
     Norms, biases (all tensors of at most one dimension) and what UNDECAYED names get no decay.
+    With `layer_decay`, each layer of the backbone is a part: its rate is lr * layer_decay^n with n
+    layers above it (`layers_above` of models/backbones/base.py).
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
+    names = [name.removeprefix("backbone.") for name, _ in model.named_parameters()]
+    above = model.backbone.layers_above(names) if options.layer_decay < 1 else {}
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "backbone" if name.startswith("backbone.") else "head"
+        part, _, own = name.partition("backbone.")
+        factor = options.layer_decay ** above.get(own, 0) if not part else options.head_lr_factor
         decay = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
-        groups.setdefault((part, decay), []).append(parameter)
+        groups.setdefault((part == "", factor, decay), []).append(parameter)
     return [
         {
             "params": parameters,
-            "label": part,
-            "base_lr": options.lr * (options.head_lr_factor if part == "head" else 1.0),
+            "label": "backbone" if own else "head",
+            "base_lr": options.lr * factor,
             "weight_decay": options.weight_decay if decay else 0.0,
         }
-        for (part, decay), parameters in groups.items()
+        for (own, factor, decay), parameters in groups.items()
     ]
 
 
@@ -68,7 +73,9 @@ def make_optimizer(model, options):
 
 
 def set_lr(optimizer, scale):
-    """Set every group's learning rate to its base times `scale` -> {label: learning rate}."""
+    """Set every group's learning rate to its base times `scale` -> {label: highest learning rate}."""
+    rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
-    return {group["label"]: group["lr"] for group in optimizer.param_groups}
+        rates[group["label"]] = max(group["lr"], rates.get(group["label"], 0.0))
+    return rates

@@ -7,6 +7,7 @@ from torch import nn
 from engine import checkpoint, weights
 from engine.build import build, build_any, present
 from engine.config import ConfigError, override, stages
+from models.cache import FeatureCache
 from models.segmentor import Segmentor
 
 # The order in which heads run, and in which their parameters lie.
@@ -39,7 +40,16 @@ def build_segmentor(model, classes, pretrained=True):
     specs = present(model.heads)
     names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
-    network = Segmentor(backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views)
+    network = Segmentor(
+        backbone,
+        decoder,
+        classifier,
+        heads,
+        model.frozen_bn,
+        model.bn_views,
+        model.frozen,
+        FeatureCache(model.cache, model.backbone) if model.cache != "none" else None,
+    )
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 
 

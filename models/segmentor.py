@@ -28,14 +28,29 @@ class Segmentor(nn.Module):
             pretrained weights.
         bn_views: names of the views that move the running statistics of batch norm; none named: all
             do. Every view is normalised by its own batch all the same.
+        frozen: names of parts that are not trained: no gradient, no state of the optimiser,
+            evaluation mode.
+        cache: models.cache.FeatureCache of a frozen backbone; None computes its maps each time.
     Raises:
-        UserError: a head has a name that the network has.
+        UserError: a head has a name that the network has, `frozen` names no part, or a cache goes
+            with a backbone that is trained.
     """
 
-    def __init__(self, backbone, decoder, classifier, heads=None, frozen_bn=(), bn_views=()):
+    def __init__(
+        self,
+        backbone,
+        decoder,
+        classifier,
+        heads=None,
+        frozen_bn=(),
+        bn_views=(),
+        frozen=(),
+        cache=None,
+    ):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
+        self.frozen, self.cache = list(frozen), cache
         self.head_names = list(heads or {})
         if taken := {*self.head_names} & {*dir(self)}:
             raise UserError(
@@ -44,8 +59,15 @@ class Segmentor(nn.Module):
             )
         for name, head in (heads or {}).items():
             self.add_module(name, head)
-        for norm in self._frozen_norms():
-            norm.requires_grad_(False)
+        parts = [name for name, _ in self.named_children() if name != "classifier"]
+        if unknown := {*self.frozen} - {*parts}:
+            raise UserError(
+                f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
+            )
+        if cache and "backbone" not in self.frozen:
+            raise UserError("model.cache holds maps that never change: set model.frozen=[backbone]")
+        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+            part.requires_grad_(False)
 
     @property
     def heads(self):
@@ -63,8 +85,8 @@ class Segmentor(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        for norm in self._frozen_norms():
-            norm.eval()
+        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+            part.eval()
         return self
 
     def segment(self, image, domain="target", heads=False, step=0):
@@ -84,7 +106,10 @@ class Segmentor(nn.Module):
         biases = [bias for head in running if (bias := head.bias(output, step))]
         given |= {"bias": biases[-1]} if biases else {}
         try:
-            maps = self.backbone(view.image, **given)
+            if self.cache:
+                maps = self.cache.maps(self.backbone, view.image, **given)
+            else:
+                maps = self.backbone(view.image, **given)
             output.features = self.decoder(maps)
         except (RuntimeError, ValueError) as error:
             if min(size := view.image.shape[-2:]) > SMALL:

@@ -56,6 +56,11 @@ METHODS = {
         set(),
     ),
     "source-only": (TINY_UDA, f"losses=[{CE}]", set()),
+    "class weights": (  # the classes in the micro-batch, of CeCo
+        TINY_UDA,
+        f"losses=[{CE[:-1]}, class_weights: auto}}, {{name: ceco.CeCo, prior: true}}]",
+        {"ceco"},
+    ),
     "self-training": (  # weight: share of confident pixels
         TINY_UDA,
         TEACHER,

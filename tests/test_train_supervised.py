@@ -16,11 +16,14 @@ import torch
 from PIL import Image
 
 import train_supervised
+from datasets.build import build_data, count_classes
 from engine import checkpoint, distributed, precision
+from engine.config import load
 from engine.errors import UserError
 from engine.log import Averages, claim, release
 from engine.process import signals
 from engine.run import Run
+from losses.cross_entropy import median_frequency
 from losses.occl import OCCL
 from tests.runs import (
     ROOT,
@@ -211,6 +214,21 @@ def test_accumulating_equals_one_batch_for_cross_entropy_prototypes_and_metrics(
         for name in ("one", "two")
     ]
     assert matrices[0] == matrices[1]
+
+
+def test_automatic_class_weights_come_from_the_labels_of_the_training_set(tmp_path):
+    cfg = load(TINY, [f"data.cache={tmp_path}"])
+    data = build_data(cfg)
+    weights = median_frequency(count_classes(data.train, cfg))
+    named = ", ".join(f"{c}: {float(w)!r}" for c, w in zip(data.train.CLASSES, weights))
+    options = ("train.iters=2", f"data.cache={tmp_path}")
+    auto, given, none = (
+        train(tmp_path / name, *options, f"losses.cross_entropy.class_weights={weights}")
+        for name, weights in (("auto", "auto"), ("given", f"{{{named}}}"), ("none", "none"))
+    )
+    for step in (1, 2):
+        a, b, c = (run[step]["train/loss_cross_entropy"] for run in (auto, given, none))
+        assert a == b != c
 
 
 def test_accumulated_occl_is_the_mean_over_micro_batches(tmp_path):

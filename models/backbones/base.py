@@ -1,6 +1,12 @@
 """The face of a backbone."""
 
+import re
+
 from torch import Tensor, nn
+
+# Where the number of a layer stands in the names of our networks, CLIP's and timm's.
+LAYER = re.compile(r"(?:^|\.)(?:(?:res)?blocks?|layers?|stages?|features|patch_embed)[._]?(\d+)")
+TOP = re.compile(r"^(?:net\.|visual\.)?(?:norm\d*|ln_post|attnpool|proj)(?:\.|$)")
 
 
 class Backbone(nn.Module):
@@ -33,3 +39,15 @@ class Backbone(nn.Module):
     def stage_blocks(self, stage: int) -> nn.ModuleList:
         """The blocks of a stage, counted from 1; with `depths`."""
         raise NotImplementedError
+
+    def layers_above(self, names: list[str]) -> dict[str, int]:
+        """{parameter: layers between it and the head}, for `optimizer.layer_decay`.
+
+        Here a layer is a block of a plain vision transformer or of MobileNet, and a stage of the others (of Swin, the
+        merging of patches too). Norms of the maps have 0 above them, the embedding or stem all layers. BEiT and DINOv2
+        count the blocks so.
+        """
+        found = {name: LAYER.search(name) for name in names if not TOP.search(name)}
+        layers = sorted({int(match[1]) for match in found.values() if match})
+        place = {name: layers.index(int(m[1])) if m else -1 for name, m in found.items()}
+        return {name: len(layers) - place.get(name, len(layers)) for name in names}

@@ -88,6 +88,7 @@ class ConvNeXt(Backbone):
                 f"depths={blocks} must be four numbers of blocks and width={width} positive"
             )
         self.normalize, self.checkpointing = Normalize(), checkpointing
+        self.recipe_layers = 6 if size == "t" else 12
         self.channels, self.strides = [width * 2**i for i in range(4)], [4, 8, 16, 32]
         settings = [
             CNBlockConfig(c, after, n)
@@ -119,3 +120,13 @@ class ConvNeXt(Backbone):
         return (
             anchored(maps, [getattr(self, f"norm{i}") for i in range(4)]) if self.training else maps
         )
+
+    def layers_above(self, names):
+        """As its recipe for segmentation has it (`stage_wise` of MMSegmentation): 6 (t) or 12 layers, the stages on the
+        first four; the stem and what halves the maps below them; the norms of the maps have none above."""
+        above = {}
+        for name in names:
+            part = int(name.split(".")[1]) if name.startswith("features.") else None
+            stage = part // 2 if part is not None and part % 2 else -1
+            above[name] = 0 if part is None else self.recipe_layers - stage
+        return above

@@ -207,6 +207,7 @@ def options(**changes):
         "weight_decay": 0.5,
         "momentum": 0.8,
         "betas": [0.7, 0.9],
+        "layer_decay": 1.0,
     }
     return Config(default | changes)
 

@@ -9,16 +9,21 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
-from engine.config import load
+from engine.build import build
+from engine.config import ConfigError, load
+from engine.errors import UserError
 from engine.schedule import make_optimizer, parameter_groups
-from engine.statistics import class_sums, resize_labels
+from engine.statistics import class_sums, pixel_hash, resize_labels
 from engine.weights import WeightsError
-from losses.cross_entropy import CrossEntropy
-from losses.occl import OCCL, halve
+from losses._views import components, halve
+from losses.ceco import CeCo, simplex
+from losses.cross_entropy import CrossEntropy, median_frequency
+from losses.occl import OCCL
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
@@ -31,7 +36,13 @@ from tests.runs import TINY
 IGNORE = 255
 TAU = 0.07
 OPTIONS = types.SimpleNamespace(
-    name="AdamW", lr=0.1, head_lr_factor=1.0, weight_decay=0.5, betas=[0.9, 0.999], momentum=0.9
+    name="AdamW",
+    lr=0.1,
+    head_lr_factor=1.0,
+    layer_decay=1.0,
+    weight_decay=0.5,
+    betas=[0.9, 0.999],
+    momentum=0.9,
 )
 
 
@@ -187,16 +198,218 @@ def test_class_sums_of_half_precision_features_are_float32(layout):
 # --- OCCL: the two views ---------------------------------------------------------------------------------------------
 
 
-def test_views_halve_the_pixels_of_every_class_of_every_image():
-    labels, k = patches(3, 21, 18, range(6)), 6
-    views = halve(labels, torch.tensor([0, 7, 12345678]), k, seed=0)
-    for b in range(3):
-        for c in range(k):
-            first, second = views[b] == c, views[b] == k + c
-            assert not (first & second).any()
-            assert torch.equal(first | second, labels[b] == c)
-            assert abs(first.sum() - second.sum()) <= 1
+SPLITS = pytest.mark.parametrize("split", ["objects", "image", "random"])
+
+
+def naive_components(label):
+    """First cell, in raster order, of the 8-connected region of each cell, breadth first."""
+    height, width = label.shape
+    found = np.full((height, width), -1)
+    for start in np.ndindex(height, width):
+        if found[start] < 0:
+            queue = [start]
+            found[start] = start[0] * width + start[1]
+            while queue:
+                y, x = queue.pop(0)
+                for v in range(max(0, y - 1), min(height, y + 2)):
+                    for u in range(max(0, x - 1), min(width, x + 2)):
+                        if found[v, u] < 0 and label[v, u] == label[y, x]:
+                            found[v, u] = found[start]
+                            queue.append((v, u))
+    return torch.from_numpy(found)
+
+
+def spiral(size):
+    """A path of ones, one cell wide, from the corner to the centre; walls of zeros between."""
+    label, y, x, dy, dx = np.zeros((size + 2, size + 2), np.int64), 1, 1, 0, 1
+    label[1, 1] = 1
+
+    def free(y, x):
+        return 1 <= y <= size and 1 <= x <= size and not label[y, x]
+
+    for _ in range(4 * size):
+        while (
+            free(y + dy, x + dx) and not (label[y + 2 * dy : y + 2 * dy + 1, x + 2 * dx] == 1).any()
+        ):
+            y, x = y + dy, x + dx
+            label[y, x] = 1
+            if not (0 <= y + 2 * dy < size + 2 and 0 <= x + 2 * dx < size + 2):
+                break
+        dy, dx = dx, -dy
+    return torch.from_numpy(label[1:-1, 1:-1])
+
+
+def zigzag(height, width):
+    """A path of ones that meets each column twice: as many turns as a map has room for."""
+    label = torch.zeros(height, width, dtype=torch.long)
+    label[:, ::2] = 1
+    label[0, 1::4] = 1
+    label[-1, 3::4] = 1
+    return label
+
+
+def weave(size):
+    """Diagonals of single cells: every link is a diagonal one, and every run is one cell long."""
+    y, x = np.mgrid[:size, :size]
+    return torch.from_numpy(np.where((y + x) % 2, 2 + (y // 2 + x // 3) % 2, (y // 5) % 2))
+
+
+SHAPES = {
+    "spiral": lambda: spiral(33),
+    "zigzag": lambda: zigzag(24, 31),
+    "turned zigzag": lambda: zigzag(31, 24).T.contiguous(),
+    "mirrored zigzag": lambda: zigzag(24, 31).flip(0, 1),
+    "weave": lambda: weave(26),
+    "checkerboard": lambda: (torch.arange(20)[:, None] + torch.arange(23)) % 2,
+    "two classes": lambda: torch.randint(2, (30, 30)),
+    "five classes": lambda: torch.randint(5, (30, 30)),
+    # At this share of ones clusters are ragged and as large as the map.
+    "percolation": lambda: (torch.rand(48, 48) < 0.41).long(),
+    "one cell": lambda: torch.zeros(1, 1, dtype=torch.long),
+    "one row": lambda: torch.randint(2, (1, 40)),
+    "one column": lambda: torch.randint(2, (40, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_components_are_those_of_a_breadth_first_search(shape):
+    labels = torch.stack([SHAPES[shape](), SHAPES[shape]().flip(1)])
+    expected = torch.stack([naive_components(label.numpy()) for label in labels])
+    assert torch.equal(components(labels).view_as(labels), expected)
+
+
+def test_the_winding_shapes_are_single_components():
+    for shape in ("spiral", "zigzag", "turned zigzag"):
+        label = SHAPES[shape]()
+        assert label.any() and len(components(label[None])[0][label.flatten() == 1].unique()) == 1
+
+
+def unit_of(labels, split):
+    """(B, h, w): a number for the object, image or cell that each cell belongs to."""
+    first = len(labels[0].flatten()) * torch.arange(len(labels))[:, None, None]
+    if split == "objects":
+        return first + torch.stack([naive_components(label.numpy()) for label in labels])
+    if split == "image":
+        return first.expand_as(labels)
+    return torch.arange(labels.numel()).view_as(labels)
+
+
+@SPLITS
+def test_views_halve_the_units_of_every_class_and_share_none(split):
+    labels, k = patches(5, 21, 18, range(6)), 6
+    samples = torch.tensor([0, 7, 12345678, 3, 8])
+    views, found = halve(labels, samples, k, 0, split), unit_of(labels, split)
+    for c in range(k):
+        first, second = ({*found[views == view].tolist()} for view in (c, k + c))
+        assert not first & second and abs(len(first) - len(second)) <= 1
+        assert torch.equal((views == c) | (views == k + c), labels == c)
     assert (views[labels == IGNORE] >= 2 * k).all()
+
+
+@SPLITS
+def test_either_view_may_be_the_larger(split):
+    labels, more = torch.full((3, 5, 5), IGNORE), set()
+    labels[:, 2, 2] = 0
+    for sample in range(0, 300, 3):
+        views = halve(labels, sample + torch.arange(3), 1, 0, split)
+        more.add(int((views == 1).sum()))
+    assert more == {1, 2}
+
+
+@SPLITS
+def test_single_cells_of_several_images_are_shared(split):
+    labels = torch.full((8, 4, 4), IGNORE)
+    labels[:, 1, 2] = 3
+    views = halve(labels, torch.arange(8), 5, 0, split)
+    assert (views == 3).sum() == (views == 8).sum() == 4
+
+
+@pytest.mark.parametrize("split", ["objects", "image"])
+def test_the_cells_of_a_class_of_one_unit_are_dealt_out(split):
+    labels = torch.full((3, 6, 6), IGNORE)
+    labels[1, 2:5, 1:4] = 0  # one object of nine cells
+    labels[2, 0, 0] = 1  # one cell in all
+    views = halve(labels, torch.tensor([4, 9, 2]), 2, 0, split)
+    counts = [int((views == view).sum()) for view in range(4)]
+    assert sorted(counts[::2]) == [4, 5] and sorted(counts[1::2]) == [0, 1]
+
+
+def test_equal_hashes_of_two_samples_are_told_apart():
+    """The hash of a cell of one sample is that of the cell before it of another."""
+    apart = 0x85EBCA77 * pow(0x9E3779B1, -1, 2**32) % 2**32
+    samples, labels = torch.tensor([7 + apart, 7]), torch.zeros(2, 24, 24, dtype=torch.long)
+    first, second = pixel_hash(0, samples, 576)
+    assert torch.equal(first[:-1], second[1:])
+    assert (halve(labels, samples, 1, 0) == 0).sum() == 576
+
+
+def test_images_of_one_parity_are_contrasted_too():
+    features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
+    classifier = CBP(num_classes=4, in_channels=8)
+    for samples in (torch.tensor([2, 4]), torch.tensor([3])):
+        few = slice(len(samples))
+        assert occl(features[few], labels[few], classifier, samples, split="image") > 0
+
+
+@pytest.mark.parametrize("split", ["objects", "image", "random", "checkerboard"])
+def test_views_of_ignored_labels_are_a_zero_with_a_graph(split):
+    features = torch.randn(2, 8, 6, 6, requires_grad=True)
+    labels = torch.full((2, 6, 6), IGNORE, dtype=torch.uint8)
+    value = occl(features, labels, CBP(num_classes=5, in_channels=8), split=split)
+    value.backward()
+    assert value == 0 and (features.grad == 0).all()
+
+
+@pytest.mark.parametrize("split", ["objects", "image", "random", "checkerboard"])
+def test_views_need_no_look_at_the_values(split):
+    """A meta tensor has no values: what waits for a GPU fails on it."""
+    labels, samples = torch.zeros(2, 9, 7, dtype=torch.long, device="meta"), torch.arange(2)
+    views = halve(labels, samples.to("meta"), 3, 0, split)
+    assert views.shape == labels.shape
+
+
+def occl_of_a_half(rank, folder):
+    """Loss and gradient of one of two processes: every other sample."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save([occl_of_samples(slice(rank, None, 2), split) for split in ALL], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+ALL = ["objects", "image", "random", "checkerboard"]
+
+
+def occl_of_samples(chosen, split):
+    """(loss, gradient, views) of some of six images.
+
+    Class 3 is in one image, 4 is one object, 5 one cell, 6 in none.
+    """
+    torch.manual_seed(0)
+    features = torch.randn(6, 10, 12, 11, dtype=torch.float64)[chosen].requires_grad_()
+    labels = patches(6, 12, 11, [0, 1, 2])
+    labels[3, 7:, 5:] = 3
+    labels[3, 9] = 0
+    labels[4, :3, :4] = 4
+    labels[5, 5, 5] = 5
+    labels, samples = labels[chosen], torch.tensor([3, 8, 4, 100, 7, 5])[chosen]
+    torch.manual_seed(1)
+    classifier = CBP(num_classes=7, in_channels=10).double()
+    value = occl(features, labels, classifier, samples, split=split, centroid=0.7, seed=2)
+    value.backward()
+    return value.detach(), features.grad, halve(labels, samples, 7, 2, split, sync=True)
+
+
+def test_two_processes_draw_the_views_of_one(tmp_path):
+    torch.multiprocessing.spawn(occl_of_a_half, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for i, split in enumerate(ALL):
+        value, gradient, views = occl_of_samples(slice(None), split)
+        for rank in range(2):
+            mine, slope, drawn = parts[rank][i]
+            assert torch.equal(drawn, views[rank::2]), split
+            torch.testing.assert_close(mine, value, atol=1e-12, rtol=1e-12)
+            # DDP takes the mean over processes.
+            torch.testing.assert_close(slope / 2, gradient[rank::2], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("outside", [-1, 6, 254, IGNORE])
@@ -208,18 +421,21 @@ def test_views_leave_out_what_is_no_class(outside):
     assert (views.flatten()[2:] >= 12).all()
 
 
-def test_views_depend_only_on_seed_and_sample():
+@SPLITS
+def test_views_depend_on_seed_and_samples_alone(split):
     labels, samples = patches(4, 20, 20, range(3)), torch.tensor([5, 1, 40, 2])
-    views = halve(labels, samples, 3, seed=0)
-    order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(halve(labels[order], samples[order], 3, seed=0), views[order])
-    parts = [halve(labels[i : i + 1], samples[i : i + 1], 3, seed=0) for i in range(4)]
-    assert torch.equal(torch.cat(parts), views)
-    same = labels[:1].expand(2, -1, -1)
-    a, b = halve(same, torch.tensor([5, 6]), 3, seed=0)
-    assert 0.3 < (a != b)[same[0] != IGNORE].float().mean() < 0.7
-    c = halve(same[:1], torch.tensor([5]), 3, seed=1)[0]
-    assert 0.3 < (a != c)[same[0] != IGNORE].float().mean() < 0.7
+    views, order = halve(labels, samples, 3, 0, split), torch.tensor([2, 0, 3, 1])
+    assert torch.equal(halve(labels[order], samples[order], 3, 0, split), views[order])
+    assert not torch.equal(halve(labels, samples + 1, 3, 0, split), views)
+    assert not torch.equal(halve(labels, samples, 3, 1, split), views)
+
+
+def test_random_views_of_two_samples_differ_in_half_of_the_cells():
+    labels = patches(1, 20, 20, range(3))
+    known, a = labels[0] != IGNORE, halve(labels, torch.tensor([5]), 3, seed=0)[0]
+    for sample, seed in ((6, 0), (5, 1)):
+        b = halve(labels, torch.tensor([sample]), 3, seed=seed)[0]
+        assert 0.3 < (a != b)[known].float().mean() < 0.7
 
 
 @pytest.mark.parametrize("sample", [0, 1, 1000, 10**9])
@@ -419,6 +635,119 @@ def test_occl_does_not_depend_on_the_order_of_the_batch():
     assert not torch.isclose(occl(features, labels, classifier, samples + 1), value)
 
 
+# --- CeCo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, dim", [(2, 1), (3, 2), (11, 10), (19, 64), (150, 256)])
+def test_corners_of_the_simplex_are_unit_vectors_with_equal_cosines(k, dim):
+    corners = simplex(k, dim, 0, torch.device("cpu"))
+    expected = torch.full((k, k), -1 / (k - 1), dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(corners @ corners.T, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(corners, simplex(k, dim, 1, torch.device("cpu"))) or dim == 1
+
+
+def test_a_simplex_needs_channels_and_two_classes():
+    with pytest.raises(UserError, match=r"at least 4 channels for 5 classes, and there are 3"):
+        simplex(5, 3, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="at least two classes"):
+        CeCo(num_classes=1)
+    with pytest.raises(ValueError, match="prior needs the labels"):
+        CeCo(num_classes=2, prior=True)
+
+
+def ceco(features, labels, k=6, seed=3, **options):
+    return CeCo(num_classes=k, seed=seed, **options)(a_step(an_output(None, features), labels))
+
+
+def naive_ceco(features, labels, k=6, seed=3, scale=5.0, prior=None):
+    """The equation of losses/ceco.py, class by class and pixel by pixel."""
+    corners, terms = simplex(k, features.shape[1], seed, torch.device("cpu")), []
+    for c in range(k):
+        cells = [
+            features[b, :, y, x] for b, y, x in np.ndindex(*labels.shape) if labels[b, y, x] == c
+        ]
+        if cells:
+            z = sum(cells) / len(cells)
+            z = z / z.norm()
+            logits = [
+                scale * (z @ m) + (math.log(prior[j]) if prior else 0)
+                for j, m in enumerate(corners)
+            ]
+            terms.append(-torch.log(torch.exp(logits[c]) / sum(torch.exp(l) for l in logits)))
+    return sum(terms) / len(terms)
+
+
+COUNTS = np.array([[5, 0, 9, 0, 1, 0], [2, 0, 0, 0, 4, 0], [1, 3, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("classes", [range(6), [0, 2, 5]])
+def test_ceco_and_its_gradient_equal_the_equation(classes, prior):
+    features = torch.randn(2, 9, 8, 7, dtype=torch.float64, requires_grad=True)
+    labels = patches(2, 8, 7, classes)
+    shares = [3 / 9, 1 / 9, 1 / 9, 1 / 9, 2 / 9, 1 / 9] if prior else None  # a class unseen is one
+    value = ceco(features, labels, scale=4.0, prior=prior, counts=lambda: COUNTS)
+    expected = naive_ceco(features, labels, scale=4.0, prior=shares)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, features)[0] for loss in (value, expected)),
+        atol=1e-12,
+        rtol=1e-9,
+    )
+
+
+def test_ceco_is_least_at_the_corners():
+    labels = torch.arange(6).view(1, 2, 3)
+    corners = simplex(6, 9, 3, torch.device("cpu"))
+    features = corners.T.reshape(1, 9, 2, 3).clone().requires_grad_()
+    value = ceco(7 * features, labels)
+    assert value.item() == pytest.approx(math.log(1 + 5 * math.exp(-5 * 6 / 5)))
+    value.backward()
+    assert features.grad.abs().max() < 1e-6
+
+
+def test_ceco_of_the_embedding_reads_no_features():
+    embedding, labels = torch.randn(2, 9, 8, 7), patches(2, 8, 7, range(6))
+    term = CeCo(num_classes=6, space="joint")
+    assert term(a_step(an_output(embedding=embedding), labels)) > 0
+    with pytest.raises(UserError, match=r"space=joint needs model\.heads\.projector"):
+        term(a_step(an_output(features=embedding), labels))
+
+
+def test_ceco_of_ignored_labels_is_a_zero_with_a_graph():
+    features = torch.randn(1, 9, 4, 4, requires_grad=True)
+    value = ceco(features, torch.full((1, 4, 4), IGNORE))
+    value.backward()
+    assert value == 0 and (features.grad == 0).all()
+
+
+def ceco_of_samples(chosen):
+    """(loss, gradient) on some of six images; class 4 in one image alone."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 9, 8, 7, dtype=torch.float64)[chosen].requires_grad_()
+    labels = patches(6, 8, 7, [0, 1, 2])
+    labels[3, 5:] = 4
+    value = ceco(features, labels[chosen])
+    value.backward()
+    return value.detach(), features.grad
+
+
+def ceco_of_a_half(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(ceco_of_samples(slice(rank, None, 2)), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_ceco_of_two_processes_is_that_of_one(tmp_path):
+    torch.multiprocessing.spawn(ceco_of_a_half, (str(tmp_path),), nprocs=2)
+    value, gradient = ceco_of_samples(slice(None))
+    for rank in range(2):
+        mine, slope = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(mine, value, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(slope / 2, gradient[rank::2], atol=1e-12, rtol=1e-12)
+
+
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +821,145 @@ def test_ohem_keeps_hard_pixels_and_a_least_number_per_image(ohem, ohem_min):
 def test_ohem_of_zero_is_the_plain_loss():
     logits, labels = logits_and_labels()
     assert pixel_loss(logits, labels, ohem=0.0, ohem_min=1) == pixel_loss(logits, labels)
+
+
+CLASSES = ("sky", "road", "car", "pole", "sign")
+
+
+def naive_frequencies(counts):
+    """Median frequency balancing, image by image; classes that no image shows weigh 1."""
+    n, k = counts.shape
+    frequencies = {}
+    for c in range(k):
+        shows = [i for i in range(n) if counts[i, c]]
+        if shows:
+            around = sum(counts[i, j] for i in shows for j in range(k))
+            frequencies[c] = sum(counts[i, c] for i in shows) / around
+    median = float(np.median([*frequencies.values()]))
+    weights = {c: median / f for c, f in frequencies.items()}
+    mean = sum(weights[c] * counts[:, c].sum() for c in weights) / counts.sum()
+    return [weights[c] / mean if c in weights else 1.0 for c in range(k)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_median_frequency_balancing_equals_a_loop_over_images(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 1000, (7, 5)) * rng.integers(0, 2, (7, 5))
+    counts[:, 3] = 0
+    weights = median_frequency(counts)
+    assert weights == pytest.approx(naive_frequencies(counts), rel=1e-12)
+    assert (weights * counts).sum() == pytest.approx(counts.sum())  # their mean over pixels is 1
+
+
+def test_rarer_classes_weigh_more_and_equal_ones_the_same():
+    assert median_frequency(np.array([[10, 10, 10]])) == pytest.approx([1, 1, 1])
+    weights = median_frequency(np.array([[100, 10, 1]]))
+    assert weights[1] == pytest.approx(10 * weights[0]) == pytest.approx(weights[2] / 10)
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+@pytest.mark.parametrize("pixel_weights", [False, True])
+def test_class_weights_equal_a_loop_over_pixels(by_weights, pixel_weights):
+    logits, labels = torch.randn(2, 5, 9, 8).double().requires_grad_(), patches(2, 9, 8, range(5))
+    named = {"car": 3.0, "sky": 0.25, "sign": 0}
+    own = torch.rand(labels.shape).double() if pixel_weights else None
+    value = pixel_loss(
+        logits, labels, weights=own, class_weights=named, classes=CLASSES, by_weights=by_weights
+    )
+    total, mass, pixels = 0.0, 0.0, 0
+    for b, y, x in np.ndindex(*labels.shape):
+        if labels[b, y, x] != IGNORE:
+            weight = named.get(CLASSES[labels[b, y, x]], 1.0) * (
+                own[b, y, x] if pixel_weights else 1
+            )
+            total = total - weight * logits[b, :, y, x].log_softmax(0)[labels[b, y, x]]
+            mass, pixels = mass + weight, pixels + 1
+    expected = total / (mass if by_weights else pixels)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, logits)[0] for loss in (value, expected))
+    )
+    if by_weights and not pixel_weights:
+        vector = torch.tensor([named.get(name, 1.0) for name in CLASSES]).double()
+        theirs = F.cross_entropy(logits, labels, vector, ignore_index=IGNORE)
+        torch.testing.assert_close(value, theirs)
+
+
+def test_automatic_class_weights_are_those_of_the_counted_labels():
+    logits, labels = logits_and_labels()
+    counts = np.array([[5, 90, 0, 3, 1], [0, 40, 9, 0, 1]])
+    auto, named = (
+        pixel_loss(logits, labels, class_weights=weights, classes=CLASSES, counts=lambda: counts)
+        for weights in ("auto", dict(zip(CLASSES, naive_frequencies(counts))))
+    )
+    torch.testing.assert_close(auto, named)
+    assert not torch.isclose(auto, pixel_loss(logits, labels))
+
+
+def test_class_weights_that_cannot_be_had_are_a_sentence():
+    spec = {"name": "cross_entropy.CrossEntropy", "class_weights": {"carr": 2.0}}
+    with pytest.raises(
+        ConfigError, match=r"names 'carr', which is no class of sky, road, car, pole"
+    ):
+        build("losses", spec, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="each value a float of at least 0"):
+        build("losses", spec | {"class_weights": {"car": -1}}, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="auto needs the labels of a training set"):
+        build("losses", spec | {"class_weights": "auto"}, "Loss", classes=CLASSES)
+    with pytest.raises(ConfigError, match="with labelled pixels"):
+        empty = {"classes": CLASSES, "counts": lambda: np.zeros((2, 5), np.int64)}
+        build("losses", spec | {"class_weights": "auto"}, "Loss", **empty)
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+def test_ohem_chooses_by_the_plain_loss_and_class_weights_weigh_what_is_left(by_weights):
+    logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))
+    named, options = {"car": 50.0, "road": 0.01}, {"ohem": 0.1, "ohem_min": 30}
+    value = pixel_loss(
+        logits, labels, class_weights=named, classes=CLASSES, by_weights=by_weights, **options
+    )
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    kept, total, mass, number = CrossEntropy(**options).hard(loss, labels), 0.0, 0.0, 0
+    for b, y, x in np.ndindex(*labels.shape):
+        if kept[b, y, x]:
+            weight = named.get(CLASSES[labels[b, y, x]], 1.0)
+            total, mass, number = total + weight * loss[b, y, x], mass + weight, number + 1
+    assert number == naive_ohem(loss, labels, *options.values())[1]
+    torch.testing.assert_close(value, total / (mass if by_weights else number))
+
+
+def weighted_loss(chosen, **options):
+    """(loss, gradient) on some of four images with unequal numbers of labelled pixels."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 12, 8).double()[chosen].requires_grad_()
+    labels = patches(4, 12, 8, range(5))
+    labels[1, :9], labels[3, 2:] = IGNORE, IGNORE
+    options |= {"class_weights": {"car": 3.0, "sky": 0.2}, "classes": CLASSES}
+    value = pixel_loss(logits, labels[chosen], **options)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+WEIGHTED = [{}, {"by_weights": True}, {"ohem": 0.2, "ohem_min": 9}]
+WEIGHTED += [WEIGHTED[1] | WEIGHTED[2]]
+
+
+def weighted_loss_of_a_half(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save([weighted_loss(slice(rank, None, 2), **o) for o in WEIGHTED], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_class_weights_and_ohem_of_two_processes_are_those_of_one(tmp_path):
+    torch.multiprocessing.spawn(weighted_loss_of_a_half, (str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for i, options in enumerate(WEIGHTED):
+        value, gradient = weighted_loss(slice(None), **options)
+        # The loss of a step is the mean over processes.
+        torch.testing.assert_close((halves[0][i][0] + halves[1][i][0]) / 2, value)
+        for rank in range(2):
+            torch.testing.assert_close(halves[rank][i][1] / 2, gradient[rank::2])
 
 
 def test_losses_of_bf16_outputs_are_those_of_the_same_values_in_float32():

@@ -1,0 +1,80 @@
+"""Maps of a frozen backbone, written once per picture: a head then trains on them at many steps a second.
+
+    model: {backbone: {name: vit.ViT, ...}, frozen: [backbone], cache: runs/features}
+    data: {augment: {name: transforms.Whole, size: [560, 392], flip: 0.5}}
+
+A picture that the folder does not hold is computed, in the run's precision, and stored in float16. So the first pass over a data set takes its usual time, and every later one, in this run or in
+another, in training or evaluation, reads. Augmentation that draws ever new pictures fills the disk and
+gains nothing.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.files import read_array, replacing
+
+
+class FeatureCache:
+    """Maps by the content of picture and network: a changed pixel, weight, option or precision gives another file.
+
+    Args:
+        folder: of all features; one folder below it per network, a file per picture and map.
+        spec: `model.backbone` of the configuration.
+    """
+
+    def __init__(self, folder, spec):
+        self.root, self.spec = Path(folder), {k: v for k, v in spec.items() if k != "weights"}
+        self.folder = None
+
+    def _open(self, backbone, image):
+        """Name the network's folder, at its first picture: only then its weights are those of the run."""
+        kind = image.device.type
+        precise = (
+            image.dtype if not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+        )
+        about = (sorted(self.spec.items()), str(precise))
+        digest = hashlib.blake2b(repr(about).encode(), digest_size=12)
+        for name, value in backbone.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+        self.folder = self.root / digest.hexdigest()
+
+    @torch.no_grad()
+    def maps(self, backbone, image, **given):
+        """What backbone(image) returns, in half precision.
+
+        Args:
+            image: (B, 3, H, W).
+            given: what else a backbone would get, a domain or a bias: there must be none.
+        Returns:
+            [(B, C_i, h_i, w_i)] of the image's type.
+        Raises:
+            UserError: the maps depend on more than the picture.
+        """
+        if given:
+            raise UserError(
+                "model.cache holds maps that depend on the picture alone: it goes neither with a "
+                "stem per domain nor with a head that guides the attention (region.Region)"
+            )
+        if self.folder is None:
+            self._open(backbone, image)
+        pictures = image.cpu().numpy()
+        paths = [self._paths(picture, len(backbone.channels)) for picture in pictures]
+        missing = [i for i, files in enumerate(paths) if not files[-1].is_file()]
+        if missing:
+            new = [maps.half().cpu().numpy() for maps in backbone(image[missing])]
+            for n, i in enumerate(missing):
+                for path, maps in zip(paths[i], new, strict=True):
+                    with replacing(path) as temporary:
+                        np.save(temporary, maps[n])
+        maps = [torch.from_numpy(np.stack([read_array(p) for p in one])) for one in zip(*paths)]
+        return [values.to(image.device, image.dtype) for values in maps]
+
+    def _paths(self, picture, count):
+        """One file per map, the last one written last."""
+        name = hashlib.blake2b(repr(picture.shape).encode() + picture.tobytes(), digest_size=16)
+        name = name.hexdigest()
+        return [self.folder / name[:2] / f"{name}.{i}.npy" for i in range(count)]
