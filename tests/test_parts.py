@@ -243,15 +243,15 @@ SMALL = {
 # Modules that hold no part of their package's kind, beside base.py, the face, and build.py.
 HELPERS = {
     "datasets.check": "command line tool",
-    "datasets.mixers": "views of domain adaptation, tested in test_mixers.py and test_train_uda.py",
+    "datasets.mixers": "views of domain adaptation, tested in test_mixers.py",
     "datasets.reading": "files to arrays, tested in test_reading.py",
     "datasets.sampler": "order of the samples",
     "datasets.several": "several sets as one, tested in test_several.py",
-    "datasets.statistics": "class counts, tested in test_sampler.py",
-    "datasets.style": "styles of domain adaptation, tested in test_mixers.py",
+    "datasets.statistics": "class counts, tested in test_statistics.py",
+    "datasets.style": "styles of domain adaptation, tested in test_style.py",
     "datasets.toy_scene": "geometry of datasets.toy",
     "datasets.transforms": "augmentation",
-    "models.prototypes.masked": "command line tool, tested in test_cbp.py",
+    "models.prototypes.masked": "command line tool, tested in test_masked.py",
 }
 BASES = ["basis.Rows"]  # classes between a face and its parts
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 import train_supervised
 from datasets.build import build_data, count_classes
-from engine import checkpoint, distributed, precision
+from engine import checkpoint, precision
 from engine.config import load
 from engine.errors import UserError
-from engine.log import Averages, claim, release
+from engine.log import claim, release
 from engine.process import signals
 from engine.run import Run
 from losses.cross_entropy import median_frequency
@@ -149,6 +149,7 @@ def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
 
 
 # --- several processes ---------------------------------------------------------------------------------------------
+
 
 EXACT = (
     "model.frozen_bn=[backbone, decoder]",
@@ -575,17 +576,6 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the run folder .*file/run"):
         train(tmp_path / "file" / "run")
-
-
-def test_averages_are_means_since_the_last_look():
-    averages = Averages()
-    for value in (1.0, 2.0):
-        averages.add({"train/loss": torch.tensor(value), "train/loss_occl": torch.tensor(3.0)})
-    assert averages.take() == {"train/loss": 1.5, "train/loss_occl": 3.0} and averages.take() == {}
-
-
-def test_single_process_helpers_are_identities():
-    assert distributed.world_size() == 1 and distributed.gather(3) == [3]
 
 
 def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):

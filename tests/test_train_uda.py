@@ -1,20 +1,13 @@
-"""train_uda.py: stages, resume in each of them, several processes, and the parts of self-training."""
+"""train_uda.py: resume in each of its stages, several processes, what it needs."""
 
 import json
 
 import pytest
 import torch
 
-from datasets.mixers import ClassMix
 from engine import checkpoint
-from engine.config import load, stages
 from engine.errors import UserError
-from losses.self_training import TeacherConfidence
-from tests.records import a_step, an_output
 from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, train
-
-# --- the script ----------------------------------------------------------------------------------------------------
-
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
 METHODS = {  # overrides of the smallest adaptation
@@ -158,101 +151,3 @@ def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
         train(tmp_path / "d", labeler, "stages=[]", "train.teacher=0.0", config=TINY_UDA)
     with pytest.raises(UserError, match="there is no stage before it"):
         train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
-
-
-# --- stages --------------------------------------------------------------------------------------------------------
-
-
-def test_stages_override_repeat_and_scale_the_learning_rate():
-    cfg = load(
-        TINY_UDA,
-        [
-            "stages=[{name: a, iters: 2}, {name: b, repeat: 3, lr_scale: 0.5, train: {batch_size: 2}}]"
-        ],
-    )
-    result = stages(cfg)
-    assert [stage.stage.name for stage in result] == ["a", "b1", "b2", "b3"]
-    assert [stage.optimizer.lr for stage in result] == [1e-3, 1e-3, 5e-4, 2.5e-4]
-    assert [(stage.train.iters, stage.train.batch_size) for stage in result[:2]] == [(2, 4), (3, 2)]
-    assert [stage.stage.name for stage in stages(load(TINY_UDA, ["stages=[]"]))] == ["main"]
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("[{optimizer: {lrr: 1}}]", r"unknown key 'stages\.0\.optimizer\.lrr'; did you mean"),
-        ("[{repaet: 2}]", r"unknown key 'stages\.0\.repaet'"),
-        ("[{iters: many}]", r"stages\.0\.iters must be an int"),
-        ("[main]", r"stages\.0 must be a mapping"),
-    ],
-)
-def test_mistakes_in_stages_are_named(spec, message):
-    with pytest.raises(UserError, match=message):
-        stages(load(TINY_UDA, [f"stages={spec}"]))
-
-
-# --- parts ---------------------------------------------------------------------------------------------------------
-
-
-def test_teacher_confidence_weights_by_the_share_of_confident_pixels():
-    logits = torch.zeros(2, 3, 4, 4)
-    logits[:, 1, :2], logits[:, 2, 2:] = 10.0, 0.1  # the upper half is confident
-    step = a_step(target=torch.zeros(2, 3, 4, 4), teacher=an_output(logits))
-    TeacherConfidence(threshold=0.968, ignore_top=1).before(step)
-    labels, weights = step.labels["target"], step.weights["target"]
-    assert (labels[:, :2] == 1).all() and (labels[:, 2:] == 2).all()
-    assert (weights[:, 0] == 0).all() and (weights[:, 1:] == 0.5).all()
-
-
-def mix(samples=(0, 1), **options):
-    """A step after ClassMix of a source in classes 0 to 4 and a target of class 7."""
-    generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 5, (2, 6, 6), generator=generator)
-    label[:, 0] = 255
-    source, target = (torch.rand(2, 3, 6, 6, generator=generator) for _ in range(2))
-    labels = {"source": label, "target": torch.full((2, 6, 6), 7)}
-    weights = {"target": torch.full((2, 6, 6), 0.25)}
-    step = a_step(labels=labels, weights=weights, source=source, target=target, samples=samples)
-    ClassMix(color_p=0.0, blur_p=0.0, **options)(step)
-    return step
-
-
-def test_class_mix_pastes_whole_classes_with_their_labels_and_weights():
-    step = mix()
-    image, domain = step.views["mixed"][:2]
-    labels, weights, truth = step.labels["mixed"], step.weights["mixed"], step.labels["source"]
-    for i in range(2):
-        pasted = labels[i] != 7
-        kept = set(truth[i][pasted].tolist())
-        present = set(truth[i].unique().tolist()) - {255}
-        assert kept < present and len(kept) == (len(present) + 1) // 2
-        assert torch.equal(pasted, torch.isin(truth[i], torch.tensor(sorted(kept))))
-        own, other = step.source.image[i], step.target.image[i]
-        assert torch.equal(image[i], torch.where(pasted, own, other))
-        assert (weights[i][pasted] == 1).all() and (weights[i][~pasted] == 0.25).all()
-    assert domain == "target" and step.views["source"].domain == "source"
-    assert (labels != 255).all()
-
-
-def test_class_mix_depends_on_the_sample_alone():
-    one, again, other = mix(), mix(), mix(samples=(2, 3))
-    flipped = torch.flip(one.labels["source"], [0])
-    swapped = ClassMix().choose(flipped, torch.tensor([1, 0]))
-    one, again, other = (step.labels["mixed"] for step in (one, again, other))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-    assert torch.equal(swapped.flip(0), one != 7)
-
-
-def test_class_mix_of_a_source_without_labels_is_the_target():
-    label = torch.full((1, 4, 4), 255)
-    assert not ClassMix().choose(label, torch.tensor([3])).any()
-    single = torch.where(torch.eye(4, dtype=torch.bool), 3, 255)[None]
-    assert torch.equal(ClassMix().choose(single, torch.tensor([3])), single == 3)
-
-
-def test_strong_augmentation_of_a_sample_is_repeatable_and_leaves_the_global_generator_alone():
-    change, image = ClassMix(color_p=1.0, blur_p=1.0).augment.change, torch.rand(3, 16, 16)
-    before = torch.get_rng_state()
-    assert torch.equal(change(image, 5), change(image, 5))
-    assert not torch.equal(change(image, 5), change(image, 6))
-    assert torch.equal(before, torch.get_rng_state())

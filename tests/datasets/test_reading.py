@@ -26,7 +26,7 @@ from datasets.reading import (
 from datasets.voc import VOC
 from engine.build import build
 from engine.errors import UserError
-from tests.datasets.test_base import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
+from tests.datasets.files import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
 from tests.fuzz import pictures
 from tests.fuzz.pictures import png, tiff
 from tests.runs import ROOT

@@ -1,21 +1,21 @@
-"""Checkpoints survive kills and refuse what is unsafe; foreign weights fit or say which keys do not."""
+"""Checkpoints survive kills and refuse what is unsafe."""
 
 import argparse
-import contextlib
 import logging
 import os
+import random
 import re
-import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from engine import checkpoint, distributed, weights
 from engine.config import Config
 from engine.errors import UserError
-from engine.weights import WeightsError, load_into, load_pretrained
+from engine.weights import WeightsError
+from tests.engine.damaged import network, truncate
+from tests.fuzz.files import a_checkpoint
 
 
 def find(folder, resume):
@@ -37,17 +37,8 @@ def steps(folder):
     return [int(path.stem[5:]) for path in checkpoint.list_steps(folder)]
 
 
-def truncate(path, size=None):
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2 if size is None else size])
-
-
 class Foreign:
     """A class that an untrusted file may name."""
-
-
-def network():
-    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1, bias=False))
 
 
 def test_the_first_value_that_is_not_finite_is_named():
@@ -57,11 +48,6 @@ def test_the_first_value_that_is_not_finite_is_named():
         broken = state | {name: state[name].clone() for name in ("1.running_mean", "2.weight")}
         broken["1.running_mean"][1] = broken["2.weight"][0, 0] = value
         assert checkpoint.first_nonfinite(broken) == "1.running_mean"
-
-
-def other_weights():
-    """A state dict for `network` in which every value differs from the initial one."""
-    return {key: torch.full_like(value, 7) for key, value in network().state_dict().items()}
 
 
 @pytest.fixture
@@ -322,155 +308,20 @@ def test_another_number_of_processes_is_a_warning(log):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- foreign weights -----------------------------------------------------------------------------------------------
-
-
-def wrap_as(name, state):
-    prefixed = {f"module.{key}": value for key, value in state.items()}
-    return {
-        "plain": state,
-        "state_dict": {"state_dict": state, "epoch": 3},
-        "model": {"model": state, "optimizer": {}},
-        "module": prefixed,
-        "state_dict and module": {"state_dict": prefixed},
-    }[name]
-
-
-@pytest.mark.parametrize(
-    "form", ["plain", "state_dict", "model", "module", "state_dict and module"]
-)
-def test_weights_are_unwrapped_loaded_and_reported(log, form):
-    net = network()
-    load_into(net, wrap_as(form, other_weights()), source="some weights")
-    assert all((value == 7).all() for value in net.state_dict().values())
-    assert "weights some weights: 8 keys loaded, 0 keep their initial values" in log.text
-
-
-def test_every_kind_of_misfit_is_named_and_nothing_is_loaded():
-    net, state = network(), other_weights()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    del state["0.bias"]
-    state["fc.weight"] = torch.zeros(1)
-    state["2.weight"] = torch.zeros(5, 3)
-    with pytest.raises(WeightsError) as error:
-        load_into(net, state, source="some weights")
-    for part in (
-        "some weights",
-        "Sequential",
-        "6 keys match",
-        "1 missing (0.bias)",
-        "1 unexpected (fc.weight)",
-        "1 of another shape (2.weight (5, 3) -> (1, 3))",
-        "allow_missing",
-    ):
-        assert part in str(error.value)
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_each_misfit_alone_is_an_error(change):
-    state = other_weights()
-    if change == "missing":
-        del state["0.weight"]
-    else:
-        state["3.weight" if change == "unexpected" else "0.bias"] = torch.zeros(9)
-    with pytest.raises(WeightsError, match={"shape": "another shape"}.get(change, change)):
-        load_into(network(), state, source="weights")
-
-
-def test_what_may_be_missing_keeps_its_values_and_what_is_dropped_is_not_loaded(log):
-    net, state = network(), other_weights()
-    kept = net[2].weight.clone()
-    state = {key: value for key, value in state.items() if key != "0.bias"} | {
-        "fc.weight": torch.zeros(1),
-        "2.weight": torch.ones(9),
-    }
-    load_into(
-        net, state, source="weights", allow_missing=["0.b*", "2.*"], drop=["fc.*", "2.weight"]
-    )
-    assert torch.equal(net[2].weight, kept) and (net[0].weight == 7).all()
-    assert "6 keys loaded, 2 keep their initial values (0.bias, 2.weight)" in log.text
-
-
-def test_allow_missing_does_not_excuse_another_shape():
-    with pytest.raises(WeightsError, match="of another shape"):
-        load_into(
-            network(),
-            other_weights() | {"2.weight": torch.ones(9)},
-            source="weights",
-            allow_missing=["*"],
-        )
-
-
-def test_batch_counters_may_be_absent_on_either_side():
-    state = {key: value for key, value in other_weights().items() if "num_batches" not in key}
-    load_into(network(), state | {"9.num_batches_tracked": torch.tensor(1)}, source="weights")
-
-
-# --- the option `weights` ------------------------------------------------------------------------------------------
-
-URL = "https://example.org/net.pth"
-
-
-def test_pretrained_none_changes_nothing(monkeypatch):
-    net = network()
-    before = net[0].weight.clone()
-    load_pretrained(net, "none", URL)
-    assert torch.equal(net[0].weight, before)
-
-
-def test_pretrained_path_and_its_options(tmp_path):
-    torch.save(other_weights() | {"fc.weight": torch.zeros(1)}, tmp_path / "a.pth")
-    net = network()
-    load_pretrained(net, str(tmp_path / "a.pth"), URL, drop=["fc.*"])
-    assert (net[0].weight == 7).all()
-    with pytest.raises(WeightsError, match=r"a\.pth.*unexpected \(fc\.weight\)"):
-        load_pretrained(network(), str(tmp_path / "a.pth"), URL)
-    with pytest.raises(WeightsError, match="there is no file imagnet"):
-        load_pretrained(network(), "imagnet", URL)
-
-
-def test_pretrained_imagenet_is_downloaded_once_and_read_like_any_file(tmp_path, monkeypatch):
-    asked = []
-
-    def download(url, target, hash_prefix):
-        asked.append((url, hash_prefix))
-        torch.save(other_weights(), target)
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(weights, "reach", lambda url: None)
-    for url in (URL, "https://example.org/net-c867db91.pth"):
-        for _ in range(2):
-            net = network()
-            load_pretrained(net, "imagenet", url)
-            assert (net[0].weight == 7).all()
-    assert asked == [(URL, None), ("https://example.org/net-c867db91.pth", "c867db91")]
-    truncate(tmp_path / "checkpoints" / "net.pth")
-    with pytest.raises(WeightsError, match=r"checkpoints/net\.pth is incomplete"):
-        load_pretrained(network(), "imagenet", URL)
-
-
-@pytest.mark.parametrize("fails", ["reach", "download"])
-def test_a_download_that_fails_names_the_url_and_the_way_out(tmp_path, monkeypatch, fails):
-    def fail(*options):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    reach, download = (fail, pytest.fail) if fails == "reach" else (lambda url: None, fail)
-    monkeypatch.setattr(weights, "reach", reach)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    says = rf"{re.escape(URL)}.*no route to host.*weights=PATH.*weights=none"
-    with pytest.raises(WeightsError, match=says):
-        load_pretrained(network(), "imagenet", URL)
-
-
-@pytest.mark.parametrize("code", [404, 0])
-def test_a_server_answers_or_fails_within_seconds(monkeypatch, code):
-    def answer(request, timeout):
-        assert timeout <= 10 and request.method == "HEAD"
-        raise urllib.error.HTTPError(URL, code, "", {}, None) if code else TimeoutError
-
-    monkeypatch.setattr(weights, "urlopen", answer)
-    with contextlib.nullcontext() if code else pytest.raises(OSError):
-        weights.reach(URL)
+def test_find_takes_an_older_checkpoint_for_any_flip_in_the_newest(tmp_path, caplog):
+    draw = random.Random(0)
+    for step in (1, 2):
+        checkpoint.save_step(tmp_path, a_checkpoint() | {"step": step}, keep=2)
+    path, steps = tmp_path / "step_0000002.pt", []
+    data = path.read_bytes()
+    for _ in range(20):
+        damaged = bytearray(data)
+        damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        content = checkpoint.find(Config({"folder": tmp_path, "resume": "auto"}))[1]
+        steps.append(content["step"])
+        expected = a_checkpoint() | {"step": content["step"]}
+        assert content.keys() == expected.keys()
+        for part in ("model", "teacher", "prototypes"):
+            assert all(torch.equal(content[part][key], x) for key, x in expected[part].items())
+    assert {*steps} == {1, 2} and "step_0000002.pt is damaged" in caplog.text

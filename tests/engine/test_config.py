@@ -1,16 +1,13 @@
-"""Configuration: what is read, how layers merge, that a mistake is an error which names the key, what `build` makes."""
+"""Configuration: what is read, how layers merge, that a mistake is an error which names the key."""
 
 import logging
 import re
-import sys
 import time
 
 import pytest
 import yaml
 
-from engine import build as building
-from engine import config, ranges
-from engine.build import build
+from engine import config
 from engine.config import (
     ConfigError,
     check_sections,
@@ -20,10 +17,10 @@ from engine.config import (
     plain,
     read_yaml,
     save,
+    stages,
 )
-from engine.ranges import describe, is_a
-from losses.build import build_losses
-from models.build import build_prototypes
+from engine.errors import UserError
+from engine.ranges import is_a
 from tests.fuzz import configurations
 from tests.runs import TINY, TINY_DG, TINY_UDA
 
@@ -43,31 +40,6 @@ train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labe
 uda.mixer.name uda.source_weights.name uda.style.name
 """
 
-PARTS = """
-from typing import Literal
-import torch
-
-class Simple:
-    def __init__(self, *, width: int = 8, rate: float = 0.5, mode: Literal["soft", "hard"] = "soft", crop: list = (),
-                 path: str | None = None, num_classes=None, seed=0):
-        self.options = dict(width=width, rate=rate, mode=mode, crop=crop, path=path, num_classes=num_classes, seed=seed)
-
-class Needs:
-    def __init__(self, *, length: float, num_classes):
-        self.length, self.num_classes = length, num_classes
-
-class Picky:
-    def __init__(self, *, size: int = 1):
-        if size < 1:
-            raise ValueError(f"size must be positive, not {size}")
-
-class Bare(torch.nn.Module):
-    pass
-
-def function():
-    pass
-"""
-
 
 @pytest.fixture
 def write(tmp_path):
@@ -78,19 +50,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def parts(tmp_path, monkeypatch):
-    """A package `parts` with the module `parts.thing`, allowed for components during one test."""
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "__init__.py").write_text("")
-    (tmp_path / "parts" / "thing.py").write_text(PARTS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(building, "PACKAGES", (*building.PACKAGES, "parts"))
-    yield "parts"
-    for name in [name for name in sys.modules if name.split(".")[0] == "parts"]:
-        del sys.modules[name]
 
 
 def dotted(value, prefix=""):
@@ -474,22 +433,6 @@ def test_an_override_that_cannot_be_is_one_short_sentence(write, given, message)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize(
-    "value, kind, words",
-    [
-        (3, ranges.Count, "an int of at least 1"),
-        (0.5, ranges.Momentum, "a float in [0, 1)"),
-        ([1, 2], ranges.Size, "a list of length 2, each an int in [1, 16384]"),
-        ([0.5], ranges.Scales, "a list of length 1 to 100, each a float in (0, 16]"),
-        (None, int | None, "an int or null"),
-        (2, ranges.Literal["a", 2], "a or 2"),
-        ({"a": {}}, dict[ranges.Name, dict], "a mapping, each value a mapping"),
-    ],
-)
-def test_a_kind_in_words(value, kind, words):
-    assert is_a(value, kind) and describe(kind) == words
-
-
 @pytest.mark.parametrize("text", ["seed", "=3", "seed 3", ""])
 def test_an_override_without_key_and_value_is_an_error(write, text):
     with pytest.raises(ConfigError, match=r"not of the form key\.sub=value"):
@@ -597,6 +540,7 @@ def test_another_optimiser_keeps_the_other_options_of_the_section(write):
 
 
 # --- overrides of lists and open mappings --------------------------------------------------------------------------
+
 
 LOSSES = "losses: [{name: cross_entropy.CrossEntropy, weight: 1.0}, {name: occl.OCCL, weight: 1.0}]"
 
@@ -783,6 +727,7 @@ def test_a_checkpoint_from_before_a_key_existed_goes_on_with_its_default(write):
 
 # --- sections that a script does not use -----------------------------------------------------------------------------
 
+
 SCRIPTS = {"train_supervised": TINY, "train_uda": TINY_UDA, "train_dg": TINY_DG}
 
 
@@ -870,246 +815,6 @@ def test_options_do_not_grow_unnoticed():
     )
 
 
-# --- building ------------------------------------------------------------------------------------------------------
-
-
-def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
-    made = build(parts, {"name": "thing.Simple", "width": 3}, num_classes=11, in_channels=64)
-    assert (
-        made.options["width"] == 3
-        and made.options["num_classes"] == 11
-        and made.options["rate"] == 0.5
-    )
-    assert (
-        build(parts, {"name": "thing.Simple", "num_classes": 5}, num_classes=11).options[
-            "num_classes"
-        ]
-        == 5
-    )
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ({"name": "think.Simple"}, "parts has no module 'think'; did you mean 'thing'"),
-        ({"name": "zzz.Simple"}, "parts has no module 'zzz'; known here: thing"),
-        ({"name": "thing.Simpel"}, r"parts\.thing has no class 'Simpel'; did you mean 'Simple'"),
-        (
-            {"name": "thing.function"},
-            r"parts\.thing has no class 'function'; known here: Simple, Needs",
-        ),
-        (
-            {"name": "thing.Simple", "widht": 3},
-            r"thing\.Simple has no option 'widht'; did you mean 'width'",
-        ),
-        (
-            {"name": "thing.Simple", "width": "wide"},
-            r"thing\.Simple: option 'width' must be an int, not 'wide'",
-        ),
-        ({"name": "thing.Simple", "width": 2.0}, "'width' must be an int, not 2.0"),
-        ({"name": "thing.Simple", "width": True}, "'width' must be an int, not true"),
-        ({"name": "thing.Simple", "rate": "two"}, "'rate' must be a float, not 'two'"),
-        (
-            {"name": "thing.Simple", "mode": "sofft"},
-            "'mode' must be soft or hard, not 'sofft'",
-        ),
-        ({"name": "thing.Simple", "crop": 3}, "'crop' must be a list, not 3"),
-        ({"name": "thing.Simple", "path": 3}, "'path' must be a string or null, not 3"),
-        ({"name": "thing.Needs"}, r"thing\.Needs needs the options length, num_classes"),
-        ({"name": "thing.Needs", "num_classes": 3}, r"thing\.Needs needs the option length"),
-        ({"name": "thing.Bare", "kwargs": 3}, r"thing\.Bare has no option 'kwargs'"),
-        ({"name": "thing.Picky", "size": 0}, r"thing\.Picky: size must be positive, not 0"),
-        ({"width": 3}, "parts: a component needs 'name: module.Class'"),
-        ({"name": 3}, "parts: a component needs 'name: module.Class'"),
-        ("thing.Simple", "parts: a component needs 'name: module.Class', got 'thing.Simple'"),
-        ({"name": "none"}, "names no component of parts"),
-    ],
-)
-def test_a_component_that_cannot_be_built_says_why(parts, spec, message):
-    with pytest.raises(ConfigError, match=message):
-        build(parts, spec)
-
-
-@pytest.mark.parametrize(
-    "options", [{"rate": 2}, {"mode": "hard"}, {"crop": [1, 2]}, {"path": None}, {"path": "x"}]
-)
-def test_options_of_the_annotated_type_are_accepted(parts, options):
-    assert build(parts, {"name": "thing.Simple", **options}).options.items() >= options.items()
-
-
-def test_a_class_without_a_constructor_needs_no_options(parts):
-    assert type(build(parts, {"name": "thing.Bare"}, num_classes=3)).__name__ == "Bare"
-
-
-@pytest.mark.parametrize(
-    "package, name, message",
-    [
-        ("models.classifiers", "linaer.Linear", "no module 'linaer'; did you mean 'linear'"),
-        ("models.classifiers", "linear.Lineer", "no class 'Lineer'; did you mean 'Linear'"),
-        ("losses", "os.system", "losses has no module 'os'"),
-        ("losses", "..evil.X", "must be 'module.Class' of the package losses"),
-        ("losses", "a.b.c", "must be 'module.Class'"),
-        ("losses", "occl", "must be 'module.Class'"),
-        ("losses", "occl.OCCL()", "must be 'module.Class'"),
-        ("os", "path.PurePath", "must be 'module.Class'"),
-        ("engine", "config.Config", "must be 'module.Class'"),
-    ],
-)
-def test_only_classes_of_our_packages_can_be_named(package, name, message):
-    with pytest.raises(ConfigError, match=message):
-        build(package, {"name": name})
-
-
-@pytest.mark.parametrize(
-    "package, spec, message",
-    [
-        (
-            "models.classifiers",
-            {"name": "cbp.CBP", "length": "two"},
-            r"cbp\.CBP: option 'length' must be a float above 0, not 'two'",
-        ),
-        (
-            "models.backbones",
-            {"name": "resnet.ResNet", "depth": 20},
-            "'depth' must be 18, 34, 50, 101 or 152, not 20",
-        ),
-        (
-            "losses",
-            {"name": "occl.OCCL", "temprature": 0.07},
-            "has no option 'temprature'; did you mean 'temperature'",
-        ),
-        ("losses", {"name": "occl.OCCL"}, "occl.OCCL needs the option num_classes"),
-        (
-            "losses",
-            {"name": "occl.OCCL", "temperature": 0},
-            "'temperature' must be a float above 0",
-        ),
-        (
-            "losses",
-            {"name": "cross_entropy.CrossEntropy", "ohem": 7},
-            r"'ohem' .* in \[0, 1\], not 7",
-        ),
-        (
-            "datasets",
-            {"name": "transforms.Augment", "crop": [0, 5]},
-            r"'crop\.0' must be an int in",
-        ),
-        (
-            "datasets",
-            {"name": "transforms.Augment", "crop": [5]},
-            "'crop' must be a list of length 2",
-        ),
-        (
-            "datasets",
-            {"name": "transforms.Augment", "crop": [5, 5], "scale": [2, 0.5]},
-            r"scale must be \[low, high\], not \[2, 0\.5\]",
-        ),
-        (
-            "datasets",
-            {"name": "transforms.Augment", "crop": [5, 5], "flip": 3},
-            r"'flip' .*, not 3",
-        ),
-        (
-            "datasets",
-            {"name": "toy.Toy", "length": 0},
-            r"'length' must be an int in \[1, 1000000\]",
-        ),
-        ("datasets", {"name": "toy.Toy", "length": 10**12}, "'length' must be an int in"),
-        ("datasets", {"name": "toy.Toy", "size": [0, 0]}, r"'size\.0' must be an int in"),
-        (
-            "datasets",
-            {"name": "toy.Toy", "augment": {"name": "x.Y"}},
-            "'augment' must be a Callable",
-        ),
-        ("datasets", {"name": "toy.Toy", "seed": -1}, "'seed' must be an int in"),
-        ("datasets", {"name": "base.DataError"}, "has no class 'DataError'"),
-        (
-            "datasets",
-            {"name": "mixers.ColorBlur", "color": [1]},
-            "'color' must be a list of length 4",
-        ),
-        (
-            "models.prototypes",
-            {"name": "centroids.Centroids", "momentum": 5},
-            r"in \[0, 1\), not 5",
-        ),
-        (
-            "models.classifiers",
-            {"name": "cbp.CBP", "length": 0},
-            "'length' must be a float above 0",
-        ),
-        (
-            "models.decoders",
-            {"name": "fcn.FCN", "width": 10**9},
-            r"'width' must be an int in \[1, 16384",
-        ),
-        (
-            "models.decoders",
-            {"name": "upernet.UPerNet", "pools": []},
-            "'pools' must be a list of length",
-        ),
-        ("models.backbones", {"name": "mit.MiT", "drop_path": 1.0}, r"'drop_path' .* in \[0, 1\)"),
-    ],
-)
-def test_mistakes_in_real_components(package, spec, message):
-    with pytest.raises(ConfigError, match=message):
-        build(package, spec)
-
-
-@pytest.mark.parametrize(
-    "package, spec, face",
-    [
-        ("datasets", {"name": "mixers.ClassMix"}, "SegmentationData"),
-        ("datasets", {"name": "transforms.Augment", "crop": [4, 4]}, "SegmentationData"),
-        ("datasets", {"name": "toy.Toy"}, "Augment"),
-        ("datasets", {"name": "style.FDA"}, "Mixer"),
-        ("datasets", {"name": "mixers.ClassMix"}, "Style"),
-        ("losses", {"name": "self_training.TeacherConfidence"}, "Loss"),
-        ("losses", {"name": "entropy.Entropy"}, "Labeler"),
-        ("losses", {"name": "occl.OCCL"}, "Labeler"),
-    ],
-)
-def test_a_part_in_the_place_of_another_kind_is_an_error(package, spec, face):
-    with pytest.raises(
-        ConfigError, match=rf"{spec['name']} is no {face}: it belongs to another key"
-    ):
-        build(package, spec, face, num_classes=3)
-
-
-@pytest.mark.parametrize("name", ["classifier", "keys", "training"])
-def test_a_member_cannot_have_a_name_that_is_taken(name):
-    with pytest.raises(ConfigError, match=f"prototypes: the name {name} is taken"):
-        build_prototypes({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
-
-
-def test_losses_are_named_after_their_modules():
-    pixel = {"name": "cross_entropy.CrossEntropy"}
-    specs = [
-        pixel | {"weight": 0.5},
-        pixel | {"view": "target"},
-        {"name": "occl.OCCL", "weight": 2},
-    ]
-    terms, weights = build_losses(specs, num_classes=3)
-    assert weights == {"cross_entropy": 0.5, "cross_entropy_2": 1.0, "occl": 2}
-    assert terms["cross_entropy_2"].view == "target" and terms["occl"].num_classes == 3
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        (
-            {"name": "cross_entropy.CrossEntropy", "weight": "heavy"},
-            "weight must be a float, not 'heavy'",
-        ),
-        ("cross_entropy.CrossEntropy", "a component needs 'name: module.Class'"),
-        ({"weight": 1.0}, "a component needs 'name: module.Class'"),
-    ],
-)
-def test_a_loss_that_is_not_understood_is_an_error(spec, message):
-    with pytest.raises(ConfigError, match=message):
-        build_losses([spec], num_classes=3)
-
-
 # --- keys that have moved ----------------------------------------------------------------------------------------------
 
 
@@ -1141,11 +846,39 @@ def test_the_configuration_of_an_older_checkpoint_becomes_one_of_today():
     assert config.modern(cfg) == cfg
 
 
-# --- the fuzzer ----------------------------------------------------------------------------------------------------
-
-
 def test_damaged_configurations_end_in_one_line_each():
     counts, _ = configurations.run(seed=0, count=25)
     assert (
         counts["accepted"] and counts["one line"] and counts["accepted"] + counts["one line"] == 25
     )
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_stages_override_repeat_and_scale_the_learning_rate():
+    cfg = load(
+        TINY_UDA,
+        [
+            "stages=[{name: a, iters: 2}, {name: b, repeat: 3, lr_scale: 0.5, train: {batch_size: 2}}]"
+        ],
+    )
+    result = stages(cfg)
+    assert [stage.stage.name for stage in result] == ["a", "b1", "b2", "b3"]
+    assert [stage.optimizer.lr for stage in result] == [1e-3, 1e-3, 5e-4, 2.5e-4]
+    assert [(stage.train.iters, stage.train.batch_size) for stage in result[:2]] == [(2, 4), (3, 2)]
+    assert [stage.stage.name for stage in stages(load(TINY_UDA, ["stages=[]"]))] == ["main"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("[{optimizer: {lrr: 1}}]", r"unknown key 'stages\.0\.optimizer\.lrr'; did you mean"),
+        ("[{repaet: 2}]", r"unknown key 'stages\.0\.repaet'"),
+        ("[{iters: many}]", r"stages\.0\.iters must be an int"),
+        ("[main]", r"stages\.0 must be a mapping"),
+    ],
+)
+def test_mistakes_in_stages_are_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        stages(load(TINY_UDA, [f"stages={spec}"]))

@@ -1,10 +1,8 @@
 """What a run says at its end: tables with nothing unknown in them, no set evaluated twice, files written whole."""
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import re
 import types
 from pathlib import Path
@@ -17,7 +15,6 @@ from datasets.toy import Toy
 from engine import report
 from engine.config import load
 from engine.errors import UserError
-from engine.files import inside, replacing, write, write_picture
 from engine.inference import NonFiniteScores
 from engine.metrics import ConfusionMatrix
 from tests.runs import TINY
@@ -157,27 +154,3 @@ def test_a_set_whose_name_leads_out_of_the_folder_is_not_reported(tmp_path, name
     with pytest.raises(UserError, match=r"leads out of the folder .*: choose another name"):
         report.report(network, {name: toys()}, options(), CPU, PLAIN, tmp_path, {})
     assert network.seen == 0
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a" / "b.txt"
-    write(path, "ä")
-    for error, raised in ((KeyboardInterrupt, KeyboardInterrupt), (ValueError, ValueError)):
-        with pytest.raises(raised), replacing(path) as temporary:
-            temporary.write_text("half")
-            raise error
-    with pytest.raises(UserError, match=r"could not write .*b\.txt: No space left on device"):
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert path.read_text("utf-8") == "ä" and [*path.parent.iterdir()] == [path]
-    with pytest.raises(UserError, match=r"could not write .*c\.png"):
-        write_picture(path / "c.png", torch.zeros(2, 2, 3, dtype=torch.uint8).numpy())
-
-
-def test_a_name_stays_inside_its_folder(tmp_path):
-    assert inside(tmp_path, "a/b") == tmp_path / "a" / "b"
-    (tmp_path / "link").symlink_to("/")
-    for name in ("link", "link/etc", "", "..", "/etc"):
-        with pytest.raises(UserError, match="leads out of the folder"):
-            inside(tmp_path, name)

@@ -6,16 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import train_dg
 from engine import distributed
 from engine.config import ConfigError
 from engine.errors import UserError
 from engine.step import Batch, ByView, Output, Step, evidence
-from losses import entropy
-from losses.base import Labeler, Loss, member
-from losses.build import build_losses
+from losses.base import Loss
 from models.classifiers.cbp import CBP
 from models.classifiers.gmmseg import GMMSeg
 from models.classifiers.protoseg import ProtoSeg
@@ -30,7 +27,9 @@ from tests.runs import TINY_UDA, train
 
 K, D, IGNORE = 4, 8, 255
 
+
 # --- fields ---------------------------------------------------------------------------------------
+
 
 RECORDS = {
     "Step": (a_step, "number, total, source"),
@@ -145,29 +144,6 @@ def test_scores_are_found_by_the_name_of_their_head():
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["parameter", "buffer", "layer"])
-def test_a_loss_that_has_a_state_is_refused(state, monkeypatch):
-    class Stateful(Loss):
-        def __init__(self):
-            super().__init__()
-            if state == "parameter":
-                self.scale = nn.Parameter(torch.ones(1))
-            elif state == "buffer":
-                self.register_buffer("mean", torch.zeros(1), persistent=False)
-            else:
-                self.head = nn.Linear(2, 2)
-
-    Stateful.__module__ = entropy.__name__
-    monkeypatch.setattr(entropy, "Stateful", Stateful, raising=False)
-    with pytest.raises(ConfigError, match=r"entropy\.Stateful has parameters or buffers.*models/h"):
-        build_losses([{"name": "entropy.Stateful"}])
-
-
-def test_no_loss_at_all_is_refused():
-    with pytest.raises(ConfigError, match="losses is empty: name at least one"):
-        build_losses([])
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -183,28 +159,8 @@ def test_a_part_that_needs_a_teacher_is_refused_in_a_stage_without_one(options, 
         train(tmp_path / "run", *options, config=TINY_UDA)
 
 
-def test_a_labeler_may_leave_every_method_out_and_a_loss_none():
-    labeler, step = Labeler(), a_step()
-    for method in (labeler.prepare, labeler.before, labeler.after, labeler.update):
-        assert method(step) is None
-    assert not step.labels and not step.weights
-    with pytest.raises(NotImplementedError):
-        labeler.label(None, None, {})
-    with pytest.raises(NotImplementedError):
-        Loss()(step)
-
-
-def test_a_missing_member_is_named_with_who_asks_and_the_remedy():
-    members = {"classifier": 1, "text": 2}
-    assert member(members, "text", "it") == 2
-    with pytest.raises(UserError) as error:
-        member(members, "visual", "ppar", "Add it.")
-    assert str(error.value) == (
-        "ppar needs the prototypes 'visual'; there are classifier, text. Add it."
-    )
-
-
 # --- what a skipped step teaches ------------------------------------------------------------------
+
 
 GIVEN = {"num_classes": K, "in_channels": D}
 FOLLOWERS = {

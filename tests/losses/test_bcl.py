@@ -1,7 +1,4 @@
-"""BCL and entropy: static labels by share and rank, label transfer with its bias, contrast against the released form.
-
-References are naive loops in float64 and limits in closed form.
-"""
+"""BCL: static labels by share and rank, label transfer with its bias, contrast against the released form."""
 
 import itertools
 import json
@@ -16,7 +13,6 @@ from engine.build import build
 from engine.errors import UserError
 from engine.statistics import resize_labels
 from losses.bcl import Contrast, LabelTransfer, StaticLabels, log_odds
-from losses.entropy import Entropy
 from models.classifiers.linear import Linear
 from models.prototypes.basis import OrthogonalBasis
 from models.prototypes.centroids import Centroids
@@ -785,38 +781,6 @@ def test_contrast_draws_target_pixels_to_the_means_of_their_class():
         unlabelled(truth),
     )
     assert torch.equal(labels, truth)
-
-
-# --- entropy ---------------------------------------------------------------------------------------------------------
-
-
-def entropy(logits, view="target", **options):
-    return Entropy(view=view, **options)(a_step({view: an_output(logits)}))
-
-
-def test_entropy_is_the_mean_over_pixels():
-    logits = maps(dim=K, grad=True)
-    expected = torch.distributions.Categorical(logits=logits.movedim(1, -1)).entropy().mean()
-    torch.testing.assert_close(entropy(logits), expected)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(e, logits)[0] for e in (entropy(logits), expected))
-    )
-    assert entropy(logits, "source") == entropy(logits)
-
-
-def test_entropy_lies_between_zero_and_its_maximum():
-    assert entropy(torch.zeros(1, 19, 2, 2)).item() == pytest.approx(math.log(19))
-    sure = (500 * torch.eye(4)).view(1, 4, 2, 2).requires_grad_()
-    value = entropy(sure)
-    value.backward()
-    assert value == 0 and sure.grad.isfinite().all()
-
-
-def test_entropy_of_bf16_logits_is_computed_in_float32():
-    logits = maps(dim=K, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = entropy(logits)
-    assert value == entropy(logits.float()) and value.dtype == torch.float32
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -1,198 +1,25 @@
-"""CBP, OCCL and cross-entropy against their equations: naive loops in float64, limits in closed form, invariances.
-
-Then what torchvision says about the ResNet, and how weights are read. Shapes and contracts: test_parts.py.
-"""
+"""OCCL against its equations: naive loops in float64, limits in closed form, its other readings."""
 
 import math
-import types
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet50
 
-from engine.build import build
-from engine.config import ConfigError, load
 from engine.errors import UserError
-from engine.schedule import make_optimizer, parameter_groups
-from engine.statistics import class_sums, pixel_hash, resize_labels
-from engine.weights import WeightsError
+from engine.statistics import IGNORE, class_sums, pixel_hash, resize_labels
 from losses._views import components, halve
 from losses.ceco import CeCo, simplex
-from losses.cross_entropy import CrossEntropy, median_frequency
 from losses.occl import OCCL
-from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
-from models.decoders.fcn import FCN
-from models.prototypes.basis import OrthogonalBasis, orthogonal_rows
-from models.segmentor import Segmentor
+from models.prototypes.basis import orthogonal_rows
+from tests.losses.maps import logits_and_labels, patches, pixel_loss
 from tests.records import a_step, an_output
-from tests.runs import TINY
 
-IGNORE = 255
 TAU = 0.07
-OPTIONS = types.SimpleNamespace(
-    name="AdamW",
-    lr=0.1,
-    head_lr_factor=1.0,
-    layer_decay=1.0,
-    weight_decay=0.5,
-    betas=[0.9, 0.999],
-    momentum=0.9,
-)
-
-
-def patches(batch, height, width, classes, seed=0):
-    """Label maps (B, h, w) of 4 x 4 squares with some ignored cells."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.choice(np.append(classes, IGNORE), (batch, -(-height // 4), -(-width // 4)))
-    return torch.from_numpy(coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width].astype(np.int64))
-
-
-# --- category-basis prototypes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "num_classes, dim, length", [(1, 1, 1.0), (11, 128, 2.0), (19, 19, 0.3), (150, 256, 3.0)]
-)
-def test_prototypes_are_orthogonal_and_of_one_length(num_classes, dim, length):
-    w = CBP(num_classes=num_classes, in_channels=dim, length=length).means()
-    torch.testing.assert_close(w @ w.T, length**2 * torch.eye(num_classes), atol=1e-5, rtol=1e-5)
-
-
-def gram_schmidt(rows):
-    """Algorithm 1 of the paper, lines 2 and 3, in plain Python."""
-    basis = []
-    for row in rows:
-        for b in basis:
-            row = row - (row @ b) / (b @ b) * b
-        basis.append(row)
-    return torch.stack(basis)
-
-
-def test_qr_is_normalised_gram_schmidt_of_the_same_draws():
-    torch.manual_seed(3)
-    drawn = torch.empty(12, 20, dtype=torch.float64)
-    nn.init.kaiming_normal_(drawn)
-    expected = F.normalize(gram_schmidt(drawn), dim=1) * 2
-    torch.manual_seed(3)
-    torch.testing.assert_close(orthogonal_rows(12, 20, 2), expected, atol=1e-12, rtol=0)
-
-
-def test_prototypes_depend_on_the_seed_and_come_back_bit_exactly():
-    def drawn(seed):
-        torch.manual_seed(seed)
-        return CBP(num_classes=7, in_channels=16)
-
-    assert torch.equal(drawn(1).means(), drawn(1).means())
-    assert not torch.isclose(drawn(1).means(), drawn(2).means()).all()
-    other = drawn(2)
-    other.load_state_dict(drawn(1).state_dict())
-    assert torch.equal(other.means(), drawn(1).means())
-
-
-def test_prototypes_are_never_trained():
-    conv = nn.Conv2d(3, 16, 1)
-    model = nn.Sequential(conv, CBP(num_classes=7, in_channels=16))
-    before = model[1].means().clone()
-    assert not before.requires_grad and not list(model[1].parameters())
-    trained = [p for group in parameter_groups(model, OPTIONS) for p in group["params"]]
-    assert {id(p) for p in trained} == {id(conv.weight), id(conv.bias)}
-    optimizer = make_optimizer(model, OPTIONS)
-    for _ in range(3):
-        F.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.randint(7, (2, 8, 8))).backward()
-        optimizer.step()
-    assert torch.equal(model[1].means(), before)
-
-
-def test_frozen_prototypes_ignore_update_and_fit():
-    basis = OrthogonalBasis(num_classes=3, in_channels=8)
-    before = basis.means().clone()
-    batch = (torch.randn(1, 8, 4, 4), torch.randint(3, (1, 4, 4)), None)
-    basis.update([batch], a_step())
-    basis.fit(lambda: [batch], {})
-    assert torch.equal(basis.means(), before) and basis.seen.all()
-
-
-def test_more_classes_than_channels_is_an_error_with_both_numbers():
-    with pytest.raises(ValueError, match=r"19 classes.*has 16"):
-        CBP(num_classes=19, in_channels=16)
-
-
-def test_logits_are_feature_length_times_prototype_length_times_cosine():
-    classifier = CBP(num_classes=5, in_channels=16, length=1.5)
-    features = torch.randn(2, 16, 6, 7)
-    cosine = torch.einsum(
-        "bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(classifier.means(), dim=1)
-    )
-    torch.testing.assert_close(
-        classifier(features), features.norm(dim=1, keepdim=True) * 1.5 * cosine
-    )
-
-
-def test_logits_follow_permutation_and_scale_of_the_prototypes():
-    classifier = CBP(num_classes=5, in_channels=16)
-    features, order = torch.randn(2, 16, 6, 7), torch.tensor([3, 0, 4, 1, 2])
-    logits = classifier(features)
-    classifier.prototypes.vectors.copy_(classifier.means()[order] * 3)
-    torch.testing.assert_close(classifier(features), 3 * logits[:, order])
-
-
-# --- class sums ------------------------------------------------------------------------------------------------------
-
-
-def naive_sums(features, labels, num_classes, weights):
-    """Pixel by pixel in float64."""
-    sums, counts = (
-        torch.zeros(num_classes, features.shape[1]).double(),
-        torch.zeros(num_classes).double(),
-    )
-    for b, y, x in np.ndindex(*labels.shape):
-        if 0 <= labels[b, y, x] < num_classes:
-            sums[labels[b, y, x]] += weights[b, y, x] * features[b, :, y, x]
-            counts[labels[b, y, x]] += weights[b, y, x]
-    return sums, counts
-
-
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-
-
-@LAYOUTS
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("num_classes", [4, 90])
-def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, weighted, layout):
-    features = (
-        torch.randn(2, 5, 9, 6, dtype=torch.float64)
-        .contiguous(memory_format=layout)
-        .requires_grad_()
-    )
-    labels = torch.randint(num_classes, (2, 9, 6))
-    labels[0, :2], labels[1, 3], labels[1, 4] = IGNORE, -1, num_classes
-    weights = torch.rand(2, 9, 6, dtype=torch.float64) if weighted else None
-    sums, counts = class_sums(features, labels, num_classes, weights)
-    expected, expected_counts = naive_sums(
-        features, labels, num_classes, weights if weighted else torch.ones(2, 9, 6)
-    )
-    torch.testing.assert_close(sums, expected)
-    torch.testing.assert_close(counts, expected_counts)
-    direction = torch.randn_like(sums)
-    actual, wanted = (
-        torch.autograd.grad((s * direction).sum(), features)[0] for s in (sums, expected)
-    )
-    torch.testing.assert_close(actual, wanted)
-    assert actual.is_contiguous(memory_format=layout)  # no copy is needed on the way back
-
-
-@LAYOUTS
-def test_class_sums_of_half_precision_features_are_float32(layout):
-    features, labels = torch.randn(2, 8, 16, 16).bfloat16(), patches(2, 16, 16, range(6))
-    sums, counts = class_sums(features.contiguous(memory_format=layout), labels, 6)
-    assert sums.dtype == counts.dtype == torch.float32
-    torch.testing.assert_close(sums, class_sums(features.float(), labels, 6)[0])
 
 
 # --- OCCL: the two views ---------------------------------------------------------------------------------------------
@@ -491,7 +318,7 @@ def occl(features, labels, classifier, samples=None, **options):
     return term(a_step(an_output(None, features), labels, None, classifier, samples=samples))
 
 
-def contrast(means, present=None, w=None, **options):
+def contrast_of(means, present=None, w=None, **options):
     """The loss of given view centroids (2, K, D)."""
     k = means.shape[1]
     w = torch.eye(k, means.shape[2], dtype=means.dtype) if w is None else w
@@ -523,15 +350,6 @@ def test_occl_and_its_gradients_equal_the_equations(classifier, weights):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("std", [0.01, 0.177])
-def test_class_vectors_of_the_linear_classifier_start_as_long_as_they_are_told(std):
-    classifier = Linear(num_classes=300, in_channels=128, **({} if std == 0.01 else {"std": std}))
-    assert float(classifier.means().detach().norm(dim=1).mean()) == pytest.approx(
-        std * 128**0.5, rel=0.02
-    )
-    assert not classifier.conv.bias.any()
-
-
 def test_learned_class_vectors_get_a_gradient_from_the_category_loss_only():
     classifier = Linear(num_classes=4, in_channels=8)
     features, labels = torch.randn(2, 8, 12, 12), patches(2, 12, 12, range(4))
@@ -555,22 +373,24 @@ def test_centroids_are_the_class_means_of_each_view():
 def test_centroid_loss_of_orthonormal_classes_is_its_lower_limit(k):
     means = torch.eye(k, 9, dtype=torch.float64).expand(2, -1, -1)
     expected = math.log(1 + (k - 1) * math.exp(-1 / TAU))
-    assert contrast(means, centroid=1.0, category=0.0).item() == pytest.approx(expected, rel=1e-6)
+    assert contrast_of(means, centroid=1.0, category=0.0).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("k", [2, 7])
 def test_centroid_loss_of_equal_centroids_is_the_logarithm_of_the_classes(k):
     means = torch.ones(2, k, 9, dtype=torch.float64)
-    assert contrast(means, centroid=1.0, category=0.0).item() == pytest.approx(math.log(k))
+    assert contrast_of(means, centroid=1.0, category=0.0).item() == pytest.approx(math.log(k))
 
 
 @pytest.mark.parametrize("k", [2, 7])
 def test_category_loss_on_the_prototypes_is_its_lower_limit(k):
     w = orthogonal_rows(k, 9, 2.0)
     expected = math.log(1 + (k - 1) * math.exp(-1 / TAU))
-    assert contrast(w.expand(2, -1, -1), w=w, centroid=0.0, category=1.0).item() == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert contrast_of(
+        w.expand(2, -1, -1), w=w, centroid=0.0, category=1.0
+    ).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_centroid_loss_of_one_class_is_exactly_zero():
@@ -751,217 +571,6 @@ def test_ceco_of_two_processes_is_that_of_one(tmp_path):
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
-def pixel_loss(logits, labels, pixels=None, weights=None, **options):
-    """The loss term on one view; `pixels` are those of the whole step."""
-    step = a_step(an_output(logits), labels, weights)
-    if pixels is not None:
-        step.counts["source"] = torch.tensor(pixels)
-    return CrossEntropy(**options)(step)
-
-
-def logits_and_labels(k=5, dtype=torch.float64):
-    return torch.randn(2, k, 6, 5, dtype=dtype, requires_grad=True), patches(2, 24, 20, range(k))
-
-
-def upsampled(logits, size=(24, 20)):
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
-
-def test_cross_entropy_is_that_of_pytorch_at_the_size_of_the_labels():
-    logits, labels = logits_and_labels()
-    value, expected = (
-        pixel_loss(logits, labels),
-        F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE),
-    )
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(loss, logits)[0] for loss in (value, expected))
-    )
-
-
-def test_cross_entropy_divides_by_the_pixels_of_the_whole_step():
-    logits, labels = logits_and_labels()
-    torch.testing.assert_close(
-        pixel_loss(logits, labels, pixels=1000) * 1000, pixel_loss(logits, labels, pixels=1)
-    )
-
-
-def test_cross_entropy_weights_pixels():
-    logits, labels = logits_and_labels()
-    weights = torch.rand(labels.shape)
-    loss = F.cross_entropy(upsampled(logits), labels, ignore_index=IGNORE, reduction="none")
-    torch.testing.assert_close(
-        pixel_loss(logits, labels, weights=weights),
-        (loss * weights).sum() / (labels != IGNORE).sum(),
-    )
-
-
-def naive_ohem(loss, labels, ohem, ohem_min):
-    """Mean over the pixels kept, image by image."""
-    kept = []
-    for image_loss, label in zip(loss, labels):
-        values = sorted(image_loss[label != IGNORE].tolist(), reverse=True)
-        hard = [v for v in values if math.exp(-v) <= ohem]
-        kept += hard if len(hard) >= ohem_min else values[:ohem_min]
-    return sum(kept) / len(kept), len(kept)
-
-
-@pytest.mark.parametrize("ohem_min", [1, 200, 10**6])
-@pytest.mark.parametrize("ohem", [0.05, 0.3, 0.999999])
-def test_ohem_keeps_hard_pixels_and_a_least_number_per_image(ohem, ohem_min):
-    logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))
-    labels[1, 2:], labels[2] = IGNORE, IGNORE
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    value, kept = naive_ohem(loss, labels, ohem, ohem_min)
-    mask = CrossEntropy(ohem=ohem, ohem_min=ohem_min).hard(loss, labels)
-    assert mask.sum() == kept and not mask[labels == IGNORE].any()
-    assert pixel_loss(logits, labels, ohem=ohem, ohem_min=ohem_min).item() == pytest.approx(value)
-
-
-def test_ohem_of_zero_is_the_plain_loss():
-    logits, labels = logits_and_labels()
-    assert pixel_loss(logits, labels, ohem=0.0, ohem_min=1) == pixel_loss(logits, labels)
-
-
-CLASSES = ("sky", "road", "car", "pole", "sign")
-
-
-def naive_frequencies(counts):
-    """Median frequency balancing, image by image; classes that no image shows weigh 1."""
-    n, k = counts.shape
-    frequencies = {}
-    for c in range(k):
-        shows = [i for i in range(n) if counts[i, c]]
-        if shows:
-            around = sum(counts[i, j] for i in shows for j in range(k))
-            frequencies[c] = sum(counts[i, c] for i in shows) / around
-    median = float(np.median([*frequencies.values()]))
-    weights = {c: median / f for c, f in frequencies.items()}
-    mean = sum(weights[c] * counts[:, c].sum() for c in weights) / counts.sum()
-    return [weights[c] / mean if c in weights else 1.0 for c in range(k)]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_median_frequency_balancing_equals_a_loop_over_images(seed):
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(0, 1000, (7, 5)) * rng.integers(0, 2, (7, 5))
-    counts[:, 3] = 0
-    weights = median_frequency(counts)
-    assert weights == pytest.approx(naive_frequencies(counts), rel=1e-12)
-    assert (weights * counts).sum() == pytest.approx(counts.sum())  # their mean over pixels is 1
-
-
-def test_rarer_classes_weigh_more_and_equal_ones_the_same():
-    assert median_frequency(np.array([[10, 10, 10]])) == pytest.approx([1, 1, 1])
-    weights = median_frequency(np.array([[100, 10, 1]]))
-    assert weights[1] == pytest.approx(10 * weights[0]) == pytest.approx(weights[2] / 10)
-
-
-@pytest.mark.parametrize("by_weights", [False, True])
-@pytest.mark.parametrize("pixel_weights", [False, True])
-def test_class_weights_equal_a_loop_over_pixels(by_weights, pixel_weights):
-    logits, labels = torch.randn(2, 5, 9, 8).double().requires_grad_(), patches(2, 9, 8, range(5))
-    named = {"car": 3.0, "sky": 0.25, "sign": 0}
-    own = torch.rand(labels.shape).double() if pixel_weights else None
-    value = pixel_loss(
-        logits, labels, weights=own, class_weights=named, classes=CLASSES, by_weights=by_weights
-    )
-    total, mass, pixels = 0.0, 0.0, 0
-    for b, y, x in np.ndindex(*labels.shape):
-        if labels[b, y, x] != IGNORE:
-            weight = named.get(CLASSES[labels[b, y, x]], 1.0) * (
-                own[b, y, x] if pixel_weights else 1
-            )
-            total = total - weight * logits[b, :, y, x].log_softmax(0)[labels[b, y, x]]
-            mass, pixels = mass + weight, pixels + 1
-    expected = total / (mass if by_weights else pixels)
-    torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(loss, logits)[0] for loss in (value, expected))
-    )
-    if by_weights and not pixel_weights:
-        vector = torch.tensor([named.get(name, 1.0) for name in CLASSES]).double()
-        theirs = F.cross_entropy(logits, labels, vector, ignore_index=IGNORE)
-        torch.testing.assert_close(value, theirs)
-
-
-def test_automatic_class_weights_are_those_of_the_counted_labels():
-    logits, labels = logits_and_labels()
-    counts = np.array([[5, 90, 0, 3, 1], [0, 40, 9, 0, 1]])
-    auto, named = (
-        pixel_loss(logits, labels, class_weights=weights, classes=CLASSES, counts=lambda: counts)
-        for weights in ("auto", dict(zip(CLASSES, naive_frequencies(counts))))
-    )
-    torch.testing.assert_close(auto, named)
-    assert not torch.isclose(auto, pixel_loss(logits, labels))
-
-
-def test_class_weights_that_cannot_be_had_are_a_sentence():
-    spec = {"name": "cross_entropy.CrossEntropy", "class_weights": {"carr": 2.0}}
-    with pytest.raises(
-        ConfigError, match=r"names 'carr', which is no class of sky, road, car, pole"
-    ):
-        build("losses", spec, "Loss", classes=CLASSES)
-    with pytest.raises(ConfigError, match="each value a float of at least 0"):
-        build("losses", spec | {"class_weights": {"car": -1}}, "Loss", classes=CLASSES)
-    with pytest.raises(ConfigError, match="auto needs the labels of a training set"):
-        build("losses", spec | {"class_weights": "auto"}, "Loss", classes=CLASSES)
-    with pytest.raises(ConfigError, match="with labelled pixels"):
-        empty = {"classes": CLASSES, "counts": lambda: np.zeros((2, 5), np.int64)}
-        build("losses", spec | {"class_weights": "auto"}, "Loss", **empty)
-
-
-@pytest.mark.parametrize("by_weights", [False, True])
-def test_ohem_chooses_by_the_plain_loss_and_class_weights_weigh_what_is_left(by_weights):
-    logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))
-    named, options = {"car": 50.0, "road": 0.01}, {"ohem": 0.1, "ohem_min": 30}
-    value = pixel_loss(
-        logits, labels, class_weights=named, classes=CLASSES, by_weights=by_weights, **options
-    )
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    kept, total, mass, number = CrossEntropy(**options).hard(loss, labels), 0.0, 0.0, 0
-    for b, y, x in np.ndindex(*labels.shape):
-        if kept[b, y, x]:
-            weight = named.get(CLASSES[labels[b, y, x]], 1.0)
-            total, mass, number = total + weight * loss[b, y, x], mass + weight, number + 1
-    assert number == naive_ohem(loss, labels, *options.values())[1]
-    torch.testing.assert_close(value, total / (mass if by_weights else number))
-
-
-def weighted_loss(chosen, **options):
-    """(loss, gradient) on some of four images with unequal numbers of labelled pixels."""
-    torch.manual_seed(0)
-    logits = torch.randn(4, 5, 12, 8).double()[chosen].requires_grad_()
-    labels = patches(4, 12, 8, range(5))
-    labels[1, :9], labels[3, 2:] = IGNORE, IGNORE
-    options |= {"class_weights": {"car": 3.0, "sky": 0.2}, "classes": CLASSES}
-    value = pixel_loss(logits, labels[chosen], **options)
-    value.backward()
-    return value.detach(), logits.grad
-
-
-WEIGHTED = [{}, {"by_weights": True}, {"ohem": 0.2, "ohem_min": 9}]
-WEIGHTED += [WEIGHTED[1] | WEIGHTED[2]]
-
-
-def weighted_loss_of_a_half(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save([weighted_loss(slice(rank, None, 2), **o) for o in WEIGHTED], f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-def test_class_weights_and_ohem_of_two_processes_are_those_of_one(tmp_path):
-    torch.multiprocessing.spawn(weighted_loss_of_a_half, (str(tmp_path),), nprocs=2)
-    halves = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    for i, options in enumerate(WEIGHTED):
-        value, gradient = weighted_loss(slice(None), **options)
-        # The loss of a step is the mean over processes.
-        torch.testing.assert_close((halves[0][i][0] + halves[1][i][0]) / 2, value)
-        for rank in range(2):
-            torch.testing.assert_close(halves[rank][i][1] / 2, gradient[rank::2])
-
-
 def test_losses_of_bf16_outputs_are_those_of_the_same_values_in_float32():
     logits, labels = logits_and_labels(dtype=torch.bfloat16)
     features, classifier = torch.randn(2, 8, 6, 5).bfloat16(), CBP(num_classes=5, in_channels=8)
@@ -993,120 +602,102 @@ def test_a_small_network_with_cbp_and_occl_learns_one_image_by_heart():
     assert accuracy > 0.99
 
 
-# --- ResNet and weights ----------------------------------------------------------------------------------------------
+K, D = 5, 16
 
 
-@pytest.mark.parametrize(
-    "output_stride, dilated", [(32, (0, 0, 0)), (16, (0, 0, 1)), (8, (0, 1, 1))]
-)
-def test_output_stride_is_that_of_torchvision(output_stride, dilated):
-    reference = resnet50(weights=None, replace_stride_with_dilation=dilated).eval()
-    backbone = ResNet(depth=50, output_stride=output_stride, weights="none").eval()
-    backbone.load_state_dict(
-        {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
-    )
-    image = torch.rand(1, 3, 65, 49)
-    x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(backbone.normalize(image)))))
-    assert backbone.strides == [min(stride, output_stride) for stride in (4, 8, 16, 32)]
-    with torch.no_grad():
-        maps = backbone(image)
-        for i, actual in enumerate(maps):
-            x = getattr(reference, f"layer{i + 1}")(x)
-            torch.testing.assert_close(actual, x, atol=1e-5, rtol=1e-5)
-            assert actual.shape[2:] == (
-                -(-65 // backbone.strides[i]),
-                -(-49 // backbone.strides[i]),
-            )
+def cbp(k=K, d=D, seed=0, **options):
+    torch.manual_seed(seed)
+    return CBP(num_classes=k, in_channels=d, **options)
 
 
-def test_three_stages_leave_layer4_out():
-    backbone = ResNet(depth=18, stages=3, weights="none")
-    assert not [name for name, _ in backbone.named_parameters() if name.startswith("layer4")]
-    assert backbone.channels == [64, 128, 256] and len(backbone(torch.rand(1, 3, 64, 64))) == 3
+def batch(classes, seed=0, images=4):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(classes)[torch.randint(len(classes), (images, 6, 7), generator=generator)]
+    return torch.randn(images, D, 6, 7, generator=generator) + 1, labels
 
 
-def test_the_mean_colour_is_no_part_of_the_weights():
-    backbone = ResNet(depth=18, weights="none")
-    assert not [key for key in backbone.state_dict() if key.startswith("normalize")]
-    color = backbone.normalize.mean.expand(1, 3, 2, 2)
-    torch.testing.assert_close(backbone.normalize(color), torch.zeros(1, 3, 2, 2))
-    torch.testing.assert_close(
-        backbone.normalize(color + backbone.normalize.std), torch.ones(1, 3, 2, 2)
+# --- the readings of OCCL --------------------------------------------------------------------------------------------
+
+
+def test_a_checkerboard_splits_by_row_and_column():
+    labels, samples = torch.randint(3, (4, 6, 6)), torch.tensor([7, 8, 9, 10])
+    labels[:, 0] = 255
+    known, views = labels != 255, halve(labels, samples, 3, 0, "checkerboard")
+    y, x = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    assert torch.equal((views // 3)[known], ((y + x) % 2).expand(4, -1, -1)[known])
+    assert torch.equal((views % 3)[known], labels[known]) and (views[~known] >= 6).all()
+
+
+def contrast(means, w, **options):
+    return OCCL(num_classes=len(w), **options).contrast(
+        means, torch.tensor([True] * (len(w) - 1) + [False]), w
     )
 
 
-@pytest.mark.parametrize("frozen", [[], ["backbone"], ["backbone", "decoder"]])
-def test_frozen_batch_norm_keeps_statistics_and_affine_parameters(frozen):
-    backbone = ResNet(depth=18, stages=3, weights="none")
-    decoder = FCN(in_channels=backbone.channels, width=16)
-    model = Segmentor(backbone, decoder, Linear(in_channels=16, num_classes=3), frozen_bn=frozen)
-    model.eval()
-    model.train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = make_optimizer(model, OPTIONS)
-    for _ in range(2):
-        model.segment(torch.rand(2, 3, 32, 32)).logits.square().mean().backward()
-        optimizer.step()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            kept = all(
-                torch.equal(value, before[f"{name}.{key}"])
-                for key, value in module.state_dict().items()
+def naive(means, w, negatives, against, normalize, reduction, tau=0.07):
+    """Equations 4 to 6 term by term; the last class is absent."""
+
+    def unit(v):
+        return v / v.norm() if normalize else v
+
+    total, present = 0.0, range(len(w) - 1)
+    center = [unit(means[:, j].mean(0)) for j in present]
+    for x in (0, 1):
+        for l in present:
+            v, other = unit(means[x, l]), unit(means[1 - x, l])
+            wrong = [
+                center[j] if negatives == "category" else unit(means[1 - x, j])
+                for j in present
+                if j != l
+            ]
+            logits = torch.stack([v @ other, *(v @ n for n in wrong)]) / tau
+            total = total + logits.logsumexp(0) - logits[0]
+            logits = (
+                torch.stack(
+                    [v @ unit(w[j]) for j in (range(len(w)) if against == "all" else present)]
+                )
+                / tau
             )
-            assert kept == (name.split(".")[0] in frozen), name
-    assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
-
-
-def test_frozen_batch_norm_of_an_unknown_part_is_an_error():
-    with pytest.raises(ValueError, match=r"frozen_bn\.0 must be backbone, .*, not 'head'"):
-        load(TINY, ["model.frozen_bn=[head]"])
-
-
-@pytest.fixture(scope="module")
-def torchvision_weights(tmp_path_factory):
-    """A file like torchvision's of ResNet-18, with random values."""
-    from torchvision.models import resnet18
-
-    state = resnet18(weights=None).state_dict()
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(state, path)
-    return path, state
-
-
-@pytest.mark.parametrize("stages", [3, 4])
-def test_weights_of_a_file_are_loaded_and_reported(torchvision_weights, stages, caplog):
-    path, state = torchvision_weights
-    with caplog.at_level("INFO", "engine"):
-        backbone = ResNet(depth=18, stages=stages, weights=str(path))
-    own = backbone.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
-    assert f"{len(own)} keys loaded, 0 keep" in caplog.text
+            total = total + 0.1 * (logits.logsumexp(0) - logits[l])
+    return total / 2 / (len(present) if reduction == "mean" else 1)
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}]
+    "changed",
+    [{}, {"negatives": "view"}, {"against": "present"}, {"normalize": False}, {"reduction": "sum"}],
+    ids=str,
 )
-def test_wrapped_weights_are_unwrapped(torchvision_weights, wrap, tmp_path):
-    torch.save(wrap(torchvision_weights[1]), tmp_path / "wrapped.pth")
-    backbone = ResNet(depth=18, weights=str(tmp_path / "wrapped.pth"))
-    assert torch.equal(backbone.conv1.weight, torchvision_weights[1]["conv1.weight"])
+def test_each_reading_of_occl_equals_its_equation(changed):
+    means, w = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    options = {
+        "negatives": "category",
+        "against": "all",
+        "normalize": True,
+        "reduction": "mean",
+    } | changed
+    torch.testing.assert_close(contrast(means, w, **changed), naive(means, w, **options))
+    if changed:
+        assert not torch.isclose(contrast(means, w, **changed), contrast(means, w))
 
 
-def test_weights_that_do_not_fit_are_an_error_unless_allowed(torchvision_weights, tmp_path, caplog):
-    state = {k: v for k, v in torchvision_weights[1].items() if not k.startswith("layer4")}
-    path = str(tmp_path / "short.pth")
-    torch.save(state, path)
-    with pytest.raises(WeightsError, match=r"missing \(layer4\.0\.conv1\.weight"):
-        ResNet(depth=18, weights=path)
-    with caplog.at_level("INFO", "engine"):
-        ResNet(depth=18, weights=path, allow_missing=["layer4.*"])
-    assert "keep their initial values (layer4.0.conv1.weight" in caplog.text
-    torch.save(state | {"layer9.weight": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match=r"1 unexpected \(layer9\.weight\)"):
-        ResNet(depth=18, weights=path, allow_missing=["layer4.*"])
-    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
-    with pytest.raises(
-        WeightsError,
-        match=r"1 of another shape \(conv1\.weight \(64, 1, 7, 7\) -> \(64, 3, 7, 7\)\)",
-    ):
-        ResNet(depth=18, stages=3, weights=path)
+def test_without_partner_the_positive_pulls_one_view_at_a_time():
+    means, w = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    gradients = []
+    for partner in (True, False):
+        x = means.clone().requires_grad_()
+        value = contrast(x, w, partner=partner, category=0.0)
+        gradients.append((value.detach(), torch.autograd.grad(value, x)[0]))
+    (a, both), (b, one) = gradients
+    assert a == b and not torch.isclose(both, one).all()
+
+
+def test_occl_uses_the_mean_prototype_of_a_class_that_has_several():
+    features, labels = batch([0, 1, 2])
+    several = cbp(per_class=3)
+    single = Linear(num_classes=K, in_channels=D)
+    single.conv.weight.data.copy_(several.means()[:, :, None, None])
+    a, b = (
+        OCCL(num_classes=K)(a_step(an_output(features=features), labels, prototypes=c))
+        for c in (several, single)
+    )
+    torch.testing.assert_close(a, b)

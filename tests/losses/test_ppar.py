@@ -1,4 +1,4 @@
-"""PPAR: prototypes, curricula, reliability and alignment against naive loops and closed forms."""
+"""PPAR: curricula, reliability and alignment against naive loops and closed forms."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from engine.build import build
 from engine.config import ConfigError
 from engine.errors import UserError
-from engine.statistics import pure_labels
+from engine.statistics import IGNORE
 from losses.cross_entropy import CrossEntropy
 from losses.ppar import (
     Alignment,
@@ -22,15 +22,9 @@ from losses.ppar import (
 )
 from models.heads.text_attention import TextAttention
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
-from models.prototypes.visual_text import VisualText, blended
+from tests.models.prototypes.members import D, K, members, unit
 from tests.records import a_step, an_output
 from train_dg import check_parts
-
-K, D, IGNORE = 4, 8, 255
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
 
 
 def shown(embedding, **fields):
@@ -38,97 +32,8 @@ def shown(embedding, **fields):
     return an_output(embedding[:, :K], embedding, embedding=embedding, **fields)
 
 
-def members(easy=None, hard=None, seen=None):
-    """{"text", "visual"} whose class vectors are given."""
-    result = {}
-    for name, rows in (("text", hard), ("visual", easy)):
-        member = result[name] = RandomDirections(num_classes=K, in_channels=D).double()
-        if rows is not None:
-            member.vectors.copy_(rows)
-    if seen is not None:
-        result["visual"].seen.copy_(seen)
-    return result
-
-
 def align(loss, embedding, labels, prototypes, number=100, weights=None, **fields):
     return loss(a_step(shown(embedding, **fields), labels, weights, prototypes, number, 100))
-
-
-# --- visual-text prototypes ------------------------------------------------------------------------------------------
-
-
-def test_blend_0_is_the_text_and_1_the_direction_of_the_centred_mean():
-    text, visual, seen = unit(K, D), torch.randn(K, D).double(), torch.ones(K, dtype=torch.bool)
-    torch.testing.assert_close(blended(text, visual, seen, 0.0, True), text)
-    moved = visual - visual.mean(0) + text.mean(0)
-    torch.testing.assert_close(blended(text, visual, seen, 1.0, True), F.normalize(moved, dim=1))
-    torch.testing.assert_close(blended(text, visual, seen, 1.0, False), F.normalize(visual, dim=1))
-
-
-def test_classes_that_were_not_seen_keep_the_text_and_do_not_move_the_centre():
-    text, visual = unit(K, D), torch.randn(K, D).double()
-    seen = torch.tensor([True, False, True, True])
-    visual[1] = 1e6
-    result = blended(text, visual, seen, 0.5, True)
-    assert torch.equal(result[1], text[1])
-    torch.testing.assert_close(
-        result[seen], blended(text[seen], visual[seen], seen[seen], 0.5, True)
-    )
-
-
-def test_the_mean_is_weighted_by_agreement_with_the_text():
-    member = VisualText(
-        num_classes=K, in_channels=D, temperature=0.1, blend=1.0, center=False, momentum=0.5
-    ).double()
-    prototypes, features = members(), unit(1, D, 3, 3)
-    labels = torch.tensor([[[0, 0, 0], [1, 1, 255], [0, 255, 1]]])
-    text = prototypes["text"].vectors
-    sums, mass = torch.zeros(K, D).double(), torch.zeros(K).double()
-    for row in range(3):
-        for column in range(3):
-            y, g = int(labels[0, row, column]), features[0, :, row, column]
-            if y != IGNORE:
-                a = (text @ g / 0.1).softmax(0)[y]
-                sums[y] += a * g
-                mass[y] += a
-    member.update([(features, labels, None)], a_step(prototypes=prototypes))
-    expected = F.normalize(sums[:2] / mass[:2, None], dim=1)
-    torch.testing.assert_close(member.means()[:2], expected)
-    torch.testing.assert_close(member.means()[2:], text[2:])
-    assert member.seen.tolist() == [True, True, False, False]
-
-
-def test_the_running_average_has_no_bias_towards_its_start():
-    member = VisualText(num_classes=K, in_channels=D, momentum=0.9).double()
-    prototypes, first, second = members(), unit(K, D), unit(K, D)
-    for rows in (first, second):
-        batch = rows.T[None, :, None], torch.arange(K)[None, None], None
-        member.update([batch], a_step(prototypes=prototypes, number=5))
-    visual = member.average / member.mass[:, None]
-    torch.testing.assert_close(visual, (0.9 * first + second) / 1.9)
-
-
-def test_nothing_is_learned_before_start_or_by_an_offline_member():
-    late = VisualText(num_classes=K, in_channels=D, start=0.5).double()
-    batch = [(unit(1, D, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), None)]
-    late.update(batch, a_step(prototypes=members(), number=4, total=10))
-    assert not late.seen.any() and not late.means().any()
-    late.update(batch, a_step(prototypes=members(), number=5, total=10))
-    assert late.seen.tolist() == [True, False, False, False]
-    offline = VisualText(num_classes=K, in_channels=D, offline=5).double()
-    offline.fit(lambda: batch, members())
-    before = offline.means().clone()
-    offline.update([(unit(1, D, 2, 2), batch[0][1], None)], a_step(prototypes=members(), number=9))
-    assert offline.seen[0] and torch.equal(offline.means(), before)
-
-
-def test_a_cell_has_a_pure_label_where_enough_of_it_carries_it():
-    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
-    labels[0, :4, :2] = 1  # half of the first cell
-    labels[0, 4, 4:6] = 2  # an eighth of the last
-    cells = pure_labels(labels, (2, 2))
-    assert cells[0, 0, 0] == IGNORE and cells[0, 1, 1] == 0 and cells[0, 0, 1] == 0
-    assert pure_labels(labels, (2, 2), share=0.5)[0, 0, 0] != IGNORE
 
 
 # --- curricula -------------------------------------------------------------------------------------------------------

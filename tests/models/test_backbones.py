@@ -1,5 +1,6 @@
-"""MobileNet, ConvNeXt, Swin, UPerNet, the deep stem of ResNet and the auxiliary head, against torchvision, published
-sizes and foreign files; and checkpointing of every backbone. Shapes and contracts of all parts: test_parts.py."""
+"""Backbones against torchvision, published sizes and foreign files; checkpointing of every one of
+them. Shapes and contracts of all parts: test_parts.py.
+"""
 
 import contextlib
 
@@ -7,20 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import (
-    convnext,
-    get_model,
-    get_model_weights,
-    mobilenet_v2,
-    swin_transformer,
-)
+from torchvision.models import convnext, get_model, get_model_weights, swin_transformer
 
 from engine.build import build
 from engine.config import ConfigError, load
-from engine.errors import UserError
 from engine.step import View
-from engine.weights import WeightsError, backbone_of, load_into
-from losses.cross_entropy import CrossEntropy
+from engine.weights import WeightsError
 from models.backbones.convnext import ConvNeXt
 from models.backbones.mit import MiT
 from models.backbones.mobilenet import MobileNet
@@ -28,44 +21,28 @@ from models.backbones.resnet import ResNet
 from models.backbones.swin import Swin
 from models.backbones.vit import ViT
 from models.blocks import Guide
-from models.build import build_segmentor, head_keys
+from models.build import build_segmentor
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
-from models.decoders.upernet import PooledNorm, UPerNet
+from models.decoders.upernet import UPerNet
 from models.heads.auxiliary import Auxiliary
 from models.segmentor import Segmentor
-from tests.records import a_step
+from tests.models.networks import (
+    SMALL,
+    equal,
+    intermediate,
+    mmsegmentation,
+    saved,
+    scrambled,
+    swin_mmsegmentation,
+    swin_release,
+    translate,
+)
 from tests.runs import ROOT
-
-REAL = ROOT.parent / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-dequantised.pth"
-SMALL = {"width": 32, "depths": [2, 1, 2, 1]}  # of ConvNeXt and Swin
 
 
 def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
-
-
-def randomized(module):
-    """Also norms, biases and running statistics differ, so that a swap or a wrong shape shows."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter[0].numel() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-        for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(0.2 * torch.rand_like(buffer))
-    return module.eval()
-
-
-def saved(state, folder):
-    torch.save(state, folder / "weights.pth")
-    return str(folder / "weights.pth")
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # --- published sizes -------------------------------------------------------------------------------------------------
@@ -183,20 +160,12 @@ def reference(request, tmp_path_factory):
     """Kind, torchvision's network of random weights, its taps, ours with the same weights from a file."""
     torch.manual_seed(0)
     network, taps = small_torchvision(request.param)
-    randomized(network)
+    scrambled(network)
     path = saved(
         {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}},
         tmp_path_factory.mktemp("w"),
     )
     return request.param, network, taps, our_small(request.param, path).eval()
-
-
-def intermediate(network, taps, x):
-    maps = []
-    for i, layer in enumerate(network.features):
-        x = layer(x)
-        maps += [x] if i in taps else []
-    return maps
 
 
 def before_norms(backbone, image):
@@ -255,58 +224,6 @@ def test_odd_sizes_round_up_and_fill_with_zeros(reference):
             )
 
 
-@torch.no_grad()
-def test_real_mobilenet_v2_weights_give_torchvisions_features(caplog):
-    if not REAL.is_file():
-        pytest.skip(f"the weights {REAL.name} are not beside the checkout")
-    network = mobilenet_v2(weights=None).eval()
-    network.load_state_dict(torch.load(REAL, weights_only=True))
-    with caplog.at_level("INFO", "engine"):
-        backbones = [
-            MobileNet(weights=str(REAL), output_stride=stride).eval() for stride in (32, 8)
-        ]
-    assert "306 keys loaded, 0 keep" in caplog.text
-    image = torch.rand(1, 3, 64, 96)
-    expected = intermediate(network, (3, 6, 13, 17), backbones[0].normalize(image))
-    for x, y, z in zip(backbones[0](image), expected, backbones[1](image), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-        step = z.shape[-1] // x.shape[-1]
-        torch.testing.assert_close(z[..., ::step, ::step], y, rtol=1e-3, atol=1e-3)
-
-
-# --- output stride ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("version", ["v2", "v3_large", "v3_small"])
-@torch.no_grad()
-def test_output_stride_gives_the_stride_and_keeps_the_weights(version, stride):
-    """Every n-th cell of a dilated map is the cell of the strided one; squeeze-and-excitation averages other cells."""
-    strided = randomized(MobileNet(version=version, width=0.5, weights="none")).double()
-    dilated = (
-        MobileNet(version=version, width=0.5, output_stride=stride, weights="none").double().eval()
-    )
-    dilated.load_state_dict(strided.state_dict())
-    image = torch.rand(1, 3, 97, 70).double()
-    expected, maps = strided(image), dilated(image)
-    assert dilated.strides == [min(s, stride) for s in (4, 8, 16, 32)] and strided.strides == [
-        4,
-        8,
-        16,
-        32,
-    ]
-    for x, y, s, own in zip(maps, expected, strided.strides, dilated.strides, strict=True):
-        assert x.shape[-2:] == (-(-97 // own), -(-70 // own))
-        if version == "v2" or s <= stride:
-            torch.testing.assert_close(x[..., :: s // own, :: s // own], y, rtol=1e-9, atol=1e-9)
-
-
-def test_a_narrow_mobilenet_has_no_weights_of_imagenet():
-    with pytest.raises(WeightsError, match=r"width 1\.0, not 0\.5"):
-        build("models.backbones", {"name": "mobilenet.MobileNet", "width": 0.5})
-    assert [round(c) for c in MobileNet(width=0.5, weights="none").channels] == [16, 16, 48, 160]
-
-
 # --- drop path -------------------------------------------------------------------------------------------------------
 
 
@@ -339,16 +256,6 @@ def test_wrong_widths_and_depths_are_an_error(cls, wrong):
 
 
 # --- files of others -------------------------------------------------------------------------------------------------
-
-
-def translate(state, table):
-    """By plain replacement, in this order: independent of the tables of regular expressions that are tested."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in table.items():
-            key = key.replace(old, new)
-        renamed[key] = value
-    return renamed
 
 
 def convnext_release(state):
@@ -392,67 +299,6 @@ def convnext_mmpretrain(state):
     }
 
 
-def swin_release(state):
-    table = {"features.0.0.": "patch_embed.proj.", "features.0.2.": "patch_embed.norm."}
-    for s in range(4):
-        table |= {
-            f"features.{2 * s + 1}.": f"layers.{s}.blocks.",
-            f"features.{2 * s + 2}.": f"layers.{s}.downsample.",
-        }
-    state = translate(state, table | {".mlp.0.": ".mlp.fc1.", ".mlp.3.": ".mlp.fc2."})
-    extra = {
-        "norm.weight": torch.ones(3),
-        "head.bias": torch.ones(3),
-        "layers.0.blocks.1.attn_mask": torch.ones(3),
-    }
-    extra["layers.0.blocks.1.attn.relative_position_index"] = torch.ones(49, 49)
-    return {"model": state | extra}
-
-
-def swin_mmsegmentation(state):
-    table = {
-        "layers.": "stages.",
-        "patch_embed.proj.": "patch_embed.projection.",
-        ".attn.": ".attn.w_msa.",
-    }
-    table |= {".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1."}
-    state = swin_release({k: v for k, v in state.items()})["model"]
-    state = translate(
-        {
-            k: v
-            for k, v in state.items()
-            if not k.startswith(("norm.", "head.")) and "mask" not in k
-        },
-        table,
-    )
-    for key, value in state.items():
-        if ".downsample." in key:
-            state[key] = torch.empty_like(value)
-            channels = value.shape[-1] // 4
-            for c in range(channels):
-                for row in range(2):
-                    for column in range(2):
-                        ours = (
-                            row + 2 * column
-                        ) * channels + c  # all channels of (0, 0), (1, 0), (0, 1), (1, 1)
-                        state[key][..., 4 * c + 2 * row + column] = value[..., ours]
-    return mmsegmentation(state)
-
-
-def mmsegmentation(state):
-    """A whole network, wrapped."""
-    heads = (
-        "decode_head.conv_seg.weight",
-        "auxiliary_head.convs.0.conv.weight",
-        "decode_head.psp_modules.0.1.bn.bias",
-    )
-    return {
-        "meta": {"iter": 3},
-        "state_dict": {f"backbone.{k}": v for k, v in state.items()}
-        | dict.fromkeys(heads, torch.ones(1)),
-    }
-
-
 FOREIGN = [
     (ConvNeXt, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}, 8),
     (ConvNeXt, convnext_release, 8),
@@ -466,7 +312,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("cls, write, initial", FOREIGN)
 def test_files_of_others_load_with_nothing_missing(cls, write, initial, tmp_path, caplog):
-    ours = randomized(cls(weights="none", **SMALL))
+    ours = scrambled(cls(weights="none", **SMALL))
     state = {k: v for k, v in ours.state_dict().items() if not k.startswith("norm")}
     path = saved(write(state), tmp_path)
     with caplog.at_level("INFO", "engine"):
@@ -490,25 +336,6 @@ def test_files_of_others_load_with_nothing_missing(cls, write, initial, tmp_path
         cls(weights=saved(broken, tmp_path), **SMALL)
 
 
-def test_merged_patches_of_mmsegmentation_are_unfolded_ones(tmp_path):
-    """Its layer is nn.Unfold, norm and reduction: written out from its tensors, it gives our map."""
-    ours = randomized(Swin(weights="none", **SMALL))
-    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("norm")}
-    file = swin_mmsegmentation(state)
-    other = Swin(weights=saved(file, tmp_path), **SMALL).eval()
-    tensors = {
-        k.removeprefix("backbone.stages.0.downsample."): v for k, v in file["state_dict"].items()
-    }
-    x = torch.randn(2, 32, 6, 10)
-    y = F.unfold(x, 2, stride=2).mT  # (B, 15, 4 C)
-    y = (
-        F.layer_norm(y, (128,), tensors["norm.weight"], tensors["norm.bias"])
-        @ tensors["reduction.weight"].T
-    )
-    found = other.features[2](x.permute(0, 2, 3, 1))
-    torch.testing.assert_close(found, y.unflatten(1, (3, 5)), rtol=1e-4, atol=1e-4)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("cls", [ConvNeXt, Swin])
 def test_maps_are_those_of_hugging_face(cls, tmp_path):
@@ -517,12 +344,12 @@ def test_maps_are_those_of_hugging_face(cls, tmp_path):
         config = transformers.SwinConfig(
             embed_dim=32, depths=SMALL["depths"], num_heads=[1, 2, 4, 8]
         )
-        reference = randomized(transformers.SwinForImageClassification(config))
+        reference = scrambled(transformers.SwinForImageClassification(config))
     else:
         config = transformers.ConvNextConfig(
             hidden_sizes=[32, 64, 128, 256], depths=SMALL["depths"]
         )
-        reference = randomized(transformers.ConvNextForImageClassification(config))
+        reference = scrambled(transformers.ConvNextForImageClassification(config))
     reference.save_pretrained(tmp_path)  # the names of a file are not those in memory
     backbone = cls(weights=str(tmp_path / "model.safetensors"), **SMALL).eval()
     image = torch.rand(2, 3, 224, 224)
@@ -538,166 +365,6 @@ def test_maps_are_those_of_hugging_face(cls, tmp_path):
         pairs = zip(found, states.hidden_states[1:], strict=True)
     for x, y in pairs:
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
-
-
-def mit_mmsegmentation(state):
-    table = {
-        ".attn.proj.": ".attn.attn.out_proj.",
-        ".mlp.fc1.": ".ffn.layers.0.",
-        ".mlp.fc2.": ".ffn.layers.4.",
-    }
-    table[".mlp.dwconv.dwconv."] = ".ffn.layers.1."
-    for s in range(1, 5):
-        table |= {
-            f"patch_embed{s}.proj.": f"layers.{s - 1}.0.projection.",
-            f"patch_embed{s}.": f"layers.{s - 1}.0.",
-        }
-        table |= {f"block{s}.": f"layers.{s - 1}.1.", f"norm{s}.": f"layers.{s - 1}.2."}
-    blocks = {
-        key.replace("norm1.", "normA.").replace("norm2.", "normB."): v
-        for key, v in state.items()
-        if "block" in key
-    }
-    state = translate({k: v for k, v in state.items() if "block" not in k} | blocks, table)
-    file = {}
-    for key, value in state.items():
-        key = key.replace("normA.", "norm1.").replace("normB.", "norm2.")
-        if ".attn.q." in key:
-            rows = torch.cat([value, state[key.replace(".q.", ".kv.")]])
-            file[key.replace(".attn.q.", ".attn.attn.in_proj_")] = rows
-        elif ".attn.kv." not in key:
-            is_conv = key.endswith(("ffn.layers.0.weight", "ffn.layers.4.weight"))
-            file[key] = value[..., None, None] if is_conv else value
-    return file
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
-    ours = randomized(MiT(size="b0", weights="none"))
-    state = ours.state_dict()
-    file = mit_mmsegmentation(state)
-    assert {
-        "layers.0.1.1.attn.attn.in_proj_weight",
-        "layers.3.1.0.ffn.layers.4.bias",
-        "layers.2.2.weight",
-    } <= {*file}
-    with caplog.at_level("INFO", "engine"):
-        other = MiT(
-            size="b0", weights=saved(mmsegmentation(file) if whole else file, tmp_path)
-        ).state_dict()
-    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
-    assert all(torch.equal(other[key], value) for key, value in state.items())
-
-
-def mit_transformers(state):
-    """The names that transformers 5.24 has in memory, and so torch.save(model.state_dict(), ...) in the file."""
-    table = {".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
-    for s in range(1, 5):
-        table |= {
-            f"patch_embed{s}.proj.": f"segformer.stages.{s - 1}.patch_embeddings.proj.",
-            f"patch_embed{s}.norm.": f"segformer.stages.{s - 1}.patch_embeddings.layer_norm.",
-            f"block{s}.": f"segformer.stages.{s - 1}.blocks.",
-            f"norm{s}.": f"segformer.stages.{s - 1}.layer_norm.",
-        }
-    table |= {
-        ".attn.proj.": ".attention.o_proj.",
-        ".attn.sr.": ".attention.sequence_reduction.sequence_reduction.",
-        ".attn.norm.": ".attention.sequence_reduction.layer_norm.",
-        ".attn.q.": ".attention.q_proj.",
-    }
-    file = {}
-    for key, value in translate(state, table).items():
-        if ".attn.kv." in key:
-            halves = value.chunk(2)
-            for letter, half in zip("kv", halves):
-                file[key.replace(".attn.kv.", f".attention.{letter}_proj.")] = half
-        else:
-            file[key] = value
-    return file | {"decode_head.linear_fuse.weight": torch.zeros(1)}
-
-
-def test_mit_reads_the_names_of_transformers_5(tmp_path, caplog):
-    state = randomized(MiT(size="b0", weights="none")).state_dict()
-    file = mit_transformers(state)
-    assert {
-        "segformer.stages.0.blocks.0.attention.k_proj.weight",
-        "segformer.stages.3.layer_norm.bias",
-        "segformer.stages.1.blocks.1.layernorm_after.bias",
-        "segformer.stages.2.blocks.0.attention.sequence_reduction.layer_norm.weight",
-    } <= {*file}
-    with caplog.at_level("INFO", "engine"):
-        other = MiT(size="b0", weights=saved(file, tmp_path)).state_dict()
-    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
-    assert all(torch.equal(other[key], value) for key, value in state.items())
-
-
-def test_heads_are_left_out_only_beside_a_backbone():
-    plain = {"conv1.weight": 1, "head.weight": 2}
-    assert backbone_of(plain, "a file") is plain
-    whole = {
-        "backbone.conv1.weight": 1,
-        "decode_head.x": 2,
-        "auxiliary_head.x": 3,
-        "head.fc.x": 4,
-        "neck.x": 5,
-    }
-    assert backbone_of(whole, "a file") == {"conv1.weight": 1, "neck.x": 5}
-
-
-# --- ResNet with a deep stem -----------------------------------------------------------------------------------------
-
-
-def test_deep_stem_has_the_names_of_mmsegmentation_and_reads_its_files(tmp_path, caplog):
-    backbone = randomized(ResNet(depth=18, deep_stem=True, weights="none"))
-    state = backbone.state_dict()
-    convs = {
-        key: tuple(value.shape)
-        for key, value in state.items()
-        if key.startswith("stem.") and value.ndim == 4
-    }
-    assert convs == {
-        "stem.0.weight": (32, 3, 3, 3),
-        "stem.3.weight": (32, 32, 3, 3),
-        "stem.6.weight": (64, 32, 3, 3),
-    }
-    assert {"stem.1.running_var", "stem.4.bias", "stem.7.weight"} <= {
-        *state
-    } and "conv1.weight" not in state
-    path = saved(mmsegmentation(state), tmp_path)
-    with caplog.at_level("INFO", "engine"):
-        other = ResNet(
-            depth=18, deep_stem=True, weights=path, stem="per_domain", ibn="a", output_stride=16
-        ).eval()
-    assert "3 keys of its heads are left out" in caplog.text and ", 0 keep" in caplog.text.replace(
-        "values", ""
-    )
-    for name in ("stem.3.weight", "stem.7.running_mean"):
-        assert torch.equal(
-            other.get_parameter(name) if "weight" in name else other.get_buffer(name), state[name]
-        )
-    assert torch.equal(other.source.stem[6].weight, other.stem[6].weight)
-    assert other.source.stem[6].weight is not other.stem[6].weight
-    image = torch.rand(1, 3, 49, 64)
-    maps = other(image, "source")
-    assert equal(maps, other(image, "target")) and [x.shape[-1] for x in maps] == [16, 8, 4, 4]
-    with torch.no_grad():
-        other.source.stem[0].weight.add_(1.0)
-    assert not torch.equal(other(image, "source")[0], maps[0]) and torch.equal(
-        other(image, "target")[0], maps[0]
-    )
-
-
-def test_deep_stem_says_that_torchvisions_weights_do_not_fit(tmp_path):
-    plain = get_model("resnet18", weights=None).state_dict()
-    with pytest.raises(
-        WeightsError, match="torchvision has no ImageNet weights of a ResNet with deep_stem"
-    ):
-        build("models.backbones", {"name": "resnet.ResNet", "deep_stem": True})
-    with pytest.raises(WeightsError, match=r"stem is one 7x7 convolution.*deep_stem=false"):
-        ResNet(depth=18, deep_stem=True, weights=saved(plain, tmp_path))
-    deep = ResNet(depth=18, deep_stem=True, weights="none").state_dict()
-    with pytest.raises(WeightsError, match=r"stem is a deep stem.*deep_stem=true"):
-        ResNet(depth=18, weights=saved(deep, tmp_path))
 
 
 # --- checkpointing ---------------------------------------------------------------------------------------------------
@@ -832,115 +499,3 @@ def test_views_that_move_no_statistics_move_none_when_blocks_are_computed_again(
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(norm.momentum == 0.1 and norm.num_batches_tracked == 1 for norm in norms)
-
-
-# --- UPerNet and the auxiliary head ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_upernet_is_the_plain_forward_pass():
-    decoder = randomized(UPerNet(in_channels=[4, 6, 8, 10], width=12)).double()
-    maps = [
-        torch.randn(2, c, h, w).double()
-        for c, h, w in ((4, 25, 17), (6, 13, 9), (8, 7, 5), (10, 4, 3))
-    ]
-    state = decoder.state_dict()
-
-    def layer(name, x, numbers=(0, 1)):
-        conv, norm = (f"{name}.{number}." for number in numbers)
-        weight = state[conv + "weight"]
-        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-        statistics = [
-            state[norm + key] for key in ("running_mean", "running_var", "weight", "bias")
-        ]
-        mean, var, scale, shift = (value.view(-1, 1, 1) for value in statistics)
-        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
-
-    def bigger(x, like):
-        return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
-
-    pooled = [
-        bigger(layer(f"pools.{i}", F.adaptive_avg_pool2d(maps[3], n), (1, 2)), maps[3])
-        for i, n in enumerate((1, 2, 3, 6))
-    ]
-    laterals = [layer(f"laterals.{i}", maps[i]) for i in range(3)] + [
-        layer("join", torch.cat([maps[3], *pooled], 1))
-    ]
-    for i in (2, 1, 0):
-        laterals[i] = laterals[i] + bigger(laterals[i + 1], laterals[i])
-    outs = [layer(f"smooth.{i}", laterals[i]) for i in range(3)] + [laterals[3]]
-    expected = layer("fuse", torch.cat([bigger(x, maps[0]) for x in outs], 1))
-    torch.testing.assert_close(decoder(maps), expected, rtol=1e-9, atol=1e-9)
-    assert decoder(maps).shape == (2, 12, 25, 17)
-
-
-def test_a_single_mean_is_normalised_by_running_statistics():
-    norm, plain = randomized(PooledNorm(5)).train(), nn.BatchNorm2d(5).train()
-    plain.load_state_dict(norm.state_dict())
-    one, two = torch.randn(1, 5, 1, 1), torch.randn(2, 5, 1, 1)
-    with pytest.raises(ValueError, match="more than 1 value"):
-        nn.BatchNorm2d(5)(one)
-    torch.testing.assert_close(norm(one), plain.eval()(one))
-    assert equal(norm.state_dict().values(), plain.state_dict().values())
-    assert torch.equal(norm(two), plain.train()(two))
-    assert equal(norm.state_dict().values(), plain.state_dict().values())
-
-
-def with_auxiliary(**options):
-    heads = {"auxiliary": {"name": "auxiliary.Auxiliary", **options}} if options else {}
-    model = load(ROOT / "tests" / "tiny.yaml", [f"model.heads={heads}"]).model
-    torch.manual_seed(0)
-    return build_segmentor(model, "abcde")
-
-
-def test_the_auxiliary_head_learns_in_training_and_costs_nothing_in_eval():
-    network, plain = with_auxiliary(stage=2, width=12, convs=2), with_auxiliary()
-    assert plain.heads == {}
-    head = network.auxiliary
-    assert [tuple(conv[0].weight.shape) for conv in head.convs] == [(12, 128, 3, 3), (12, 12, 3, 3)]
-    assert head.classifier.weight.shape == (5, 12, 1, 1) and head.dropout.p == 0.1
-    image, labels = torch.rand(2, 3, 48, 64), torch.randint(0, 5, (2, 48, 64))
-    outputs = network.train()({"source": View(image, "source")})
-    assert outputs["source"].auxiliary.shape == (2, 5, 6, 8)
-    bare = plain.train()({"source": View(image)})
-    assert bare["source"].auxiliary is None
-    CrossEntropy(head="auxiliary")(a_step(outputs, labels)).backward()
-    learned = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
-    assert learned == {"backbone", "auxiliary"}
-    assert all(p.grad is not None for p in head.parameters())
-    assert network.backbone.layer3[0].conv1.weight.grad is None  # the map of stage 2
-    calls = []
-    head.register_forward_hook(lambda *_: calls.append(1))
-    assert network.eval().segment(image).auxiliary is None and not calls
-    with pytest.raises(UserError, match=r"no head 'auxiliary'; .*needs model\.heads\.auxiliary"):
-        CrossEntropy(head="auxiliary")(a_step(bare, labels))
-
-
-def test_a_stage_may_add_the_auxiliary_head_or_leave_it_out():
-    network, plain = with_auxiliary(stage=3, convs=0), with_auxiliary()
-    assert network.auxiliary.classifier.in_channels == 256 and not len(network.auxiliary.convs)
-    for new, old in ((network, plain), (plain, network)):
-        state = old.state_dict()
-        added, left_out = head_keys(new, state)
-        load_into(new, state, source="a stage", allow_missing=added, drop=left_out)
-    for stage in (4, 0, -1):
-        message = rf"auxiliary\.Auxiliary: stage={stage} must be a map of the backbone, 1 to 3"
-        with pytest.raises(ConfigError, match=message):
-            with_auxiliary(stage=stage)
-
-
-def test_frozen_batch_norm_of_a_mobilenet_keeps_everything():
-    backbone = MobileNet(width=0.25, weights="none", checkpointing=True)
-    decoder = UPerNet(in_channels=backbone.channels, width=8)
-    network = Segmentor(
-        backbone, decoder, Linear(in_channels=8, num_classes=3), frozen_bn=["backbone"]
-    ).train()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    network({"source": View(torch.rand(2, 3, 64, 64))})["source"].logits.square().mean().backward()
-    moved = {
-        key for key, value in network.state_dict().items() if not torch.equal(value, before[key])
-    }
-    assert moved and all(key.startswith("decoder.") for key in moved)
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms and all(norm.weight.grad is None and norm.bias.grad is None for norm in norms)
-    assert backbone.features[0][0].weight.grad.abs().sum() > 0

@@ -1,5 +1,4 @@
-"""Networks against independent references: MiT (a plain forward pass, Hugging Face's), stems per domain, DeepLabV2's
-head, DAFormer's decoder. Shapes and contracts of all parts: test_parts.py."""
+"""MiT against a plain forward pass and Hugging Face's: sizes, files of weights, attention bias."""
 
 import math
 
@@ -7,24 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet18
 
 from engine.build import build
-from engine.config import ConfigError, load
-from engine.errors import UserError
-from engine.step import View
+from engine.config import ConfigError
 from engine.weights import WeightsError
 from models.backbones.mit import MiT
-from models.backbones.resnet import IBN, ResNet
-from models.build import build_segmentor
-from models.classifiers.branch_sum import BranchSum
 from models.classifiers.linear import Linear
-from models.decoders.daformer import DAFormer
-from models.decoders.deeplabv2 import DeepLabV2
-from models.decoders.fcn import FCN
 from models.decoders.segformer_mlp import SegFormerMLP
-from models.segmentor import Segmentor
-from tests.runs import ROOT
+from tests.models.networks import mmsegmentation, saved, scrambled, translate
 
 
 def count(*modules):
@@ -41,8 +30,6 @@ def randomized(module):
                 parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
     return module.eval()
 
-
-# --- MiT -------------------------------------------------------------------------------------------------------------
 
 STAGES = {  # depths; published millions of parameters of SegFormer for ADE20K, 256 channels in B0 and B1, else 768
     "b0": ((2, 2, 2, 2), 3.8),
@@ -504,281 +491,95 @@ def test_mit_is_that_of_hugging_face(tmp_path):
         assert max(differences) < 1e-4
 
 
-# --- ResNet with a stem per domain -----------------------------------------------------------------------------------
-
-STEM = ("conv1.", "bn1.", "layer1.")
+# --- files of others -------------------------------------------------------------------------------------------------
 
 
-def resnet(stem="per_domain", weights="none", **options):
-    return ResNet(depth=18, output_stride=8, stem=stem, weights=weights, **options)
-
-
-def test_shared_stem_has_the_keys_of_torchvision():
-    expected = {key for key in resnet18(weights=None).state_dict() if not key.startswith("fc.")}
-    assert {*resnet("shared").state_dict()} == expected
-    own = {*resnet().state_dict()}
-    assert own == expected | {f"source.{key}" for key in expected if key.startswith(STEM)}
-
-
-def test_stems_start_equal_from_a_file_and_share_no_tensor(tmp_path):
-    state = resnet18(weights=None).state_dict()
-    torch.save(state, tmp_path / "resnet18.pth")
-    backbone = resnet(weights=str(tmp_path / "resnet18.pth")).eval()
-    for key, value in backbone.state_dict().items():
-        assert torch.equal(value, state[key.removeprefix("source.")]), key
-    pointers = [parameter.data_ptr() for parameter in backbone.parameters()]
-    assert len(pointers) == len({*pointers})
-    image = torch.rand(1, 3, 65, 49)
-    shared = resnet("shared", str(tmp_path / "resnet18.pth")).eval()
-    for domain in ("source", "target"):
-        assert all(
-            torch.equal(x, y)
-            for x, y in zip(backbone(image, domain), shared(image, domain), strict=True)
-        )
-
-
-def test_domain_chooses_the_stem_and_its_statistics():
-    backbone, image = resnet(), torch.rand(2, 3, 64, 48)
-    backbone.eval()
-    with torch.no_grad():
-        expected = backbone(image, "target")
-        for parameter in backbone.source.parameters():
-            parameter.add_(0.1)
-        assert all(
-            torch.equal(x, y) for x, y in zip(backbone(image), expected)
-        )  # target is the default
-        assert not any(torch.equal(x, y) for x, y in zip(backbone(image, "source"), expected))
-        backbone.train()
-        before = {key: value.clone() for key, value in backbone.state_dict().items()}
-        backbone(image, "source")
-    moved = {
-        key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])
+def mit_mmsegmentation(state):
+    table = {
+        ".attn.proj.": ".attn.attn.out_proj.",
+        ".mlp.fc1.": ".ffn.layers.0.",
+        ".mlp.fc2.": ".ffn.layers.4.",
     }
-    assert "source.bn1.running_mean" in moved and "source.layer1.0.bn1.running_var" in moved
-    assert "layer2.0.bn1.running_mean" in moved and not [
-        key for key in moved if key.startswith(STEM)
-    ]
-
-
-def test_unknown_domain_is_an_error_where_stems_differ():
-    image = torch.rand(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="source and target, not 'fog'"):
-        resnet()(image, "fog")
-    resnet("shared")(image, "fog")
-
-
-def test_a_step_with_both_views_reaches_every_parameter_and_each_stem_only_by_its_own():
-    backbone = resnet()
-    decoder = DeepLabV2(in_channels=backbone.channels, width=5)
-    model = Segmentor(backbone, decoder, BranchSum(in_channels=decoder.channels, num_classes=5))
-    images = torch.rand(2, 2, 3, 48, 64)
-    views = {"source": View(images[0], "source"), "target": View(images[1], "target")}
-    outputs = model(views)
-    without = {}
-    for domain, other in (("source", "backbone."), ("target", "backbone.source.")):
-        model.zero_grad()
-        outputs[domain].logits.square().sum().backward(retain_graph=True)
-        without[domain] = {name for name, p in model.named_parameters() if p.grad is None}
-        names = {
-            name
-            for name, _ in model.named_parameters()
-            if name.startswith(tuple(other + s for s in STEM))
+    table[".mlp.dwconv.dwconv."] = ".ffn.layers.1."
+    for s in range(1, 5):
+        table |= {
+            f"patch_embed{s}.proj.": f"layers.{s - 1}.0.projection.",
+            f"patch_embed{s}.": f"layers.{s - 1}.0.",
         }
-        assert without[domain] == names
-    assert not without["source"] & without["target"]
+        table |= {f"block{s}.": f"layers.{s - 1}.1.", f"norm{s}.": f"layers.{s - 1}.2."}
+    blocks = {
+        key.replace("norm1.", "normA.").replace("norm2.", "normB."): v
+        for key, v in state.items()
+        if "block" in key
+    }
+    state = translate({k: v for k, v in state.items() if "block" not in k} | blocks, table)
+    file = {}
+    for key, value in state.items():
+        key = key.replace("normA.", "norm1.").replace("normB.", "norm2.")
+        if ".attn.q." in key:
+            rows = torch.cat([value, state[key.replace(".q.", ".kv.")]])
+            file[key.replace(".attn.q.", ".attn.attn.in_proj_")] = rows
+        elif ".attn.kv." not in key:
+            is_conv = key.endswith(("ffn.layers.0.weight", "ffn.layers.4.weight"))
+            file[key] = value[..., None, None] if is_conv else value
+    return file
 
 
-# --- DeepLabV2 -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("whole", [False, True])
+def test_mit_reads_the_names_of_mmsegmentation(whole, tmp_path, caplog):
+    ours = scrambled(MiT(size="b0", weights="none"))
+    state = ours.state_dict()
+    file = mit_mmsegmentation(state)
+    assert {
+        "layers.0.1.1.attn.attn.in_proj_weight",
+        "layers.3.1.0.ffn.layers.4.bias",
+        "layers.2.2.weight",
+    } <= {*file}
+    with caplog.at_level("INFO", "engine"):
+        other = MiT(
+            size="b0", weights=saved(mmsegmentation(file) if whole else file, tmp_path)
+        ).state_dict()
+    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
+    assert all(torch.equal(other[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("rates", [(6, 12, 18, 24), (1, 3)])
-def test_deeplabv2_with_the_sum_is_the_head_of_the_release(rates):
-    """The release adds the logits of dilated convolutions up."""
-    num_classes, maps = 7, [torch.randn(2, 4, 40, 30), torch.randn(2, 16, 20, 15)]
-    decoder = DeepLabV2(in_channels=[4, 16], width=num_classes, rates=rates).double()
-    for conv in decoder.branches:
-        nn.init.normal_(conv.bias)
-    maps = [x.double() for x in maps]
-    classifier = BranchSum(
-        in_channels=decoder.channels, num_classes=num_classes, branches=len(rates)
-    ).double()
-    head = [nn.Conv2d(16, num_classes, 3, padding=rate, dilation=rate).double() for rate in rates]
-    for theirs, ours in zip(head, decoder.branches):
-        theirs.load_state_dict(ours.state_dict())
-    logits = head[0](maps[-1])
-    for conv in head[1:]:
-        logits = logits + conv(maps[-1])
-    features = decoder(maps)
-    assert features.shape == (2, len(rates) * num_classes, 20, 15)
-    torch.testing.assert_close(classifier(features), logits, rtol=1e-12, atol=1e-12)
-    # The class vectors are what the sum multiplies by.
-    assert {*classifier.means().unique().tolist()} == {0.0, 1.0} and (
-        classifier.means().sum(1) == len(rates)
-    ).all()
-    product = torch.einsum("kd,bdhw->bkhw", classifier.means(), features)
-    torch.testing.assert_close(product, logits, rtol=1e-12, atol=1e-12)
+def mit_transformers(state):
+    """The names that transformers 5.24 has in memory, and so torch.save(model.state_dict(), ...) in the file."""
+    table = {".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
+    for s in range(1, 5):
+        table |= {
+            f"patch_embed{s}.proj.": f"segformer.stages.{s - 1}.patch_embeddings.proj.",
+            f"patch_embed{s}.norm.": f"segformer.stages.{s - 1}.patch_embeddings.layer_norm.",
+            f"block{s}.": f"segformer.stages.{s - 1}.blocks.",
+            f"norm{s}.": f"segformer.stages.{s - 1}.layer_norm.",
+        }
+    table |= {
+        ".attn.proj.": ".attention.o_proj.",
+        ".attn.sr.": ".attention.sequence_reduction.sequence_reduction.",
+        ".attn.norm.": ".attention.sequence_reduction.layer_norm.",
+        ".attn.q.": ".attention.q_proj.",
+    }
+    file = {}
+    for key, value in translate(state, table).items():
+        if ".attn.kv." in key:
+            halves = value.chunk(2)
+            for letter, half in zip("kv", halves):
+                file[key.replace(".attn.kv.", f".attention.{letter}_proj.")] = half
+        else:
+            file[key] = value
+    return file | {"decode_head.linear_fuse.weight": torch.zeros(1)}
 
 
-def test_deeplabv2_of_bcl_has_76_channels_and_starts_small():
-    decoder = DeepLabV2(in_channels=[256, 512])
-    assert decoder.channels == 76
-    assert [conv.dilation for conv in decoder.branches] == [(6, 6), (12, 12), (18, 18), (24, 24)]
-    weights = torch.cat([conv.weight.flatten() for conv in decoder.branches])
-    assert (
-        weights.std().item() == pytest.approx(0.01, rel=0.01) and abs(weights.mean().item()) < 1e-4
-    )
-    assert all((conv.bias == 0).all() for conv in decoder.branches)
-
-
-def test_branch_sum_needs_the_channels_of_its_branches_and_has_no_state():
-    message = r"4 x 19 = 76 feature channels, and the decoder has 256: set model\.decoder\.width=19"
-    with pytest.raises(ConfigError, match=message):
-        build(
-            "models.classifiers", {"name": "branch_sum.BranchSum"}, in_channels=256, num_classes=19
-        )
-    classifier = BranchSum(in_channels=76, num_classes=19)
-    assert not list(classifier.parameters()) and not classifier.state_dict()
-
-
-# --- DAFormer --------------------------------------------------------------------------------------------------------
-
-
-def test_daformer_decoder_has_its_published_size():
-    with torch.device("meta"):
-        decoder = DAFormer(in_channels=[64, 128, 320, 512])
-        classifier = Linear(in_channels=decoder.channels, num_classes=19)
-    assert round(count(decoder, classifier) / 1e6, 1) == 3.7
-    # Written out: embedding, 1x1, three times depthwise and pointwise, 3x3; each with the norms behind it.
-    embedding = 1024 * 256 + 4 * 256
-    branches = (1024 * 256 + 512) + 3 * (1024 * 9 + 2 * 1024 + 1024 * 256 + 512)
-    assert count(decoder) == embedding + branches + (1024 * 256 * 9 + 512)
-
-
-def test_daformer_features_have_the_size_of_the_finest_map():
-    maps = [
-        torch.randn(2, c, *size)
-        for c, size in ((8, (25, 17)), (16, (13, 9)), (24, (7, 5)), (32, (4, 3)))
-    ]
-    decoder = DAFormer(in_channels=[8, 16, 24, 32], width=12).eval()
-    assert decoder(maps).shape == (2, 12, 25, 17) and decoder.channels == 12
-
-
-def test_daformer_context_reaches_as_far_as_its_largest_rate():
-    """From the finest map: 18 cells by the dilated branch and one more by the convolution that joins, per axis."""
-    decoder = DAFormer(in_channels=[3, 4], width=8).eval()
-    x = torch.randn(1, 3, 51, 51, requires_grad=True)
-    decoder([x, torch.randn(1, 4, 26, 26)])[0, :, 25, 25].sum().backward()
-    rows = (x.grad.abs().sum((0, 1, 3)) > 0).nonzero().flatten() - 25
-    reached = {abs(int(row)) for row in rows}
-    assert reached == {n + d for n in (0, 6, 12, 18) for d in (-1, 0, 1)} - {-1}
-
-
-# --- configurations --------------------------------------------------------------------------------------------------
-
-NETWORKS = [
-    ("deeplabv2_r101", 19, 76, 8),
-    ("mit_b5_daformer", 19, 256, 4),
-    ("mit_b0_segformer", 150, 256, 4),
-]
-
-
-@pytest.mark.parametrize("name, num_classes, channels, stride", NETWORKS)
-def test_base_networks_build_and_run(name, num_classes, channels, stride):
-    model = load(ROOT / "configs" / "base" / f"{name}.yaml").model
-    with torch.device("meta"):
-        classes = [str(number) for number in range(num_classes)]
-        network = build_segmentor(model, classes, pretrained=False).eval()
-        output = network.segment(torch.rand(1, 3, 128, 96))
-    assert output.features.shape == (1, channels, 128 // stride, 96 // stride)
-    assert output.logits.shape == (1, num_classes, 128 // stride, 96 // stride)
-    millions = {"deeplabv2_r101": 43.9, "mit_b5_daformer": 85.2, "mit_b0_segformer": 3.8}
-    assert round(count(network) / 1e6, 1) == millions[name]
-
-
-def test_only_the_named_views_move_the_running_statistics():
-    torch.manual_seed(0)
-    views = {"source": View(torch.rand(2, 3, 32, 32)), "target": View(torch.rand(2, 3, 32, 32) + 2)}
-
-    def run(bn_views, given=views):
-        torch.manual_seed(1)
-        backbone = ResNet(depth=18, stages=3, weights="none")
-        decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
-        network = Segmentor(
-            backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=bn_views
-        )
-        outputs = network(given)
-        return outputs, network.backbone.bn1
-
-    outputs, norm = run(["target"])
-    alone, expected = run([], {"target": views["target"]})
-    assert torch.equal(norm.running_mean, expected.running_mean) and norm.momentum == 0.1
-    assert not torch.equal(run([])[1].running_mean, expected.running_mean)
-    assert torch.equal(outputs["target"].logits, alone["target"].logits)
-    with pytest.raises(
-        UserError, match=r"model\.bn_views names strong; the views are source, target"
-    ):
-        run(["strong"])
-
-
-def test_a_resnet_for_weights_of_plain_pixels_does_not_normalise():
-    state = resnet18().state_dict()
-    nets = [
-        ResNet(depth=18, weights="none", normalize=kind).eval() for kind in ("none", "imagenet")
-    ]
-    for net in nets:
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc")})
-    image = torch.rand(1, 3, 32, 32)
-    plain, normal = (net(image)[0] for net in nets)
-    undone = nets[1](image * nets[1].normalize.std + nets[1].normalize.mean)[0]
-    torch.testing.assert_close(plain, undone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(plain, normal, atol=1e-3)
-
-
-def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
-    backbone = ResNet(depth=18, stages=3, weights="none", stem="per_domain")
-    decoder = FCN(in_channels=backbone.channels, width=8)
-    network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3))
-    one = {"source": View(torch.rand(1, 3, 32, 32), "source")}
-    network.eval()(one)
-    monkeypatch.setattr("engine.distributed.world_size", lambda: 2)
-    with pytest.raises(
-        UserError, match="per_domain on several processes needs views of both domains"
-    ):
-        network(one)
-    network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
-
-
-# --- IBN -------------------------------------------------------------------------------------------------------------
-
-
-def test_ibn_takes_plain_weights_and_its_own(tmp_path):
-    plain = resnet18(weights=None)
-    for value in plain.state_dict().values():
-        if value.is_floating_point():
-            value.uniform_(0.5, 1.5)
-    torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}},
-        tmp_path / "a.pt",
-    )
-    network = ResNet(depth=18, ibn="a", weights=str(tmp_path / "a.pt"))
-    norm = network.layer2[0].bn1
-    assert isinstance(norm, IBN) and not isinstance(network.layer4[0].bn1, IBN)
-    expected = plain.layer2[0].bn1
-    assert torch.equal(norm.IN.weight, expected.weight[:64]) and torch.equal(
-        norm.BN.bias, expected.bias[64:]
-    )
-    assert torch.equal(norm.BN.running_var, expected.running_var[64:])
-    x = torch.randn(2, 128, 5, 6)
-    found = norm.eval()(x)
-    torch.testing.assert_close(found[:, 64:], expected.eval()(x)[:, 64:])
-    mean, deviation = (
-        x[:, :64].mean((2, 3), keepdim=True),
-        x[:, :64].std((2, 3), keepdim=True, correction=0),
-    )
-    scaled = (x[:, :64] - mean) / (deviation**2 + 1e-5).sqrt() * norm.IN.weight[:, None, None]
-    torch.testing.assert_close(found[:, :64], scaled + norm.IN.bias[:, None, None])
-    torch.save(network.state_dict(), tmp_path / "b.pt")
-    again = ResNet(depth=18, ibn="a", weights=str(tmp_path / "b.pt"))
-    assert all(
-        torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items()
-    )
+def test_mit_reads_the_names_of_transformers_5(tmp_path, caplog):
+    state = scrambled(MiT(size="b0", weights="none")).state_dict()
+    file = mit_transformers(state)
+    assert {
+        "segformer.stages.0.blocks.0.attention.k_proj.weight",
+        "segformer.stages.3.layer_norm.bias",
+        "segformer.stages.1.blocks.1.layernorm_after.bias",
+        "segformer.stages.2.blocks.0.attention.sequence_reduction.layer_norm.weight",
+    } <= {*file}
+    with caplog.at_level("INFO", "engine"):
+        other = MiT(size="b0", weights=saved(file, tmp_path)).state_dict()
+    assert f"{len(state)} keys loaded, 0 keep" in caplog.text
+    assert all(torch.equal(other[key], value) for key, value in state.items())

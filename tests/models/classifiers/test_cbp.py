@@ -1,6 +1,5 @@
-"""The options of cbp.CBP and occl.OCCL, one by one; the default of both is tested in test_occl.py."""
+"""CBP and its options: how its prototypes are drawn, learned, moved, pooled and assigned."""
 
-import json
 import math
 import types
 
@@ -10,21 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.toy import Toy
 from engine import distributed
-from engine.build import build
-from engine.config import load
-from engine.errors import UserError
-from engine.schedule import make_optimizer
-from engine.statistics import resize_labels
-from losses._views import halve
-from losses.occl import OCCL, Orthogonality
+from engine.schedule import make_optimizer, parameter_groups
+from losses.occl import Orthogonality
 from losses.protoseg import Contrast
 from models.classifiers.cbp import CBP
-from models.classifiers.linear import Linear
-from models.prototypes import masked
 from tests.records import a_step, an_output
-from tests.runs import TINY, assert_same_state, last, train
+from tests.runs import assert_same_state, last, train
 
 K, D = 5, 16
 OPTIONS = types.SimpleNamespace(
@@ -145,31 +136,6 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_why(tmp_path):
         cbp(2, 3, classes="ab", init=write(tmp_path / "same.pt", torch.ones(2, 3), "ab"))
     with pytest.raises(ValueError, match="per_class is 2"):
         cbp(2, 4, classes="ab", init=file, per_class=2)
-
-
-def test_masked_rows_are_the_class_means_of_the_backbone_over_the_training_set(tmp_path):
-    out, data = tmp_path / "sub" / "masked.pt", {"domain": "real", "length": 30, "size": [64, 96]}
-    masked.main([TINY, f"out={out}", f"data.train={json.dumps({'name': 'toy.Toy', **data})}"])
-    content = torch.load(out, weights_only=True)
-    torch.manual_seed(0)
-    backbone, rows = build("models.backbones", load(TINY).model.backbone).eval(), {}
-    for sample in (Toy(**data)[i] for i in range(data["length"])):
-        with torch.no_grad():
-            features = backbone(sample["image"][None] / 255)[-1]
-        labels = resize_labels(sample["label"][None].long(), features.shape[-2:])[0]
-        for c in labels.unique().tolist():
-            rows.setdefault(c, []).append(features[0, :, labels == c])
-    assert content["classes"] == list(Toy.CLASSES) and sorted(rows) == list(range(11))
-    for c, columns in rows.items():
-        torch.testing.assert_close(
-            content["vectors"][c], torch.cat(columns, 1).mean(1), rtol=1e-4, atol=1e-5
-        )
-    w = cbp(11, 32, classes=Toy.CLASSES, init=str(out)).means()
-    torch.testing.assert_close(w @ w.T, 4 * torch.eye(11), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="out=PATH is needed"):
-        masked.main([TINY])
-    with pytest.raises(UserError, match=r"is labelled .*Bicyclist: these classes have no mean"):
-        masked.main([TINY, f"out={out}", "data.train={name: toy.Toy, length: 1, size: [64, 96]}"])
 
 
 # --- fewer channels than prototypes ----------------------------------------------------------------------------------
@@ -417,85 +383,73 @@ def test_cosines_of_several_prototypes_are_left_in_training_alone():
 # --- the readings of OCCL --------------------------------------------------------------------------------------------
 
 
-def test_a_checkerboard_splits_by_row_and_column():
-    labels, samples = torch.randint(3, (4, 6, 6)), torch.tensor([7, 8, 9, 10])
-    labels[:, 0] = 255
-    known, views = labels != 255, halve(labels, samples, 3, 0, "checkerboard")
-    y, x = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
-    assert torch.equal((views // 3)[known], ((y + x) % 2).expand(4, -1, -1)[known])
-    assert torch.equal((views % 3)[known], labels[known]) and (views[~known] >= 6).all()
+ADAMW = types.SimpleNamespace(
+    name="AdamW",
+    lr=0.1,
+    head_lr_factor=1.0,
+    layer_decay=1.0,
+    weight_decay=0.5,
+    betas=[0.9, 0.999],
+    momentum=0.9,
+)
 
 
-def contrast(means, w, **options):
-    return OCCL(num_classes=len(w), **options).contrast(
-        means, torch.tensor([True] * (len(w) - 1) + [False]), w
-    )
-
-
-def naive(means, w, negatives, against, normalize, reduction, tau=0.07):
-    """Equations 4 to 6 term by term; the last class is absent."""
-
-    def unit(v):
-        return v / v.norm() if normalize else v
-
-    total, present = 0.0, range(len(w) - 1)
-    center = [unit(means[:, j].mean(0)) for j in present]
-    for x in (0, 1):
-        for l in present:
-            v, other = unit(means[x, l]), unit(means[1 - x, l])
-            wrong = [
-                center[j] if negatives == "category" else unit(means[1 - x, j])
-                for j in present
-                if j != l
-            ]
-            logits = torch.stack([v @ other, *(v @ n for n in wrong)]) / tau
-            total = total + logits.logsumexp(0) - logits[0]
-            logits = (
-                torch.stack(
-                    [v @ unit(w[j]) for j in (range(len(w)) if against == "all" else present)]
-                )
-                / tau
-            )
-            total = total + 0.1 * (logits.logsumexp(0) - logits[l])
-    return total / 2 / (len(present) if reduction == "mean" else 1)
+# --- category-basis prototypes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{}, {"negatives": "view"}, {"against": "present"}, {"normalize": False}, {"reduction": "sum"}],
-    ids=str,
+    "num_classes, dim, length", [(1, 1, 1.0), (11, 128, 2.0), (19, 19, 0.3), (150, 256, 3.0)]
 )
-def test_each_reading_of_occl_equals_its_equation(changed):
-    means, w = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    options = {
-        "negatives": "category",
-        "against": "all",
-        "normalize": True,
-        "reduction": "mean",
-    } | changed
-    torch.testing.assert_close(contrast(means, w, **changed), naive(means, w, **options))
-    if changed:
-        assert not torch.isclose(contrast(means, w, **changed), contrast(means, w))
+def test_prototypes_are_orthogonal_and_of_one_length(num_classes, dim, length):
+    w = CBP(num_classes=num_classes, in_channels=dim, length=length).means()
+    torch.testing.assert_close(w @ w.T, length**2 * torch.eye(num_classes), atol=1e-5, rtol=1e-5)
 
 
-def test_without_partner_the_positive_pulls_one_view_at_a_time():
-    means, w = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
-    gradients = []
-    for partner in (True, False):
-        x = means.clone().requires_grad_()
-        value = contrast(x, w, partner=partner, category=0.0)
-        gradients.append((value.detach(), torch.autograd.grad(value, x)[0]))
-    (a, both), (b, one) = gradients
-    assert a == b and not torch.isclose(both, one).all()
+def test_prototypes_depend_on_the_seed_and_come_back_bit_exactly():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return CBP(num_classes=7, in_channels=16)
+
+    assert torch.equal(drawn(1).means(), drawn(1).means())
+    assert not torch.isclose(drawn(1).means(), drawn(2).means()).all()
+    other = drawn(2)
+    other.load_state_dict(drawn(1).state_dict())
+    assert torch.equal(other.means(), drawn(1).means())
 
 
-def test_occl_uses_the_mean_prototype_of_a_class_that_has_several():
-    features, labels = batch([0, 1, 2])
-    several = cbp(per_class=3)
-    single = Linear(num_classes=K, in_channels=D)
-    single.conv.weight.data.copy_(several.means()[:, :, None, None])
-    a, b = (
-        OCCL(num_classes=K)(a_step(an_output(features=features), labels, prototypes=c))
-        for c in (several, single)
+def test_prototypes_are_never_trained():
+    conv = nn.Conv2d(3, 16, 1)
+    model = nn.Sequential(conv, CBP(num_classes=7, in_channels=16))
+    before = model[1].means().clone()
+    assert not before.requires_grad and not list(model[1].parameters())
+    trained = [p for group in parameter_groups(model, ADAMW) for p in group["params"]]
+    assert {id(p) for p in trained} == {id(conv.weight), id(conv.bias)}
+    optimizer = make_optimizer(model, ADAMW)
+    for _ in range(3):
+        F.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.randint(7, (2, 8, 8))).backward()
+        optimizer.step()
+    assert torch.equal(model[1].means(), before)
+
+
+def test_more_classes_than_channels_is_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match=r"19 classes.*has 16"):
+        CBP(num_classes=19, in_channels=16)
+
+
+def test_logits_are_feature_length_times_prototype_length_times_cosine():
+    classifier = CBP(num_classes=5, in_channels=16, length=1.5)
+    features = torch.randn(2, 16, 6, 7)
+    cosine = torch.einsum(
+        "bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(classifier.means(), dim=1)
     )
-    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(
+        classifier(features), features.norm(dim=1, keepdim=True) * 1.5 * cosine
+    )
+
+
+def test_logits_follow_permutation_and_scale_of_the_prototypes():
+    classifier = CBP(num_classes=5, in_channels=16)
+    features, order = torch.randn(2, 16, 6, 7), torch.tensor([3, 0, 4, 1, 2])
+    logits = classifier(features)
+    classifier.prototypes.vectors.copy_(classifier.means()[order] * 3)
+    torch.testing.assert_close(classifier(features), 3 * logits[:, order])

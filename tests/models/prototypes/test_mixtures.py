@@ -1,10 +1,8 @@
-"""Class mixtures and the means of a pair against their equations: densities, EM, k-means, sampling, processes, memory.
+"""Class mixtures against their equations: densities, EM, k-means, sampling, processes, memory.
 
 What every member of the family must do: test_parts.py.
 """
 
-import itertools
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +14,10 @@ import torch.multiprocessing
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from engine.statistics import class_sums
-from models.prototypes import _em
-from models.prototypes._em import Pool, expectation, maximisation, reseed
-from models.prototypes.centroids import Centroids
+from models.prototypes._em import expectation
 from models.prototypes.mixtures import ABSENT, Mixtures
-from models.prototypes.pair import Pair
+from tests.models.prototypes.clusters import D, K, M, corners, planted, rows
 from tests.runs import ROOT
-
-K, M, D = 3, 4, 6
 
 
 def random_mixtures(k=K, m=M, d=D, dtype=torch.float64, **options):
@@ -34,27 +28,6 @@ def random_mixtures(k=K, m=M, d=D, dtype=torch.float64, **options):
     mixtures.component_variances.uniform_(0.2, 2)
     mixtures.seen.fill_(True)
     return mixtures
-
-
-def planted(centres, batch=2, size=(30, 40), deviation=0.1, offset=0.0, seed=0):
-    """Features (B, D, h, w), labels and components (B, h, w) of clusters around centres (K, M, D), float64."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, *size)
-    labels, parts = (torch.randint(n, shape, generator=generator) for n in centres.shape[:2])
-    noise = torch.randn(*shape, centres.shape[2], generator=generator, dtype=torch.float64)
-    return (centres[labels, parts] + deviation * noise + offset).permute(0, 3, 1, 2), labels, parts
-
-
-def corners(k=K, m=M, d=D):
-    """Centres (K, M, D) that lie 1.4 or more apart."""
-    generator = torch.Generator().manual_seed(5)
-    return 3 * torch.randn(k, m, d, generator=generator, dtype=torch.float64).sign() * torch.eye(d)[
-        :m
-    ].double() + (torch.arange(k)[:, None, None] * 2.0)
-
-
-def rows(maps):
-    return maps.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 # --- density ---------------------------------------------------------------------------------------------------------
@@ -223,85 +196,6 @@ def test_weights_sum_to_one_and_variances_stay_above_the_floor(options):
         ).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_likelihood_never_falls_during_em(dtype):
-    x = planted(corners(1), deviation=1.0, batch=1)[0].flatten(2)[0].to(dtype)
-    parameters = (
-        torch.full((M,), 1 / M).double(),
-        torch.randn(M, D).double(),
-        torch.ones(M, D).double(),
-    )
-    history = []
-    for _ in range(60):
-        sums = expectation(x, *parameters)
-        torch.testing.assert_close(sums[:, 0].sum().item(), float(x.shape[1]), rtol=1e-5, atol=0)
-        history.append((sums[:, -1].sum() / x.shape[1]).item())
-        parameters = maximisation(sums[:, :-1], 1e-6)
-    assert all(b >= a - 1e-6 * abs(a) for a, b in itertools.pairwise(history))
-    assert history[-1] > history[0] + 1
-
-
-def test_one_step_of_em_is_the_loop_over_components():
-    x = torch.randn(D, 50).double()
-    weights, means, variances = (
-        torch.rand(M).double().softmax(0),
-        torch.randn(M, D).double(),
-        torch.rand(M, D).double() + 0.1,
-    )
-    densities = [
-        weights[m] * Normal(means[m], variances[m].sqrt()).log_prob(x.T).sum(1).exp()
-        for m in range(M)
-    ]
-    shares = torch.stack(densities) / sum(densities)
-    sums = expectation(x, weights, means, variances)
-    found = maximisation(sums[:, :-1], 1e-6)
-    for m in range(M):
-        mean = (shares[m] * x).sum(1) / shares[m].sum()
-        variance = (shares[m] * (x - mean[:, None]) ** 2).sum(1) / shares[m].sum()
-        for actual, expected in zip(found, (shares[m].mean(), mean, variance)):
-            torch.testing.assert_close(actual[m], expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(sums[:, -1].sum(), sum(densities).log().sum(), rtol=1e-12, atol=0)
-
-
-def test_em_stops_where_the_gain_falls_below_the_tolerance(monkeypatch):
-    features, labels, _ = planted(corners(), deviation=1.0)
-    calls = []
-    monkeypatch.setattr(_em, "expectation", lambda *a: calls.append(1) or expectation(*a))
-    counts = {}
-    for name, options in {
-        "loose": {"tolerance": 1e9},
-        "paper": {},
-        "never": {"tolerance": -1.0},
-    }.items():
-        calls.clear()
-        Mixtures(num_classes=K, in_channels=D, components=M, iterations=40, **options).fit(
-            lambda: [(features.float(), labels, None)]
-        )
-        counts[name] = len(calls)
-    assert counts["loose"] == 2 * K < counts["paper"] < counts["never"] == 40 * K
-
-
-@pytest.mark.parametrize("start", [1.0, 0.0])
-def test_em_starts_from_the_centres_of_k_means(start, monkeypatch):
-    """With variance 1 and equal weights as in the paper, or with the variance within the clusters."""
-    features, labels, parts = planted(corners())
-    seen = []
-    monkeypatch.setattr(_em, "expectation", lambda x, *p: seen.append(p) or expectation(x, *p))
-    Mixtures(num_classes=K, in_channels=D, components=M, start=start).double().fit(
-        lambda: [(features, labels, None)]
-    )
-    weights, means, variances = seen[0]
-    assert (weights == 1 / M).all()
-    points, members = rows(features)[labels.flatten() == 0], parts[labels == 0]
-    clusters = torch.stack([points[members == m].mean(0) for m in range(M)])
-    distance = torch.cdist(means, clusters - points.mean(0))
-    assert sorted(distance.argmin(1).tolist()) == [*range(M)] and (distance.amin(1) < 1e-9).all()
-    expected = (
-        torch.full((D,), start).double() if start else (points - clusters[members]).square().mean(0)
-    )
-    torch.testing.assert_close(variances, expected.expand(M, D), rtol=1e-9, atol=0)
-
-
 def test_an_offset_hardly_costs_precision_in_fit():
     features, labels, _ = planted(corners(), offset=100.0)
     features = features.float()
@@ -313,33 +207,6 @@ def test_an_offset_hardly_costs_precision_in_fit():
     double.fit(lambda: [(features.double(), labels, None)])
     error = (single.likelihood_quantiles - double.likelihood_quantiles).abs()
     assert error.median() < 1e-3 and error.max() < 0.1
-
-
-def test_an_empty_component_shares_the_largest_one(monkeypatch):
-    weights = torch.tensor([0.6, 0.0, 0.4, 0.0]).double()
-    means, variances = torch.randn(M, D).double(), torch.rand(M, D).double()
-    generator = torch.Generator().manual_seed(0)
-    new = reseed(weights, means, variances, weights == 0, generator)
-    torch.testing.assert_close(new[0], torch.tensor([0.2, 0.2, 0.4, 0.2]).double())
-    assert torch.equal(new[1][[0, 2]], means[[0, 2]]) and torch.equal(
-        new[2][[1, 3]], variances[[0, 0]]
-    )
-    assert ((new[1][1] - means[0]).abs() < 3 * variances[0].sqrt()).all() and not torch.equal(
-        new[1][1], new[1][3]
-    )
-
-    features, labels, _ = planted(corners())
-    points = torch.full((M, D), 1e3).double()
-    points[0] = 0
-
-    def far(total, *_):  # all centres but one lie far from every vector
-        return points, total(_em.cluster, points)
-
-    monkeypatch.setattr(_em, "kmeans", far)
-    mixtures = Mixtures(num_classes=K, in_channels=D, components=M).double()
-    mixtures.fit(lambda: [(features, labels, None)])
-    assert (mixtures.reseeded >= M - 1).all() and (mixtures.component_weights > 0).all()
-    assert mixtures.component_means.abs().max() < 100
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 3])
@@ -416,25 +283,6 @@ def test_fit_depends_on_the_seed_alone_and_not_on_the_order_of_vectors():
     assert not torch.isclose(
         first.component_means, fitted(features, labels, seed=2).component_means
     ).all()
-
-
-@pytest.mark.parametrize("batches", [[50] * 8, [400], [10] * 40, [3, 97, 200, 100]])
-def test_a_full_pool_is_a_uniform_sample(batches):
-    counts = torch.zeros(400)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        pool, start = Pool(40, torch.zeros(1, 1), generator), 0
-        for size in batches:
-            maps = torch.arange(start, start + size).view(1, 1, size, 1)
-            pool.add(maps, torch.ones(1, 1, size).nonzero())
-            start += size
-        kept = pool.rows[: pool.count].flatten().long()
-        assert pool.count == 400 and len(kept) == 40 and len(kept.unique()) == 40
-        counts[kept] += 1
-    expected = 300 * 40 / 400
-    groups = counts.view(8, 50).mean(1)  # means of 50 pixels: deviation 1
-    assert ((groups - expected).abs() < 4.5 * math.sqrt(expected / 50)).all()
-    assert ((counts - expected).abs() < 5 * math.sqrt(expected)).all()
 
 
 def test_a_full_pool_still_finds_the_clusters():
@@ -600,86 +448,3 @@ def test_working_memory_is_a_few_chunks():
     fit, score = map(float, output.split())
     assert fit < 60, output
     assert score < 60, output
-
-
-# --- means of each image ---------------------------------------------------------------------------------------------
-
-
-def images(dtype=torch.float64):
-    """Features (3, D, 5, 4) and labels; class 4 never occurs, class 0 only in the first image, the last is ignored."""
-    labels = torch.randint(1, 4, (3, 5, 4))
-    labels[0, 0], labels[:, 1, 0], labels[2] = 0, 255, 255
-    return torch.randn(3, D, 5, 4, dtype=dtype), labels
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pair_means_are_one_hot_products_divided_by_counts(layout):
-    features, labels = images()
-    pair = Pair(num_classes=5, in_channels=D)
-    means, present = pair.pair_means(features.contiguous(memory_format=layout), labels)
-    assert means.shape == (3, 5, D) and present.shape == (3, 5)
-    one_hot = torch.eye(256).double()[labels.flatten(1)][..., :5]  # (B, N, K)
-    counts = one_hot.sum(1)
-    expected = (
-        one_hot.transpose(1, 2)
-        @ features.flatten(2).transpose(1, 2)
-        / counts.clamp_min(1)[..., None]
-    )
-    torch.testing.assert_close(means, expected, rtol=1e-13, atol=1e-13)
-    assert torch.equal(present, counts > 0)
-    assert (
-        not means[~present].any()
-        and not present[:, 4].any()
-        and not present[2].any()
-        and present[0, 0]
-    )
-    sums, numbers = class_sums(features, labels, 5)
-    each, number = class_sums(features, labels, 5, per_image=True)
-    torch.testing.assert_close((each.sum(0), number.sum(0)), (sums, numbers))
-
-
-def test_pair_means_of_a_constant_map_are_that_constant():
-    _, labels = images()
-    constant = torch.randn(D).double()
-    means, present = Pair(num_classes=5, in_channels=D).pair_means(
-        constant.view(1, D, 1, 1).expand(3, D, 5, 4), labels
-    )
-    torch.testing.assert_close(
-        means[present], constant.expand(int(present.sum()), D), rtol=1e-14, atol=1e-14
-    )
-
-
-def test_pair_means_keep_the_graph_and_the_images_apart():
-    features, labels = images()
-    pair = Pair(num_classes=5, in_channels=D)
-    state = {key: value.clone() for key, value in pair.state_dict().items()}
-    assert torch.autograd.gradcheck(
-        lambda x: pair.pair_means(x, labels)[0], features.requires_grad_()
-    )
-    means, _ = pair.pair_means(features, labels)
-    (gradient,) = torch.autograd.grad(means[0].sum(), features)
-    assert not gradient[1:].any() and (gradient[0][:, labels[0] != 255] > 0).all()
-    for i in range(3):
-        alone, _ = pair.pair_means(features[i : i + 1], labels[i : i + 1])
-        torch.testing.assert_close(alone[0], means[i], rtol=1e-14, atol=1e-14)
-    assert all(torch.equal(value, state[key]) for key, value in pair.state_dict().items())
-
-
-def test_pair_means_of_half_precision_are_float32_also_under_autocast():
-    features, labels = images(torch.float16)
-    pair = Pair(num_classes=5, in_channels=D)
-    with torch.autocast("cpu", torch.bfloat16):
-        means, _ = pair.pair_means(features, labels)
-    assert means.dtype == torch.float32
-    torch.testing.assert_close(means, pair.pair_means(features.float(), labels)[0])
-
-
-def test_outside_of_a_pair_it_holds_the_class_means_of_the_last_step():
-    pair, exact = Pair(num_classes=5, in_channels=D), Centroids(num_classes=5, in_channels=D)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        features, labels = images(torch.float32)
-        pair.update([(features, labels, None)])
-    exact.fit(lambda: [(features, labels, None)])
-    torch.testing.assert_close(pair.means(), exact.means())
-    torch.testing.assert_close(pair.score(features), exact.score(features))

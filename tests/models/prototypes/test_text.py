@@ -14,7 +14,18 @@ from datasets.cityscapes import Cityscapes
 from engine.build import build
 from engine.config import ConfigError
 from engine.errors import UserError
-from models.prototypes.text import CLASSES, TEMPLATES, main, read_classes, read_names
+from models.prototypes.text import (
+    CLASSES,
+    TEMPLATES,
+    main,
+    read_classes,
+    read_names,
+    read_rows,
+    write_rows,
+)
+from models.prototypes.text import main as text_command
+from tests.engine.damaged import refused
+from tests.fuzz.files import saved
 from tests.records import a_step
 from tests.runs import ROOT
 
@@ -208,6 +219,7 @@ def test_the_file_is_read_without_open_clip(tmp_path):
 
 
 # --- the real arrays -------------------------------------------------------------------------------------------------
+
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no CLIP text embeddings in {REAL}")
 CONCEPTS = {
@@ -441,3 +453,38 @@ def test_the_command_runs_as_a_module():
     )
     wrong = subprocess.run([*command, "out=x.pt"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: out=PATH and classes=")
+
+
+# --- arrays, texts, caches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("a: {b: c}", "list of names"), ("just text", "list of names"), ("[a, [b]]", "list of names"),
+     ("a: []", "list of names"), ("", "list of names"), ("a: [b", "is not valid YAML"),
+     ("[" * 400, "is not valid YAML")],
+)  # fmt: skip
+def test_a_file_of_classes_that_holds_something_else_is_refused(tmp_path, text, message):
+    path = tmp_path / "classes.yaml"
+    assert message in refused(path, text.encode(), lambda path: read_classes(str(path)))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["model=[a]", "out={a: b}", "templates={a: b}", "templates=[[a]]", "classes={a: {b: c}}"],
+)
+def test_an_argument_of_another_kind_is_one_line(tmp_path, argument):
+    with pytest.raises(UserError, match=r"^[^\n]*must be [^\n]*$"):
+        text_command([f"out={tmp_path}/a.pt", "classes=camvid", argument])
+
+
+def test_rows_whose_names_are_no_names_are_refused_and_a_failed_write_leaves_nothing(tmp_path):
+    for classes in (3, "abc", [1, 2, 3], None):
+        data = saved({"vectors": torch.ones(3, 4), "classes": classes})
+        with pytest.raises(ValueError, match=r"`classes` must be a list of names"):
+            (tmp_path / "a.pt").write_bytes(data)
+            read_rows(tmp_path / "a.pt", None)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        write_rows(tmp_path / "folder", torch.ones(3, 4), ["a", "b", "c"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "folder"}

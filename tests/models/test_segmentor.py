@@ -1,0 +1,50 @@
+"""The network as a whole: which views move its statistics, and what they need."""
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.step import View
+from models.backbones.resnet import ResNet
+from models.classifiers.linear import Linear
+from models.decoders.fcn import FCN
+from models.segmentor import Segmentor
+
+
+def test_only_the_named_views_move_the_running_statistics():
+    torch.manual_seed(0)
+    views = {"source": View(torch.rand(2, 3, 32, 32)), "target": View(torch.rand(2, 3, 32, 32) + 2)}
+
+    def run(bn_views, given=views):
+        torch.manual_seed(1)
+        backbone = ResNet(depth=18, stages=3, weights="none")
+        decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
+        network = Segmentor(
+            backbone, decoder, Linear(in_channels=8, num_classes=3), bn_views=bn_views
+        )
+        outputs = network(given)
+        return outputs, network.backbone.bn1
+
+    outputs, norm = run(["target"])
+    alone, expected = run([], {"target": views["target"]})
+    assert torch.equal(norm.running_mean, expected.running_mean) and norm.momentum == 0.1
+    assert not torch.equal(run([])[1].running_mean, expected.running_mean)
+    assert torch.equal(outputs["target"].logits, alone["target"].logits)
+    with pytest.raises(
+        UserError, match=r"model\.bn_views names strong; the views are source, target"
+    ):
+        run(["strong"])
+
+
+def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
+    backbone = ResNet(depth=18, stages=3, weights="none", stem="per_domain")
+    decoder = FCN(in_channels=backbone.channels, width=8)
+    network = Segmentor(backbone, decoder, Linear(in_channels=8, num_classes=3))
+    one = {"source": View(torch.rand(1, 3, 32, 32), "source")}
+    network.eval()(one)
+    monkeypatch.setattr("engine.distributed.world_size", lambda: 2)
+    with pytest.raises(
+        UserError, match="per_domain on several processes needs views of both domains"
+    ):
+        network(one)
+    network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
