@@ -30,7 +30,7 @@ Text = Annotated[str, "[1, 4096]"]
 # What becomes a file or a folder: no path, and short enough with a suffix in any alphabet.
 Name = Annotated[str, re.compile(r"(?!.*\.\.)\w[\w.-]{0,49}")]
 
-# What the values of configs/defaults.yaml may be; a key that is not here takes what has the type of its default.
+# What the values of configs/defaults.yaml may be; another key takes what its default's type is.
 Part = Literal["backbone", "decoder", "projector"]
 RANGES = {
     "seed": Annotated[int, "[0, 2147483647]"],

@@ -94,8 +94,8 @@ def check_archive(path):
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         faults = {
-            "is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. If "
-            "you trust it, convert it once: torch.save(torch.jit.load(PATH, "
+            "is a TorchScript archive, as OpenAI published CLIP: it holds code and is not loaded. "
+            "If you trust it, convert it once: torch.save(torch.jit.load(PATH, "
             "map_location='cpu').state_dict(), NEW_PATH)": any(
                 member.filename.endswith("/constants.pkl") for member in members
             ),

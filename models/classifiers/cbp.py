@@ -10,7 +10,7 @@ features are not normalised in the pixel loss.
 
 The paper's ablations are options:
 
-    {name: cbp.CBP, update: gradient}           # or ema; or penalty, with the loss occl.Orthogonality
+    {name: cbp.CBP, update: gradient}       # or ema; or penalty, with the loss occl.Orthogonality
     {name: cbp.CBP, equal: false}               # or ortho: false
     {name: cbp.CBP, ortho: false, init: FILE}   # of models/prototypes/text.py or .../masked.py
 
