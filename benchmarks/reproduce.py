@@ -1,8 +1,8 @@
 """A grid of experiments: YAMLs x overrides x seeds, several at a time, resumed where it stopped, and one table of
 results.
 
-    python -m benchmarks.reproduce benchmarks/camvid.yaml runs=2 threads=1
-    python -m benchmarks.reproduce benchmarks/camvid.yaml table          only the table, from what is finished
+    python -m benchmarks.reproduce benchmarks/grids/camvid_short.yaml runs=2 threads=1
+    python -m benchmarks.reproduce benchmarks/grids/camvid_short.yaml table          only the table, from what is finished
 
 The grid file:
 

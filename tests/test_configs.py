@@ -114,12 +114,21 @@ def test_an_experiment_sets_nothing_that_its_script_ignores(path):
     check_sections(load(path), script_of(path).removesuffix(".py"))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.name
-)
+GRIDS = sorted((ROOT / "benchmarks" / "grids").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
 def test_a_grid_starts_only_what_can_be_configured(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     grid = reproduce.load_grid(path, [])
     for row, _, _, (_, script, config, *settings) in reproduce.jobs(grid):
         assert Path(script).is_file() and stages(load(config, settings))
         assert grid["rows"][row].get("after", row) in grid["rows"]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_a_grid_and_its_table_say_the_command_that_runs_it(path):
+    command = f"python -m benchmarks.reproduce {path.relative_to(ROOT)}"
+    assert path.read_text("utf-8").startswith(f"# {command}")
+    table = ROOT / "benchmarks" / "results" / f"{path.stem}.md"
+    assert not table.exists() or f"`{command}" in table.read_text("utf-8")

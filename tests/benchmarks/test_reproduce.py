@@ -106,12 +106,14 @@ def test_no_finished_run_leaves_the_measured_tables_as_they_are(tmp_path, monkey
     }
     shutil.copytree(root / "benchmarks" / "results", tmp_path / "out")
     options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]
-    reproduce.main(["benchmarks/camvid_short.yaml", *options, "table"])
+    reproduce.main(["benchmarks/grids/camvid_short.yaml", *options, "table"])
     output = capsys.readouterr().out
     assert "| CBP + OCCL | 1 | 62.43 |" in output and "nothing was written" in output
     assert len(committed) == 2
     assert all((tmp_path / "out" / p.name).read_bytes() == was for p, was in committed.items())
-    reproduce.main(["benchmarks/camvid_short.yaml", options[0], f"out={tmp_path / 'new'}", "table"])
+    reproduce.main(
+        ["benchmarks/grids/camvid_short.yaml", options[0], f"out={tmp_path / 'new'}", "table"]
+    )
     assert not (tmp_path / "new").exists() and "|" not in capsys.readouterr().out
 
 
