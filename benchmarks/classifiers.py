@@ -1,14 +1,18 @@
-"""What a classifier costs on one network: training step, inference, peak memory, as the paper of CBP compares them with
-GMMSeg.
+"""What a classifier costs on one network: training step, inference, peak memory.
 
-    python -m benchmarks.classifiers [--device cuda] [--classes 150] [--batch 8] [--size 256 320] [--rounds 5]
-    python -m benchmarks.classifiers --rows CBP "CBP + OCCL"                what OCCL adds; ratios are to the first row
+The paper of CBP compares them so with GMMSeg.
 
-ResNet-18 and DeepLabV3+, the losses of each method, AdamW, and the classifier's own update, with the paper's constants
-and full queues. Times are interleaved as in benchmarks/kernels.py; a time of training is that of five steps, with one M
-step, divided by five. Memory is the peak of a process of its own that makes two steps with one M step: its resident set
-on the CPU, with what PyTorch itself takes; what the allocator gave out on a GPU. State is what the classifier keeps in
-buffers, which a teacher keeps again.
+    python -m benchmarks.classifiers [--device cuda] [--classes 150] [--batch 8] [--size 256 320]
+    python -m benchmarks.classifiers --rows CBP "CBP + OCCL" [--rounds 5]   # what OCCL adds
+
+Ratios are to the first row.
+
+ResNet-18 and DeepLabV3+, the losses of each method, AdamW, and the classifier's own update, with
+the paper's constants and full queues. Times are interleaved as in benchmarks/kernels.py; a time of
+training is that of five steps, with one M step, divided by five. Memory is the peak of a process of
+its own that makes two steps with one M step: its resident set on the CPU, with what PyTorch itself
+takes; what the allocator gave out on a GPU. State is what the classifier keeps in buffers, which a
+teacher keeps again.
 """
 
 import argparse
@@ -180,9 +184,8 @@ def main(arguments=None):
         else f"CPU, {options.threads} thread(s)"
     )
     height, width = options.size
-    print(
-        f"{options.batch} crops of {height} x {width}, {options.classes} classes, {options.precision}, {where}\n"
-    )
+    crops = f"{options.batch} crops of {height} x {width}"
+    print(f"{crops}, {options.classes} classes, {options.precision}, {where}\n")
     heads = [
         "classifier",
         "step, ms",
@@ -196,9 +199,10 @@ def main(arguments=None):
     print("|---|---|---|---|---|---|---|---|")
     for name in options.rows:
         (step, slower), (look, later), (peak, state) = steps[name], inference[name], peaks[name]
+        more = peak - peaks[options.rows[0]][0]
         print(
-            f"| {name} | {step / STEPS:.1f} | {slower:.3g} | {look:.1f} | {later:.3g} | {peak:.0f} | "
-            f"{peak - peaks[options.rows[0]][0]:+.0f} | {state:.1f} |"
+            f"| {name} | {step / STEPS:.1f} | {slower:.3g} | {look:.1f} | {later:.3g} | "
+            f"{peak:.0f} | {more:+.0f} | {state:.1f} |"
         )
 
 

@@ -1,10 +1,11 @@
-"""What the kernels cost: class sums against the usual ways, OCCL and its parts, OCCL within a training step.
+"""What the kernels cost: class sums against the usual ways, OCCL, its parts, and within a step.
 
     python -m benchmarks.kernels [--threads 1] [--rounds 7]
 
-Every round runs all variants of a case, in turned order every other time; a time is the median over rounds, a ratio the
-median of ratios within a round. One thread is timed by its processor time, so other load hardly matters. Milliseconds
-are those of one machine, the ratios are the result. Each way of summing is first checked against float64.
+Every round runs all variants of a case, in turned order every other time; a time is the median over
+rounds, a ratio the median of ratios within a round. One thread is timed by its processor time, so
+other load hardly matters. Milliseconds are those of one machine, the ratios are the result. Each
+way of summing is first checked against float64.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def record(views, labels, **fields):
 
 
 def time_class_sums(shape, layout, rounds):
-    """Forward and backward of every way of summing, with the gradient in the layout of the features."""
+    """Forward and backward of every way of summing; gradients have the features' layout."""
     *size, num_classes = shape
     features = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
     labels, direction = patches(size[0], *size[2:], num_classes), torch.randn(num_classes, size[1])
@@ -131,7 +132,7 @@ def time_occl(shape, layout, rounds):
 
 
 def time_step(_, precision, rounds, num_classes=11):
-    """A training step on 8 crops of 256 x 320 with and without OCCL, and both losses on detached leaves."""
+    """A step on 8 crops of 256 x 320 with and without OCCL, and both losses on detached leaves."""
     backbone = ResNet(depth=18, stages=3, output_stride=16, weights="none")
     decoder = DeepLabV3Plus(in_channels=backbone.channels, strides=backbone.strides, width=128)
     model = Segmentor(
@@ -178,20 +179,16 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(
-        "| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |\n|---|---|---|---|",
-        flush=True,
-    )
+    print("| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |")
+    print("|---|---|---|---|", flush=True)
     layouts = (torch.contiguous_format, torch.channels_last)
     cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
         for name, (ms, ratio) in function(case, variant, options.rounds).items():
-            print(
-                f"| {case}, {str(variant).removeprefix('torch.')} | {name} | {ms:.2f} | {ratio:.3g} |",
-                flush=True,
-            )
+            what = f"{case}, {str(variant).removeprefix('torch.')}"
+            print(f"| {what} | {name} | {ms:.2f} | {ratio:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

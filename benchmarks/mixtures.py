@@ -1,10 +1,11 @@
-"""What class mixtures cost at the paper's size: fitting time and memory, scoring an image of 2048 x 1024.
+"""What class mixtures cost at the paper's size: fit, its memory, scores of 2048 x 1024 pixels.
 
-    python -m benchmarks.mixtures [classes=19 components=8 pool=300000 dim=256 threads=1 chunks=[2048,8192,32768]]
+    python -m benchmarks.mixtures [classes=19 components=8 pool=300000 dim=256 threads=1]
+    python -m benchmarks.mixtures chunks=[2048,8192,32768]
 
-Features are synthetic: overlapping clusters after a ReLU. Working memory is the high-water mark of the process (Linux)
-less its size before and less the pool. Seconds are those of one machine, processor time with one thread. The ratio to
-torch.distributions, on a slice that fits, is a result.
+Features are synthetic: overlapping clusters after a ReLU. Working memory is the high-water mark of
+the process (Linux) less its size before and less the pool. Seconds are those of one machine,
+processor time with one thread. The ratio to torch.distributions, on a slice that fits, is a result.
 """
 
 import os
@@ -44,7 +45,7 @@ def clusters(options):
 
 
 def clock():
-    """Processor time of one thread, so that other load hardly matters; else the time on the wall."""
+    """Processor time of one thread, so that other load hardly matters; else wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -71,10 +72,8 @@ def fit(options):
     mixtures.fit(batches, {})
     seconds = clock() - start - drawing
     pool = options["classes"] * options["pool"] * options["dim"] * 4 / 2**20
-    print(
-        f"fit: {seconds:.1f} s, {megabytes()[1] - before - pool:.0f} MiB besides a pool of {pool:.0f} MiB",
-        flush=True,
-    )
+    used = megabytes()[1] - before - pool
+    print(f"fit: {seconds:.1f} s, {used:.0f} MiB besides a pool of {pool:.0f} MiB", flush=True)
     return mixtures
 
 
@@ -112,10 +111,8 @@ def compare(mixtures, options, vectors=512, rounds=5):
             function()
             times.append(clock() - start)
         ratios.append(times[0] / times[1])
-    print(
-        f"torch.distributions takes {sorted(ratios)[rounds // 2]:.0f} times as long on {vectors} vectors",
-        flush=True,
-    )
+    ratio = sorted(ratios)[rounds // 2]
+    print(f"torch.distributions takes {ratio:.0f} times as long on {vectors} vectors", flush=True)
 
 
 def main():

@@ -1,12 +1,14 @@
 """Does TMT's transferability find a shift that lies in one part of the picture only?
 
-    python -m benchmarks.planted_shift [--steps 500] [--scenes 1024] [--seeds 0 1 2] [--shift night] [--out FOLDER]
+    python -m benchmarks.planted_shift [--steps 500] [--scenes 1024] [--seeds 0 1 2]
+    python -m benchmarks.planted_shift [--shift night] [--out FOLDER]
 
-Source: drawn scenes (datasets/toy.py, domain real) of 96x128. Target: other such scenes, in each of which one box, half
-as high and wide as the picture and somewhere in it, has the look of another domain. MiT-B0 from random weights learns
-to segment the source while the region discriminator, on the tokens of its second stage, learns to tell the domains, as
-a probe (its gradient stops) or behind the reversal. Then the area under the curve of 1 - T against the box, over 32
-unseen target pictures. 0.5 is chance; the control is the same pictures without the box, scored against it.
+Source: drawn scenes (datasets/toy.py, domain real) of 96x128. Target: other such scenes, in each of
+which one box, half as high and wide as the picture and somewhere in it, has the look of another
+domain. MiT-B0 from random weights learns to segment the source while the region discriminator, on
+the tokens of its second stage, learns to tell the domains, as a probe (its gradient stops) or
+behind the reversal. Then the area under the curve of 1 - T against the box, over 32 unseen target
+pictures. 0.5 is chance; the control is the same pictures without the box, scored against it.
 """
 
 import argparse
@@ -31,7 +33,11 @@ SIZE, K = (96, 128), 11
 
 
 def scene(seed, index, shift=None):
-    """One picture (3, H, W) in [0, 1], its labels (H, W), and the box (H, W) bool that has the look of `shift`."""
+    """One picture and the box in it that has the look of `shift`.
+
+    Returns:
+        (3, H, W) in [0, 1]; its labels (H, W); the box (H, W) bool.
+    """
     image, label = draw(seed, index, "real", SIZE)
     box = np.zeros(SIZE, bool)
     top, left = np.random.default_rng((seed, index, 99)).integers(
@@ -54,17 +60,23 @@ def scenes(seed, count, shift=None):
 
 
 def area_under_curve(scores, positive):
-    """Probability that a pixel of the box has a higher score than one outside (ties count by order)."""
+    """Probability that a pixel of the box scores higher than one outside (ties by order)."""
     hits = positive.flatten()[scores.flatten().argsort(descending=True)].double()
     return float((hits.cumsum(0) * (1 - hits)).sum() / (hits.sum() * (1 - hits).sum()))
 
 
 def train(seed, reverse, options):
-    """A network in eval mode whose discriminator has seen `steps` batches of 8 + 8, out of `scenes` pictures each."""
+    """A network in eval mode whose discriminator has learned.
+
+    Args:
+        options: `steps`, batches of 8 + 8 that it sees; `scenes`, pictures that they are out of.
+    """
     torch.manual_seed(seed)
+    turned = str(reverse).lower()
     texts = [
         "model.bn_views=[]",
-        f"model.heads.region={{name: region.Region, stage: 2, ramp: 0, cell: 2, reverse: {str(reverse).lower()}}}",
+        "model.heads.region={name: region.Region, stage: 2, ramp: 0, cell: 2, "
+        f"reverse: {turned}}}",
     ]
     cfg = load("configs/toy/uda_tmt.yaml", texts)
     model = build_segmentor(cfg.model, range(K)).train()
@@ -100,7 +112,7 @@ def train(seed, reverse, options):
 
 @torch.no_grad()
 def measure(model, shift):
-    """Area under the curve over 32 unseen pictures, and those pictures with 1 - T and box for the eye."""
+    """Area under the curve over 32 unseen pictures, and these with 1 - T and box for the eye."""
     images, _, boxes = scenes(3000, 32, shift)
     regions = [model.segment(image[None]).regions for image in images]
     found = torch.cat([1 - part.transferability for part in regions])
@@ -109,7 +121,7 @@ def measure(model, shift):
 
 
 def picture(images, found, boxes, count=4):
-    """Rows of picture, box and 1 - T, the latter from its least to its greatest value over all pictures."""
+    """Rows of picture, box and 1 - T, which goes from its least to its greatest of all pictures."""
     high = F.interpolate(found[:, None], SIZE)[:, 0]
     high = (high - high.amin()) / (high.amax() - high.amin())
     columns = list(zip(images, boxes.float(), high))[:count]
@@ -129,9 +141,8 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "| discriminator | area under the curve, by seed | without the box | median |\n|---|---|---|---|"
-    )
+    print("| discriminator | area under the curve, by seed | without the box | median |")
+    print("|---|---|---|---|")
     for name, reverse in (("probe", False), ("adversarial", True)):
         areas, controls = [], []
         for seed in options.seeds:

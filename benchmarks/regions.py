@@ -1,12 +1,14 @@
-"""What TMT's regions and attention add to a training step of a transformer, as ratios to the plain network.
+"""What TMT's regions and attention add to a training step of a transformer, as ratios.
 
-    python -m benchmarks.regions [--threads 1] [--rounds 5] [--side 512] [--device cpu] [--precision fp32]
+    python -m benchmarks.regions [--threads 1] [--rounds 5] [--side 512]
+    python -m benchmarks.regions [--device cpu] [--precision fp32]
 
-MiT-B0 and ViT-S with the SegFormer decoder on one source and one target crop: forward, cross-entropy of both, backward,
-AdamW. The rows: the network alone; with ACTE, its adversarial loss and the head that gives the uncertainty (`variant:
-none`); with TMA too (`variant: bias`); that on equal patches. Every round runs all rows, in turned order every other
-time; times are medians over rounds, ratios medians of ratios within a round. At the end it says which kernels of
-attention the step with TMA has called; on a GPU also the peak of memory of every row.
+MiT-B0 and ViT-S with the SegFormer decoder on one source and one target crop: forward,
+cross-entropy of both, backward, AdamW. The rows: the network alone; with ACTE, its adversarial loss
+and the head that gives the uncertainty (`variant: none`); with TMA too (`variant: bias`); that on
+equal patches. Every round runs all rows, in turned order every other time; times are medians over
+rounds, ratios medians of ratios within a round. At the end it says which kernels of attention the
+step with TMA has called; on a GPU also the peak of memory of every row.
 """
 
 import argparse
