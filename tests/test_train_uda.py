@@ -37,7 +37,8 @@ METHODS = {  # overrides of the smallest adaptation
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
         " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
         " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 4, dropout: 0.0}}}",
-        f"stages=[{SOURCE[:-1]}, model: {{heads: {{region: {{name: none}}}}}}, losses: [{{name: cross_entropy.CrossEntropy}}]}},"
+        f"stages=[{SOURCE[:-1]}, model: {{heads: {{region: {{name: none}}}}}},"
+        "losses: [{name: cross_entropy.CrossEntropy}]},"
         "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
         "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
         "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"

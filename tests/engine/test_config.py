@@ -741,7 +741,8 @@ SCRIPTS = {"train_supervised": TINY, "train_uda": TINY_UDA, "train_dg": TINY_DG}
         ("train_supervised", "data.target_augment={name: transforms.Augment}", r"data\.target_augment has"),
         ("train_supervised", "model.bn_views=[source]", r"model\.bn_views has no effect"),
         ("train_supervised", "dg.style={name: style.FDA}", r"dg has no effect .* train_dg\.py"),
-        ("train_supervised", "model.heads.projector={name: projector.Projector, channels: 8}", r"model\.heads\.projector has"),
+        ("train_supervised", "model.heads.projector={name: projector.Projector, channels: 8}",
+         r"model\.heads\.projector has"),
         ("train_supervised", "model.heads.text_attention={name: none}", r"model\.heads\.text_attention has"),
         ("train_supervised", "prototypes.centroids.view=target", "train_supervised.py has no view 'target'"),
         ("train_supervised", "losses.0.view=mixed", "has no view 'mixed'; there are source, none"),
@@ -815,7 +816,7 @@ def test_options_do_not_grow_unnoticed():
     )
 
 
-# --- keys that have moved ----------------------------------------------------------------------------------------------
+# --- keys that have moved --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["projector", "text_attention", "auxiliary", "region"])

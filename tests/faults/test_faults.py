@@ -56,7 +56,7 @@ def test_a_full_disk_is_said_once_not_by_the_thread_of_tensorboard_too(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer._record_writer, "write", full)
-    with pytest.raises(UserError, match="could not write the log in .*No space left"):
+    with pytest.raises(UserError, match=r"could not write the log in .*No space left"):
         for step in range(1, 100):
             log.scalars({"train/loss": 1.0}, step)
             writer.join(0.1)

@@ -75,7 +75,8 @@ PARTS = [
     ("train_uda", "losses", "[{name: bcl.Contrast, temperature: 1, forward_weight: 2}, {name: tmt.RegionAdversarial}]"),
     ("train_uda", "losses", "[{name: bismap.SymmetricCrossEntropy, ce: 0.1, floor: 0.01}, {name: bismap.Consistency}]"),
     ("train_uda", "stages", "[{name: a, iters: 2, repeat: 2, lr_scale: 0.5}, {init: previous, teacher: frozen}]"),
-    ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0, rounds: 1}"),
+    ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0,"
+     " rounds: 1}"),
     ("train_dg", "dg.reweight", "{name: ppar.Reweight, alpha: 1.0, low: 0.5, high: 2.0, temperature: 1, warmup: 0.5}"),
     ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], sigma: [0.1, 1.0]}"),
     ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, samples: 100}, {name: ppar.TextFidelity}]"),
