@@ -78,7 +78,7 @@ def distort(image):
 
 
 def resize_map(values, size):
-    """(H, W) -> `size`. v2 resizes masks by `nearest`, which shifts them by up to half a pixel."""
+    """(H, W) -> `size`. v2 resizes masks by `nearest`, which shifts them by half a pixel."""
     exact = F.resize_image(values[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
     return type(values)(exact[0])
 
@@ -194,13 +194,13 @@ class Augment:
 
 
 class Whole(Augment):
-    """The whole picture at one size, so that a picture has one version, or two with its mirror image.
+    """The whole picture at one size: one version of it, or two with its mirror image.
 
     It is what maps that are computed once per picture (model.cache) are trained on.
 
     Args:
-        size: [height, width] of the result in pixels. The picture is scaled to fit in; what is left on the right or at
-            the bottom is filled, and 255 in labels.
+        size: [height, width] of the result in pixels. The picture is scaled to fit in; what is left
+            on the right or at the bottom is filled, and 255 in labels.
         flip: probability of mirroring.
     """
 

@@ -81,8 +81,9 @@ class CrossEntropy(Loss):
             the layers of queries.Queries.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
-        stride: only every n-th row and column of the label is scored, which divides the cost by n^2 where features are
-            coarse and classes many; each micro-batch is then normalised by its own number of pixels.
+        stride: only every n-th row and column of the label is scored, which divides the cost by n^2
+            where features are coarse and classes many; each micro-batch is then normalised by its
+            own number of pixels.
         by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
             micro-batch by its own.
         class_weights: none; auto, see above; or {name: weight} as they are, 1 for other classes.

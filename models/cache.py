@@ -1,11 +1,12 @@
-"""Maps of a frozen backbone, written once per picture: a head then trains on them at many steps a second.
+"""Maps of a frozen backbone, written once per picture: a head trains on them at many steps a
+second.
 
     model: {backbone: {name: vit.ViT, ...}, frozen: [backbone], cache: runs/features}
     data: {augment: {name: transforms.Whole, size: [560, 392], flip: 0.5}}
 
-A picture that the folder does not hold is computed, in the run's precision, and stored in float16. So the first pass over a data set takes its usual time, and every later one, in this run or in
-another, in training or evaluation, reads. Augmentation that draws ever new pictures fills the disk and
-gains nothing.
+A picture that the folder does not hold is computed, in the run's precision, and stored in float16.
+So the first pass over a data set takes its usual time, and every later one reads: in this run or in
+another, in training or evaluation. Augmentation that draws ever new pictures is refused.
 """
 
 import hashlib
@@ -19,7 +20,10 @@ from engine.files import read_array, replacing
 
 
 class FeatureCache:
-    """Maps by the content of picture and network: a changed pixel, weight, option or precision gives another file.
+    """Maps by the content of picture and network.
+
+    A changed pixel, weight, option or precision gives another file. To name it, a picture comes
+    back from the GPU.
 
     Args:
         folder: of all features; one folder below it per network, a file per picture and map.
@@ -31,13 +35,11 @@ class FeatureCache:
         self.folder = None
 
     def _open(self, backbone, image):
-        """Name the network's folder, at its first picture: only then its weights are those of the run."""
+        """Name the network's folder, at its first picture: only then it has the run's weights."""
         kind = image.device.type
-        precise = (
-            image.dtype if not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
-        )
-        about = (sorted(self.spec.items()), str(precise))
-        digest = hashlib.blake2b(repr(about).encode(), digest_size=12)
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        about = f"{sorted(self.spec.items())} {image.dtype} {autocast}"
+        digest = hashlib.blake2b(about.encode(), digest_size=12)
         for name, value in backbone.state_dict().items():
             digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
         self.folder = self.root / digest.hexdigest()
@@ -75,6 +77,6 @@ class FeatureCache:
 
     def _paths(self, picture, count):
         """One file per map, the last one written last."""
-        name = hashlib.blake2b(repr(picture.shape).encode() + picture.tobytes(), digest_size=16)
-        name = name.hexdigest()
+        content = str(picture.shape).encode() + picture.tobytes()
+        name = hashlib.blake2b(content, digest_size=16).hexdigest()
         return [self.folder / name[:2] / f"{name}.{i}.npy" for i in range(count)]

@@ -43,9 +43,9 @@ class Backbone(nn.Module):
     def layers_above(self, names: list[str]) -> dict[str, int]:
         """{parameter: layers between it and the head}, for `optimizer.layer_decay`.
 
-        Here a layer is a block of a plain vision transformer or of MobileNet, and a stage of the others (of Swin, the
-        merging of patches too). Norms of the maps have 0 above them, the embedding or stem all layers. BEiT and DINOv2
-        count the blocks so.
+        Here a layer is a block of a plain vision transformer or of MobileNet, and a stage of the
+        others (of Swin, the merging of patches too). Norms of the maps have none above them, the
+        embedding or stem has all. BEiT and DINOv2 count the blocks so.
         """
         found = {name: LAYER.search(name) for name in names if not TOP.search(name)}
         layers = sorted({int(match[1]) for match in found.values() if match})

@@ -122,8 +122,11 @@ class ConvNeXt(Backbone):
         )
 
     def layers_above(self, names):
-        """As its recipe for segmentation has it (`stage_wise` of MMSegmentation): 6 (t) or 12 layers, the stages on the
-        first four; the stem and what halves the maps below them; the norms of the maps have none above."""
+        """As its recipe for segmentation has it (`stage_wise` of MMSegmentation).
+
+        There are 6 (t) or 12 layers, and the stages are the first four. Below them are the stem and
+        what halves the maps; the norms of the maps have none above.
+        """
         above = {}
         for name in names:
             part = int(name.split(".")[1]) if name.startswith("features.") else None

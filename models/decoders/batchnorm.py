@@ -1,5 +1,5 @@
-"""No decoder: the backbone's maps with batch norm, as DINOv2's linear protocol has it before the linear classifier
-(Oquab et al., TMLR 2024).
+"""No decoder: the backbone's maps with batch norm, as DINOv2's linear protocol has it before the
+linear classifier (Oquab et al., TMLR 2024).
 
     model.decoder: {name: batchnorm.BatchNorm}      with model.frozen: [backbone]
 """

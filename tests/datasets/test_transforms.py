@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from datasets.transforms import FILL, Augment, distort
+from datasets.transforms import FILL, Augment, Whole, distort
 from engine.build import build
 
 COLORS = torch.tensor([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
@@ -352,3 +352,15 @@ def test_photometric_distortion_leaves_label_and_window_alone_and_depends_on_the
         assert torch.equal(ids, one) and torch.equal(ids, two) and torch.equal(first, second)
         changed += not torch.equal(plain, first)
     assert changed > 8
+
+
+def test_whole_fits_the_picture_in_and_ignores_what_is_left():
+    image = torch.full((3, 40, 20), 200, dtype=torch.uint8)
+    label = torch.arange(40, dtype=torch.uint8)[:, None].expand(40, 20)
+    image, label = tv_tensors.Image(image), tv_tensors.Mask(label)
+    picture, mask = Whole(size=[80, 60], flip=0.0)(image, label)
+    assert picture.shape == (3, 80, 60) and mask.shape == (80, 60)
+    assert (picture[:, :, :40] == 200).all() and (mask[:, 40:] == 255).all()
+    assert torch.equal(mask[:, 0], torch.arange(40, dtype=torch.uint8).repeat_interleave(2))
+    mirrored, flipped = Whole(size=[80, 60], flip=1.0)(image, label)
+    assert torch.equal(mirrored, picture.flip(-1)) and torch.equal(flipped, mask.flip(-1))

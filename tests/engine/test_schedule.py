@@ -7,6 +7,10 @@ import torch
 
 from engine import schedule
 from engine.config import Config
+from models.backbones.convnext import ConvNeXt
+from models.backbones.mit import MiT
+from models.backbones.resnet import ResNet
+from models.backbones.vit import ViT
 from tests.engine.net import Net, options
 
 
@@ -80,3 +84,45 @@ def test_optimisers_get_their_options(name, kind, expected):
         group[key] == value for group in optimizer.param_groups for key, value in expected.items()
     )
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
+
+
+def rates(backbone, decay=0.5):
+    """{parameter: rate} with lr 1 and heads at 10."""
+    model = torch.nn.Module()
+    model.backbone, model.classifier = backbone, torch.nn.Linear(2, 2)
+    options = Config(lr=1.0, head_lr_factor=10.0, weight_decay=0.1, layer_decay=decay)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = schedule.parameter_groups(model, options)
+    found = {names[p]: g["base_lr"] for g in groups for p in g["params"]}
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    return found
+
+
+def test_rates_of_a_vision_transformer_fall_block_by_block():
+    found = rates(ViT(size="t", weights="none"))
+    assert found["backbone.norm.weight"] == 1
+    assert found["backbone.blocks.11.attn.qkv.weight"] == 0.5
+    assert found["backbone.blocks.0.mlp.fc1.bias"] == 0.5**12
+    assert found["backbone.pos_embed"] == found["backbone.patch_embed.proj.weight"] == 0.5**13
+    assert found["classifier.weight"] == 10
+    assert set(rates(ViT(size="t", weights="none"), 1.0).values()) == {1, 10}
+
+
+@pytest.mark.parametrize(
+    "backbone, expected",
+    [
+        # MMSegmentation's stage_wise with num_layers 6
+        (
+            ConvNeXt,
+            {"features.0.0.weight": 7, "features.2.1.weight": 7, "features.1.0.layer_scale": 6}
+            | {"features.7.2.layer_scale": 3, "norm3.weight": 0},
+        ),
+        (MiT, {"patch_embed1.proj.weight": 4, "block2.0.norm1.weight": 3, "norm4.weight": 0}),
+        (ResNet, {"conv1.weight": 5, "layer1.0.conv1.weight": 4, "layer4.0.conv1.weight": 1}),
+    ],
+)
+def test_rates_of_other_backbones_fall_stage_by_stage(backbone, expected):
+    found = rates(backbone(weights="none"))
+    assert {name: found[f"backbone.{name}"] for name in expected} == {
+        name: 0.5**above for name, above in expected.items()
+    }

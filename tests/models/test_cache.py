@@ -1,18 +1,11 @@
-"""Pretrained backbones: parts that are frozen, maps that are computed once, rates that fall with the depth."""
+"""Maps of a frozen backbone that are computed once."""
 
 import pytest
 import torch
 
-from datasets import transforms
-from engine import schedule
-from engine.config import Config, ConfigError
+from engine.config import ConfigError
 from engine.errors import UserError
-from models.backbones.convnext import ConvNeXt
-from models.backbones.mit import MiT
-from models.backbones.resnet import ResNet
-from models.backbones.vit import ViT
 from models.cache import FeatureCache
-from models.segmentor import Segmentor
 from tests.runs import TINY, run, scalars, train
 
 WHOLE = "data.augment={name: transforms.Whole, size: [48, 64], flip: 0.5}"
@@ -21,43 +14,6 @@ FROZEN = ("model.frozen=[backbone]", WHOLE)
 
 def saved(folder, step=6):
     return torch.load(folder / f"step_{step:07d}.pt", weights_only=False)
-
-
-# --- frozen ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part", ["backbone", "decoder"])
-def test_a_frozen_part_is_bitwise_what_it_was_and_the_rest_trains(tmp_path, part):
-    # The first step has a learning rate of nearly 0, so the network of step 1 stands for the start.
-    train(tmp_path / "a", f"model.frozen=[{part}]", "checkpoint.every=1", "schedule.warmup_ratio=0")
-    first, last = saved(tmp_path / "a", 1), saved(tmp_path / "a")
-    moved = {
-        name.split(".")[0]
-        for name, value in first["model"].items()
-        if not torch.equal(value, last["model"][name])
-    }
-    assert moved == {"backbone", "decoder"} - {part}
-    states = sum(len(group["params"]) for group in last["optimizer"]["param_groups"])
-    network = [name for name in last["model"] if name.startswith(("backbone.", "decoder."))]
-    assert states < len(network)
-
-
-def test_frozen_parts_are_in_evaluation_mode_without_gradients():
-    backbone = ResNet(depth=18, stages=3, weights="none")
-    model = Segmentor(backbone, torch.nn.Dropout(), torch.nn.Identity(), frozen=["backbone"])
-    model.train()
-    assert not any(module.training for module in backbone.modules())
-    assert model.decoder.training
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
-
-
-def test_a_frozen_name_that_is_no_part_is_refused():
-    parts = [torch.nn.Identity() for _ in range(3)]
-    with pytest.raises(UserError, match="may name backbone, decoder, not head"):
-        Segmentor(*parts, frozen=["head"])
-
-
-# --- maps that are computed once ------------------------------------------------------------------
 
 
 class Counting(torch.nn.Module):
@@ -158,63 +114,3 @@ def test_what_cannot_be_stored_is_refused_before_training(tmp_path, overrides, s
     with pytest.raises((ConfigError, UserError), match=sentence):
         train(tmp_path / "a", f"model.cache={tmp_path / 'maps'}", *overrides)
     assert not (tmp_path / "maps").exists()
-
-
-# --- the whole picture ----------------------------------------------------------------------------
-
-
-def test_whole_fits_the_picture_in_and_ignores_what_is_left():
-    image = torch.full((3, 40, 20), 200, dtype=torch.uint8)
-    label = torch.arange(40, dtype=torch.uint8)[:, None].expand(40, 20)
-    image, label = transforms.tv_tensors.Image(image), transforms.tv_tensors.Mask(label)
-    picture, mask = transforms.Whole(size=[80, 60], flip=0.0)(image, label)
-    assert picture.shape == (3, 80, 60) and mask.shape == (80, 60)
-    assert (picture[:, :, :40] == 200).all() and (mask[:, 40:] == 255).all()
-    assert torch.equal(mask[:, 0], torch.arange(40, dtype=torch.uint8).repeat_interleave(2))
-    mirrored, flipped = transforms.Whole(size=[80, 60], flip=1.0)(image, label)
-    assert torch.equal(mirrored, picture.flip(-1)) and torch.equal(flipped, mask.flip(-1))
-
-
-# --- rates by depth -------------------------------------------------------------------------------
-
-
-def rates(backbone, decay=0.5):
-    """{parameter: rate} with lr 1 and heads at 10."""
-    model = torch.nn.Module()
-    model.backbone, model.classifier = backbone, torch.nn.Linear(2, 2)
-    options = Config(lr=1.0, head_lr_factor=10.0, weight_decay=0.1, layer_decay=decay)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = schedule.parameter_groups(model, options)
-    found = {names[p]: g["base_lr"] for g in groups for p in g["params"]}
-    assert len(found) == sum(p.requires_grad for p in model.parameters())
-    return found
-
-
-def test_rates_of_a_vision_transformer_fall_block_by_block():
-    found = rates(ViT(size="t", weights="none"))
-    assert found["backbone.norm.weight"] == 1
-    assert found["backbone.blocks.11.attn.qkv.weight"] == 0.5
-    assert found["backbone.blocks.0.mlp.fc1.bias"] == 0.5**12
-    assert found["backbone.pos_embed"] == found["backbone.patch_embed.proj.weight"] == 0.5**13
-    assert found["classifier.weight"] == 10
-    assert set(rates(ViT(size="t", weights="none"), 1.0).values()) == {1, 10}
-
-
-@pytest.mark.parametrize(
-    "backbone, expected",
-    [
-        # MMSegmentation's stage_wise with num_layers 6
-        (
-            ConvNeXt,
-            {"features.0.0.weight": 7, "features.2.1.weight": 7, "features.1.0.layer_scale": 6}
-            | {"features.7.2.layer_scale": 3, "norm3.weight": 0},
-        ),
-        (MiT, {"patch_embed1.proj.weight": 4, "block2.0.norm1.weight": 3, "norm4.weight": 0}),
-        (ResNet, {"conv1.weight": 5, "layer1.0.conv1.weight": 4, "layer4.0.conv1.weight": 1}),
-    ],
-)
-def test_rates_of_other_backbones_fall_stage_by_stage(backbone, expected):
-    found = rates(backbone(weights="none"))
-    assert {name: found[f"backbone.{name}"] for name in expected} == {
-        name: 0.5**above for name, above in expected.items()
-    }

@@ -9,6 +9,7 @@ from models.backbones.resnet import ResNet
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
 from models.segmentor import Segmentor
+from tests.runs import train
 
 
 def test_only_the_named_views_move_the_running_statistics():
@@ -48,3 +49,37 @@ def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
     ):
         network(one)
     network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
+
+
+@pytest.mark.parametrize("part", ["backbone", "decoder"])
+def test_a_frozen_part_is_bitwise_what_it_was_and_the_rest_trains(tmp_path, part):
+    # The first step has a learning rate of nearly 0, so the network of step 1 stands for the start.
+    train(tmp_path / "a", f"model.frozen=[{part}]", "checkpoint.every=1", "schedule.warmup_ratio=0")
+    first, last = (
+        torch.load(tmp_path / "a" / "step_0000001.pt", weights_only=False),
+        torch.load(tmp_path / "a" / "step_0000006.pt", weights_only=False),
+    )
+    moved = {
+        name.split(".")[0]
+        for name, value in first["model"].items()
+        if not torch.equal(value, last["model"][name])
+    }
+    assert moved == {"backbone", "decoder"} - {part}
+    states = sum(len(group["params"]) for group in last["optimizer"]["param_groups"])
+    network = [name for name in last["model"] if name.startswith(("backbone.", "decoder."))]
+    assert states < len(network)
+
+
+def test_frozen_parts_are_in_evaluation_mode_without_gradients():
+    backbone = ResNet(depth=18, stages=3, weights="none")
+    model = Segmentor(backbone, torch.nn.Dropout(), torch.nn.Identity(), frozen=["backbone"])
+    model.train()
+    assert not any(module.training for module in backbone.modules())
+    assert model.decoder.training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_a_frozen_name_that_is_no_part_is_refused():
+    parts = [torch.nn.Identity() for _ in range(3)]
+    with pytest.raises(UserError, match="may name backbone, decoder, not head"):
+        Segmentor(*parts, frozen=["head"])
