@@ -8,8 +8,16 @@ import torch
 from engine import process
 
 
+def usual_signals():
+    """The training scripts install handlers; nohup and shells let their background jobs ignore some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch):
+    usual_signals()
     # A script that a test calls in this process must not end the tests with it.
     monkeypatch.setattr(process, "end_by_force", lambda code, seconds: None)
     monkeypatch.setattr(process, "kill_loaders", lambda: None)
@@ -18,8 +26,4 @@ def same_start(monkeypatch):
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # the training scripts install their own
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    usual_signals()
