@@ -100,7 +100,7 @@ def test_two_processes_equal_one(tmp_path, method):
             one, two, 1e-10, ("model", "prototypes", "labelers", "optimizer", *averaged)
         )
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
-    assert method != "BCL" or 0.2 < one[4]["uda/labelled_target"] < 0.8
+    assert method != "BCL" or 0.1 < one[4]["uda/labelled_target"] < 0.9
     for step in one:
         for key in (key for key in one[step] if key.startswith(("train/loss", "uda/"))):
             assert one[step][key] == pytest.approx(two[step][key], rel=0, abs=1e-10), (step, key)
