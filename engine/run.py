@@ -116,8 +116,8 @@ class Run:
             keep: name of a file in the run folder for the network at the end of the stage.
             more: what else a checkpoint holds.
         """
-        self.parts = {"optimizer": self.optimizer, "scaler": self.scaler}
-        self.parts |= {name: part for name, part in parts.items() if part is not None}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
         self.dataset, self.seed, self.name = dataset, seed, name
         self.offset, self.keep, self.more = offset, keep, more
         self.iters, self.resumed = self.stage.train.iters, self.at == number

@@ -147,7 +147,7 @@ def build_prototypes(specs, joint=0, **context):
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
 
 
-def build_tower(spec, joint, device="cpu"):
+def build_tower(spec, joint, device=None):
     """`dg.tower`, the frozen tower of images, None where there is none.
 
     Raises:
@@ -166,4 +166,4 @@ def build_tower(spec, joint, device="cpu"):
             f"model.heads.projector {joint}: set "
             f"its channels to {tower.joint}"
         )
-    return tower.requires_grad_(False).eval().to(device)
+    return tower.requires_grad_(False).eval().to(device=device)

@@ -33,8 +33,9 @@ eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_si
 eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
 model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
-model.sync_bn optimizer.betas optimizer.clip
-optimizer.head_lr_factor optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay precision prototypes
+model.cache model.frozen model.sync_bn optimizer.betas optimizer.clip
+optimizer.head_lr_factor optimizer.layer_decay optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay
+precision prototypes
 resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers
 uda.mixer.name uda.source_weights.name uda.style.name

@@ -481,6 +481,8 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
         decoder={"name": "deeplabv3plus.DeepLabV3Plus", "width": 8},
         classifier={"name": "linear.Linear"},
         frozen_bn=[],
+        frozen=[],
+        cache="none",
         bn_views=[],
         channels_last=True,
         heads=Config(),

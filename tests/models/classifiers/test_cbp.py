@@ -19,7 +19,13 @@ from tests.runs import assert_same_state, last, train
 
 K, D = 5, 16
 OPTIONS = types.SimpleNamespace(
-    name="AdamW", lr=0.05, head_lr_factor=1.0, weight_decay=0.5, betas=[0.9, 0.999], momentum=0.9
+    name="AdamW",
+    lr=0.05,
+    head_lr_factor=1.0,
+    layer_decay=1.0,
+    weight_decay=0.5,
+    betas=[0.9, 0.999],
+    momentum=0.9,
 )
 
 
