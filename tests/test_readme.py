@@ -221,16 +221,13 @@ def test_the_readme_is_a_door():
 
 def test_the_tree_is_the_one_that_the_docs_draw():
     tree = next(block for block in blocks("", PAGES["docs/extending.md"]) if "configs/" in block)
-    drawn = {*re.findall(r"^([a-z]+)/", tree, re.M)} | {
-        *re.findall(r"\b\w+\.py\b", tree.split("\n")[0])
-    }
-    kept = {"data", "runs"}  # where data sets and runs lie
-    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and p.name[0] not in "._"} - kept
-    assert drawn == folders | {path.name for path in ROOT.glob("*.py")}
-    inner = {
-        f"configs/{name}" for name in re.findall(r"\b([a-z]+)/(?=[, ]|$)", tree.split("\n")[1])
-    }
-    assert {f"configs/{p.name}" for p in (ROOT / "configs").iterdir() if p.is_dir()} <= inner
+    scripts, configs, *_ = tree.splitlines()
+    drawn = {*re.findall(r"^([a-z]+)/", tree, re.M), *re.findall(r"\w+\.py", scripts)}
+    sources = {path.parts[len(ROOT.parts)] for path in ROOT.glob("[a-z]*/**/*.py")}
+    sources |= {path.name for path in ROOT.glob("*.py")} - {"conftest.py"}
+    assert drawn == sources - {"data", "runs"} | {"configs", "docs"}
+    folders = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    assert {*re.findall(r"([a-z]+)/(?=[, ]|$)", configs)} == folders | {"configs"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
@@ -291,8 +288,8 @@ def test_the_configuration_that_a_page_explains_is_the_real_one(page):
 
 def test_the_loop_of_the_readme_is_that_of_the_script():
     """Line by line and in order; what it leaves out, it says."""
-    script = iter((ROOT / "train_supervised.py").read_text("utf-8").splitlines())
-    script = iter([line.strip() for line in script])
+    lines = (ROOT / "train_supervised.py").read_text("utf-8").splitlines()
+    script = iter([line.strip() for line in lines])
     for line in blocks("python")[0].splitlines():
         assert line.strip() in script, line
 
@@ -307,6 +304,7 @@ def test_the_recipe_for_own_data_loads(tmp_path):
 
 
 def test_the_recipe_for_an_own_loss_computes():
+    torch.manual_seed(0)
     names = {}
     exec(blocks("python", PAGES["docs/extending.md"])[0], names)
     logits = torch.randn(2, 5, 6, 8, requires_grad=True)
