@@ -139,7 +139,7 @@ class SegmentationData(Dataset):
         if not self.root.is_dir():
             raise DataError(
                 f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or "
-                "the root that this data set has of its own (layouts: README, Data)"
+                "the root that this data set has of its own (layouts: docs/data.md)"
             )
         self.set_classes(ignore, label_space)
         found = self.pairs()
@@ -202,7 +202,7 @@ class SegmentationData(Dataset):
     def _check(self):
         name = f"{type(self).__name__} {self.split}"
         if not self.samples:
-            raise DataError(f"{name}: no images under {self.root}; see the layouts in README, Data")
+            raise DataError(f"{name}: no images under {self.root}; layouts: docs/data.md")
         for kind, paths in (
             ("images", [i for i, _ in self.samples]),
             ("labels", [p for _, p in self.samples if p]),

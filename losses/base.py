@@ -33,7 +33,7 @@ class Loss(nn.Module):
 class Labeler(nn.Module):
     """Pseudo labels of the target, or weights of pixels; a module without parameters, whose buffers are saved.
 
-    `uda.labelers`, `uda.pixel_weights` and `dg.reweight` name labelers. Each method may be left out.
+    `uda.labelers`, `uda.source_weights` and `dg.reweight` name labelers. Each method may be left out.
 
     Attributes:
         needs_teacher, needs_tower: as of a Loss.

@@ -99,7 +99,9 @@ def test_a_missing_root_says_which_key_to_set(tmp_path, root, says):
 
 
 def test_an_empty_folder_names_data_set_split_and_folder(tmp_path):
-    with pytest.raises(DataError, match=rf"Files val: no images under {tmp_path}; see the layouts"):
+    with pytest.raises(
+        DataError, match=rf"Files val: no images under {tmp_path}; layouts: docs/data.md$"
+    ):
         Files(root=tmp_path, split="val")
 
 
