@@ -156,9 +156,10 @@ class Run:
             for number in self.bar:
                 self.started = time.monotonic()
                 self.guard.begin(number)
-                self.rates = schedule.set_lr(
-                    self.optimizer, schedule.factor(number, self.iters, self.stage.schedule)
-                )
+                plan = self.stage.schedule
+                scale = schedule.factor(number, self.iters, plan)
+                low = plan.min_lr if number >= plan.warmup else 0.0
+                self.rates = schedule.set_lr(self.optimizer, scale, low)
                 yield number
                 if self.stopped:
                     return

@@ -70,6 +70,13 @@ def test_set_lr_scales_every_group_from_its_base_and_reports_it():
     assert {group["lr"] for group in optimizer.param_groups} == {0.01 * 0.25, 0.1 * 0.25}
 
 
+def test_no_rate_falls_below_the_least_one_and_none_rises_to_it():
+    optimizer = schedule.make_optimizer(Net(), options())
+    for scale, low, expected in ((0.5, 0.01, (0.01, 0.05)), (0.0, 0.05, (0.01, 0.05))):
+        rates = schedule.set_lr(optimizer, scale, low)
+        assert rates == pytest.approx({"backbone": expected[0], "head": expected[1]})
+
+
 @pytest.mark.parametrize(
     "name, kind, expected",
     [
