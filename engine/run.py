@@ -156,10 +156,9 @@ class Run:
             for number in self.bar:
                 self.started = time.monotonic()
                 self.guard.begin(number)
-                plan = self.stage.schedule
-                scale = schedule.factor(number, self.iters, plan)
-                low = plan.min_lr if number >= plan.warmup else 0.0
-                self.rates = schedule.set_lr(self.optimizer, scale, low)
+                self.rates = schedule.set_rates(
+                    self.optimizer, number, self.iters, self.stage.schedule
+                )
                 yield number
                 if self.stopped:
                     return

@@ -457,10 +457,11 @@ def test_coarse_to_fine_with_prototypes_of_each_image_is_the_same_in_two_process
 def test_no_gradient_reaches_a_member_that_is_learned():
     embedding, labels = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4))
     learned = Linear(num_classes=K, in_channels=D).double()
+    prototypes = {**members(seen=torch.arange(K) > 1), "classifier": learned}
     embedding.requires_grad_()
-    for order in ("hard", "both", "easy_to_hard"):
-        loss = Alignment(num_classes=K, order=order, hard="classifier", easy="classifier")
-        align(loss, embedding, labels, {"classifier": learned}, 50).backward()
+    for order, easy in (("hard", "visual"), ("easy", "classifier"), ("easy", "visual")):
+        loss = Alignment(num_classes=K, order=order, hard="classifier", easy=easy)
+        align(loss, embedding, labels, prototypes, 50).backward()
     TextFidelity(text="classifier")(
         a_step(shown(embedding, text=unit(1, D, K).mT.requires_grad_()), labels, prototypes=learned)
     ).backward()
