@@ -104,11 +104,11 @@ class Several(Dataset):
         return self.stops[-1]
 
     def __getitem__(self, item):
-        """item: an index, or (index, sample) from the sampler."""
+        """item: an index, or (index, sample) from the sampler. `part` is the number of its part."""
         index, sample = item if isinstance(item, tuple) else (item, item)
         number, within = self.place(index)
         part = copy.copy(
             self.parts[number]
         )  # `extra` may have got maps since, and threads may share the part
         part.extra = {name: Path(folder) / str(number) for name, folder in self.extra.items()}
-        return part[within, sample] | {"index": index}
+        return part[within, sample] | {"index": index, "part": number}

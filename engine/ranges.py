@@ -80,6 +80,7 @@ RANGES = {
         "warmup_ratio": Share,
         "power": NonNegative,
         "min_ratio": Share,
+        "min_lr": NonNegative,
     },
     "eval": {
         "every": Natural,

@@ -156,8 +156,8 @@ class Run:
             for number in self.bar:
                 self.started = time.monotonic()
                 self.guard.begin(number)
-                self.rates = schedule.set_lr(
-                    self.optimizer, schedule.factor(number, self.iters, self.stage.schedule)
+                self.rates = schedule.set_rates(
+                    self.optimizer, number, self.iters, self.stage.schedule
                 )
                 yield number
                 if self.stopped:

@@ -72,10 +72,18 @@ def make_optimizer(model, options):
     return optimizer
 
 
-def set_lr(optimizer, scale):
-    """Set every group's learning rate to its base times `scale` -> {label: highest learning rate}."""
+def set_rates(optimizer, step, iters, schedule):
+    """Set the learning rates of a step -> {label: highest learning rate}. `schedule` as of `factor`,
+    and min_lr: no rate falls below it after the warm-up."""
+    low = schedule.min_lr if step >= schedule.warmup else 0.0
+    return set_lr(optimizer, factor(step, iters, schedule), low)
+
+
+def set_lr(optimizer, scale, low=0.0):
+    """Set every group's learning rate to its base times `scale`, at least `low` where its base is
+    above that -> {label: highest learning rate}."""
     rates = {}
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * scale
+        group["lr"] = max(group["base_lr"] * scale, min(low, group["base_lr"]))
         rates[group["label"]] = max(group["lr"], rates.get(group["label"], 0.0))
     return rates

@@ -56,19 +56,23 @@ class Batch(Record):
     sample: Tensor  # (B) int64: place in the stream of samples, the seed of what is drawn
     numbers: list[int]  # the same on the host: to read it from a GPU would wait
     extra: dict[str, Tensor] = field(default_factory=dict)  # stored maps by name, (B, H, W) uint8
+    part: Tensor | None = None  # (B) int64: number of its data set in a list of them
 
     @classmethod
     def load(cls, batch, device):
         """A collated batch of a data set on the device. Bytes travel; floats are made there."""
 
         moved = {
-            name: batch[name].to(device, non_blocking=True) for name in ("image", "label", "sample")
+            name: batch[name].to(device, non_blocking=True)
+            for name in ("image", "label", "sample", "part")
+            if name in batch
         }
         return cls(
             image=moved["image"].to(torch.get_default_dtype()) / 255,
             label=moved["label"].long(),
             sample=moved["sample"],
             numbers=batch["sample"].tolist(),
+            part=moved.get("part"),
             extra=Maps(
                 {k: maps.to(device, non_blocking=True) for k, maps in batch["extra"].items()}
             ),
@@ -165,9 +169,13 @@ class Step(Record):
             self.counts[view] = distributed.mean((self.labels[view] != IGNORE).sum().double())
         return self.counts[view]
 
+    def batch(self, view):
+        """What a view shows; all but "source" show the target, if there is one."""
+        return self.source if view == "source" or not self.target else self.target
+
     def samples(self, view):
-        """Numbers (B) of a view's samples; all but "source" show the target, if there is one."""
-        return (self.source if view == "source" or not self.target else self.target).sample
+        """Numbers (B) of a view's samples."""
+        return self.batch(view).sample
 
     def summary(self, prefix):
         """For the log: the mean weight of each view, the labelled share of all but the source."""

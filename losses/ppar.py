@@ -13,27 +13,50 @@ and reweighting.
 
 "Prototypical Progressive Alignment and Reweighting for Generalizable Semantic Segmentation" (Zhang
 et al., IEEE T-ITS 2025). **Only its abstract was at hand, and no code is public: this file is a
-reconstruction**, and its constants are those of the authors' earlier work or our own. What the
-abstract says: (1) two prototypes per class, made by CLIP, the original text prototype T (OTP) and
-the visual text prototype U (VTP); (2) alignment from easy to difficult, "to reduce domain-variant
-information progressively instead of directly"; (3) learning weights by the reliability of the
-source data. How that became equations, with s the share of the training done, z the unit features
-of a pixel in the joint space (the projector's output), g those of CLIP's image tower, y its label
-and tau a temperature:
+reconstruction.**
+
+What the abstract says:
+
+1. Earlier prototypes, means of batches of the source, overfit and take in unrelated source data;
+   earlier alignment is coarse and treats all samples alike.
+2. Two prototypes per class are made by CLIP instead: the original text prototype T (OTP) and the
+   visual text prototype U (VTP).
+3. Alignment goes from easy to difficult, "to reduce domain-variant information progressively
+   instead of directly".
+4. The importance (reliability) of the source data is estimated and corrects its learning weight,
+   against negative transfer.
+5. A theoretical analysis relates this to the theory of domain generalisation.
+
+What is ours: every equation below. No line here follows from the theory, and no term of a bound is
+measured. Of the constants, only the weight 0.1 is that of the authors' earlier work. With s the
+share of the training done, z the unit features of a pixel in the joint space (the projector's
+output), g those of CLIP's image tower, y its label, tau a temperature, and R and F the reliability
+of a pixel and of its image or source:
 
     P(s) = norm((1 - omega) U + omega T)                                  order of the prototypes
            with omega = clip((s - 0.2) / 0.6, 0, 1)
     d    = 1 - cos(z, P_y) + max_{c != y} cos(z, P_c)                     difficulty of a pixel
     m    = 1 for the easiest share min(1, 0.5 + 0.5 s / 0.6) of a class   order of the pixels
     L    = sum m w CE(z P(s)^T / tau, y) / sum m w                        Alignment
-    r    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y        reliability
-    w    = clip(r^alpha / mean_{same class} r^alpha, 0.2, 2)              Reweight
+    R    = 1/2 softmax(z U^T / tau)_y + 1/2 softmax(kappa g U^T)_y        reliability
+    w    = bound(R^alpha / mean_{same class} R^alpha)                     Reweight, level: pixel
+    w f  with f = bound(F^alpha / mean_{batch} F^alpha), F = mean R       level: image, source
 
+bound(x) is x within [0.2, 2], and then moved towards the farther bound until its mean is 1 again.
 U is nearer to the pixels (easy), T has nothing of any domain but lies across the gap between text
-and images (difficult). The opposite order is as defensible, so it is an option. Weights are
-relative to the class: they say which pixels of a class count, not how much a class counts.
-Difficulty and reliability look at nearly the same thing (their correlation is 0.94 in a toy), so
-look at them one by one before stacking them.
+and images (difficult). The share of T in what a class is aligned to never falls: the class takes no
+part before its U is there, unless omega is 1. The opposite order is as defensible, so it is an
+option; so is the reading that a pixel's own difficulty says which of the two it is aligned to
+(`order: by_difficulty`).
+
+**U is the paper's VTP only where CLIP's image tower makes it** (`view: tower`). With `view: teacher`
+it is what the abstract warns of, running means of the student over the source: teacher prototypes.
+Text is centred before it is used (models/prototypes/text.py), which the paper may not do.
+
+The weights w say which pixels of a class count, not how much a class counts; the factors f say how
+much an image or a source counts, whatever its classes are. Difficulty and reliability look at
+nearly the same thing (their correlation is 0.94 in a toy), so look at them one by one before
+stacking them.
 """
 
 from typing import Annotated, Literal
@@ -50,6 +73,7 @@ from losses.base import Labeler, Loss, member
 BINS = 128  # of the difficulty, which lies in -1..3
 END = 0.8  # share of the training after which the second prototype alone is left
 RAMP = 0.6  # share of the training after which no pixel is left out
+SOURCES = 256  # most data sets of a list that are told apart
 
 
 def embedding(output):
@@ -128,9 +152,20 @@ def balanced(labels, keys, num_classes, count):
     return order.gather(1, (turn * (num_classes + 1) + ids).topk(count, 1, largest=False).indices)
 
 
+def mean_over(counts):
+    """A function from values (B) of images with these pixel counts (B) to their mean over the
+    pixels of all processes."""
+
+    def mean(values):
+        sums, pixels = distributed.all_reduce(torch.stack([values @ counts, counts.sum()]))
+        return (sums / pixels.clamp_min(1)).to(values)
+
+    return mean
+
+
 class Reweight(Labeler):
     """Weights of the source's pixels by their reliability (dg.reweight; the module docstring has
-    the equation).
+    the equations).
 
     Args:
         view: the view that is weighted.
@@ -139,13 +174,16 @@ class Reweight(Labeler):
         source: whose features tell: the student's, CLIP's image tower's (`dg.tower`), or both, half
             and half.
         alpha: exponent; 0 makes all weights 1.
-        low, high: bounds of a weight.
+        low, high: bounds of the weights of a class's pixels, whose mean is 1, and of the factors.
         temperature: tau, of the student's features.
-        scale: kappa, of CLIP's.
+        scale: kappa, of CLIP's. 100 is CLIP's own, for text as it is. Centred text is stretched to
+            unit length again, so that it needs 100 times its length before, 34 to 49 for CamVid's.
         warmup: share of the training in which weights move from 1 to their value.
-        level: "pixel", or "image" for the mean of an image, relative to the batch.
+        level: "pixel"; or times a factor of each "image", or of each "source", a data set of the
+            list `data.train`. An image or a source that fits the prototypes badly, compared with
+            the others of the batch, loses weight as a whole, and difficult classes with it.
     Raises:
-        UserError, from `after`: there is no projector or no such member.
+        UserError, from `after`: there is no projector or no such member, or a single source.
     """
 
     def __init__(
@@ -161,7 +199,7 @@ class Reweight(Labeler):
         temperature: Positive = 0.1,
         scale: Positive = 100.0,
         warmup: Share = 0.1,
-        level: Literal["pixel", "image"] = "pixel",
+        level: Literal["pixel", "image", "source"] = "pixel",
     ):
         super().__init__()
         self.view, self.easy, self.hard, self.source, self.level = view, easy, hard, source, level
@@ -169,36 +207,59 @@ class Reweight(Labeler):
         self.temperature, self.scale = temperature, scale
         self.needs_tower = source != "student"
 
-    def reliability(self, features, labels, vectors, scale):
-        """softmax(scale cos(features, vectors))_y: features (B, D, h, w), labels (B, H, W) ->
-        (B, H, W)."""
-        return at_labels((cosine(features, vectors) * scale).softmax(1), labels)
+    def reliability(self, step, vectors):
+        """R (B, H, W), 0 where there is no label."""
+        labels, parts = step.labels[self.view], []
+        if self.source != "clip":
+            parts.append((embedding(step.outputs[self.view]).detach(), 1 / self.temperature))
+        if self.needs_tower:
+            parts.append((precise(step.tower), self.scale))
+        found = [
+            at_labels((cosine(features, vectors) * scale).softmax(1), labels)
+            for features, scale in parts
+        ]
+        return sum(found) / len(found)
 
-    def relative(self, reliability, labels, num_classes):
-        """r (B, H, W) -> r^alpha over its mean in the class; 0 where there is no label."""
-        known = labels < num_classes
-        powers = torch.where(known, reliability, 1) ** self.alpha
-        means = means_of_classes(powers, labels, num_classes)
-        return powers / means.to(powers)[labels.clamp(0, num_classes - 1)] * known
+    def bounded(self, reliability, mean):
+        """R^alpha over its mean, within the bounds and with the mean 1; `mean` is a function from
+        values to theirs."""
+        powers = reliability**self.alpha
+        weights = powers / mean(powers).clamp_min(torch.finfo(powers.dtype).tiny)
+        weights = weights.clamp(self.low, self.high)
+        means = mean(weights)
+        # Towards the farther bound, which keeps the order of the weights and both bounds.
+        bound = torch.where(means < 1, self.high, self.low)
+        gap = bound - means
+        return weights + (1 - means) * (bound - weights) / torch.where(gap == 0, 1, gap)
+
+    def factors(self, step, reliability, known):
+        """f (B, 1, 1) of reliability and known pixels (B, H, W)."""
+        sums, counts = (values.sum((1, 2)) for values in (reliability * known, known))
+        mean = mean_over(counts)
+        if self.level == "source":
+            part = step.batch(self.view).part
+            if part is None:
+                raise UserError(
+                    "ppar.Reweight: level: source needs several sources: a list as data.train"
+                )
+            total = torch.stack([sums, counts], 1)
+            total = distributed.all_reduce(total.new_zeros(SOURCES, 2).index_add_(0, part, total))
+            sums, counts = total[part].unbind(1)
+        return self.bounded(sums / counts.clamp_min(1), mean)[:, None, None]
 
     def after(self, step):
         """Weights of the view; 0 for pixels without a label."""
         labels = step.labels[self.view]
         with torch.autocast(labels.device.type, enabled=False):
-            vectors, parts = easy_vectors(step, self).detach(), []
-            if self.source != "clip":
-                own = embedding(step.outputs[self.view]).detach()
-                parts.append(self.reliability(own, labels, vectors, 1 / self.temperature))
-            if self.needs_tower:
-                parts.append(self.reliability(precise(step.tower), labels, vectors, self.scale))
-            reliability = sum(parts) / len(parts)
-            known = (labels != IGNORE).to(reliability.dtype)
-            weights = self.relative(reliability, labels, vectors.shape[-2]).clamp(
-                self.low, self.high
+            vectors = easy_vectors(step, self).detach()
+            reliability, num_classes = self.reliability(step, vectors), vectors.shape[-2]
+            known = (labels < num_classes).to(reliability)
+            place = labels.clamp(0, num_classes - 1)
+            weights = self.bounded(
+                reliability, lambda values: means_of_classes(values, labels, num_classes)[place]
             )
-            if self.level == "image":
-                image = (weights * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)
-                weights = (image / distributed.mean(image.mean()))[:, None, None]
+            if self.level != "pixel":
+                weights = weights * self.factors(step, reliability, known)
             ramp = min(1.0, step.number / (self.warmup * step.total)) if self.warmup else 1.0
             step.weights[self.view] = (1 + ramp * (weights - 1)) * known
 
@@ -211,18 +272,20 @@ class Alignment(Loss):
         view: the view whose embedding is aligned.
         easy, hard: members of the prototype family, U and T; `easy: attention` are the prototypes
             of each image (models/heads/text_attention.py). Classes that `easy` has not seen take
-            `hard`.
-        order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), or only "easy"
-            or "hard".
+            `hard`; their pixels take no part in "easy_to_hard" before `hard` alone is left.
+        order: "easy_to_hard", "hard_to_easy", "both" (the mean of two fixed losses), only "easy"
+            or "hard", or "by_difficulty": at all times the easiest share `curriculum` of a class's
+            pixels, as `easy` measures them, is aligned to `easy` and the others to `hard`.
         start: share of the training after which one prototype becomes the other, until 0.8 of it.
         curriculum: share of each class's pixels, the easiest, at the start; it grows to 1; 1 keeps
             all at all times.
         granularity: "pixel", or "coarse_to_fine" for the class means of the batch first, and pixels
-            as omega grows.
+            as omega grows; not with "by_difficulty".
         temperature: tau.
         samples: most pixels of an image, of all its classes alike.
         ramp: share of the training in which the loss grows from 0 to its weight.
     Raises:
+        ValueError: "by_difficulty" with "coarse_to_fine".
         UserError, from `forward`: there is no projector or no such member.
     """
 
@@ -234,7 +297,9 @@ class Alignment(Loss):
         view: str = "source",
         easy: str = "visual",
         hard: str = "text",
-        order: Literal["easy_to_hard", "hard_to_easy", "both", "easy", "hard"] = "easy_to_hard",
+        order: Literal[
+            "easy_to_hard", "hard_to_easy", "both", "easy", "hard", "by_difficulty"
+        ] = "easy_to_hard",
         start: Annotated[float, "[0, 0.8]"] = 0.2,
         curriculum: Annotated[float, "(0, 1]"] = 0.5,
         granularity: Literal["pixel", "coarse_to_fine"] = "pixel",
@@ -248,6 +313,8 @@ class Alignment(Loss):
         self.start, self.curriculum = start, curriculum
         self.granularity, self.temperature = granularity, temperature
         self.samples, self.ramp = samples, ramp
+        if order == "by_difficulty" and granularity != "pixel":
+            raise ValueError("order: by_difficulty is of single pixels, not of coarse_to_fine")
 
     def omega(self, done):
         """Share of the second prototype after a share of the training."""
@@ -261,22 +328,34 @@ class Alignment(Loss):
 
     def targets(self, step):
         """[class vectors (K, D) or (B, K, D)] that the pixels are aligned to: one, or two with
-        `both`."""
+        `both` and `by_difficulty`."""
         hard = class_vectors(step.prototypes, self.hard)
         if self.order == "hard":
             return [hard]
         easy = easy_vectors(step, self)
-        if self.order in ("easy", "both"):
+        if self.order in ("easy", "both", "by_difficulty"):
             return [easy] if self.order == "easy" else [easy, hard]
         omega = self.omega(step.progress)
         share = omega if self.order == "easy_to_hard" else 1 - omega
         return [F.normalize((1 - share) * easy + share * hard, dim=-1, eps=1e-6)]
 
+    def begun(self, step, ids):
+        """Labels like `ids`; 255 where a class would start from the hard prototype, for want of the
+        easy one, and get easier when that arrives."""
+        if (
+            self.order != "easy_to_hard"
+            or self.easy == "attention"
+            or self.omega(step.progress) == 1
+        ):
+            return ids
+        seen = member(step.prototypes, self.easy, "ppar").seen
+        return torch.where(seen[ids.clamp(0, self.num_classes - 1)], ids, IGNORE)
+
     def forward(self, step):
         features = embedding(step.outputs[self.view])
         size, done = features.shape[-2:], step.progress
         with torch.autocast(features.device.type, enabled=False):
-            ids = resize_labels(step.labels[self.view], size)  # (B, h, w)
+            ids = self.begun(step, resize_labels(step.labels[self.view], size))  # (B, h, w)
             weights = torch.ones_like(ids, dtype=features.dtype)
             if self.view in step.weights:
                 weights = resize_labels(step.weights[self.view], size).to(features.dtype)
@@ -287,17 +366,31 @@ class Alignment(Loss):
                 chosen = torch.full_like(flat, IGNORE)
                 ids = chosen.scatter(1, place, flat.gather(1, place)).view_as(ids)
             targets = self.targets(step)
-            losses = [self.align(features, ids, weights, vectors, done) for vectors in targets]
+            if self.order == "by_difficulty":
+                losses = [self.align_by_difficulty(features, ids, weights, *targets)]
+            else:
+                losses = [self.align(features, ids, weights, vectors, done) for vectors in targets]
             ramp = min(1.0, done / self.ramp) if self.ramp else 1.0
             return sum(losses) / len(losses) * ramp
+
+    def align_pixels(self, scores, ids, weights):
+        """Cosines (B, K, h, w), labels and weights (B, h, w) -> scalar."""
+        scores = scores / self.temperature
+        loss = F.cross_entropy(scores, ids, ignore_index=IGNORE, reduction="none") * weights
+        return loss.sum() / distributed.mean(weights.sum()).clamp_min(1e-6)
+
+    def align_by_difficulty(self, features, ids, weights, easy, hard):
+        """Each pixel to one of two class vectors; otherwise as `align`."""
+        scores = cosine(features, easy)
+        first = self.easiest(scores.detach(), ids, self.curriculum).bool()
+        scores = torch.where(first[:, None], scores, cosine(features, hard))
+        return self.align_pixels(scores, ids, weights * (ids != IGNORE))
 
     def align(self, features, ids, weights, vectors, done):
         """Features (B, D, h, w), labels and weights (B, h, w), class vectors -> scalar."""
         scores = cosine(features, vectors)
         weights = weights * self.easiest(scores.detach(), ids, self.kept(done))
-        scores = scores / self.temperature
-        loss = F.cross_entropy(scores, ids, ignore_index=IGNORE, reduction="none") * weights
-        pixels = loss.sum() / distributed.mean(weights.sum()).clamp_min(1e-6)
+        pixels = self.align_pixels(scores, ids, weights)
         if self.granularity == "pixel":
             return pixels
         share = self.omega(done)
@@ -308,7 +401,9 @@ class Alignment(Loss):
     def align_means(self, features, ids, weights, vectors):
         """The same for the mean of each class in the batch of all processes."""
         sums, counts = class_sums(features, ids, self.num_classes, weights, sync=True)
-        vectors = vectors.mean(0) if vectors.dim() == 3 else vectors
+        if vectors.dim() == 3:  # of each image, whose mean is that over all processes
+            images = len(vectors) * distributed.world_size()
+            vectors = distributed.synced_sum(vectors.sum(0)) / images
         scores = F.normalize(sums, dim=1, eps=1e-6) @ vectors.to(sums.dtype).T / self.temperature
         loss = F.cross_entropy(
             scores, torch.arange(len(scores), device=scores.device), reduction="none"

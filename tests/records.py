@@ -16,18 +16,19 @@ def an_output(logits=None, features=None, **fields):
     return Output(logits=logits, features=features, **fields)
 
 
-def a_batch(image, label=None, samples=None, **extra):
+def a_batch(image, label=None, samples=None, part=None, **extra):
     """A Batch of images (B, 3, H, W).
 
     Args:
         label: (B, H, W); 255 everywhere where there is none.
         samples: numbers of its samples; from 0 where there are none.
+        part: (B), the number of the data set of each.
         extra: stored maps by name.
     """
     if label is None:
         label = torch.full((len(image), *image.shape[-2:]), IGNORE)
     samples = torch.as_tensor(range(len(image)) if samples is None else samples)
-    return Batch(image, label, samples, samples.tolist(), extra)
+    return Batch(image, label, samples, samples.tolist(), extra, part)
 
 
 def a_step(

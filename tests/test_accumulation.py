@@ -106,8 +106,8 @@ METHODS = {
         TINY_DG,
         "model.heads.text_attention={name: text_attention.TextAttention, layers: 1}",
         "dg.reweight.warmup=0.0",
-        "losses=[{name: cross_entropy.CrossEntropy, by_weights: true}, {name: ppar.Alignment, ramp: 0.0},"
-        " {name: ppar.TextFidelity}]",
+        "losses=[{name: cross_entropy.CrossEntropy, by_weights: true}, {name: ppar.Alignment, ramp: 0.0,"
+        " order: both}, {name: ppar.TextFidelity}]",
         {"cross_entropy", "ppar"},
     ),
 }

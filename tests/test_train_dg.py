@@ -1,18 +1,26 @@
 """train_dg.py: resume, several processes, what reaches inference, what is frozen, and the protocol."""
 
+import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine import checkpoint
 from engine.config import load
 from engine.errors import UserError
 from engine.report import domain_table
+from engine.statistics import IGNORE
+from losses.ppar import Reweight
 from models.build import restore
+from models.segmentor import Segmentor
+from tests.records import a_batch, a_step, an_output
 from tests.runs import ROOT, TINY_DG, assert_same_state, last, leaves, run, scalars, train
+from train_dg import evidence
 
 ATTENTION = (
     "model.heads.text_attention={name: text_attention.TextAttention, layers: 1}",
@@ -95,31 +103,115 @@ def test_every_part_can_be_switched_off_and_then_nothing_of_it_is_left(tmp_path)
     assert not any("weight" in key or "ppar" in key for key in steps[1])
 
 
+# The loss is ramped and weights are warmed up, so that at step 1 both are what they are without;
+# teacher prototypes are there from step 2 on.
+SHORT = (
+    "train.iters=3",
+    "prototypes.visual.start=0.0",
+    "model.decoder.dropout=0.0",
+    "eval.pictures=0",
+)
+ALIGNED = {"loss_ppar"}
+WEIGHTED = {"loss_ppar", "loss_cross_entropy"}
+# Option: (overrides, the first step whose losses it changes, which of them it changes there).
 OPTIONS = {
-    "order": ("losses.ppar.order=hard_to_easy",),
-    "text alone": ("losses.ppar.order=hard",),
-    "coarse to fine": ("losses.ppar.granularity=coarse_to_fine", "losses.ppar.curriculum=1"),
-    "images": ("dg.reweight.level=image",),
-    "styles": ("dg.style={name: style.ColorStats}", "dg.strong={name: mixers.ColorBlur}"),
-    "random text": ("prototypes.text={name: basis.RandomDirections, space: joint, view: none}",),
-    "student": ("prototypes.visual.view=source",),
-    "attention": (*ATTENTION, FIDELITY),
-    "centroids": ("prototypes.visual={name: centroids.Centroids, space: joint, view: teacher}",),
-    "accumulate": ("train.accumulate=2",),
+    "order": (("losses.ppar.order=hard_to_easy",), 2, ALIGNED),
+    "text alone": (("losses.ppar.order=hard",), 2, ALIGNED),
+    "by difficulty": (("losses.ppar.order=by_difficulty",), 2, ALIGNED),
+    "all pixels": (("losses.ppar.curriculum=1",), 2, ALIGNED),
+    "coarse to fine": (("losses.ppar.granularity=coarse_to_fine",), 2, ALIGNED),
+    "images": (("dg.reweight.level=image",), 2, WEIGHTED),
+    "no weights": (("dg.reweight={name: none}",), 2, WEIGHTED),
+    "styles": (("dg.style={name: style.ColorStats}",), 1, {"loss_cross_entropy"}),
+    "strong colours": (("dg.strong={name: mixers.ColorBlur}",), 1, {"loss_cross_entropy"}),
+    "random text": (
+        ("prototypes.text={name: basis.RandomDirections, space: joint, view: none}",),
+        2,
+        WEIGHTED,
+    ),
+    "student": (("prototypes.visual.view=source",), 2, WEIGHTED),
+    "attention": ((*ATTENTION, FIDELITY), 1, {"loss_ppar_2"}),
+    "centroids": (
+        (
+            "prototypes={text: {name: basis.OrthogonalBasis, space: joint, view: none}, "
+            "visual: {name: centroids.Centroids, space: joint, view: teacher}}",
+        ),
+        2,
+        WEIGHTED,
+    ),
+    "accumulate": (("train.accumulate=2",), 1, {"loss_cross_entropy"}),
 }
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Scalars of the run without any of the options."""
+    return train(tmp_path_factory.mktemp("plain"), *SHORT, config=TINY_DG)
+
+
+def differing(one, two):
+    """The losses of a step that differ between two runs, or that one of them lacks."""
+    keys = {key for key in one.keys() | two.keys() if key.startswith("train/loss_")}
+    return {
+        key.removeprefix("train/")
+        for key in keys
+        if key not in one or key not in two or one[key] != pytest.approx(two[key], rel=1e-5)
+    }
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_trains(tmp_path, name):
-    steps = train(
-        tmp_path / "run", *OPTIONS[name], "train.iters=2", "eval.pictures=0", config=TINY_DG
-    )
-    assert all(step["train/loss"] == step["train/loss"] for step in steps.values())
+def test_every_option_changes_what_it_is_about_and_nothing_before(tmp_path, plain, name):
+    overrides, first, expected = OPTIONS[name]
+    steps = train(tmp_path / "run", *SHORT, *overrides, config=TINY_DG)
+    changed = {number: differing(plain[number], steps[number]) for number in (1, 2, 3)}
+    assert not any(changed[number] for number in range(1, first))
+    assert changed[first] == expected
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     scores = [results["results"][domain]["mIoU"] for domain in ("night", "fog")]
-    assert results["unseen_mIoU"] == pytest.approx(sum(scores) / 2) and results["seen"] == [
-        "synthetic"
-    ]
+    assert results["unseen_mIoU"] == pytest.approx(sum(scores) / 2)
+    assert results["seen"] == ["synthetic"]
+
+
+# --- what reaches which part -----------------------------------------------------------------------------------------
+
+
+def test_prototypes_learn_from_the_teacher_where_it_is_right():
+    labels = torch.tensor([[[0, 1], [2, IGNORE]]])
+    logits = torch.zeros(1, 3, 2, 2)
+    for (row, column), guess in {(0, 0): 0, (0, 1): 2, (1, 0): 2, (1, 1): 1}.items():
+        logits[0, guess, row, column] = 1
+    embedding, features = torch.randn(1, 4, 2, 2), torch.randn(1, 5, 2, 2)
+    output = an_output(logits, features, embedding=embedding)
+    teacher = SimpleNamespace(network=SimpleNamespace(segment=lambda image, heads: output))
+    step = a_step({"source": an_output(-logits, -features, embedding=-embedding)}, labels)
+    step.source = a_batch(torch.zeros(1, 3, 2, 2), labels)
+
+    def shown(view, space):
+        [found] = evidence([step], view, space, teacher, None, contextlib.nullcontext())
+        return found
+
+    right = torch.tensor([[[0, IGNORE], [2, IGNORE]]])
+    for space, expected in (("joint", F.normalize(embedding, dim=1)), ("features", features)):
+        for view, sign, known in (("teacher", 1, right), ("source", -1, labels)):
+            found, seen, weights = shown(view, space)
+            torch.testing.assert_close(found, sign * expected)
+            assert torch.equal(seen, known) and weights is None
+
+
+def test_prototypes_learn_from_the_towers_cells_of_one_class():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[:, :4, 4:] = 1
+    labels[:, 4:, 4:] = 2
+    labels[:, :2, :2] = 1  # three quarters of the cell are still its own
+    labels[:, 4:6, 4:6] = 0
+    labels[:, 6:, :3] = 2  # leaves less of the cell
+    dense = torch.randn(1, 4, 2, 2)
+    step = a_step(None, labels, source=a_batch(torch.rand(1, 3, 8, 8), labels))
+    seen = []
+    tower = SimpleNamespace(dense=lambda image: seen.append(image) or dense)
+    [(features, cells, _)] = evidence([step], "tower", "joint", None, tower, None)
+    assert torch.equal(features, dense) and seen[0] is step.source.image
+    assert cells.tolist() == [[[0, 1], [IGNORE, 2]]]
 
 
 @pytest.fixture
@@ -172,6 +264,45 @@ def test_a_frozen_tower_with_batch_norm_keeps_its_statistics(tmp_path, tiny_clip
     )
     assert all(torch.equal(value, states[0][key]) for key, value in towers[0].state_dict().items())
     assert not any(p.requires_grad for p in towers[0].parameters())
+
+
+def test_the_student_alone_sees_styles_and_strong_colours_and_the_weights_reach_the_losses(
+    tmp_path, tiny_clip, monkeypatch
+):
+    from models.backbones.clip import ViT
+
+    pictures = {"tower": [], "teacher": [], "student": [], "batch": []}
+    dense, forward, segment, after = ViT.dense, Segmentor.forward, Segmentor.segment, Reweight.after
+
+    def see(who, image):
+        pictures[who].append(image.detach().clone())
+
+    def zero(self, step):
+        after(self, step)
+        see("batch", step.source.image)
+        step.weights["source"] = torch.zeros_like(step.weights["source"])
+
+    monkeypatch.setattr("datasets.style.ColorStats.__call__", lambda self, own, other: own + 10)
+    monkeypatch.setattr(
+        "datasets.mixers.ColorBlur.__call__", lambda self, image, numbers: image * 3
+    )
+    monkeypatch.setattr(ViT, "dense", lambda s, x: see("tower", x) or dense(s, x))
+    monkeypatch.setattr(
+        Segmentor, "forward", lambda s, v, n: see("student", v["source"].image) or forward(s, v, n)
+    )
+    monkeypatch.setattr(
+        Segmentor, "segment", lambda s, x, **k: see("teacher", x) or segment(s, x, **k)
+    )
+    monkeypatch.setattr(Reweight, "after", zero)
+    changes = ("dg.style={name: style.ColorStats}", "dg.strong={name: mixers.ColorBlur}")
+    steps = train(tmp_path / "run", *tiny_clip, *changes, "eval.pictures=0", config=TINY_DG)
+    assert len(pictures["batch"]) == 2
+    for number, batch in enumerate(pictures["batch"]):
+        assert torch.equal(pictures["tower"][number], batch)
+        torch.testing.assert_close(pictures["student"][number], (batch + 10) * 3)
+    assert torch.equal(pictures["teacher"][0], pictures["batch"][1])  # starts at the second step
+    for step in steps.values():
+        assert step["train/loss_cross_entropy"] == step["train/loss_ppar"] == 0
 
 
 @pytest.mark.parametrize("offline", [0, 5])
@@ -284,18 +415,30 @@ def test_a_tower_of_another_space_is_an_error(tmp_path, tiny_clip):
         train(tmp_path / "run", *tiny_clip[2:3], config=TINY_DG)
 
 
-def test_several_sources_train_as_one(tmp_path):
+def test_several_sources_train_as_one_and_each_has_its_factor(tmp_path, monkeypatch):
+    weights, after = [], Reweight.after
+
+    def record(self, step):
+        after(self, step)
+        weights.append((step.source.part, step.source.image, step.weights["source"]))
+
+    monkeypatch.setattr(Reweight, "after", record)
     sources = ", ".join(
-        f"{{name: toy.Toy, domain: {d}, length: 5, size: [32, 48]}}" for d in ("synthetic", "rain")
+        f"{{name: toy.Toy, domain: {d}, length: 5, size: [32, 48]}}" for d in ("synthetic", "night")
     )
     train(
         tmp_path / "run",
         f"data.train=[{sources}]",
         "train.iters=2",
+        "dg.reweight={level: source, warmup: 0.0, low: 1.0, high: 3.0}",
         "data.val={name: none}",
         config=TINY_DG,
     )
     assert "10 images" in (tmp_path / "run" / "log.txt").read_text()
+    parts = torch.cat([part for part, *_ in weights])
+    assert {*parts.tolist()} == {0, 1} and len(parts) == 8
+    light = torch.cat([image.mean((1, 2, 3)) for _, image, _ in weights])
+    assert light[parts == 1].max() < light[parts == 0].min()  # nights are dark
     assert (
         load(TINY_DG, [f"data.train=[{sources}]", "data.train.1.domain=snow"]).data.train[1][
             "domain"

@@ -36,7 +36,8 @@ model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.he
 model.cache model.frozen model.sync_bn optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.layer_decay optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay
 precision prototypes
-resume schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio seed stages threads timeout
+resume schedule.min_lr schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio
+seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers
 uda.mixer.name uda.source_weights.name uda.style.name
 """
@@ -307,6 +308,7 @@ WRONG = {
     "schedule.warmup_ratio": "-1 2",
     "schedule.power": "-1",
     "schedule.min_ratio": "1.5",
+    "schedule.min_lr": "-1 .nan",
     "eval.every": "-1",
     "eval.mode": "hole",
     "eval.crop": "[0,_0] [5] [1,_2,_3] [a,_b] 512",

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from engine import schedule
-from engine.config import Config
+from engine.config import Config, load
 from models.backbones.convnext import ConvNeXt
 from models.backbones.mit import MiT
 from models.backbones.resnet import ResNet
 from models.backbones.vit import ViT
 from tests.engine.net import Net, options
+from tests.runs import ROOT
 
 
 def plan(**changes):
@@ -68,6 +69,28 @@ def test_set_lr_scales_every_group_from_its_base_and_reports_it():
             {"backbone": 0.01 * scale, "head": 0.1 * scale}
         )
     assert {group["lr"] for group in optimizer.param_groups} == {0.01 * 0.25, 0.1 * 0.25}
+
+
+def test_no_rate_falls_below_the_least_one_and_none_rises_to_it():
+    optimizer = schedule.make_optimizer(Net(), options())
+    for scale, low, expected in ((0.5, 0.01, (0.01, 0.05)), (0.0, 0.05, (0.01, 0.05))):
+        rates = schedule.set_lr(optimizer, scale, low)
+        assert rates == pytest.approx({"backbone": expected[0], "head": expected[1]})
+
+
+def test_foundation_models_have_the_rates_of_tqdms_released_configurations():
+    cfg = load(ROOT / "configs" / "dg" / "gta5_ppar_clip_vit_b16.yaml", [])
+    assert (cfg.optimizer.name, cfg.optimizer.weight_decay, cfg.train.iters) == (
+        "AdamW",
+        1e-4,
+        20000,
+    )
+    assert cfg.schedule.warmup == 1500 and cfg.optimizer.layer_decay == 1
+    optimizer = schedule.make_optimizer(Net(), cfg.optimizer)
+    expected = {0: (1e-12, 1e-11), 1500: (1e-6, 1e-5), 19999: (1e-6, 1e-6)}
+    for step, (backbone, head) in expected.items():
+        rates = schedule.set_rates(optimizer, step, cfg.train.iters, cfg.schedule)
+        assert rates == pytest.approx({"backbone": backbone, "head": head})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """PPAR: curricula, reliability and alignment against naive loops and closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.build import build
-from engine.config import ConfigError
+from engine.config import ConfigError, load
 from engine.errors import UserError
 from engine.statistics import IGNORE
 from losses.cross_entropy import CrossEntropy
@@ -20,10 +21,13 @@ from losses.ppar import (
     balanced,
     means_of_classes,
 )
+from models.classifiers.linear import Linear
 from models.heads.text_attention import TextAttention
 from models.prototypes.basis import OrthogonalBasis, RandomDirections
+from models.prototypes.visual_text import VisualText
 from tests.models.prototypes.members import D, K, members, unit
-from tests.records import a_step, an_output
+from tests.records import a_batch, a_step, an_output
+from tests.runs import ROOT, as_two_processes
 from train_dg import check_parts
 
 
@@ -64,6 +68,82 @@ def test_prototypes_go_from_easy_to_hard_or_back():
     both, only = (Alignment(num_classes=K, order=order) for order in ("both", "hard"))
     torch.testing.assert_close(both.targets(a_step(prototypes=prototypes, number=3)), [easy, hard])
     torch.testing.assert_close(only.targets(begin), [hard])
+
+
+def options_of(spec):
+    """The options of a component of a configuration, without the keys of its place."""
+    return {k: v for k, v in spec.items() if k not in ("name", "weight", "view", "space")}
+
+
+@pytest.mark.parametrize(
+    "config", ["", "dg/camvid_day_ppar", "toy/dg_ppar", "dg/gta5_ppar_resnet50"]
+)
+def test_what_a_class_is_aligned_to_never_gets_easier(config):
+    visual, alignment = {}, {}
+    if config:
+        cfg = load(ROOT / "configs" / f"{config}.yaml", [])
+        visual = options_of(cfg.prototypes.visual) | {"offline": 0}
+        alignment = options_of(cfg.losses[1])
+    member = VisualText(num_classes=K, in_channels=D, **visual).double()
+    prototypes = {**members(), "visual": member}
+    loss = Alignment(num_classes=K, **alignment)
+    looks, text = unit(K, D), prototypes["text"].vectors
+    shares = [[] for _ in range(K)]  # of the text, by step, where the class is aligned
+    for number in range(40):
+        step = a_step(prototypes=prototypes, number=number, total=40)
+        for c in range(K):
+            features, ids = unit(1, D, 1, 1), torch.full((1, 1, 1), c)
+            if loss(a_step(shown(features), ids, None, prototypes, number, 40)) > 0:
+                easy = member.vectors[c] if member.seen[c] else text[c]
+                pair = torch.stack([easy, text[c]], 1)
+                parts = torch.linalg.lstsq(pair, loss.targets(step)[0][c]).solution
+                apart = F.cosine_similarity(*pair.T, dim=0) < 1 - 1e-9
+                shares[c].append((number, float(parts[1] / parts.sum()) if apart else 1.0))
+        seen = [c for c in range(K) if number >= (0, 0, 20, 36)[c]]  # from when a class occurs
+        batch = looks[seen].T[None, :, None], torch.tensor(seen)[None, None], None
+        member.update([batch], step)
+    first = round(40 * member.start) + 1
+    assert [numbers[0][0] for numbers in shares] == [first, first, 21, 32]
+    for numbers in shares:
+        values = [share for _, share in numbers]
+        assert all(after > before - 1e-9 for before, after in itertools.pairwise(values))
+        assert values[-1] == pytest.approx(1)
+    assert max(shares[0][0][1], shares[1][0][1]) < 1e-9
+
+
+def test_a_class_without_its_easy_prototype_waits_for_the_hard_one_in_this_order_alone():
+    prototypes = members(seen=torch.zeros(K, dtype=torch.bool))
+    embedding, labels = unit(1, D, 4, 4).requires_grad_(), torch.randint(0, K, (1, 4, 4))
+    waiting = align(Alignment(num_classes=K), embedding, labels, prototypes, 79)
+    waiting.backward()
+    assert waiting == 0 and not embedding.grad.any()
+    assert align(Alignment(num_classes=K), embedding, labels, prototypes, 80) > 0
+    for order in ("hard_to_easy", "both", "easy", "hard", "by_difficulty"):
+        loss = Alignment(num_classes=K, order=order)
+        assert align(loss, embedding, labels, prototypes, 79) > 0
+
+
+def test_by_difficulty_the_easiest_pixels_take_the_easy_prototype_and_the_others_the_hard_one():
+    prototypes, weights = members(), torch.rand(2, 3, 40, dtype=torch.float64)
+    embedding, labels = unit(2, D, 3, 40), torch.randint(0, K, (2, 3, 40))
+    labels[0, 0] = IGNORE
+    loss = Alignment(num_classes=K, order="by_difficulty", curriculum=0.25, ramp=0.0)
+    found = [align(loss, embedding, labels, prototypes, n, weights) for n in (0, 100)]
+    easy, hard = (
+        torch.einsum("bdhw,kd->bkhw", embedding, prototypes[name].vectors)
+        for name in ("visual", "text")
+    )
+    first = loss.easiest(easy, labels, 0.25).bool()
+    for c in range(K):
+        assert 0.2 < first[labels == c].double().mean() < 0.45
+    scores = torch.where(first[:, None], easy, hard) / 0.1
+    each = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="none")
+    known = labels != IGNORE
+    expected = (each * weights)[known].sum() / weights[known].sum()
+    torch.testing.assert_close(found, [expected, expected])
+    with pytest.raises(ConfigError, match="by_difficulty is of single pixels"):
+        options = {"order": "by_difficulty", "granularity": "coarse_to_fine"}
+        build("losses", {"name": "ppar.Alignment", **options}, num_classes=K)
 
 
 def test_classes_without_an_easy_prototype_take_the_hard_one():
@@ -118,8 +198,11 @@ def test_scores_are_taken_at_the_label_of_each_pixel():
         assert found[b, row, column] == scores[b, labels[b, row, column], row // 3, column // 3]
 
 
-def weigh(embedding, labels, prototypes, number=100, tower=None, **options):
-    step = a_step(shown(embedding), labels, None, prototypes, number, 100, tower=tower)
+def weigh(embedding, labels, prototypes, number=100, tower=None, part=None, **options):
+    source = a_batch(torch.zeros(len(labels), 3, 1, 1), labels, part=part)
+    step = a_step(
+        shown(embedding), labels, None, prototypes, number, 100, tower=tower, source=source
+    )
     Reweight(**options).after(step)
     assert [*step.labels] == [*step.weights] == ["source"] and step.labels["source"] is labels
     return step.weights["source"]
@@ -128,12 +211,141 @@ def weigh(embedding, labels, prototypes, number=100, tower=None, **options):
 def test_weights_have_mean_one_in_each_class_and_none_where_ignored():
     labels = torch.randint(0, K, (2, 12, 16))
     labels[0, :3] = IGNORE
-    weights = weigh(unit(2, D, 3, 4), labels, members(), low=0.0, high=1e9)
-    for c in range(K):
-        assert float(weights[labels == c].mean()) == pytest.approx(1, abs=1e-12)
-    assert not weights[labels == IGNORE].any()
-    clipped = weigh(unit(2, D, 3, 4), labels, members())[labels != IGNORE]
-    assert clipped.min() >= 0.2 - 1e-12 and clipped.max() <= 2 and clipped.std() > 0.1
+    embedding, prototypes = unit(2, D, 3, 4), members()
+    bounds = {(0.2, 2.0): {}, (0.0, 1e9): {"low": 0.0, "high": 1e9}, (0.5, 1.0): {}, (1.0, 3.0): {}}
+    for low, high in bounds:
+        given = bounds[low, high] or ({} if low == 0.2 else {"low": low, "high": high})
+        weights = weigh(embedding, labels, prototypes, **given)
+        for c in range(K):
+            assert float(weights[labels == c].mean()) == pytest.approx(1, abs=1e-12)
+        assert not weights[labels == IGNORE].any()
+        inside = weights[labels != IGNORE]
+        assert inside.min() >= low - 1e-12 and inside.max() <= high + 1e-12
+        assert (inside.std() > 0.1) == (low < 1 < high)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 3.0])
+def test_a_class_of_which_a_share_is_right_keeps_its_weight(share, alpha):
+    """0.95 and 0.01 are the reliabilities of a class that begins to be learned."""
+    right = torch.arange(1000) < 1000 * share
+    reliability = torch.where(right, 0.95, 0.01).double()
+    weights = Reweight(alpha=alpha).bounded(reliability, torch.mean)
+    assert float(weights.mean()) == pytest.approx(1, abs=1e-12)
+    assert weights.min() >= 0.2 and weights.max() <= 2
+    if 0 < share < 1:
+        assert weights[0] > 1 > weights[-1]
+        stretched = (weights - weights[-1]) / (weights[0] - weights[-1])
+        torch.testing.assert_close(stretched, right.double())
+
+
+def test_reliabilities_that_vanish_weigh_alike():
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    vectors = torch.eye(K, D, dtype=torch.float64)
+    far = (vectors[1] - vectors[0]).view(1, D, 1, 1).expand(1, D, 2, 2)
+    weights = weigh(far, labels, members(vectors, vectors), temperature=1e-3)
+    torch.testing.assert_close(weights, torch.ones_like(weights))
+
+
+def planted(level, shared=True):
+    """Weights of four images, two of each source; labels of the second source are random."""
+    torch.manual_seed(0)
+    vectors = torch.eye(K, D, dtype=torch.float64)
+    labels = torch.randint(0, K if shared else K // 2, (4, 8, 8))
+    labels[2:] += 0 if shared else K // 2  # then no class is in both sources
+    seen = labels.clone()  # what the pixels look like
+    seen[2:] = seen[2:].flatten()[torch.randperm(128)].view(2, 8, 8)
+    embedding = vectors[seen].permute(0, 3, 1, 2) + 0.2 * torch.randn(4, D, 8, 8).double()
+    part = torch.tensor([0, 0, 1, 1])
+    return weigh(embedding, labels, members(vectors, vectors), level=level, part=part)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("level", ["image", "source"])
+def test_a_source_with_random_labels_loses_weight_as_a_whole(level, shared):
+    pixel, whole = planted("pixel", shared), planted(level, shared)
+    factors = whole / pixel
+    of_image = factors.mean((1, 2))
+    torch.testing.assert_close(factors, of_image[:, None, None].expand_as(factors))
+    assert of_image[:2].min() > 1.2 and of_image[2:].max() < 0.8
+    assert float(of_image.mean()) == pytest.approx(1, abs=1e-12)
+    same = torch.isclose(of_image[::2], of_image[1::2])
+    assert same.all() if level == "source" else not same.any()
+    if not shared:  # the weights within a class do not see it
+        assert float(pixel[2:].mean()) == pytest.approx(1)
+
+
+def test_factors_of_images_and_sources_do_not_depend_on_the_number_of_processes(monkeypatch):
+    embedding, labels, prototypes = unit(4, D, 3, 4), torch.randint(0, K, (4, 6, 8)), members()
+    labels[0, :4] = IGNORE
+    part = torch.tensor([2, 0, 2, 0])
+    levels = ("pixel", "image", "source")
+    whole = [weigh(embedding, labels, prototypes, part=part, level=level) for level in levels]
+
+    def half(rank):
+        own = slice(2 * rank, 2 * rank + 2)
+        return [
+            weigh(embedding[own], labels[own], prototypes, part=part[own], level=level)
+            for level in levels
+        ]
+
+    halves = as_two_processes(monkeypatch, half)
+    for one, *two in zip(whole, *halves):
+        torch.testing.assert_close(torch.cat(two), one)
+    assert not torch.allclose(whole[1], whole[2])
+
+
+def test_sources_need_a_list_of_them():
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(
+        UserError, match=r"level: source needs several sources: a list as data\.train"
+    ):
+        weigh(unit(1, D, 2, 2), labels, members(), level="source")
+
+
+def test_reliability_is_a_softmax_with_the_sharpness_of_its_features():
+    prototypes, labels = members(), torch.randint(0, K, (1, 2, 3))
+    own, tower = unit(1, D, 2, 3), unit(1, D, 2, 3)
+    step = a_step(shown(own), labels, tower=tower)
+    vectors = prototypes["visual"].vectors
+    expected = torch.zeros(2, 1, 2, 3).double()
+    for kind, (features, sharpness) in enumerate(((own, 1 / 0.5), (tower, 3.0))):
+        for row in range(2):
+            for column in range(3):
+                scores = sharpness * vectors @ features[0, :, row, column]
+                expected[kind, 0, row, column] = scores.softmax(0)[labels[0, row, column]]
+    options = {"temperature": 0.5, "scale": 3.0}
+    for source, value in (
+        ("student", expected[0]),
+        ("clip", expected[1]),
+        ("both", expected.mean(0)),
+    ):
+        found = Reweight(source=source, **options).reliability(step, vectors)
+        torch.testing.assert_close(found, value)
+
+
+def test_the_towers_sharpness_in_the_configuration_is_clips_for_text_that_is_centred():
+    cfg = load(ROOT / "configs" / "base" / "dg_ppar_clip.yaml", [])
+    assert cfg.dg.reweight.scale == 1 / cfg.prototypes.visual.temperature == 50
+    # Rows of CLIP lie within a narrow cone; of the same length when centred, here.
+    corners = torch.eye(K, D, dtype=torch.float64)
+    corners -= corners.mean(0)
+    text = F.normalize(F.normalize(corners, dim=1) * 0.5 + 3 * torch.eye(D).double()[-1], dim=1)
+    centred = text - text.mean(0)
+    length = float(centred.norm(dim=1).mean())
+    features, centred = unit(5, D), F.normalize(centred, dim=1)
+    torch.testing.assert_close(
+        (100 * features @ text.T).softmax(1), (100 * length * features @ centred.T).softmax(1)
+    )
+
+
+def test_weights_move_from_one_to_their_value_over_the_warm_up():
+    embedding, labels, prototypes = unit(2, D, 3, 4), torch.randint(0, K, (2, 12, 16)), members()
+    full = weigh(embedding, labels, prototypes, warmup=0.0, number=0)
+    assert full.std() > 0.1
+    for number, share in ((0, 0.0), (5, 0.25), (10, 0.5), (20, 1.0), (90, 1.0)):
+        found = weigh(embedding, labels, prototypes, warmup=0.2, number=number)
+        torch.testing.assert_close(found, 1 + share * (full - 1))
 
 
 def test_a_pixel_like_another_class_weighs_less_than_one_like_its_own():
@@ -165,16 +377,6 @@ def test_cross_entropy_is_divided_by_the_sum_of_the_weights():
     each = F.cross_entropy(embedding[:, :K], labels, ignore_index=IGNORE, reduction="none")
     known = labels != IGNORE
     torch.testing.assert_close(found, (each * weights)[known].sum() / weights[known].sum())
-
-
-def test_weights_of_images_have_mean_one_over_the_batch():
-    labels = torch.randint(0, K, (3, 12, 16))
-    weights = weigh(unit(3, D, 3, 4), labels, members(), level="image")
-    first = weights[:, 0, 0]
-    assert torch.equal(weights, first[:, None, None].expand_as(weights)) and float(
-        first.mean()
-    ) == pytest.approx(1)
-    assert first.std() > 0
 
 
 def test_class_means_are_those_of_a_loop():
@@ -231,6 +433,39 @@ def test_coarse_to_fine_starts_with_class_means_and_ends_with_pixels():
         F.normalize(means, dim=1) @ prototypes["text"].vectors.T / 0.1, torch.arange(K)
     )
     torch.testing.assert_close(align(only, embedding, labels, prototypes, 0), expected)
+
+
+def test_coarse_to_fine_with_prototypes_of_each_image_is_the_same_in_two_processes(monkeypatch):
+    embedding, labels = unit(4, D, 6, 6), torch.randint(0, K, (4, 6, 6))
+    text, prototypes = F.normalize(torch.randn(4, K, D).double(), dim=-1), members()
+    loss = Alignment(num_classes=K, easy="attention", granularity="coarse_to_fine")
+
+    def share(rows):
+        parts = [x[rows].clone().requires_grad_() for x in (embedding, text)]
+        value = align(loss, parts[0], labels[rows], prototypes, 30, text=parts[1])
+        value.backward()
+        return [value.detach(), *(part.grad for part in parts)]
+
+    whole = share(slice(None))
+    one, two = as_two_processes(monkeypatch, lambda rank: share(slice(2 * rank, 2 * rank + 2)))
+    torch.testing.assert_close((one[0] + two[0]) / 2, whole[0])
+    for first, second, both in zip(one[1:], two[1:], whole[1:]):
+        assert both.abs().sum() > 0
+        torch.testing.assert_close(torch.cat([first, second]) / 2, both)
+
+
+def test_no_gradient_reaches_a_member_that_is_learned():
+    embedding, labels = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4))
+    learned = Linear(num_classes=K, in_channels=D).double()
+    prototypes = {**members(seen=torch.arange(K) > 1), "classifier": learned}
+    embedding.requires_grad_()
+    for order, easy in (("hard", "visual"), ("easy", "classifier"), ("easy", "visual")):
+        loss = Alignment(num_classes=K, order=order, hard="classifier", easy=easy)
+        align(loss, embedding, labels, prototypes, 50).backward()
+    TextFidelity(text="classifier")(
+        a_step(shown(embedding, text=unit(1, D, K).mT.requires_grad_()), labels, prototypes=learned)
+    ).backward()
+    assert embedding.grad.any() and all(p.grad is None for p in learned.parameters())
 
 
 @pytest.mark.parametrize("labels", [IGNORE, 2])
