@@ -149,9 +149,14 @@ def check_same(path, saved, cfg, data):
         data: {name of a training set: fingerprint} of the run.
     Raises:
         ConfigError: the configurations differ.
-        UserError: the training sets do, and the checkpoint was not named explicitly; otherwise that
-            is a warning.
+        UserError: another script wrote it; or the training sets differ, and the checkpoint was not
+            named explicitly; otherwise that is a warning.
     """
+    if ("stage" in saved) != ("target" in data):
+        raise UserError(
+            f"{path} cannot be resumed from: "
+            f"{'train_uda.py' if 'stage' in saved else 'another script'} wrote it"
+        )
     check_resume(saved["config"], cfg)
     for name, before in saved.get("data", {}).items():
         if data.get(name) != before:

@@ -26,7 +26,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
-from engine.errors import UserError
 from engine.guard import Guard, end_at
 from engine.log import Averages, Log, claim, facts, interactive, release, to_console
 from engine.process import signals
@@ -71,11 +70,6 @@ class Run:
             UserError: another run has it; another configuration or other data than the
                 checkpoint's.
         """
-        if self.saved and ("stage" in self.saved) != ("target" in datasets):
-            raise UserError(
-                f"{self.path} cannot be resumed from: "
-                f"{'train_uda.py' if 'stage' in self.saved else 'another script'} wrote it"
-            )
         claim(self.folder)
         self.data = {name: checkpoint.fingerprint(dataset) for name, dataset in datasets.items()}
         if self.saved:

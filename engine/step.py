@@ -38,12 +38,14 @@ class Record:
         super().__setattr__(name, value)
 
 
-class Maps(dict):
-    """{name: stored map}; one that is asked for and was not stored is an error that says so."""
+class ByView(dict):
+    """{view: value}, or {name: stored map}; what a step lacks is an error that lists what it has."""
 
     def __missing__(self, name):
         raise UserError(
-            f"the stage has stored no maps '{name}': start it again, from a checkpoint before it"
+            f"the step has no such thing for '{name}', only for {', '.join(self) or 'none'}: give "
+            "the loss or the prototypes another view=..., or the step a mixer or labeler that makes "
+            "it; maps are stored when a stage starts, so start it again if they are missing"
         )
 
 
@@ -61,7 +63,6 @@ class Batch(Record):
     @classmethod
     def load(cls, batch, device):
         """A collated batch of a data set on the device. Bytes travel; floats are made there."""
-
         moved = {
             name: batch[name].to(device, non_blocking=True)
             for name in ("image", "label", "sample", "part")
@@ -73,7 +74,7 @@ class Batch(Record):
             sample=moved["sample"],
             numbers=batch["sample"].tolist(),
             part=moved.get("part"),
-            extra=Maps(
+            extra=ByView(
                 {k: maps.to(device, non_blocking=True) for k, maps in batch["extra"].items()}
             ),
         )
@@ -86,18 +87,6 @@ class View(NamedTuple):
     domain: str = "target"  # whose stem it takes, where a backbone has one per domain
     text: Tensor | None = None  # text rows (K, D') for heads.text_attention
     dense: Tensor | None = None  # (B, D', h, w) of a frozen image tower; None: the network's own
-
-
-class ByView(dict):
-    """{view: value}; a view that the step lacks is an error that lists those it has."""
-
-    def __missing__(self, view):
-        raise UserError(
-            f"nothing of this kind in the step for the view '{view}', only for "
-            f"{', '.join(self) or 'none'}: give the loss or the prototypes another view=..., or "
-            f"the "
-            "step a mixer or labeler that makes it"
-        )
 
 
 @dataclass(eq=False)

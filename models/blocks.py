@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.errors import UserError
+from engine.weights import reason
+
+SMALL = 32  # pixels; up to here maps may have one cell, or attention no key
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -76,6 +80,21 @@ def still(module):
     finally:
         for norm, (momentum, counter) in zip(norms, before):
             norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+@contextlib.contextmanager
+def sizes_named(image):
+    """Within it, what PyTorch cannot do with a small image (B, 3, H, W) is a UserError that says so."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if min(size := image.shape[-2:]) > SMALL:
+            raise
+        raise UserError(
+            f"the network cannot take {len(image)} x {size[0]}x{size[1]} pixels "
+            f"({reason(error)}): set a larger data.augment.crop, eval.crop, eval.short_side or "
+            "eval.scales, or in training a larger batch"
+        ) from error
 
 
 def run(block, checkpointing, *inputs):

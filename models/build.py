@@ -40,15 +40,24 @@ def build_segmentor(model, classes, pretrained=True):
     specs = present(model.heads)
     names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
+    parts = ("backbone", "decoder", *names)
+    if unknown := {*model.frozen} - {*parts}:
+        raise ConfigError(
+            f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
+        )
+    if taken := {*names} & {"backbone", "decoder", "classifier", *dir(Segmentor)}:
+        raise ConfigError(
+            f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is taken"
+        )
+    cache = None
+    if model.cache != "none":
+        if "backbone" not in model.frozen:
+            raise ConfigError(
+                "model.cache stores maps of a frozen backbone: model.frozen=[backbone]"
+            )
+        cache = FeatureCache(backbone, model.backbone, model.cache)
     network = Segmentor(
-        backbone,
-        decoder,
-        classifier,
-        heads,
-        model.frozen_bn,
-        model.bn_views,
-        model.frozen,
-        FeatureCache(model.cache, model.backbone) if model.cache != "none" else None,
+        backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views, model.frozen, cache
     )
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
 

@@ -26,27 +26,28 @@ class FeatureCache:
     back from the GPU.
 
     Args:
-        folder: of all features; one folder below it per network, a file per picture and map.
+        backbone: frozen.
         spec: `model.backbone` of the configuration.
+        folder: of all features; one folder below it per network, a file per picture and map.
     """
 
-    def __init__(self, folder, spec):
-        self.root, self.spec = Path(folder), {k: v for k, v in spec.items() if k != "weights"}
-        self.folder = None
+    def __init__(self, backbone, spec, folder):
+        self.backbone, self.root, self.folder = backbone, Path(folder), None
+        self.spec = {key: value for key, value in spec.items() if key != "weights"}
 
-    def _open(self, backbone, image):
+    def _open(self, image):
         """Name the network's folder, at its first picture: only then it has the run's weights."""
         kind = image.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         about = f"{sorted(self.spec.items())} {image.dtype} {autocast}"
         digest = hashlib.blake2b(about.encode(), digest_size=12)
-        for name, value in backbone.state_dict().items():
+        for name, value in self.backbone.state_dict().items():
             digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
         self.folder = self.root / digest.hexdigest()
 
     @torch.no_grad()
-    def maps(self, backbone, image, **given):
-        """What backbone(image) returns, in half precision.
+    def __call__(self, image, **given):
+        """What the backbone returns, in half precision.
 
         Args:
             image: (B, 3, H, W).
@@ -62,12 +63,12 @@ class FeatureCache:
                 "stem per domain nor with a head that guides the attention (region.Region)"
             )
         if self.folder is None:
-            self._open(backbone, image)
+            self._open(image)
         pictures = image.cpu().numpy()
-        paths = [self._paths(picture, len(backbone.channels)) for picture in pictures]
+        paths = [self._paths(picture, len(self.backbone.channels)) for picture in pictures]
         missing = [i for i, files in enumerate(paths) if not files[-1].is_file()]
         if missing:
-            new = [maps.half().cpu().numpy() for maps in backbone(image[missing])]
+            new = [maps.half().cpu().numpy() for maps in self.backbone(image[missing])]
             for n, i in enumerate(missing):
                 for path, maps in zip(paths[i], new, strict=True):
                     with replacing(path) as temporary:

@@ -12,10 +12,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from engine.weights import reason
-from models.blocks import still
-
-SMALL = 32  # pixels; up to here maps may have one cell, or attention no key
+from models.blocks import sizes_named, still
 
 
 class Segmentor(nn.Module):
@@ -31,9 +28,6 @@ class Segmentor(nn.Module):
         frozen: names of parts that are not trained: no gradient, no state of the optimiser,
             evaluation mode.
         cache: models.cache.FeatureCache of a frozen backbone; None computes its maps each time.
-    Raises:
-        UserError: a head has a name that the network has, `frozen` names no part, or a cache goes
-            with a backbone that is trained.
     """
 
     def __init__(
@@ -52,21 +46,9 @@ class Segmentor(nn.Module):
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
         self.frozen, self.cache = list(frozen), cache
         self.head_names = list(heads or {})
-        if taken := {*self.head_names} & {*dir(self)}:
-            raise UserError(
-                f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is "
-                f"taken"
-            )
         for name, head in (heads or {}).items():
             self.add_module(name, head)
-        parts = [name for name, _ in self.named_children() if name != "classifier"]
-        if unknown := {*self.frozen} - {*parts}:
-            raise UserError(
-                f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
-            )
-        if cache and "backbone" not in self.frozen:
-            raise UserError("model.cache holds maps that never change: set model.frozen=[backbone]")
-        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+        for part in self._frozen():
             part.requires_grad_(False)
 
     @property
@@ -74,18 +56,20 @@ class Segmentor(nn.Module):
         """{name: Head}."""
         return {name: self.get_submodule(name) for name in self.head_names}
 
-    def _frozen_norms(self):
-        return (
+    def _frozen(self):
+        """Parts that are not trained, and batch norms that are not."""
+        norms = [
             module
             for name, part in self.named_children()
             if name in self.frozen_bn
             for module in part.modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        )
+        ]
+        return [*norms, *map(self.get_submodule, self.frozen)]
 
     def train(self, mode=True):
         super().train(mode)
-        for part in (*self._frozen_norms(), *map(self.get_submodule, self.frozen)):
+        for part in self._frozen():
             part.eval()
         return self
 
@@ -105,20 +89,9 @@ class Segmentor(nn.Module):
         given = {"domain": view.domain} if self.backbone.per_domain else {}
         biases = [bias for head in running if (bias := head.bias(output, step))]
         given |= {"bias": biases[-1]} if biases else {}
-        try:
-            if self.cache:
-                maps = self.cache.maps(self.backbone, view.image, **given)
-            else:
-                maps = self.backbone(view.image, **given)
+        with sizes_named(view.image):
+            maps = (self.cache or self.backbone)(view.image, **given)
             output.features = self.decoder(maps)
-        except (RuntimeError, ValueError) as error:
-            if min(size := view.image.shape[-2:]) > SMALL:
-                raise
-            raise UserError(
-                f"the network cannot take {len(view.image)} x {size[0]}x{size[1]} pixels "
-                f"({reason(error)}): set a larger data.augment.crop, eval.crop, eval.short_side or "
-                "eval.scales, or in training a larger batch"
-            ) from error
         for head in running:
             head(view, maps, output, step)
         output.logits = self.classifier(output.features, output)

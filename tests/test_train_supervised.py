@@ -607,7 +607,7 @@ def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
 )
 def test_a_view_that_the_step_lacks_is_one_sentence(tmp_path, config, loss, has):
     with pytest.raises(
-        UserError, match=f"for the view {has}.*: give the loss or the prototypes another view"
+        UserError, match=f"for {has}.*: give the loss or the prototypes another view"
     ):
         train(tmp_path / "run", f"losses=[{loss}]", config=config)
 

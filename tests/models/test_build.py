@@ -5,13 +5,26 @@ import torch
 
 from engine.config import ConfigError, load
 from models.build import build_prototypes, build_segmentor
-from tests.runs import ROOT
+from tests.runs import ROOT, TINY
 
 
 @pytest.mark.parametrize("name", ["classifier", "keys", "training"])
 def test_a_member_cannot_have_a_name_that_is_taken(name):
     with pytest.raises(ConfigError, match=f"prototypes: the name {name} is taken"):
         build_prototypes({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("model.frozen=[head]", "may name backbone, decoder, not head"),
+        ("model.cache=maps", r"frozen backbone: model\.frozen=\[backbone\]"),
+    ],
+)
+def test_what_cannot_be_frozen_or_stored_is_one_sentence(override, sentence):
+    cfg = load(TINY, [override])
+    with pytest.raises(ConfigError, match=sentence):
+        build_segmentor(cfg.model, ("a", "b"))
 
 
 def count(*modules):

@@ -77,9 +77,3 @@ def test_frozen_parts_are_in_evaluation_mode_without_gradients():
     assert not any(module.training for module in backbone.modules())
     assert model.decoder.training
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-
-
-def test_a_frozen_name_that_is_no_part_is_refused():
-    parts = [torch.nn.Identity() for _ in range(3)]
-    with pytest.raises(UserError, match="may name backbone, decoder, not head"):
-        Segmentor(*parts, frozen=["head"])
