@@ -91,7 +91,7 @@ def test_a_map_that_no_stage_has_stored_is_one_sentence():
     batch = Batch.load(collated, torch.device("cpu"))
     with pytest.raises(
         UserError,
-        match="no such thing for 'pseudo_labels', only for .* maps are stored when a stage starts",
+        match=r"no such thing for 'pseudo_labels', only for .* maps are stored when a stage starts",
     ):
         batch.extra["pseudo_labels"]
 
