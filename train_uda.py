@@ -102,6 +102,9 @@ def train_stage(run, cfg, number, offset, data, previous):
         device,
         run.autocast,
         cfg.data.workers,
+        (cfg.uda.source_short_side or cfg.eval.short_side, cfg.eval.short_side),
+        style,
+        cfg.seed + 1009 * number,
     )
     for labeler in [] if resumed else labeling:
         labeler.prepare(preparation)

@@ -219,6 +219,8 @@ FREE = (
     "model.backbone.checkpointing",
     "dg.tower.weights",
 )
+# But these do in train_uda.py: what labels the target, at which size, and what a stage hands on.
+ADAPTS = ("eval.short_side", "eval.weights")
 
 
 def check_resume(old, new):
@@ -236,7 +238,9 @@ def check_resume(old, new):
     if longer := before[:-1] == after[:-1] and before[-1] <= after[-1]:
         free += [r"train\.iters", r"stages\.[^.]+\.iters", r"stages\.[^.]+\.train\.iters"]
     free = re.compile(rf"({'|'.join(free)})(\..*)?")
-    changes = {k: v for k, v in difference(old, new).items() if not free.fullmatch(k)}
+    kept = ADAPTS if new["data"]["target"] != defaults()["data"]["target"] else ()
+    changes = difference(old, new).items()
+    changes = {k: v for k, v in changes if k in kept or not free.fullmatch(k)}
     if changes and new["resume"] == "auto":
         changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

@@ -4,9 +4,15 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
+from datasets.reading import read_map
+from datasets.style import ColorStats
+from datasets.toy import Toy
 from engine import checkpoint
 from engine.errors import UserError
+from models.build import restore
+from models.segmentor import Segmentor
 from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, train
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
@@ -45,6 +51,7 @@ METHODS = {  # overrides of the smallest adaptation
         "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial}]}]",
     ),
 }
+ONE_STEP = ("train.iters=1", "uda.compare=false")
 KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
 
 
@@ -152,3 +159,60 @@ def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
         train(tmp_path / "d", labeler, "stages=[]", "train.teacher=0.0", config=TINY_UDA)
     with pytest.raises(UserError, match="there is no stage before it"):
         train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
+
+
+def test_labels_are_made_of_what_the_student_sees(tmp_path, monkeypatch):
+    """The sizes of the evaluation, the source in its style and through its stem."""
+    seen, segment = [], Segmentor.segment
+
+    def spy(self, image, domain="target", **options):
+        seen.append((domain, image, self.training))
+        return segment(self, image, domain, **options)
+
+    monkeypatch.setattr(Segmentor, "segment", spy)
+    monkeypatch.setattr(ColorStats, "__call__", lambda self, source, target: 0 * source)
+    size = ("eval.short_side=24", "uda.source_short_side=32", "uda.style={name: style.ColorStats}")
+    few = ("train.iters=1", "data.val={name: none}", "data.test.toy.length=1")
+    train(tmp_path / "run", *METHODS["BiSMAP"], *size, *few, config=TINY_UDA)
+    shown = {
+        domain: [image for name, image, training in seen if name == domain and not training]
+        for domain in ("source", "target")
+    }
+    assert len(shown["source"]) >= 2 * 10 and len(shown["target"]) >= 9
+    assert all(min(image.shape[-2:]) == 32 and not image.any() for image in shown["source"])
+    whole = [image for image in shown["target"] if len(image) == 1]
+    assert len(whole) >= 9 and all(min(image.shape[-2:]) == 24 for image in whole)
+
+
+def test_the_network_of_the_stage_before_labels_also_where_the_student_starts_anew(tmp_path):
+    """At the size of the evaluation, stored at that of the file."""
+    stored = "{name: self_training.StoredConfidence, threshold: 0.0}"
+    train(
+        tmp_path / "run",
+        f"stages=[{SOURCE}, {{name: adapt, init: imagenet, uda: {{mixer: {{name:"
+        f" mixers.SourceTarget}}, labelers: [{stored}]}},"
+        " losses: [{name: cross_entropy.CrossEntropy, view: target}]}]",
+        "eval.short_side=24",
+        "train.iters=2",
+        config=TINY_UDA,
+    )
+    network = restore(tmp_path / "run" / "stage_source.pt")[0]
+    target = Toy(domain="real", length=9, size=[48, 64], labels=False)
+    for index in range(9):
+        image = target[index]["image"][None].float() / 255
+        small = interpolate(image, (24, 32), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            logits = network.segment(small).logits
+        expected = interpolate(logits, (24, 32), mode="bilinear").argmax(1)[0]
+        path = tmp_path / "run/maps/2_adapt/target/pseudo_labels" / f"{target.stem(index)}.png"
+        found = torch.from_numpy(read_map(path))
+        assert torch.equal(found, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_the_source_takes_the_style_and_keeps_its_content(tmp_path):
+    """FDA returns its first argument where beta is 0."""
+    plain, styled = (
+        train(tmp_path / name, f"uda.style={style}", "stages=[]", *ONE_STEP, config=TINY_UDA)
+        for name, style in (("a", "{name: none}"), ("b", "{name: style.FDA, beta: 0.0}"))
+    )
+    assert plain[1]["train/loss"] == styled[1]["train/loss"]
