@@ -273,8 +273,8 @@ def pixels_of_cells(labels, size, num_classes, weights=None):
 
 class Contrast(Loss):
     """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty
-    has 0. Weights of pixels (`step.weights`) multiply them in the means rho and in the losses, whose
-    divisor stays the number of pixels.
+    has 0. Weights of pixels (`step.weights`) multiply them in the means rho and in the losses,
+    whose divisor stays the number of pixels.
 
     Args:
         forward_weight: factor of L_FCL, target pixels to source means.

@@ -82,10 +82,11 @@ class LikelihoodLabels(Labeler):
     its threshold.
 
     The prototypes are fitted to the source in the style in which the student sees it, to pixels
-    that the network classifies correctly at feature size. Scores of mixtures are log-densities, without a prior. **Nats do not carry over to
-    another network**: with 256 channels a deviation of 0.1 gives 354 nats at a mean and one of 1
-    gives -235, so 100 is right for the paper's network alone. `source_quantile` adapts to the
-    network [R]: the share of a class's own source pixels below its threshold.
+    that the network classifies correctly at feature size. Scores of mixtures are log-densities,
+    without a prior. **Nats do not carry over to another network**: with 256 channels a deviation of
+    0.1 gives 354 nats at a mean and one of 1 gives -235, so 100 is right for the paper's network
+    alone. `source_quantile` adapts to the network [R]: the share of a class's own source pixels
+    below its threshold.
 
     [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than
     the upsampled features of the released code, and not bit-identical.
