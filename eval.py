@@ -241,7 +241,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     if export:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
         return {}, folder, seen
-    about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
+    about = facts(device) | {"checkpoint": str(path), "step": saved["step"]}
+    about["seed"] = saved["config"]["seed"]
     about["overrides"] = config.plain(changes)
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:

@@ -82,7 +82,7 @@ class StaticLabels(Labeler):
     were never predicted.
     """
 
-    stored = True
+    stored = learned = True
     labels_images = True
 
     def __init__(self, *, num_classes, share: Annotated[float, "(0, 1]"] = 0.1):

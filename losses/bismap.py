@@ -103,7 +103,7 @@ class LikelihoodLabels(Labeler):
     source pixels; both infinite for classes without a prototype.
     """
 
-    stored = True
+    stored = learned = True
     labels_images = True
 
     def __init__(
@@ -323,7 +323,8 @@ class Transferability(Labeler):
         clusters: centres of k-means, at most as many as there are regions of the target.
         entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean
             entropy that predictions of the network that the stage starts from have on the source
-            pixels of a class [R]; not in a first stage, whose network has learnt nothing. "none":
+            pixels of a class [R]; not in a first stage from ImageNet, whose network has learnt
+            nothing. "none":
             no offset.
     Raises:
         ValueError: released constants for other than 19 classes.
@@ -346,6 +347,7 @@ class Transferability(Labeler):
                 f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none"
             )
         self.num_classes, self.seed = num_classes, seed
+        self.learned = entropy == "measured"
         self.clusters, self.entropy = clusters, entropy
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+import train_uda
 from datasets.reading import read_map
 from datasets.style import ColorStats
 from datasets.toy import Toy
@@ -16,6 +17,9 @@ from models.segmentor import Segmentor
 from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, train
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
+WITH_HEAD = (
+    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 3}}}}}}}}"
+)
 METHODS = {  # overrides of the smallest adaptation
     "self-training": (),
     "BCL": (  # half of the target's pixels get a label: not as many in each process
@@ -216,3 +220,59 @@ def test_the_source_takes_the_style_and_keeps_its_content(tmp_path):
         for name, style in (("a", "{name: none}"), ("b", "{name: style.FDA, beta: 0.0}"))
     )
     assert plain[1]["train/loss"] == styled[1]["train/loss"]
+
+
+def test_a_frozen_teacher_of_another_shape_goes_on_after_a_kill(tmp_path):
+    """The network of the stage before has a head that the student lacks."""
+    options = (METHODS["ProDA"][0].replace(SOURCE, WITH_HEAD), "train.iters=2")
+    train(tmp_path / "run", *options, config=TINY_UDA)
+    whole = last(tmp_path / "run")
+    assert any("auxiliary" in name for name in whole["teacher"])
+    assert not any("auxiliary" in name for name in whole["model"])
+    (tmp_path / "run" / "step_0000004.pt").unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    train(tmp_path / "run", *options, config=TINY_UDA)
+    assert_same_state(whole, last(tmp_path / "run"), keys=(*KEYS, "teacher"))
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("uda.labelers=[{name: bcl.StaticLabels}]", "StaticLabels"),
+        (
+            "uda.labelers=[{name: bismap.LikelihoodLabels, prototypes: classifier}]",
+            "LikelihoodLabels",
+        ),
+        ("uda.labelers=[{name: self_training.StoredConfidence}]", "StoredConfidence"),
+        ("uda.labelers=[{name: proda.Denoise}]", "Denoise"),
+        ("uda.source_weights={name: bismap.Transferability}", "Transferability"),
+        ("losses=[{name: bismap.Distillation}]", "the frozen teacher"),
+    ],
+)
+def test_a_network_that_has_learnt_nothing_labels_nothing(tmp_path, part, name):
+    with pytest.raises(UserError, match=f"stage first: {name} takes predictions .* learnt nothing"):
+        train(tmp_path / "run", part, "stages=[{name: first, teacher: frozen}]", config=TINY_UDA)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_drawn_differs_between_domains_stages_and_runs(tmp_path, monkeypatch):
+    orders, seeds, mixed = [], [], []
+
+    class Spy(train_uda.Stream):
+        def __init__(self, dataset, *options):
+            super().__init__(dataset, *options)
+            orders.append(tuple(self.sampler.index(i) for i in range(10)))
+            seeds.append(dataset.seed)
+
+    def build(uda, **context):
+        mixed.append(context["seed"])
+        return build_adaptation(uda, **context)
+
+    build_adaptation = train_uda.build_adaptation
+    monkeypatch.setattr(train_uda, "Stream", Spy)
+    for seed in (0, 1):
+        monkeypatch.setattr(train_uda, "build_adaptation", build)
+        few = (*ONE_STEP, "data.target.length=10", "data.val={name: none}", f"seed={seed}")
+        train(tmp_path / str(seed), *few, config=TINY_UDA)
+    assert len(orders) == 8 and len({*orders}) == 8  # source, target of two stages of two runs
+    assert len({*seeds}) == 8 and len({*mixed}) == 4

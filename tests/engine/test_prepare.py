@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -228,3 +231,13 @@ def test_source_pictures_go_through_the_stem_of_the_source(tmp_path):
     with torch.no_grad():
         made.network.backbone.conv1.weight.zero_()
     assert not torch.equal(made.segment(image, "source").logits, made.segment(image).logits)
+
+
+def test_loaders_of_a_preparation_ignore_signals_as_those_of_the_training_do():
+    """A scheduler sends them to all processes; the run itself leaves, with one sentence."""
+    data = Toy(domain="real", length=8, size=[32, 48])
+    shown = prepare.images(data, torch.device("cpu"), workers=1)
+    found = [next(shown)[0]]
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert found + [index for index, *_ in shown] == [*range(8)]
