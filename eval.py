@@ -163,12 +163,14 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     for name, dataset in datasets.items():
         quality = {}
         if dataset.labels:
-            quality = pseudo_label_quality(network, labeler, vectors, dataset, device, autocast)
+            quality = pseudo_label_quality(
+                network, labeler, vectors, dataset, device, autocast, cfg.eval.short_side
+            )
             logger.info(
                 f"\n{name}: per cent\n"
                 + "\n".join(f"{key:<32}{value:8.2f}" for key, value in quality.items())
             )
-        stream = images(dataset, device, cfg.data.workers)
+        stream = images(dataset, device, cfg.data.workers, short_side=cfg.eval.short_side)
         written = write_maps(folder, name, dataset, stream, make, about | quality, palette=True)
         logger.info(f"{name}: labels of {len(dataset)} images in {written}")
 
@@ -239,7 +241,8 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     if export:
         export_pseudo_labels(network, cfg, device, saved, datasets, path, folder / "pseudo_labels")
         return {}, folder, seen
-    about = facts(device) | {"checkpoint": str(path), "step": saved["step"], "seed": cfg.seed}
+    about = facts(device) | {"checkpoint": str(path), "step": saved["step"]}
+    about["seed"] = saved["config"]["seed"]
     about["overrides"] = config.plain(changes)
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:

@@ -29,14 +29,15 @@ from models.build import build_prototypes, build_segmentor, initial_network, res
 logger = logging.getLogger("engine")
 
 
-def build_parts(cfg, model, train):
-    """The parts of a stage around its network.
+def build_parts(cfg, model, train, first=False):
+    """The parts of a stage, the first or a later one, around its network.
 
     Returns:
         members, {name: view that a member follows}, losses, their factors, labelers, the same after
         the source weights, style, mixer, whether one of them needs the teacher.
     Raises:
-        ConfigError: a part that is not one, or that needs a teacher where there is none.
+        ConfigError: a part that is not one, or that needs a teacher where there is none, or labels
+            of a network that has learnt nothing.
     """
     classes = tuple(train.CLASSES)
     context = {
@@ -58,6 +59,14 @@ def build_parts(cfg, model, train):
             f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen; of ema, "
             "train.teacher=0 would copy the student, so set 0.99 to 0.999"
         )
+    unfit = [type(part).__name__ for part in labeling if part.learned]
+    unfit += ["the frozen teacher"] * (needs_teacher and cfg.stage.teacher == "frozen")
+    if first and cfg.stage.init == "imagenet" and unfit:
+        raise config.ConfigError(
+            f"stage {cfg.stage.name}: {unfit[0]} takes predictions of the network that the stage "
+            "starts from, which has learnt nothing: put a stage on the source before it, as "
+            "configs/base/source_then_adapt.yaml does, or set its init to the path of a checkpoint"
+        )
     return members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher
 
 
@@ -73,7 +82,7 @@ def train_stage(run, cfg, number, offset, data, previous):
     """
     # --- build ---
     classes, device, resumed = tuple(data.train.CLASSES), run.device, run.at == number
-    distributed.seed_everything(cfg.seed + 1009 * number)
+    distributed.seed_everything(cfg.seed)
     model = (
         build_segmentor(cfg.model, classes, pretrained=False)
         if resumed
@@ -81,12 +90,17 @@ def train_stage(run, cfg, number, offset, data, previous):
     )
     model = distributed.place(model, device, cfg.model.sync_bn)
     members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher = (
-        build_parts(cfg, model, data.train)
+        build_parts(cfg, model, data.train, number == 0)
     )
     members, labelers = members.to(device), labelers.to(device)
     prototypes = {"classifier": model.classifier, **members}
     # The network that labels: what the stage starts or learns from.
     origin = model if previous is None else previous
+    if resumed and number and cfg.stage.teacher == "frozen":
+        # The checkpoint holds its weights; it may have another shape than the student.
+        before = config.stages(run.cfg)[number - 1]
+        origin = build_segmentor(before.model, classes, pretrained=False)
+        origin = distributed.place(origin, device, before.model.sync_bn)
     followed = {"ema": (model, cfg.train.teacher), "frozen": (origin, 1.0)}.get(cfg.stage.teacher)
     teacher = Teacher(*followed) if followed else None
     student = run.equip(model, cfg)
@@ -102,6 +116,9 @@ def train_stage(run, cfg, number, offset, data, previous):
         device,
         run.autocast,
         cfg.data.workers,
+        (cfg.uda.source_short_side or cfg.eval.short_side, cfg.eval.short_side),
+        style,
+        cfg.seed,
     )
     for labeler in [] if resumed else labeling:
         labeler.prepare(preparation)
@@ -113,7 +130,7 @@ def train_stage(run, cfg, number, offset, data, previous):
     run.begin(
         {"model": model, "prototypes": members, "labelers": labelers, "teacher": teacher},
         data.train,
-        seed=cfg.seed + 1009 * number,
+        seed=cfg.seed,
         name=cfg.stage.name,
         number=number,
         offset=offset,
@@ -122,7 +139,7 @@ def train_stage(run, cfg, number, offset, data, previous):
         keep=f"stage_{cfg.stage.name}.pt" if number == 0 and run.cfg.stages else None,
     )
     sources, targets = (
-        Stream(dataset, cfg, dataset.seed * 1009 + number, run.done, device)
+        Stream(dataset, cfg, dataset.seed * 1009, run.done, device)
         for dataset in (data.train, data.target)
     )
 
@@ -214,10 +231,13 @@ def main(arguments):
     if any(one.target is None for one in data):
         raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
     train = data[0].train
-    for stage in {
-        str(stage | {"stage": stage.stage.teacher, "optimizer": 0}): stage for stage in stages
+    alike = {"optimizer": 0, "seed": 0}
+    for number, stage in {
+        str(stage | alike | {"stage": [stage.stage.teacher, not number]}): (number, stage)
+        for number, stage in enumerate(stages)
     }.values():
-        build_parts(stage, build_segmentor(stage.model, tuple(train.CLASSES), False), train)
+        network = build_segmentor(stage.model, tuple(train.CLASSES), False)
+        build_parts(stage, network, train, number == 0)
     run.open(sum(stage.train.iters for stage in stages), train=train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 
@@ -233,9 +253,7 @@ def main(arguments):
         first, before = stages[0], None
         start = run.folder / f"stage_{first.stage.name}.pt" if stages[1:] else first.stage.init
         if cfg.uda.compare and start not in ("imagenet", "previous"):
-            averaged = stages[1:] and first.stage.teacher == "ema"
-            kind = first.eval.weights if averaged else "student"
-            before = restore(start, [f"eval.weights={kind}"])[0].to(run.device)
+            before = restore(start)[0].to(run.device)
         final_report(
             network,
             data[-1].test or {"val": data[-1].val},

@@ -12,7 +12,7 @@ from datasets.several import Several
 from datasets.statistics import class_counts
 from engine import distributed
 from engine.build import build, build_any, present
-from engine.config import ConfigError
+from engine.config import TARGET, ConfigError, derived_seed
 from engine.metrics import ConfusionMatrix, warnings_about
 
 logger = logging.getLogger("engine")
@@ -71,7 +71,9 @@ def build_data(cfg):
         # A target set for training gets no label path at all; its samples are drawn independently
         # of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
-        target = build_set(specs, augment=augment, **context | {"seed": cfg.seed + 1})
+        target = build_set(
+            specs, augment=augment, **context | {"seed": derived_seed(cfg.seed, TARGET)}
+        )
     scored = {"train": train, "val": val, "monitor": monitor}
     scored |= {f"test.{name}": dataset for name, dataset in test.items()}
     for name, dataset in scored.items():

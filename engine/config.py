@@ -16,6 +16,7 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from engine.ranges import RANGES, STAGE_RANGES, brief, describe, is_a, mismatch, show
@@ -39,6 +40,9 @@ STAGE = {
     "repeat": 1,
     "lr_scale": 1.0,
 }
+
+
+TARGET, STAGES = 1, 2  # places of `derived_seed`
 
 
 class Config(dict):
@@ -109,13 +113,20 @@ def override(config, overrides):
     return _wrap(config)
 
 
+def derived_seed(seed, *place):
+    """A seed below 2^30 for a part of a run, by numbers that tell its place: unrelated to `seed`, and
+    to those of other seeds and places."""
+    return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]) >> 2
+
+
 def stages(config):
     """The stages of a run, one configuration each: `stages` lists STAGE's keys and overrides of any
     others.
 
     Returns:
         list of Config with the key `stage`; a stage with `repeat: n` occurs n times, each time with
-        its learning rate multiplied by `lr_scale` once more.
+        its learning rate multiplied by `lr_scale` once more. The first has the seed of the run, and
+        each later one its own: nothing is drawn twice.
     """
     schema = STAGE | {key: value for key, value in defaults().items() if key != "stages"}
     result = []
@@ -129,6 +140,8 @@ def stages(config):
             merged = _merge(plain(config), changes)
             merged["train"]["iters"] = stage["iters"] or merged["train"]["iters"]
             merged["optimizer"]["lr"] *= stage["lr_scale"] ** turn
+            if result:
+                merged["seed"] = derived_seed(merged["seed"], STAGES, len(result))
             name = stage["name"] if stage["repeat"] == 1 else f"{stage['name']}{turn + 1}"
             result.append(_wrap(merged | {"stage": stage | {"name": name}}))
     return result
@@ -219,6 +232,8 @@ FREE = (
     "model.backbone.checkpointing",
     "dg.tower.weights",
 )
+# But these do in train_uda.py: what labels the target, at which size, and what a stage hands on.
+ADAPTS = ("eval.short_side", "eval.weights")
 
 
 def check_resume(old, new):
@@ -236,7 +251,9 @@ def check_resume(old, new):
     if longer := before[:-1] == after[:-1] and before[-1] <= after[-1]:
         free += [r"train\.iters", r"stages\.[^.]+\.iters", r"stages\.[^.]+\.train\.iters"]
     free = re.compile(rf"({'|'.join(free)})(\..*)?")
-    changes = {k: v for k, v in difference(old, new).items() if not free.fullmatch(k)}
+    kept = ADAPTS if new["data"]["target"] != defaults()["data"]["target"] else ()
+    changes = difference(old, new).items()
+    changes = {k: v for k, v in changes if k in kept or not free.fullmatch(k)}
     if changes and new["resume"] == "auto":
         changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -278,7 +295,7 @@ def check_sections(config, script):
     Raises:
         ConfigError: a section that another script uses differs from the defaults, a loss or a
             member of the prototype family needs another script's view, or the teacher is to be
-            reported and there is none.
+            reported and there is none, or a frozen one.
     """
     parts = stages(config)
     changed = [key for part in parts for key in difference(defaults(), plain(part))]
@@ -295,11 +312,16 @@ def check_sections(config, script):
                     f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are "
                     f"{listing(VIEWS[script])}"
                 )
+    for part in parts if script == "train_uda" else ():
+        if part["stage"]["teacher"] == "frozen" and part["eval"]["weights"] == "teacher":
+            raise ConfigError(
+                f"stage {part['stage']['name']}: eval.weights=teacher would report and hand on the "
+                "frozen network, and discard what the stage trains: set eval.weights=student, in "
+                "this stage or for all"
+            )
     last = parts[-1]  # what is reported
     kind = last["stage"]["teacher"] if script == "train_uda" else "ema"
-    if last["eval"]["weights"] == "teacher" and not (
-        kind == "frozen" or (kind == "ema" and last["train"]["teacher"])
-    ):
+    if last["eval"]["weights"] == "teacher" and not (kind == "ema" and last["train"]["teacher"]):
         raise ConfigError(
             "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or "
             "eval.weights=student"

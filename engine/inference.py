@@ -48,6 +48,15 @@ def _window_logits(network, image, options):
     return total / count
 
 
+def shortened(image, short_side):
+    """Images (B, C, H, W) with their short side at so many pixels; 0: as they are."""
+    factor = short_side / min(image.shape[-2:]) if short_side else 1.0
+    if factor == 1.0:
+        return image
+    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+
 @torch.no_grad()
 def predict(network, image, options, size=None):
     """Class scores of one image.

@@ -8,6 +8,9 @@ folder,
 
 which the training set then returns as `extra[name]`, cut and mirrored with the image. The maps
 appear as a whole or not at all, and each process makes its share of them.
+
+Pictures are seen as training and evaluation show them, at `eval.short_side` (the source's at
+`uda.source_short_side`) and the source's in the style of the stage. Maps have the size of the file.
 """
 
 import json
@@ -23,10 +26,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from engine import distributed
+from engine import distributed, process
 from engine.build import build
 from engine.errors import UserError
 from engine.files import inside, replacing, write
+from engine.inference import shortened
+from engine.statistics import resize_labels
 
 logger = logging.getLogger("engine")
 KINDS = ("source", "target")
@@ -34,11 +39,13 @@ SETTINGS = "settings.json"
 UNFINISHED = re.compile(r"\.settings\.\d+\.tmp\.json")  # what a kill before the first map leaves
 
 
-def images(dataset, device, workers=0, count=None):
-    """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W)
+def images(dataset, device, workers=0, count=None, short_side=0):
+    """This process's share of a data set: (index, image (1, 3, h, w) in [0, 1], label (1, H, W)
     int64).
 
-    `count`: at most as many images of the whole set, evenly spaced.
+    Args:
+        count: at most as many images of the whole set, evenly spaced.
+        short_side: pixels of the image, not of its label; 0: those of the file.
     """
     chosen = (
         np.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset)))
@@ -48,17 +55,22 @@ def images(dataset, device, workers=0, count=None):
     )
     mine = chosen[distributed.rank() :: distributed.world_size()]
     loader = DataLoader(
-        Subset(dataset, mine), batch_size=None, num_workers=workers, generator=torch.Generator()
+        Subset(dataset, mine),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=process.loader,
+        generator=torch.Generator(),
     )
     for sample in tqdm(
         loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0
     ):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
-        yield sample["index"], image, sample["label"][None].to(device).long()
+        label = sample["label"][None].to(device).long()
+        yield sample["index"], shortened(image, short_side), label
 
 
 class Preparation:
-    """The network to label with, the data sets as they are on disk, and a place for maps.
+    """The network to label with, the data sets as the student sees them, and a place for maps.
 
     Args:
         network: Segmentor that the stage starts from or learns from; used in eval mode.
@@ -67,24 +79,56 @@ class Preparation:
         folder: of the stage's maps.
         autocast: context of forward passes.
         workers: loader processes.
+        short_sides: pixels of the short side of source and target images; 0: those of the file.
+        style: of the source images, which take it from target images that the seed draws; or None.
+        seed: of the stage.
     """
 
-    def __init__(self, network, source, target, prototypes, folder, device, autocast, workers=0):
+    def __init__(
+        self,
+        network,
+        source,
+        target,
+        prototypes,
+        folder,
+        device,
+        autocast,
+        workers=0,
+        short_sides=(0, 0),
+        style=None,
+        seed=0,
+    ):
         self.network, self.prototypes = network.eval(), prototypes
         self.device, self.autocast, self.workers = device, autocast, workers
         self.folder, self.training = Path(folder), dict(zip(KINDS, (source, target)))
         self.source, self.target = source.without_augmentation(), target.without_augmentation()
+        self.short_sides, self.style = short_sides, style
+        draw = torch.Generator().manual_seed(seed)
+        self.partners = torch.randint(len(target), (len(source),), generator=draw).tolist()
 
     def images(self, dataset):
-        """This process's share of a data set: (index, image (1, 3, H, W) in [0, 1], label (1, H, W)
+        """This process's share of a data set: (index, image (1, 3, h, w) in [0, 1], label (1, H, W)
         int64)."""
-        return images(dataset, self.device, self.workers)
+
+        def shown(part, short_side):
+            return images(part, self.device, self.workers, short_side=short_side)
+
+        if dataset is not self.source:
+            return shown(dataset, self.short_sides[1])
+        found = shown(dataset, self.short_sides[0])
+        if self.style is None:
+            return found
+        partners = shown(Subset(self.target, self.partners), self.short_sides[1])
+        return (
+            (index, self.style(image, partner), label)
+            for (index, image, label), (_, partner, _) in zip(found, partners)
+        )
 
     @torch.no_grad()
-    def segment(self, image):
-        """Output of the network for images (B, 3, H, W)."""
+    def segment(self, image, domain="target"):
+        """Output of the network for images (B, 3, H, W) of a domain."""
         with self.autocast:
-            return self.network.segment(image)
+            return self.network.segment(image, domain)
 
     def backbone(self, spec):
         """A frozen backbone from its specification, in eval mode; it normalises pictures for
@@ -98,7 +142,8 @@ class Preparation:
 
         Args:
             dataset: `self.source` or `self.target`.
-            make: function (index, image, label) -> (H, W) of 0..255.
+            make: function (index, image, label) -> (H, W) of 0..255; of another size than the
+                label it is resized to it as labels are.
             settings: what the maps depend on, written beside them; plain values.
             palette: the maps hold class ids, 255 = none, and get the colours of the data set.
         """
@@ -163,7 +208,7 @@ def write_maps(root, name, dataset, images, make, settings, palette=False):
         )  # first: it says whose folder this is
     distributed.barrier()
     for index, image, label in images:
-        values = make(index, image, label)
+        values = resize_labels(make(index, image, label), label.shape[-2:])
         with replacing(partial / f"{dataset.stem(index)}.png") as path:
             save_map(path, values, dataset.PALETTE if palette else None)
     distributed.barrier()

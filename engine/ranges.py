@@ -55,7 +55,7 @@ RANGES = {
         "cache": Text,
         "bn_views": list[str],
     },
-    "uda": {"labelers": list[dict]},
+    "uda": {"labelers": list[dict], "source_short_side": OptionalWidth},
     "stages": list[dict],
     "prototypes": dict[Name, dict],
     "losses": Annotated[list[dict], "[1, inf)"],

@@ -18,7 +18,7 @@ from engine.files import inside, replacing, tidy, write, write_picture
 from engine.inference import NonFiniteScores, evaluate, predict
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
-from engine.statistics import IGNORE, resize_logits
+from engine.statistics import IGNORE, resize_labels, resize_logits
 
 logger = logging.getLogger("engine")
 
@@ -355,8 +355,8 @@ def draw(networks, dataset, indices, options, device, autocast):
 
 
 @torch.no_grad()
-def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast):
-    """Pseudo labels of a labelled set against its truth.
+def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast, short_side=0):
+    """Pseudo labels of a labelled set, seen at this short side, against its truth.
 
     Returns:
         {tag: percent}, the same on every process: how much of each class, and of all, has a pseudo
@@ -366,9 +366,10 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     network.eval()
     matrix = ConfusionMatrix(dataset.CLASSES, {}, device)
     truth = torch.zeros(len(dataset.CLASSES), dtype=torch.int64, device=device)
-    for _, image, real in images(dataset, device):
+    for _, image, real in images(dataset, device, short_side=short_side):
         with autocast:
             pseudo = labeler.label(network, image, prototypes)
+        pseudo = resize_labels(pseudo, real.shape[-2:])
         truth += torch.bincount(real.flatten(), minlength=256)[: len(truth)]
         matrix.update(pseudo.where(pseudo != IGNORE, 0), real.where(pseudo != IGNORE, IGNORE))
     network.train(mode)
@@ -385,7 +386,9 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
 def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the
     target domain."""
-    values = pseudo_label_quality(network, labeler, prototypes, dataset, run.device, autocast)
+    values = pseudo_label_quality(
+        network, labeler, prototypes, dataset, run.device, autocast, run.stage.eval.short_side
+    )
     run.writer.scalars(values, step)
     found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
     share, right = ("-" if value is None else f"{value:.1f} %" for value in found)

@@ -181,13 +181,18 @@ class Step(Record):
         return self.number / self.total
 
 
-def withheld(step, features, labels):
-    """Features (B, D, h, w) and labels as prototypes may learn from them: nothing if `skipped`."""
-    labels = resize_labels(labels, features.shape[-2:]).where(~step.skipped, IGNORE)
-    return torch.where(step.skipped, 0, features.detach()), labels, None
+def withheld(step, features, labels, weights=None):
+    """Features (B, D, h, w), labels and weights (B, H, W) as prototypes may learn from them: nothing
+    if `skipped`."""
+    size = features.shape[-2:]
+    labels = resize_labels(labels, size).where(~step.skipped, IGNORE)
+    weights = None if weights is None else resize_labels(weights, size)
+    return torch.where(step.skipped, 0, features.detach()), labels, weights
 
 
 def evidence(steps, view):
-    """What updates a prototype member: (features, labels, None) of a view of every micro-batch."""
+    """What updates a prototype member: (features, labels, weights or None) of a view of every
+    micro-batch."""
     for step in steps:
-        yield withheld(steps[-1], step.outputs[view].features, step.labels[view])
+        features, labels = step.outputs[view].features, step.labels[view]
+        yield withheld(steps[-1], features, labels, step.weights.get(view))

@@ -38,12 +38,15 @@ class Labeler(nn.Module):
     Attributes:
         needs_teacher, needs_tower: as of a Loss.
         stored: `prepare` makes its labels; they stay the same for the whole stage.
+        learned: `prepare` reads what the network predicts, which means something only once it has
+            learnt: not in a first stage from ImageNet.
         labels_images: `label` has a rule for whole images, which `eval.py export=pseudo_labels` writes.
     """
 
     needs_teacher = False
     needs_tower = False
     stored = False
+    learned = False
     labels_images = False
 
     def prepare(self, preparation) -> None:

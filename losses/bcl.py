@@ -82,7 +82,7 @@ class StaticLabels(Labeler):
     were never predicted.
     """
 
-    stored = True
+    stored = learned = True
     labels_images = True
 
     def __init__(self, *, num_classes, share: Annotated[float, "(0, 1]"] = 0.1):
@@ -153,10 +153,13 @@ def cosines(features, means, present):
     return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
 
 
-def image_sums(features, labels, num_classes):
-    """Class sums (B, K, D) of each image, and which classes occur in it (B, K)."""
-    labels = resize_labels(labels, features.shape[-2:])
-    sums, counts = class_sums(features, labels, num_classes, per_image=True)
+def image_sums(features, labels, num_classes, weights=None):
+    """Class sums (B, K, D) of each image, and which classes occur in it (B, K) with a weight above
+    0."""
+    size = features.shape[-2:]
+    weights = None if weights is None else resize_labels(weights, size)
+    labels = resize_labels(labels, size)
+    sums, counts = class_sums(features, labels, num_classes, weights, per_image=True)
     return sums, counts > 0
 
 
@@ -218,9 +221,9 @@ class LabelTransfer(Labeler):
                 F.normalize(precise(step.outputs[view].features), dim=1, eps=EPS)
                 for view in ("source", "target")
             )
-            means, known = self.unit_means(source, truth)
+            means, known = self.unit_means(source, truth, step.weights.get("source"))
             if self.calibration == "ema":
-                reached, found = self.unit_means(target, static)
+                reached, found = self.unit_means(target, static, step.weights.get("target"))
                 both = (known & found)[..., None].to(means.dtype)  # (B, K, 1)
                 self.moves += (
                     torch.cat([(reached - means) * both, both], 2).sum(0).to(self.moves.dtype)
@@ -231,10 +234,10 @@ class LabelTransfer(Labeler):
                 static = static.where(static != IGNORE, resize_labels(dynamic, static.shape[-2:]))
         step.labels["target"] = static
 
-    def unit_means(self, features, labels):
+    def unit_means(self, features, labels, weights):
         """Class means (B, K, D) of unit length, the direction of the sums, and which classes occur
         (B, K)."""
-        sums, known = image_sums(features, labels, len(self.updates))
+        sums, known = image_sums(features, labels, len(self.updates), weights)
         return F.normalize(sums, dim=2, eps=EPS), known
 
     def nearest(self, features, means, known):
@@ -256,19 +259,22 @@ class LabelTransfer(Labeler):
         self.moves.zero_()
 
 
-def pixels_of_cells(labels, size, num_classes):
-    """How many pixels of each class a feature cell covers: labels (B, H, W) -> (B, K, h, w)."""
+def pixels_of_cells(labels, size, num_classes, weights=None):
+    """How many pixels of each class a feature cell covers, or the sum of their weights: labels and
+    weights (B, H, W) -> (B, K, h, w)."""
     cells = torch.arange(size[0] * size[1], device=labels.device).view(1, *size)
     ids = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     places = (ids * cells.numel() + resize_labels(cells, labels.shape[-2:])).flatten(1)
-    counts = places.new_zeros(len(places), (num_classes + 1) * cells.numel())
-    counts.scatter_add_(1, places, torch.ones_like(places))
+    each = torch.ones_like(places) if weights is None else weights.flatten(1)
+    counts = each.new_zeros(len(places), (num_classes + 1) * cells.numel())
+    counts.scatter_add_(1, places, each)
     return counts.view(-1, num_classes + 1, *size)[:, :-1]
 
 
 class Contrast(Loss):
     """forward_weight L_FCL + backward_weight L_BCL, mean over the pairs; a pair whose O is empty
-    has 0.
+    has 0. Weights of pixels (`step.weights`) multiply them in the means rho and in the losses,
+    whose divisor stays the number of pixels.
 
     Args:
         forward_weight: factor of L_FCL, target pixels to source means.
@@ -298,29 +304,34 @@ class Contrast(Loss):
         self.detach_prototypes, self.members = detach_prototypes, (source, target)
 
     def forward(self, step):
-        truth, pseudo = step.labels["source"], step.labels["target"]
-        with torch.autocast(truth.device.type, enabled=False):
-            source, target = (precise(step.outputs[v].features) for v in ("source", "target"))
-            rho_s, in_source = self.vectors(self.members[0], step.prototypes, source, truth)
-            rho_t, in_target = self.vectors(self.members[1], step.prototypes, target, pseudo)
+        views = ("source", "target")
+        with torch.autocast(step.labels["source"].device.type, enabled=False):
+            source, target = (
+                (precise(step.outputs[view].features), step.labels[view], step.weights.get(view))
+                for view in views
+            )
+            rho_s, in_source = self.vectors(self.members[0], step.prototypes, *source)
+            rho_t, in_target = self.vectors(self.members[1], step.prototypes, *target)
             both = in_source & in_target  # O, (B, K)
             return self.forward_weight * self.towards(
-                rho_s, in_source, target, pseudo, both
-            ) + self.backward_weight * self.towards(rho_t, in_target, source, truth, both)
+                rho_s, in_source, both, *target
+            ) + self.backward_weight * self.towards(rho_t, in_target, both, *source)
 
-    def vectors(self, name, prototypes, features, labels):
+    def vectors(self, name, prototypes, features, labels, weights):
         """Vectors (B, K, D) of a member for each image, and which classes have one (B, K)."""
         if name == "pair" and name not in prototypes:
             # Sums stand for means, since a cosine divides by the length.
-            means, present = image_sums(features, labels, self.num_classes)
+            means, present = image_sums(features, labels, self.num_classes, weights)
         else:
+            size = features.shape[-2:]
+            weights = None if weights is None else resize_labels(weights, size)
             means, present = member(prototypes, name, "bcl.Contrast").pair_means(
-                features, resize_labels(labels, features.shape[-2:])
+                features, resize_labels(labels, size), weights
             )
         means = means.detach() if self.detach_prototypes else means
         return means.to(features.dtype), present
 
-    def towards(self, means, present, features, labels, both):
+    def towards(self, means, present, both, features, labels, weights):
         """The loss of one direction.
 
         z is upsampled to the labels as nearest neighbours. All pixels of a cell share its
@@ -328,7 +339,9 @@ class Contrast(Loss):
         nothing of the labels' size needs a gradient.
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
-        counts = (
-            pixels_of_cells(labels, features.shape[-2:], self.num_classes) * both[..., None, None]
-        )
-        return -((log_p * counts).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()
+        size, both = features.shape[-2:], both[..., None, None]
+        counts = weighted = pixels_of_cells(labels, size, self.num_classes) * both
+        if weights is not None:
+            weights = resize_labels(weights, labels.shape[-2:]).to(log_p.dtype)
+            weighted = pixels_of_cells(labels, size, self.num_classes, weights) * both
+        return -((log_p * weighted).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()

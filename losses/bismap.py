@@ -81,11 +81,12 @@ class LikelihoodLabels(Labeler):
     """Labeler: the class with the largest score, where the score of that class's prototype reaches
     its threshold.
 
-    The prototypes are fitted to the source, to pixels that the network classifies correctly at
-    feature size. Scores of mixtures are log-densities, without a prior. **Nats do not carry over to
-    another network**: with 256 channels a deviation of 0.1 gives 354 nats at a mean and one of 1
-    gives -235, so 100 is right for the paper's network alone. `source_quantile` adapts to the
-    network [R]: the share of a class's own source pixels below its threshold.
+    The prototypes are fitted to the source in the style in which the student sees it, to pixels
+    that the network classifies correctly at feature size. Scores of mixtures are log-densities,
+    without a prior. **Nats do not carry over to another network**: with 256 channels a deviation of
+    0.1 gives 354 nats at a mean and one of 1 gives -235, so 100 is right for the paper's network
+    alone. `source_quantile` adapts to the network [R]: the share of a class's own source pixels
+    below its threshold.
 
     [R] Scores are computed at feature size and then upsampled: 16 times cheaper at stride 4 than
     the upsampled features of the released code, and not bit-identical.
@@ -102,7 +103,7 @@ class LikelihoodLabels(Labeler):
     source pixels; both infinite for classes without a prototype.
     """
 
-    stored = True
+    stored = learned = True
     labels_images = True
 
     def __init__(
@@ -151,7 +152,7 @@ class LikelihoodLabels(Labeler):
             """(index, Output, labels (1, h, w): 255 where the prediction is wrong) of each source
             image."""
             for index, image, label in preparation.images(preparation.source):
-                output = preparation.segment(image)
+                output = preparation.segment(image, "source")
                 label = resize_labels(label, output.logits.shape[-2:])
                 yield index, output, torch.where(output.logits.argmax(1) == label, label, IGNORE)
 
@@ -310,8 +311,7 @@ class Transferability(Labeler):
     d is the distance of a region's feature to the nearest of the target's centres, so nothing
     depends on the scale of the features. e lies in 0..1, and pixels of rare and hard classes keep
     their weight. W is stored once per image, in 8 bits, and read back in training. The images are
-    those on the disk: stylised ones by `data.train.stylised` as in the paper, but not by
-    `uda.style`.
+    those that the student sees: stylised by `data.train.stylised`, as in the paper, or `uda.style`.
 
     Args:
         encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101,
@@ -323,7 +323,8 @@ class Transferability(Labeler):
         clusters: centres of k-means, at most as many as there are regions of the target.
         entropy: "gta5" and "synthia" are the released e, for 19 classes. "measured": the mean
             entropy that predictions of the network that the stage starts from have on the source
-            pixels of a class [R]; not in a first stage, whose network has learnt nothing. "none":
+            pixels of a class [R]; not in a first stage from ImageNet, whose network has learnt
+            nothing. "none":
             no offset.
     Raises:
         ValueError: released constants for other than 19 classes.
@@ -346,6 +347,7 @@ class Transferability(Labeler):
                 f"entropy={entropy} has 19 classes, the data {num_classes}: use measured or none"
             )
         self.num_classes, self.seed = num_classes, seed
+        self.learned = entropy == "measured"
         self.clusters, self.entropy = clusters, entropy
         self.encoder, self.size, self.grid = dict(encoder), tuple(size), tuple(grid)
 
@@ -367,7 +369,8 @@ class Transferability(Labeler):
             distances[index] = nearest_distances(found, centres.to(found))
             sums += torch.stack([distances[index].sum().double(), sums.new_tensor(len(found))])
             if self.entropy == "measured":
-                entropies += self.entropies(preparation.segment(image).logits, label)
+                logits = preparation.segment(image, "source").logits
+                entropies += self.entropies(logits, label)
         sums, entropies = distributed.all_reduce(sums), distributed.all_reduce(entropies)
         mean = sums[0] / sums[1]
         known = entropies[:, 0] / entropies[:, 1]

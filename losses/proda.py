@@ -41,7 +41,7 @@ class Denoise(Labeler):
         temperature: tau.
     """
 
-    needs_teacher = True
+    needs_teacher = learned = True
     labels_images = True
 
     def __init__(self, *, prototypes: str = "target", temperature: Positive = 1.0):

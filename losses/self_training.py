@@ -81,7 +81,7 @@ class StoredConfidence(Labeler):
         scales, flip: average the probabilities over scaled and mirrored images.
     """
 
-    stored = True
+    stored = learned = True
     labels_images = True
 
     def __init__(self, *, threshold: Share = 0.95, scales: Scales = (1.0,), flip: bool = False):

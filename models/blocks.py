@@ -73,8 +73,9 @@ def still(module):
         m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, counter) in zip(norms, before):
+        # A counter to throw away: nn.SyncBatchNorm refuses to do without one.
+        norm.momentum, norm.num_batches_tracked = 0.0, None if counter is None else counter.clone()
     try:
         yield
     finally:

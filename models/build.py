@@ -1,6 +1,8 @@
 """The network of a configuration: assembled, started from other weights, restored from a
 checkpoint; its prototypes."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -9,6 +11,8 @@ from engine.build import build, build_any, present
 from engine.config import ConfigError, override, stages
 from models.cache import FeatureCache
 from models.segmentor import Segmentor
+
+logger = logging.getLogger("engine")
 
 # The order in which heads run, and in which their parameters lie.
 HEADS = ("projector", "text_attention", "region", "auxiliary")
@@ -87,7 +91,11 @@ def initial_network(cfg, classes, previous):
         )
     network = build_segmentor(cfg.model, classes, init == "imagenet")
     if init != "imagenet":
-        state = previous.state_dict() if init == "previous" else checkpoint.load(init)["model"]
+        if init == "previous":
+            state = previous.state_dict()
+        else:
+            saved = checkpoint.load(init)
+            state = weights_of(saved, reported(saved), init)
         # A stem per domain starts from the shared one.
         stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
         known = {own: state[shared] for own, shared in stems.items() if shared in state}
@@ -102,29 +110,49 @@ def trained_with(saved):
     return stages(cfg)[saved["stage"]] if "stage" in saved else cfg
 
 
+def frozen(saved):
+    """Did the teacher of a checkpoint stand still: is it the network of the stage before?"""
+    return trained_with(saved).get("stage", {}).get("teacher") == "frozen"
+
+
+def reported(saved):
+    """Which network of a checkpoint its run reports and hands on, "student" or "teacher"."""
+    averaged = "teacher" in saved and not frozen(saved)
+    return trained_with(saved).eval.weights if averaged else "student"
+
+
+def weights_of(saved, kind, path):
+    """State dict of a checkpoint's student or teacher.
+
+    Raises:
+        ConfigError: it has no teacher.
+    """
+    if kind == "student":
+        return saved["model"]
+    if "teacher" not in saved:
+        raise ConfigError(
+            f"{path} has no teacher: it was trained without one; set eval.weights=student"
+        )
+    named = saved["teacher"].items()
+    return {k.removeprefix("network."): v for k, v in named if k.startswith("network.")}
+
+
 def restore(path, overrides=()):
-    """A checkpoint's network.
+    """A checkpoint's network, the one that its run reported unless `eval.weights` is overridden.
 
     Returns:
         (network in eval mode, the configuration of its stage with the overrides, the checkpoint).
     """
     saved = checkpoint.load(path)
-    cfg = override(
-        trained_with(saved), overrides
-    )  # last: a key that the stage sets is overridden too
+    # Last: a key that the stage sets is overridden too.
+    cfg = override(trained_with(saved), [f"eval.weights={reported(saved)}", *overrides])
     network = build_segmentor(cfg.model, saved["classes"], pretrained=False)
-    state = saved["model"]
-    if cfg.eval.weights == "teacher":
-        if "teacher" not in saved:
-            raise ConfigError(
-                f"{path} has no teacher: it was trained without one; set eval.weights=student"
-            )
-        state = {
-            k.removeprefix("network."): v
-            for k, v in saved["teacher"].items()
-            if k.startswith("network.")
-        }
-    weights.load_into(network, state, source=str(path))
+    if cfg.eval.weights == "teacher" and frozen(saved):
+        logger.warning(
+            f"{path}: its teacher was frozen, so this is the network of the stage before; "
+            "eval.weights=student is what the stage trained"
+        )
+    weights.load_into(network, weights_of(saved, cfg.eval.weights, path), source=str(path))
     return network.eval(), cfg, saved
 
 

@@ -31,6 +31,10 @@ LABELERS = {  # name: (labelers, mixer, teacher)
     "centroids": (f"[{MIXTURES[:-1] % QUANTILE}, prototypes: centroids}}]", STORED, "none"),
     "denoised": ("[{name: proda.Denoise, prototypes: centroids}]", STORED, "frozen"),
 }
+SOURCE = (
+    "{name: source, teacher: none, iters: 1, train: {teacher: 0.0}, losses: [{name: cross_entropy.CrossEntropy}],"
+    " uda: {labelers: [], source_weights: {name: none}, mixer: {name: mixers.Source}}}"
+)
 MEMBERS = ("pair", "centroids", "mixtures", "basis", "classifier")
 PROTOTYPES = (
     "prototypes={pair: {name: pair.Pair}, centroids: {name: centroids.Centroids}, basis: {name: basis.OrthogonalBasis},"
@@ -56,7 +60,7 @@ def test_every_labeler_trains_with_every_member_on_either_classifier(tmp_path, l
         f"uda.labelers={labelers}",
         f"uda.mixer={mixer}",
         f"losses=[{', '.join(terms)}]",
-        f"stages=[{{teacher: {teacher}, iters: 2}}]",
+        f"stages=[{SOURCE}, {{name: adapt, init: previous, teacher: {teacher}, iters: 2}}]",
         f"model.classifier={{name: {classifier}}}",
         "uda.source_weights={name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2]}",
         "model.decoder.width=12",
@@ -68,8 +72,8 @@ def test_every_labeler_trains_with_every_member_on_either_classifier(tmp_path, l
         f"train/loss_bcl{suffix}"
         for suffix in ("", *(f"_{i + 2}" for i in range(len(MEMBERS) - 1)))
     ]
-    assert len(steps) == 2 and all(step[name] >= 0 for step in steps.values() for name in contrasts)
-    assert 0 < steps[1]["uda/weight_source"] <= 1 and 0 <= steps[1]["uda/labelled_target"] <= 1
+    assert len(steps) == 3 and all(steps[n][name] >= 0 for n in (2, 3) for name in contrasts)
+    assert 0 < steps[2]["uda/weight_source"] <= 1 and 0 <= steps[2]["uda/labelled_target"] <= 1
     assert (
         json.loads((tmp_path / "run" / "results.json").read_text())["results"]["toy"]["mIoU"]
         is not None

@@ -4,12 +4,22 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
+import train_uda
+from datasets.reading import read_map
+from datasets.style import ColorStats
+from datasets.toy import Toy
 from engine import checkpoint
 from engine.errors import UserError
+from models.build import restore
+from models.segmentor import Segmentor
 from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, train
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
+WITH_HEAD = (
+    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 3}}}}}}}}"
+)
 METHODS = {  # overrides of the smallest adaptation
     "self-training": (),
     "BCL": (  # half of the target's pixels get a label: not as many in each process
@@ -45,6 +55,7 @@ METHODS = {  # overrides of the smallest adaptation
         "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial}]}]",
     ),
 }
+ONE_STEP = ("train.iters=1", "uda.compare=false")
 KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
 
 
@@ -152,3 +163,116 @@ def test_a_run_without_a_target_or_a_teacher_says_so(tmp_path):
         train(tmp_path / "d", labeler, "stages=[]", "train.teacher=0.0", config=TINY_UDA)
     with pytest.raises(UserError, match="there is no stage before it"):
         train(tmp_path / "c", "stages=[{init: previous}]", config=TINY_UDA)
+
+
+def test_labels_are_made_of_what_the_student_sees(tmp_path, monkeypatch):
+    """The sizes of the evaluation, the source in its style and through its stem."""
+    seen, segment = [], Segmentor.segment
+
+    def spy(self, image, domain="target", **options):
+        seen.append((domain, image, self.training))
+        return segment(self, image, domain, **options)
+
+    monkeypatch.setattr(Segmentor, "segment", spy)
+    monkeypatch.setattr(ColorStats, "__call__", lambda self, source, target: 0 * source)
+    size = ("eval.short_side=24", "uda.source_short_side=32", "uda.style={name: style.ColorStats}")
+    few = ("train.iters=1", "data.val={name: none}", "data.test.toy.length=1")
+    train(tmp_path / "run", *METHODS["BiSMAP"], *size, *few, config=TINY_UDA)
+    shown = {
+        domain: [image for name, image, training in seen if name == domain and not training]
+        for domain in ("source", "target")
+    }
+    assert len(shown["source"]) >= 2 * 10 and len(shown["target"]) >= 9
+    assert all(min(image.shape[-2:]) == 32 and not image.any() for image in shown["source"])
+    whole = [image for image in shown["target"] if len(image) == 1]
+    assert len(whole) >= 9 and all(min(image.shape[-2:]) == 24 for image in whole)
+
+
+def test_the_network_of_the_stage_before_labels_also_where_the_student_starts_anew(tmp_path):
+    """At the size of the evaluation, stored at that of the file."""
+    stored = "{name: self_training.StoredConfidence, threshold: 0.0}"
+    train(
+        tmp_path / "run",
+        f"stages=[{SOURCE}, {{name: adapt, init: imagenet, uda: {{mixer: {{name:"
+        f" mixers.SourceTarget}}, labelers: [{stored}]}},"
+        " losses: [{name: cross_entropy.CrossEntropy, view: target}]}]",
+        "eval.short_side=24",
+        "train.iters=2",
+        config=TINY_UDA,
+    )
+    network = restore(tmp_path / "run" / "stage_source.pt")[0]
+    target = Toy(domain="real", length=9, size=[48, 64], labels=False)
+    for index in range(9):
+        image = target[index]["image"][None].float() / 255
+        small = interpolate(image, (24, 32), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            logits = network.segment(small).logits
+        expected = interpolate(logits, (24, 32), mode="bilinear").argmax(1)[0]
+        path = tmp_path / "run/maps/2_adapt/target/pseudo_labels" / f"{target.stem(index)}.png"
+        found = torch.from_numpy(read_map(path))
+        assert torch.equal(found, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_the_source_takes_the_style_and_keeps_its_content(tmp_path):
+    """FDA returns its first argument where beta is 0."""
+    plain, styled = (
+        train(tmp_path / name, f"uda.style={style}", "stages=[]", *ONE_STEP, config=TINY_UDA)
+        for name, style in (("a", "{name: none}"), ("b", "{name: style.FDA, beta: 0.0}"))
+    )
+    assert plain[1]["train/loss"] == styled[1]["train/loss"]
+
+
+def test_a_frozen_teacher_of_another_shape_goes_on_after_a_kill(tmp_path):
+    """The network of the stage before has a head that the student lacks."""
+    options = (METHODS["ProDA"][0].replace(SOURCE, WITH_HEAD), "train.iters=2")
+    train(tmp_path / "run", *options, config=TINY_UDA)
+    whole = last(tmp_path / "run")
+    assert any("auxiliary" in name for name in whole["teacher"])
+    assert not any("auxiliary" in name for name in whole["model"])
+    (tmp_path / "run" / "step_0000004.pt").unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    train(tmp_path / "run", *options, config=TINY_UDA)
+    assert_same_state(whole, last(tmp_path / "run"), keys=(*KEYS, "teacher"))
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("uda.labelers=[{name: bcl.StaticLabels}]", "StaticLabels"),
+        (
+            "uda.labelers=[{name: bismap.LikelihoodLabels, prototypes: classifier}]",
+            "LikelihoodLabels",
+        ),
+        ("uda.labelers=[{name: self_training.StoredConfidence}]", "StoredConfidence"),
+        ("uda.labelers=[{name: proda.Denoise}]", "Denoise"),
+        ("uda.source_weights={name: bismap.Transferability}", "Transferability"),
+        ("losses=[{name: bismap.Distillation}]", "the frozen teacher"),
+    ],
+)
+def test_a_network_that_has_learnt_nothing_labels_nothing(tmp_path, part, name):
+    with pytest.raises(UserError, match=f"stage first: {name} takes predictions .* learnt nothing"):
+        train(tmp_path / "run", part, "stages=[{name: first, teacher: frozen}]", config=TINY_UDA)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_drawn_differs_between_domains_stages_and_runs(tmp_path, monkeypatch):
+    orders, seeds, mixed = [], [], []
+
+    class Spy(train_uda.Stream):
+        def __init__(self, dataset, *options):
+            super().__init__(dataset, *options)
+            orders.append(tuple(self.sampler.index(i) for i in range(10)))
+            seeds.append(dataset.seed)
+
+    def build(uda, **context):
+        mixed.append(context["seed"])
+        return build_adaptation(uda, **context)
+
+    build_adaptation = train_uda.build_adaptation
+    monkeypatch.setattr(train_uda, "Stream", Spy)
+    for seed in (0, 1):
+        monkeypatch.setattr(train_uda, "build_adaptation", build)
+        few = (*ONE_STEP, "data.target.length=10", "data.val={name: none}", f"seed={seed}")
+        train(tmp_path / str(seed), *few, config=TINY_UDA)
+    assert len(orders) == 8 and len({*orders}) == 8  # source, target of two stages of two runs
+    assert len({*seeds}) == 8 and len({*mixed}) == 4

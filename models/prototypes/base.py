@@ -51,9 +51,11 @@ class Prototypes(nn.Module):
         """Similarity or log-likelihood: (B, D, h, w) -> (B, K, h, w). Here the cosine."""
         return cosine(features, self.means())
 
-    def pair_means(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_means(
+        self, features: Tensor, labels: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The class vectors of each image (B, K, D) and which it has (B, K) bool, of features
-        (B, D, h, w) and labels (B, h, w). Here the same for all images."""
+        (B, D, h, w), labels and weights (B, h, w). Here the same for all images."""
         means = self.means()
         return means.expand(len(features), *means.shape), self.seen.expand(len(features), -1)
 

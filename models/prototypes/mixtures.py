@@ -13,8 +13,10 @@ it as a share of the fitted vectors.
 
 The square is expanded, x^2/s^2 - 2 x mu/s^2 + mu^2/s^2: two matrix products for all components
 instead of a tensor N x M x D. That cancels where |x| is large against sigma, so a mean is
-subtracted first: in `fit` that of the class, otherwise the mean of the class means. All of it is at
-least float32, with autocast off; leave TF32 off as well.
+subtracted first: in `fit` that of the class, otherwise the mean of the class means, and scores are
+computed in float64. (In float32 a class whose dead channels lie at the floor is off by 5 to 20 nats;
+float64 costs the same on a CPU, and the products are small on a GPU.) `fit` is at least float32,
+with autocast off; leave TF32 off as well.
 
     fit      the paper's, offline: a pool of vectors per class, k-means, then EM.
     update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s +
@@ -32,7 +34,6 @@ import torch
 
 from engine import distributed
 from engine.ranges import Count, Few, Momentum, NonNegative, Positive
-from engine.statistics import precise
 from models.prototypes._em import LEVELS, Pool, fit_mixture, log_joint, maximisation, moments
 from models.prototypes.base import Prototypes
 
@@ -122,8 +123,9 @@ class Mixtures(Prototypes):
         return (self.means() * self.seen[:, None]).sum(0).double() / self.seen.sum().clamp_min(1)
 
     def _log_joint(self, x):
-        """x (D, N) -> joint (K, M, N), and x about the origin with its square, both (D, N)."""
-        x = x - self._origin()[:, None].to(x)
+        """x (D, N) -> joint (K, M, N), and x about the origin with its square, both (D, N); all of
+        it float64."""
+        x = x.double() - self._origin()[:, None]
         square, means = x.square(), self.component_means - self._origin()
         weights, variances = self.component_weights.double(), self.component_variances.double()
         joint = log_joint(
@@ -139,7 +141,7 @@ class Mixtures(Prototypes):
             scores = maps.new_empty(len(maps), len(self.seen), maps.shape[2], dtype=dtype)
             for image, x in enumerate(maps):  # (D, N)
                 for start in range(0, x.shape[1], self.chunk):
-                    joint, *_ = self._log_joint(x[:, start : start + self.chunk].to(dtype))
+                    joint, *_ = self._log_joint(x[:, start : start + self.chunk])
                     score = torch.where(self.seen[:, None], joint.logsumexp(1), ABSENT)
                     scores[image, :, start : start + self.chunk] = score
             return scores.unflatten(2, features.shape[2:])
@@ -172,7 +174,7 @@ class Mixtures(Prototypes):
             with torch.autocast(features.device.type, enabled=False):
                 for image in zip(features.flatten(2), labels.flatten(1), weights.flatten(1)):
                     for x, ids, factors in zip(*(part.split(self.chunk, -1) for part in image)):
-                        joint, x, square = self._log_joint(precise(x))
+                        joint, x, square = self._log_joint(x)
                         members = (ids == torch.arange(k, device=ids.device)[:, None]) * factors.to(
                             x
                         )  # (K, N)

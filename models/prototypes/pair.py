@@ -19,10 +19,10 @@ from models.prototypes.base import Prototypes
 from models.prototypes.centroids import Centroids
 
 
-def pair_means(features, labels, num_classes):
-    """Class means of each image, with the graph: features (B, D, h, w), labels (B, h, w) -> means
-    (B, K, D), zero where present (B, K) is False."""
-    sums, counts = class_sums(features, labels, num_classes, per_image=True)
+def pair_means(features, labels, num_classes, weights=None):
+    """Class means of each image, with the graph: features (B, D, h, w), labels, and weights or None
+    (B, h, w) -> means (B, K, D), zero where present (B, K) is False."""
+    sums, counts = class_sums(features, labels, num_classes, weights, per_image=True)
     return sums / torch.where(counts > 0, counts, 1)[..., None], counts > 0
 
 
@@ -34,10 +34,9 @@ class Pair(Prototypes):
         super().__init__()
         self.last = Centroids(num_classes=num_classes, in_channels=in_channels, momentum=0.0)
 
-    def pair_means(self, features, labels):
-        """Features (B, D, h, w), labels (B, h, w) -> means (B, K, D), zero where present (B, K) is
-        False."""
-        return pair_means(features, labels, len(self.seen))
+    def pair_means(self, features, labels, weights=None):
+        """As the function of this name."""
+        return pair_means(features, labels, len(self.seen), weights)
 
     @property
     def seen(self):

@@ -18,7 +18,7 @@ from datasets.several import Several
 from datasets.statistics import class_counts
 from datasets.toy import Toy
 from datasets.transforms import Augment
-from engine.config import ConfigError, load
+from engine.config import TARGET, ConfigError, derived_seed, load
 from engine.inference import evaluate
 from engine.prepare import Preparation
 from tests.runs import TINY
@@ -188,7 +188,7 @@ class Shades:
     def train(self, mode):
         return self
 
-    def segment(self, image):
+    def segment(self, image, domain="target"):
         class Output:
             grey = image.mean(1, keepdim=True)
             logits = torch.cat([0.5 - grey, 0 * grey - 1, grey - 0.5], 1)
@@ -320,7 +320,7 @@ def test_a_configuration_names_the_sets_of_a_run():
     assert isinstance(data.target, Several) and len(data.target) == 6
     assert all((sample["label"] == 255).all() for sample in data.target)
     assert data.train.augment and data.target.parts[0].augment and not data.val.augment
-    assert data.target.parts[0].seed == data.train.seed + 1
+    assert data.target.parts[0].seed == derived_seed(data.train.seed, TARGET)
     small = build_data(load(TINY, ["data.val={name: none}", f"data.train=[{ONE}]"]))
     assert isinstance(small.train, Toy) and small[1] is small.target is small.monitor is None
 

@@ -9,8 +9,10 @@ import yaml
 
 from engine import config
 from engine.config import (
+    TARGET,
     ConfigError,
     check_sections,
+    derived_seed,
     difference,
     load,
     override,
@@ -39,7 +41,7 @@ precision prototypes
 resume schedule.min_lr schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio
 seed stages threads timeout
 train.accumulate train.batch_size train.iters train.teacher uda.compare uda.labelers
-uda.mixer.name uda.source_weights.name uda.style.name
+uda.mixer.name uda.source_short_side uda.source_weights.name uda.style.name
 """
 
 
@@ -757,6 +759,7 @@ SCRIPTS = {"train_supervised": TINY, "train_uda": TINY_UDA, "train_dg": TINY_DG}
         ("train_supervised", "train.teacher=0", "there is no teacher: set train.teacher"),
         ("train_dg", "train.teacher=0", "there is no teacher"),
         ("train_uda", "stages=[{teacher: ema}, {teacher: none}]", "there is no teacher"),
+        ("train_uda", "stages=[{teacher: frozen, name: kd}, {}]", "stage kd: eval.weights=teacher would .* discard"),
         ("train_uda", "stages=[{teacher: ema, train: {teacher: 0}}]", "there is no teacher"),
     ],
 )  # fmt: skip
@@ -770,7 +773,6 @@ def test_what_a_script_would_ignore_is_an_error(script, given, message):
     [
         ("train_supervised", "prototypes.centroids.view=none"),
         ("train_dg", "prototypes.visual.view=tower"),
-        ("train_uda", "stages=[{teacher: frozen, train: {teacher: 0}}]"),
         ("train_uda", "stages=[{teacher: none}, {teacher: ema}]"),
         ("train_uda", "losses.0.view=mixed"),
     ],
@@ -886,3 +888,23 @@ def test_stages_override_repeat_and_scale_the_learning_rate():
 def test_mistakes_in_stages_are_named(spec, message):
     with pytest.raises(UserError, match=message):
         stages(load(TINY_UDA, [f"stages={spec}"]))
+
+
+def test_what_labels_the_target_stays_the_same_in_a_run_that_goes_on():
+    """What the evaluation looks at may change, unless labels are made with it."""
+    for script, changes in ((TINY, 0), (TINY_UDA, 1)):
+        for change in ("eval.short_side=24", "eval.weights=teacher"):
+            old, new = load(script), load(script, [change])
+            if changes:
+                with pytest.raises(ConfigError, match=f"another configuration: {change[:8]}"):
+                    config.check_resume(old, new)
+            else:
+                config.check_resume(old, new)
+
+
+def test_every_stage_and_every_run_has_a_seed_of_its_own():
+    runs = [stages(load(TINY_UDA, [f"seed={seed}"])) for seed in range(20)]
+    assert [run[0].seed for run in runs] == [*range(20)]
+    seeds = [stage.seed for run in runs for stage in run]
+    seeds += [derived_seed(stage.seed, TARGET) for run in runs for stage in run]
+    assert len({*seeds}) == 80 and max(seeds) < 2**30

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -26,12 +29,11 @@ def network():
     return Segmentor(backbone, decoder, Linear(in_channels=decoder.channels, num_classes=11))
 
 
-def preparation(folder, augment=None):
+def preparation(folder, augment=None, **options):
     source = Toy(domain="synthetic", length=3, size=[32, 48], augment=augment)
     target = Toy(domain="real", length=2, size=[32, 48], labels=False, augment=augment)
-    return Preparation(
-        network(), source, target, {}, folder, torch.device("cpu"), contextlib.nullcontext()
-    )
+    parts = network(), source, target, {}, folder, torch.device("cpu"), contextlib.nullcontext()
+    return Preparation(*parts, **options)
 
 
 def shade(index, image, label):
@@ -173,3 +175,69 @@ def test_a_backbone_for_maps_is_frozen(tmp_path):
     )
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert prepare.KINDS == ("source", "target")
+
+
+def test_pictures_have_the_size_of_the_evaluation_and_maps_that_of_the_file(tmp_path):
+    made = preparation(tmp_path / "maps", short_sides=(24, 16))
+    sizes = {
+        kind: [(image.shape[-2:], label.shape[-2:]) for _, image, label in made.images(dataset)]
+        for kind, dataset in (("source", made.source), ("target", made.target))
+    }
+    assert {*sizes["source"]} == {((24, 36), (32, 48))}
+    assert {*sizes["target"]} == {((16, 24), (32, 48))}
+    made.store("shade", made.target, shade, {})
+    image = next(made.images(made.target))[1]
+    item = made.training["target"][0]
+    assert item["extra"]["shade"].shape == item["image"].shape[-2:] == (32, 48)
+    assert torch.equal(item["extra"]["shade"][::2, ::2], shade(0, image, None))
+
+
+def test_source_pictures_have_the_style_that_the_student_sees(tmp_path, monkeypatch):
+    seen = []
+
+    def style(source, target):
+        seen.append((source, target))
+        return 0.5 * source
+
+    made = preparation(tmp_path, style=style, seed=3)
+    plain = preparation(tmp_path)
+    pairs = [*zip(made.images(made.source), plain.images(plain.source))]
+    for (index, image, _), (_, original, _) in pairs:
+        source, target = seen[index]
+        assert torch.equal(image, 0.5 * original) and torch.equal(source, original)
+        partners = [image for _, image, _ in plain.images(plain.target)]
+        assert torch.equal(target, partners[made.partners[index]])
+    assert len(pairs) == len(seen) == 3
+    for (_, image, _), (_, original, _) in zip(
+        made.images(made.target), plain.images(plain.target)
+    ):
+        assert torch.equal(image, original)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # each pair stays what it was
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    ((index, image, _),) = made.images(made.source)
+    assert (
+        index == 1 and torch.equal(seen[-1][1], seen[1][1]) and torch.equal(image, pairs[1][0][1])
+    )
+
+
+def test_source_pictures_go_through_the_stem_of_the_source(tmp_path):
+    made = preparation(tmp_path)
+    backbone = ResNet(depth=18, stages=3, weights="none", stem="per_domain")
+    made.network.backbone = backbone.eval()
+    image = next(made.images(made.source))[1]
+    for domain in ("source", "target"):
+        expected = made.network.segment(image, domain).logits
+        assert torch.equal(made.segment(image, domain).logits, expected)
+    with torch.no_grad():
+        made.network.backbone.conv1.weight.zero_()
+    assert not torch.equal(made.segment(image, "source").logits, made.segment(image).logits)
+
+
+def test_loaders_of_a_preparation_ignore_signals_as_those_of_the_training_do():
+    """A scheduler sends them to all processes; the run itself leaves, with one sentence."""
+    data = Toy(domain="real", length=8, size=[32, 48])
+    shown = prepare.images(data, torch.device("cpu"), workers=1)
+    found = [next(shown)[0]]
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert found + [index for index, *_ in shown] == [*range(8)]

@@ -235,3 +235,17 @@ def test_evidence_of_a_view_without_labels_lists_those_that_have_some():
     step = a_step({"target": an_output(features=torch.zeros(1, D, 2, 2))}, labels)
     with pytest.raises(UserError, match=r"for 'target', only for source: give .* prototypes"):
         list(evidence([step], "target"))
+
+
+def test_evidence_has_the_weights_of_its_view_at_feature_size():
+    """Centroids do not learn from what a teacher is unsure of."""
+    step = shown({})
+    labels = step.labels["source"]
+    step.weights["source"] = torch.rand(labels.shape).round()
+    ((features, found, weights),) = evidence([step], "source")
+    assert torch.equal(weights, step.weights["source"][:, 1::2, 1::2])
+    one, other = (Centroids(num_classes=K, in_channels=D) for _ in range(2))
+    one.update(evidence([step], "source"), step)
+    other.update([(features, found.where(weights > 0, IGNORE), None)], step)
+    torch.testing.assert_close(one.means(), other.means())
+    assert (weights == 0).any() and torch.equal(one.seen, other.seen)

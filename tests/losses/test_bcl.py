@@ -63,7 +63,7 @@ class Target:
         for i in self.mine:
             yield i, torch.full((1, 3, *self.size), i), torch.full((1, *self.size), IGNORE)
 
-    def segment(self, image):
+    def segment(self, image, domain="target"):
         return an_output(self.logits[image[:, 0, 0, 0].long()])
 
     def store(self, name, dataset, make, settings, palette=False):
@@ -821,3 +821,49 @@ def test_two_processes_equal_one(tmp_path):
         assert torch.equal(states[0][key], states[1][key]), key
         torch.testing.assert_close(states[0][key], value, rtol=0, atol=1e-14)
     assert expected["updates"].tolist() == [3] * K and expected["theta"].isfinite().all()
+
+
+@pytest.mark.parametrize("members", [{}, {"pair": Pair(num_classes=K, in_channels=D)}])
+def test_contrast_takes_the_weights_of_pixels(members):
+    """In the means and in the sums, while the divisor stays the number of pixels."""
+    truth, pseudo = blocks(range(K)), blocks(range(K))
+    step = a_pair(maps(), maps(), truth, pseudo, members)
+    plain = Contrast(num_classes=K)(step)
+    step.weights = {view: torch.ones(truth.shape).double() for view in ("source", "target")}
+    torch.testing.assert_close(Contrast(num_classes=K)(step), plain)
+    for options, view in ((FORWARD, "target"), (BACKWARD, "source")):
+        step.weights = {view: torch.full(truth.shape, 0.25).double()}
+        loss = Contrast(num_classes=K, **options)
+        torch.testing.assert_close(
+            loss(step), 0.25 * loss(a_pair(*features_of(step), truth, pseudo))
+        )
+
+
+def features_of(step):
+    return (step.outputs[view].features for view in ("source", "target"))
+
+
+def test_contrast_learns_nothing_of_pixels_without_weight():
+    """A row of cells whose labels are wrong, in both domains."""
+    truth, pseudo = blocks(range(K)), blocks(range(K))
+    source, target = maps(grad=True), maps(grad=True)
+    kept = torch.ones(truth.shape).double()
+    kept[:, :4] = 0  # the first row of cells
+    wrong = [labels.where(kept > 0, (labels + 1) % K) for labels in (truth, pseudo)]
+    values = []
+    for labels in ((truth, pseudo), wrong):
+        step = a_pair(source, target, *labels)
+        step.weights = {"source": kept, "target": kept}
+        loss = Contrast(num_classes=K)(step)
+        values.append(torch.autograd.grad(loss, [source, target]))
+    for right, other in zip(*values):
+        assert not right[:, :, 0].any() and not other[:, :, 0].any() and right[:, :, 1:].any()
+    labeler = transfer()
+    step = a_pair(source.detach(), target.detach(), *wrong)
+    step.weights = {"source": kept, "target": kept}
+    labeler.after(step)
+    moves, expected = labeler.moves, transfer()
+    expected.after(
+        a_pair(source.detach(), target.detach(), *(w.where(kept > 0, IGNORE) for w in wrong))
+    )
+    torch.testing.assert_close(moves, expected.moves)

@@ -72,7 +72,7 @@ class Planted:
             label = label if dataset == "source" else torch.full_like(label, IGNORE)
             yield i, torch.full((1, 3, *label.shape), float(i)), label[None]
 
-    def segment(self, image):
+    def segment(self, image, domain="target"):
         index = image[:, 0, 0, 0].long()
         return an_output(self.logits[index], self.features[index])
 
@@ -553,7 +553,7 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
 
         backbone = ResNet(depth=18, stages=3, weights="none")
 
-        def segment(self, image):
+        def segment(self, image, domain="target"):
             label = labels[float(image.sum())]
             sharpness = torch.tensor([0.0, 2.0, 30.0])[label % 3] * (label != IGNORE)
             return an_output(sharpness[:, None] * F.one_hot(label % 11, 11).movedim(3, 1))

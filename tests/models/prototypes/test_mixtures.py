@@ -118,6 +118,28 @@ def test_an_offset_common_to_all_features_hardly_costs_precision(offset):
     assert error < 2e-3
 
 
+def test_channels_that_are_dead_in_a_class_cost_no_precision():
+    """ReLU features: in float32 a variance at the floor made the own class's density wrong by nats."""
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.rand(8, 1, 64, generator=generator) < 0.5
+    mixtures = Mixtures(num_classes=8, in_channels=64, components=1)
+    mixtures.component_weights.fill_(1)
+    mixtures.component_means.copy_(alive * torch.rand(8, 1, 64, generator=generator))
+    mixtures.component_variances.copy_(torch.where(alive, 0.04, 1e-6))
+    mixtures.seen.fill_(True)
+    noise = torch.randn(8, 64, 20, 1, generator=generator)
+    features = (alive[:, 0, :, None, None]) * noise.mul(0.2)
+    features = features + mixtures.component_means[:, 0, :, None, None]
+    found = mixtures.score(features).diagonal(dim1=0, dim2=1)
+    mixtures.double()
+    expected = mixtures.score(features.double()).diagonal(dim1=0, dim2=1)
+    normal = Normal(mixtures.component_means[:, 0], mixtures.component_variances[:, 0].sqrt())
+    own = normal.log_prob(features.double().permute(2, 3, 0, 1)).sum(-1)  # (h, w, K)
+    torch.testing.assert_close(expected, own, rtol=1e-9, atol=1e-6)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_scored_in_float32_also_under_autocast(dtype):
     mixtures = random_mixtures(dtype=torch.float32)
