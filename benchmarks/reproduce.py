@@ -8,7 +8,7 @@ The grid file:
     name: camvid_cbp                       # results/camvid_cbp.md and .json
     script: train_supervised.py
     seeds: [0, 1, 2]
-    metric: mIoU                           # of the summary in results.json
+    metric: mIoU                           # of the summary in results.json; "mIoU, mAcc": both
     scalars: [train/loss]                  # columns: first and last value in scalars.jsonl
     common: [data.root=data/camvid, train.iters=800]
     rows:
@@ -292,14 +292,15 @@ def markdown(grid, runs):
         return "no run is finished\n"
     table = summaries_of(runs)
     sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
-    metric = grid["metric"]
-    heads = [*(f"{name} {metric}" for name in sets), *grid["scalars"]]
+    shown = list(itertools.product(sets, grid["metric"].split(", ")))
+    heads = [*(f"{name} {metric}" for name, metric in shown), *grid["scalars"]]
     rows = []
     for row in grid["rows"]:
         columns = table.get(row, {})
         cells = []
-        for name in sets:
-            values = [s[metric] for s in columns.get(name, {}).values() if s[metric] is not None]
+        for name, metric in shown:
+            values = [s.get(metric) for s in columns.get(name, {}).values()]
+            values = [value for value in values if value is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
         for name in grid["scalars"]:
