@@ -51,7 +51,8 @@ def build_data(cfg):
     augment = build("datasets", cfg.data.augment, "Augment")
     if cfg.model.cache != "none" and not augment.repeats:
         raise ConfigError(
-            f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever new ones: take "
+            f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever "
+            "new ones: take "
             "data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or model.cache=none"
         )
     train = build_set(cfg.data.train, augment=augment, **context)

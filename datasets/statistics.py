@@ -2,8 +2,8 @@
 
     counts = class_counts(dataset, cache="runs/cache", workers=4)        (n, K) int64
 
-Only labels are read, once: the counts are kept in a file whose name is a hash of what they depend on, so that other
-labels, or other options of the reader, are counted anew.
+Only labels are read, once: the counts are kept in a file whose name is a hash of what they depend
+on, so that other labels, or other options of the reader, are counted anew.
 """
 
 import hashlib
@@ -23,14 +23,16 @@ logger = logging.getLogger("engine")
 
 
 def encoded(counts, key):
-    """The content of a cache file: an array of NumPy, and a hash of it and of what the counts depend on."""
+    """The content of a cache file: an array of NumPy, and a hash of it and of what the counts
+    depend on."""
     file = io.BytesIO()
     np.save(file, counts)
     return file.getvalue() + hashlib.sha256(file.getvalue() + key.encode()).digest()
 
 
 def read_counts(path, key, shape):
-    """Stored counts, or None where there is no file or, with a warning, another one than `write_counts` wrote."""
+    """Stored counts, or None where there is no file or, with a warning, another one than
+    `write_counts` wrote."""
     if not path.is_file():
         return None
     empty = encoded(np.zeros(shape, np.int64), key)
@@ -65,13 +67,15 @@ def class_counts(dataset, cache, workers=0):
         cache: folder, made where it is missing.
         workers: threads that read; 0 reads in this one.
     Returns:
-        (n, K) int64, equal on every process; each counts its share, and the main process alone uses the cache.
+        (n, K) int64, equal on every process; each counts its share, and the main process alone uses
+        the cache.
     Raises:
         DataError: the data set has no labels, or one of them cannot be used.
     """
     if not dataset.labels:
         raise DataError(
-            f"the classes of {type(dataset).__name__} {dataset.split} cannot be counted: it has no labels"
+            f"the classes of {type(dataset).__name__} {dataset.split} cannot be counted: it has no "
+            "labels"
         )
     stored, shape = None, (len(dataset), len(dataset.CLASSES))
     if distributed.is_main():

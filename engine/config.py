@@ -114,8 +114,8 @@ def override(config, overrides):
 
 
 def derived_seed(seed, *place):
-    """A seed below 2^30 for a part of a run, by numbers that tell its place: unrelated to `seed`, and
-    to those of other seeds and places."""
+    """A seed below 2^30 for a part of a run, by numbers that tell its place: unrelated to `seed`,
+    and to those of other seeds and places."""
     return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]) >> 2
 
 

@@ -73,8 +73,8 @@ def make_optimizer(model, options):
 
 
 def set_rates(optimizer, step, iters, schedule):
-    """Set the learning rates of a step -> {label: highest learning rate}. `schedule` as of `factor`,
-    and min_lr: no rate falls below it after the warm-up."""
+    """Set the learning rates of a step -> {label: highest learning rate}. `schedule` as of
+    `factor`, and min_lr: no rate falls below it after the warm-up."""
     low = schedule.min_lr if step >= schedule.warmup else 0.0
     return set_lr(optimizer, factor(step, iters, schedule), low)
 

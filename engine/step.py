@@ -39,12 +39,14 @@ class Record:
 
 
 class ByView(dict):
-    """{view: value}, or {name: stored map}; what a step lacks is an error that lists what it has."""
+    """{view: value}, or {name: stored map}; what a step lacks is an error that lists what it
+    has."""
 
     def __missing__(self, name):
         raise UserError(
             f"the step has no such thing for '{name}', only for {', '.join(self) or 'none'}: give "
-            "the loss or the prototypes another view=..., or the step a mixer or labeler that makes "
+            "the loss or the prototypes another view=..., or the step a mixer or labeler that "
+            "makes "
             "it; maps are stored when a stage starts, so start it again if they are missing"
         )
 
@@ -182,7 +184,8 @@ class Step(Record):
 
 
 def withheld(step, features, labels, weights=None):
-    """Features (B, D, h, w), labels and weights (B, H, W) as prototypes may learn from them: nothing
+    """Features (B, D, h, w), labels and weights (B, H, W) as prototypes may learn from them:
+    nothing
     if `skipped`."""
     size = features.shape[-2:]
     labels = resize_labels(labels, size).where(~step.skipped, IGNORE)

@@ -329,13 +329,15 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
 
 
 def reach(url):
-    """Raise OSError or HTTPException unless a server answers soon: libraries wait and retry longer."""
+    """Raise OSError or HTTPException unless a server answers soon: libraries wait and retry
+    longer."""
     with contextlib.suppress(HTTPError):  # it answers
         urlopen(Request(url, method="HEAD"), timeout=SECONDS).close()
 
 
 def check_hub():
-    """Where the Hugging Face hub does not answer, its library takes what it has stored, or fails at once."""
+    """Where the Hugging Face hub does not answer, its library takes what it has stored, or fails at
+    once."""
     from huggingface_hub import constants
 
     try:
@@ -356,7 +358,8 @@ def download(url):
             torch.hub.download_url_to_file(url, str(path), hashed and hashed[1])
         except (OSError, RuntimeError, HTTPException) as error:
             raise WeightsError(
-                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH, or take "
+                f"could not download {url} ({reason(error)}); give a local copy by weights=PATH, "
+                "or take "
                 "random weights by weights=none"
             ) from None
     return path

@@ -1,4 +1,5 @@
-"""The two faces of this folder: a loss, and a labeler. Both read and write one record, engine/step.py."""
+"""The two faces of this folder: a loss, and a labeler. Both read and write one record,
+engine/step.py."""
 
 from torch import Tensor, nn
 
@@ -9,14 +10,16 @@ from engine.step import Step
 class Loss(nn.Module):
     """A term of the training loss.
 
-    `forward` returns a scalar of at least float32. **The loss of a step is the mean of it over processes and
-    micro-batches.** A sum over pixels divided by `step.pixels(view)` is normalised by the number of labelled pixels of
-    the whole step, whatever the number of processes. A term that couples the pixels of a batch (OCCL) uses sums over
-    all processes and is averaged over micro-batches.
+    `forward` returns a scalar of at least float32. **The loss of a step is the mean of it over
+    processes and micro-batches.** A sum over pixels divided by `step.pixels(view)` is normalised by
+    the number of labelled pixels of the whole step, whatever the number of processes. A term that
+    couples the pixels of a batch (OCCL) uses sums over all processes and is averaged over
+    micro-batches.
 
-    A loss never logs and never waits for the GPU (`.item()`, boolean indexing). A batch without labels gives a zero
-    that keeps the graph. A loss has no parameters and no buffers: they would be missing in the checkpoint. What is
-    learned belongs to the network (models/heads), a running state to models/prototypes.
+    A loss never logs and never waits for the GPU (`.item()`, boolean indexing). A batch without
+    labels gives a zero that keeps the graph. A loss has no parameters and no buffers: they would be
+    missing in the checkpoint. What is learned belongs to the network (models/heads), a running
+    state to models/prototypes.
 
     Attributes:
         needs_teacher: it reads `step.teacher`, which is computed only if a part needs it.
@@ -31,16 +34,19 @@ class Loss(nn.Module):
 
 
 class Labeler(nn.Module):
-    """Pseudo labels of the target, or weights of pixels; a module without parameters, whose buffers are saved.
+    """Pseudo labels of the target, or weights of pixels; a module without parameters, whose buffers
+    are saved.
 
-    `uda.labelers`, `uda.source_weights` and `dg.reweight` name labelers. Each method may be left out.
+    `uda.labelers`, `uda.source_weights` and `dg.reweight` name labelers. Each method may be left
+    out.
 
     Attributes:
         needs_teacher, needs_tower: as of a Loss.
         stored: `prepare` makes its labels; they stay the same for the whole stage.
         learned: `prepare` reads what the network predicts, which means something only once it has
             learnt: not in a first stage from ImageNet.
-        labels_images: `label` has a rule for whole images, which `eval.py export=pseudo_labels` writes.
+        labels_images: `label` has a rule for whole images, which `eval.py export=pseudo_labels`
+            writes.
     """
 
     needs_teacher = False
@@ -56,13 +62,16 @@ class Labeler(nn.Module):
         """Before the student sees the micro-batch: fill `step.labels` or `step.weights`."""
 
     def after(self, step: Step) -> None:
-        """After its forward pass, without gradient: fill or replace them with the help of `step.outputs`."""
+        """After its forward pass, without gradient: fill or replace them with the help of
+        `step.outputs`."""
 
     def update(self, step: Step) -> None:
-        """After an optimiser step. `step.skipped` (0-dim bool) is true if the step was not taken: then do nothing."""
+        """After an optimiser step. `step.skipped` (0-dim bool) is true if the step was not taken:
+        then do nothing."""
 
     def label(self, network, image, prototypes) -> Tensor:
-        """Labels (B, H, W) of whole images (B, 3, H, W), 255 where there is none; if `labels_images`."""
+        """Labels (B, H, W) of whole images (B, 3, H, W), 255 where there is none; if
+        `labels_images`."""
         raise NotImplementedError
 
 
@@ -74,6 +83,7 @@ def member(prototypes, name, who, remedy=""):
     """
     if name not in prototypes:
         raise UserError(
-            f"{who} needs the prototypes '{name}'; there are {', '.join(prototypes)}. {remedy}".strip()
+            f"{who} needs the prototypes '{name}'; there are {', '.join(prototypes)}. "
+            f"{remedy}".strip()
         )
     return prototypes[name]

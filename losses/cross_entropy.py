@@ -1,10 +1,12 @@
-"""Pixel cross-entropy, normalised by the global number of labelled pixels, optionally on hard pixels only.
+"""Pixel cross-entropy, normalised by the global number of labelled pixels, optionally on hard
+pixels only.
 
     losses: [{name: cross_entropy.CrossEntropy, weight: 1}]
 
-OHEM (online hard example mining; Shrivastava et al., CVPR 2016; per pixel) keeps the pixels whose true class has a
-probability below `ohem`, and at least `ohem_min` pixels per image. How many these are is known only after the forward
-pass, so each micro-batch is then normalised by its own number and the step is the mean of its micro-batches.
+OHEM (online hard example mining; Shrivastava et al., CVPR 2016; per pixel) keeps the pixels whose
+true class has a probability below `ohem`, and at least `ohem_min` pixels per image. How many these
+are is known only after the forward pass, so each micro-batch is then normalised by its own number
+and the step is the mean of its micro-batches.
 
 Class weights multiply the weights of pixels. `class_weights: auto` is median frequency balancing
 (Eigen & Fergus, ICCV 2015; SegNet used it on CamVid):
@@ -77,15 +79,15 @@ class CrossEntropy(Loss):
         classes: names, for `class_weights`.
         counts: returns (n, K) pixels of each class in each training image, for `auto`.
         view: the view whose logits are scored.
-        head: "logits", or other class scores of the output: "auxiliary" and "region" of model.heads, "query0" ... of
-            the layers of queries.Queries.
+        head: "logits", or other class scores of the output: "auxiliary" and "region" of
+            model.heads, "query0" ... of the layers of queries.Queries.
         ohem: probability of the true class below which a pixel is hard; 0 keeps all pixels.
         ohem_min: pixels per image that are kept at least.
         stride: only every n-th row and column of the label is scored, which divides the cost by n^2
             where features are coarse and classes many; each micro-batch is then normalised by its
             own number of pixels.
-        by_weights: divide by the sum of the weights, over all processes, instead of the number of pixels (PPAR); each
-            micro-batch by its own.
+        by_weights: divide by the sum of the weights, over all processes, instead of the number of
+            pixels (PPAR); each micro-batch by its own.
         class_weights: none; auto, see above; or {name: weight} as they are, 1 for other classes.
             OHEM chooses pixels by their unweighted loss.
     """
@@ -138,7 +140,8 @@ class CrossEntropy(Loss):
             return loss.sum() / count.clamp_min(1)
 
     def hard(self, loss, labels):
-        """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend on the batch."""
+        """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend
+        on the batch."""
         k = min(self.ohem_min, loss[0].numel())
         # the k-th largest loss of each image
         least = loss.flatten(1).topk(k, 1).values[:, -1, None, None]

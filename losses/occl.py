@@ -1,4 +1,5 @@
-"""OCCL, online centroid contrast: "Frozen is better than learning" (Chen et al., Pattern Recognition, 2024).
+"""OCCL, online centroid contrast: "Frozen is better than learning" (Chen et al., Pattern
+Recognition, 2024).
 
     losses: [..., {name: occl.OCCL, weight: 1, centroid: 1.0, category: 0.1}]
 
@@ -59,13 +60,14 @@ class OCCL(Loss):
         temperature: tau.
         min_pixels: classes with fewer labelled feature cells in the batch are left out.
         split: what is dealt out between the views; see above.
-        negatives: of the centroid loss: category, the s_j; view, the v_j of the other view; without gradient both.
+        negatives: of the centroid loss: category, the s_j; view, the v_j of the other view; without
+            gradient both.
         against: classes in the sum of the category loss: all, or those that are present.
         partner: whether v_l2 gets a gradient where v_l1 is drawn to it, and the reverse.
         normalize: unit vectors in all inner products.
         reduction: over the classes present.
-        sync: centroids over the batch of all processes, so that the loss does not depend on their number; otherwise
-            each process uses its own images.
+        sync: centroids over the batch of all processes, so that the loss does not depend on their
+            number; otherwise each process uses its own images.
         view: the view whose features are contrasted.
         prototypes: whose class vectors are w: "classifier" or a named member.
     """
@@ -100,7 +102,8 @@ class OCCL(Loss):
         prototypes = member(step.prototypes, self.prototypes, "occl.OCCL")
         if prototypes.space != "features":
             raise UserError(
-                "occl.OCCL compares class means of the features, and this classifier's vectors lie in an embedding of "
+                "occl.OCCL compares class means of the features, and this classifier's vectors lie "
+                "in an embedding of "
                 "its own: take protoseg.Contrast or gmmseg.Contrast, or another classifier"
             )
         features = step.outputs[self.view].features
@@ -147,11 +150,12 @@ class OCCL(Loss):
 
 
 class Orthogonality(Loss):
-    """mean_{i != j} cos(w_i, w_j)^2: what `update: penalty` of cbp.CBP adds, with the weight 0.01. That the cosines are
-    squared is a reconstruction [R].
+    """mean_{i != j} cos(w_i, w_j)^2: what `update: penalty` of cbp.CBP adds, with the weight 0.01.
+    That the cosines are squared is a reconstruction [R].
 
     Args:
-        prototypes: whose vectors are w, all of them where a class has several: "classifier" or a named member.
+        prototypes: whose vectors are w, all of them where a class has several: "classifier" or a
+            named member.
     """
 
     def __init__(self, *, prototypes: str = "classifier"):

@@ -85,7 +85,8 @@ def still(module):
 
 @contextlib.contextmanager
 def sizes_named(image):
-    """Within it, what PyTorch cannot do with a small image (B, 3, H, W) is a UserError that says so."""
+    """Within it, what PyTorch cannot do with a small image (B, 3, H, W) is a UserError that says
+    so."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -1,12 +1,15 @@
-"""Plain vision transformers ViT-Ti, S, B and L (Dosovitskiy et al., ICLR 2021), also as DINOv2 trained them.
+"""Plain vision transformers ViT-Ti, S, B and L (Dosovitskiy et al., ICLR 2021), also as DINOv2
+trained them.
 
     model.backbone: {name: vit.ViT, size: b, weights: imagenet}
-    model.backbone: {name: vit.ViT, size: s, weights: PATH}                                     DeiT's, MAE's
-    model.backbone: {name: vit.ViT, size: b, patch: 14, positions: 518, layer_scale: true, registers: 4, weights: PATH}
+    model.backbone: {name: vit.ViT, size: s, weights: PATH}                       DeiT's, MAE's
+    model.backbone: {name: vit.ViT, size: b, patch: 14, positions: 518, layer_scale: true,
+                     registers: 4, weights: PATH}
 
-The last line is DINOv2 (Oquab et al., TMLR 2024) with registers (Darcet et al., ICLR 2024); without them, registers: 0.
-Tensors have the names of DINOv2's release, which DeiT and MAE share; torchvision's are translated. There are more such
-networks in clip.ViT and timm.Timm; this one takes an attention bias.
+The last line is DINOv2 (Oquab et al., TMLR 2024) with registers (Darcet et al., ICLR 2024); without
+them, registers: 0. Tensors have the names of DINOv2's release, which DeiT and MAE share;
+torchvision's are translated. There are more such networks in clip.ViT and timm.Timm; this one takes
+an attention bias.
 """
 
 from collections import OrderedDict
@@ -81,7 +84,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each a residual that drop path leaves out for some images of a batch."""
+    """Attention and feed-forward layer, each a residual that drop path leaves out for some images
+    of a batch."""
 
     def __init__(self, channels, heads, layer_scale, drop_path):
         super().__init__()
@@ -107,23 +111,29 @@ class ViT(Backbone):
     Args:
         size: t, s, b or l: 5.5, 21.7, 85.8 or 303.3 million parameters.
         patch: its side, in pixels.
-        positions: side of the square images, in pixels, whose patches the table of positions counts: 224, DINOv2 518.
+        positions: side of the square images, in pixels, whose patches the table of positions
+            counts: 224, DINOv2 518.
         registers: further tokens beside that of the class, without a position.
         layer_scale: whether a learned factor per channel follows attention and feed-forward layer.
-        drop_path: probability that an image skips a residual of the last block; linear over the depth, from 0.
-        taps: blocks whose outputs are the maps, ascending from 0; []: after a third, a half, two thirds and all of the
-            blocks, which is 3, 5, 7, 11 of twelve.
-        norm: whether all maps go through the final norm, as where DINOv2 is evaluated on dense tasks.
-        checkpointing: less memory in training, more time: the backward pass computes every block again.
-        weights: "imagenet" (torchvision's, of b and l with patches of 16), "none", or a path of a state dict with the
-            names of DINOv2 or torchvision, whose head is dropped. It must be of images normalised by ImageNet's mean.
+        drop_path: probability that an image skips a residual of the last block; linear over the
+            depth, from 0.
+        taps: blocks whose outputs are the maps, ascending from 0; []: after a third, a half, two
+            thirds and all of the blocks, which is 3, 5, 7, 11 of twelve.
+        norm: whether all maps go through the final norm, as where DINOv2 is evaluated on dense
+            tasks.
+        checkpointing: less memory in training, more time: the backward pass computes every block
+            again.
+        weights: "imagenet" (torchvision's, of b and l with patches of 16), "none", or a path of a
+            state dict with the names of DINOv2 or torchvision, whose head is dropped. It must be of
+            images normalised by ImageNet's mean.
 
-    What the maps do not need is not trained. `depths` (the blocks that run), `heads` and `reductions`, of one stage,
-    tell the shapes that an attention bias may have.
+    What the maps do not need is not trained. `depths` (the blocks that run), `heads` and
+    `reductions`, of one stage, tell the shapes that an attention bias may have.
 
-    Images are enlarged to whole patches. The table of positions is interpolated to their grid with bicubic filters that
-    are widened where it shrinks, as timm, clip.ViT and DINOv2 with registers do it. DINOv2 without registers has other
-    filters there, PyTorch's bicubic ones without antialiasing, and takes the grid for 0.1 patches larger.
+    Images are enlarged to whole patches. The table of positions is interpolated to their grid with
+    bicubic filters that are widened where it shrinks, as timm, clip.ViT and DINOv2 with registers
+    do it. DINOv2 without registers has other filters there, PyTorch's bicubic ones without
+    antialiasing, and takes the grid for 0.1 patches larger.
     """
 
     def __init__(
@@ -144,19 +154,23 @@ class ViT(Backbone):
         self.checkpointing = checkpointing
         if weights == "imagenet" and (size, patch) not in URLS:
             raise WeightsError(
-                f"torchvision has ImageNet weights of ViT-B/16 and ViT-L/16, not of ViT-{size.upper()}/{patch}: give "
-                "model.backbone.weights=PATH, a file of DeiT (t, s or b, patch 16) or DINOv2 (patch 14); or none"
+                "torchvision has ImageNet weights of ViT-B/16 and ViT-L/16, not of "
+                f"ViT-{size.upper()}/{patch}: give "
+                "model.backbone.weights=PATH, a file of DeiT (t, s or b, patch 16) or DINOv2 "
+                "(patch 14); or none"
             )
         channels, depth, heads = SIZES[size]
         self.patch, self.table = patch, positions // patch
         if positions < patch or positions % patch:
             raise ValueError(
-                f"positions={positions} are not whole patches of {patch}; 224 and DINOv2's 518 fit 14"
+                f"positions={positions} are not whole patches of {patch}; 224 and DINOv2's 518 fit "
+                "14"
             )
         self.taps = list(taps) or sorted({max(depth * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
         if self.taps != sorted({*self.taps} & {*range(depth)}):
             raise ValueError(
-                f"taps must ascend, from 0 to {depth - 1} at most in ViT-{size.upper()}, not {self.taps}"
+                f"taps must ascend, from 0 to {depth - 1} at most in ViT-{size.upper()}, not "
+                f"{self.taps}"
             )
         self.channels, self.strides = [channels] * len(self.taps), [patch] * len(self.taps)
         self.depths, self.heads, self.reductions = [self.taps[-1] + 1], [heads], [1]
@@ -191,7 +205,8 @@ class ViT(Backbone):
         return torch.cat([self.pos_embed[:, :1], rows.flatten(2).mT], 1)
 
     def _bias(self, bias):
-        """A bias of patches (B, heads, N or 1, M) -> of all tokens: 0 for the other keys and, unless N = 1, queries.
+        """A bias of patches (B, heads, N or 1, M) -> of all tokens: 0 for the other keys and, unless
+        N = 1, queries.
 
         The other tokens' values keep the factor 1.
         """
@@ -215,11 +230,13 @@ class ViT(Backbone):
         """(B, 3, H, W) in [0, 1] -> [(B, C, H / patch, W / patch)], rounded up.
 
         Args:
-            bias: a function (stage, block, x, keys) that is called before every block, with stage 1, block from 0, the
-                patches x (B, C, h, w) that enter the block, and keys = (h, w). It returns None, which leaves the block
-                as it is, floats (B or 1, heads or 1, N or 1, M) for the attention logits of N = M = h w patches, row by
-                row, or a Guide of models/blocks.py. -inf hides a key. The class token and registers have bias 0 as
-                keys, so a constant c is -c for them; as queries they see that of all patches if N = 1, else 0.
+            bias: a function (stage, block, x, keys) that is called before every block, with stage
+                1, block from 0, the patches x (B, C, h, w) that enter the block, and keys = (h, w).
+                It returns None, which leaves the block as it is, floats (B or 1, heads or 1, N or
+                1, M) for the attention logits of N = M = h w patches, row by row, or a Guide of
+                models/blocks.py. -inf hides a key. The class token and registers have bias 0 as
+                keys, so a constant c is -c for them; as queries they see that of all patches if
+                N = 1, else 0.
         """
         x, maps = self.patch_embed["proj"](self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])

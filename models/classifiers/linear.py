@@ -13,9 +13,10 @@ class Linear(Classifier):
     """Features (B, D, h, w) -> logits (B, K, h, w).
 
     Args:
-        std: standard deviation of the weights at the start; 0.01 is MMSegmentation's. A class vector then has the
-            length std sqrt(D), and how long it is decides how soon rare classes are learnt: 0.177 in 128 channels is
-            as long as the prototypes of cbp.CBP, 2 (benchmarks/grids/camvid_cbp_ablations.yaml).
+        std: standard deviation of the weights at the start; 0.01 is MMSegmentation's. A class
+            vector then has the length std sqrt(D), and how long it is decides how soon rare classes
+            are learnt: 0.177 in 128 channels is as long as the prototypes of cbp.CBP, 2
+            (benchmarks/grids/camvid_cbp_ablations.yaml).
     """
 
     def __init__(self, *, in_channels, num_classes, std: NonNegative = 0.01):

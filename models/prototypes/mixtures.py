@@ -14,9 +14,9 @@ it as a share of the fitted vectors.
 The square is expanded, x^2/s^2 - 2 x mu/s^2 + mu^2/s^2: two matrix products for all components
 instead of a tensor N x M x D. That cancels where |x| is large against sigma, so a mean is
 subtracted first: in `fit` that of the class, otherwise the mean of the class means, and scores are
-computed in float64. (In float32 a class whose dead channels lie at the floor is off by 5 to 20 nats;
-float64 costs the same on a CPU, and the products are small on a GPU.) `fit` is at least float32,
-with autocast off; leave TF32 off as well.
+computed in float64. (In float32 a class whose dead channels lie at the floor is off by 5 to 20
+nats; float64 costs the same on a CPU, and the products are small on a GPU.) `fit` is at least
+float32, with autocast off; leave TF32 off as well.
 
     fit      the paper's, offline: a pool of vectors per class, k-means, then EM.
     update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s +
