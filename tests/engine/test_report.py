@@ -64,8 +64,9 @@ def a_run(folder):
     """What the reports ask of an engine.run.Run."""
     log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
     standing = {"done": 5, "offset": 2, "total": 7, "best": 0.0, "known": {}, "about": {}}
+    stage = types.SimpleNamespace(eval=options())
     return types.SimpleNamespace(
-        writer=log, device=CPU, folder=folder, seconds=lambda: 1.0, **standing
+        writer=log, device=CPU, folder=folder, seconds=lambda: 1.0, stage=stage, **standing
     )
 
 
