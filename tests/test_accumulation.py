@@ -78,7 +78,7 @@ METHODS = {
     "BiSMAP": (  # the same; consistency and distillation are means over as many pixels
         TINY_UDA,
         "uda.source_weights={name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2]}",
-        "uda.labelers=[{name: bismap.LikelihoodLabels, prototypes: classifier, threshold: {nats: 1.0}}]",
+        "uda.labelers=[{name: bismap.LikelihoodLabels, prototypes: classifier, threshold: {source_quantile: 0.5}}]",
         "uda.mixer={name: mixers.Strong}",
         f"losses=[{CE}, {{name: bismap.SymmetricCrossEntropy}}, {{name: bismap.Consistency, ramp: 0}},"
         " {name: bismap.Distillation}]",
@@ -124,6 +124,10 @@ def double():
 def test_accumulating_changes_these_terms_and_no_other(tmp_path, method, double):
     config, *options, changed = METHODS[method]
     options = [*SMALL, *{TINY: TOY, TINY_UDA: UDA, TINY_DG: DG}[config], *options]
+    if method in ("BCL", "BiSMAP", "ProDA"):  # they label with a network that has learnt something
+        source = tmp_path / "source"
+        train(source, *SMALL, *UDA, "train.teacher=0", f"losses=[{CE}]", config=config)
+        options += [f"stages=[{{init: {source}/step_0000001.pt}}]"]
     one, two = (
         train(tmp_path / str(n), *options, f"train.accumulate={n}", config=config)[1]
         for n in (1, 2)
