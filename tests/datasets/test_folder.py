@@ -127,6 +127,7 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
         ({"classes": [1, 2]}, "'classes.0' must be a string"),
         ({"classes": ["yes", None]}, "'classes.1' must be a string"),
         ({"classes": ["a", ""]}, "'classes.1' must be a string of length 1"),
+        ({"classes": ["a", " "]}, "the class ' ' is no name"),
         ({"classes": []}, r"'classes' must be a list of length 1 to 253, .* not \[\]"),
         ({"classes": [f"class {i}" for i in range(254)]}, "'classes' must be .* 1 to 253"),
         ({"palette": [[1, 2, 3]]}, "palette must hold 3 colours, not 1"),

@@ -15,6 +15,7 @@ from datasets.statistics import class_counts
 from datasets.toy import Toy
 from engine import distributed
 from engine.config import load
+from tests.datasets.files import Files
 from tests.runs import TINY, as_two_processes
 
 
@@ -204,18 +205,6 @@ def test_rare_class_sampling_that_cannot_be_is_named(counts, options, says):
 
 
 # --- pixels of each class --------------------------------------------------------------------------------------------
-
-
-class Files(SegmentationData):
-    """Three classes, `images/*` beside `labels/*.png`."""
-
-    CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
-
-    def pairs(self):
-        return [
-            (p, self.root / "labels" / f"{p.stem}.png")
-            for p in sorted((self.root / "images").glob("*"))
-        ]
 
 
 def save(path, array):

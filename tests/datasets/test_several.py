@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from datasets import check
-from datasets.base import DataError, SegmentationData
+from datasets.base import DataError
 from datasets.build import build_data
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.several import Several
@@ -21,21 +21,10 @@ from datasets.transforms import Augment
 from engine.config import TARGET, ConfigError, derived_seed, load
 from engine.inference import evaluate
 from engine.prepare import Preparation
+from tests.datasets.files import Files
 from tests.runs import TINY
 
 SIZE = (8, 12)
-
-
-class Files(SegmentationData):
-    """Three classes, `images/*` beside `labels/*.png`."""
-
-    CLASSES, PALETTE = ("a", "b", "c"), ((1, 0, 0), (2, 0, 0), (3, 0, 0))
-
-    def pairs(self):
-        return [
-            (p, self.root / "labels" / f"{p.stem}.png")
-            for p in sorted((self.root / "images").glob("*"))
-        ]
 
 
 class Others(Files):

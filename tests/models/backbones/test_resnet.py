@@ -1,7 +1,5 @@
 """ResNet: strides, frozen batch norm, stems per domain, deep stem, IBN; its files of weights."""
 
-import types
-
 import pytest
 import torch
 from torch import nn
@@ -18,18 +16,11 @@ from models.classifiers.linear import Linear
 from models.decoders.deeplabv2 import DeepLabV2
 from models.decoders.fcn import FCN
 from models.segmentor import Segmentor
+from tests.engine.net import options
 from tests.models.networks import equal, mmsegmentation, saved, scrambled
 from tests.runs import TINY
 
-ADAMW = types.SimpleNamespace(
-    name="AdamW",
-    lr=0.1,
-    head_lr_factor=1.0,
-    layer_decay=1.0,
-    weight_decay=0.5,
-    betas=[0.9, 0.999],
-    momentum=0.9,
-)
+ADAMW = options(lr=0.1, head_lr_factor=1.0, betas=[0.9, 0.999], momentum=0.9)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """CBP and its options: how its prototypes are drawn, learned, moved, pooled and assigned."""
 
 import math
-import types
 
 import numpy as np
 import pytest
@@ -14,19 +13,12 @@ from engine.schedule import make_optimizer, parameter_groups
 from losses.occl import Orthogonality
 from losses.protoseg import Contrast
 from models.classifiers.cbp import CBP
+from tests.engine.net import options
 from tests.records import a_step, an_output
 from tests.runs import assert_same_state, last, train
 
 K, D = 5, 16
-OPTIONS = types.SimpleNamespace(
-    name="AdamW",
-    lr=0.05,
-    head_lr_factor=1.0,
-    layer_decay=1.0,
-    weight_decay=0.5,
-    betas=[0.9, 0.999],
-    momentum=0.9,
-)
+OPTIONS = options(lr=0.05, head_lr_factor=1.0, betas=[0.9, 0.999], momentum=0.9)
 
 
 def cbp(k=K, d=D, seed=0, **options):
@@ -389,15 +381,7 @@ def test_cosines_of_several_prototypes_are_left_in_training_alone():
 # --- the readings of OCCL --------------------------------------------------------------------------------------------
 
 
-ADAMW = types.SimpleNamespace(
-    name="AdamW",
-    lr=0.1,
-    head_lr_factor=1.0,
-    layer_decay=1.0,
-    weight_decay=0.5,
-    betas=[0.9, 0.999],
-    momentum=0.9,
-)
+ADAMW = options(lr=0.1, head_lr_factor=1.0, betas=[0.9, 0.999], momentum=0.9)
 
 
 # --- category-basis prototypes ---------------------------------------------------------------------------------------
