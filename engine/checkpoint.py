@@ -113,10 +113,14 @@ def restore(part, name, saved, path):
     Raises:
         UserError: it has none, or that of another network, optimizer or scaler.
     """
-    options = _options(part)
+    # An optimizer replaces its options by those of the state that it loads.
+    groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else ()
+    options = {key for group in groups for key in group}
     try:
         part.load_state_dict(saved[name])
-        how = "its options are others" if options - _options(part) else ""
+        groups = part.param_groups if groups else ()
+        lost = options - {key for group in groups for key in group}
+        how = "its options are others" if lost else ""
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         how = weights.reason(error) if name in saved else "there is none"
         if name in saved and isinstance(part, torch.nn.Module):
@@ -126,11 +130,6 @@ def restore(part, name, saved, path):
             f"{path} cannot be resumed from, its '{name}' does not fit this run: {how}. Take the "
             "configuration of the run that wrote it, or another folder=... without resume"
         )
-
-
-def _options(part):
-    """Names of an optimizer's options, which it replaces by those of the state that it loads."""
-    return {key for group in getattr(part, "param_groups", ()) for key in group}
 
 
 def fingerprint(dataset):

@@ -49,7 +49,7 @@ def build_segmentor(model, classes, pretrained=True):
         raise ConfigError(
             f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
         )
-    if taken := {*names} & {"backbone", "decoder", "classifier", *dir(Segmentor)}:
+    if taken := {*names} & {*dir(Segmentor(backbone, decoder, classifier))}:
         raise ConfigError(
             f"model.heads: a head cannot be named {', '.join(sorted(taken))}, that name is taken"
         )

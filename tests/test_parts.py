@@ -710,6 +710,8 @@ def test_a_network_without_heads_writes_logits_and_features_alone():
         ({"text_attention": YAML["text_attention"]}, r"set model\.heads\.projector"),
         ({"backbone": YAML["projector"]}, "a head cannot be named backbone"),
         ({"forward": YAML["projector"]}, "a head cannot be named forward"),
+        ({"training": YAML["projector"]}, "a head cannot be named training"),
+        ({"cache": YAML["projector"]}, "a head cannot be named cache"),
     ],
 )
 def test_a_head_that_cannot_be_says_why(heads, message):
@@ -1282,7 +1284,6 @@ def test_engine_imports_no_part_not_even_inside_a_function(path):
 # What may be asked of an object of Python or PyTorch. Of our own parts nothing is guessed: their
 # faces have every attribute.
 ASKED = {
-    ("engine/checkpoint.py", "param_groups"),  # an optimizer, among modules
     ("engine/log.py", "progress"),  # a record of logging
     ("engine/reading.py", "problem"),  # an error of PyYAML
     ("engine/reading.py", "problem_mark"),
