@@ -128,6 +128,8 @@ class Folder(SegmentationData):
         label_space: dict | None = None,
     ):
         names = tuple(classes)
+        if blank := [name for name in names if not name.strip()]:
+            raise DataError(f"Folder: the class {blank[0]!r} is no name: write one")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"Folder: classes must have different names; {twice[0]!r} is repeated")
         colors = palette or distinct_colors(len(names))
