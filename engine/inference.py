@@ -48,9 +48,10 @@ def _window_logits(network, image, options):
     return total / count
 
 
-def shortened(image, short_side):
-    """Images (B, C, H, W) with their short side at so many pixels; 0: as they are."""
-    factor = short_side / min(image.shape[-2:]) if short_side else 1.0
+def scaled(image, short_side, scale=1.0):
+    """Images (B, C, H, W) with their short side at so many pixels, or as they are for 0, and then
+    both sides times `scale`."""
+    factor = (short_side / min(image.shape[-2:]) if short_side else 1.0) * scale
     if factor == 1.0:
         return image
     size = [max(1, round(side * factor)) for side in image.shape[-2:]]
@@ -70,15 +71,11 @@ def predict(network, image, options, size=None):
         (1, K, H, W): logits for one view of the image, mean probabilities for several.
     """
     size = size or image.shape[-2:]
-    base = options.short_side / min(image.shape[-2:]) if options.short_side else 1.0
     mirrors = (False, True)[: 1 + options.flip]
-    views = [(base * scale, mirror) for scale in options.scales for mirror in mirrors]
+    views = [(scale, mirror) for scale in options.scales for mirror in mirrors]
     total = 0
     for scale, mirror in views:
-        scaled = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        view = (
-            image if scale == 1.0 else F.interpolate(image, scaled, mode="bilinear", antialias=True)
-        )
+        view = scaled(image, options.short_side, scale)
         view = view.flip(-1) if mirror else view
         logits = (
             _window_logits(network, view, options)

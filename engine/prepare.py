@@ -30,7 +30,7 @@ from engine import distributed, process
 from engine.build import build
 from engine.errors import UserError
 from engine.files import inside, replacing, write
-from engine.inference import shortened
+from engine.inference import scaled
 from engine.statistics import resize_labels
 
 logger = logging.getLogger("engine")
@@ -66,7 +66,7 @@ def images(dataset, device, workers=0, count=None, short_side=0):
     ):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         label = sample["label"][None].to(device).long()
-        yield sample["index"], shortened(image, short_side), label
+        yield sample["index"], scaled(image, short_side), label
 
 
 class Preparation:
@@ -196,9 +196,8 @@ def write_maps(root, name, dataset, images, make, settings, palette=False):
                     f"{old} holds no maps (there is no {SETTINGS} in it) and is not replaced: move "
                     f"it away"
                 )
-            for (
-                path
-            ) in inner:  # the settings last: a kill must leave a folder that says whose it is
+            # The settings last: a kill must leave a folder that says whose it is.
+            for path in inner:
                 if path.name != SETTINGS:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(old)
