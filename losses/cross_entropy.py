@@ -113,8 +113,9 @@ class CrossEntropy(Loss):
     def forward(self, step):
         logits, labels = step.outputs[self.view].scores(self.head), step.labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            count = step.pixels(self.view)
-            if self.stride > 1:
+            if self.stride == 1:
+                count = step.pixels(self.view)
+            else:
                 labels = resize_labels(labels, [-(-n // self.stride) for n in labels.shape[-2:]])
                 count = distributed.mean((labels != IGNORE).sum().double())
             logits = resize_logits(precise(logits), labels.shape[-2:])

@@ -48,6 +48,23 @@ def test_cross_entropy_weights_pixels():
     )
 
 
+@pytest.mark.parametrize("size", [(24, 20), (23, 19)])
+def test_a_stride_scores_the_centres_of_its_squares_alone(size):
+    logits, labels = logits_and_labels()
+    labels = labels[:, : size[0], : size[1]].contiguous()
+    weights = torch.rand(labels.shape)
+    few = (12, 10)  # half as many, rounded up
+    rows, columns = ((2 * torch.arange(n) + 1) * m // (2 * n) for n, m in zip(few, size))
+    chosen = labels[:, rows][..., columns]
+    loss = F.cross_entropy(upsampled(logits, few), chosen, ignore_index=IGNORE, reduction="none")
+    loss = loss * weights[:, rows][..., columns]
+    # `pixels` of the whole step are of all labels: this loss divides by its own.
+    value = pixel_loss(logits, labels, pixels=7, weights=weights, stride=2)
+    torch.testing.assert_close(value, loss.sum() / (chosen != IGNORE).sum())
+    nothing = pixel_loss(logits, torch.full_like(labels, IGNORE), stride=2)
+    assert nothing == 0 and not torch.autograd.grad(nothing, logits)[0].any()
+
+
 def naive_ohem(loss, labels, ohem, ohem_min):
     """Mean over the pixels kept, image by image."""
     kept = []
@@ -194,7 +211,7 @@ def weighted_loss(chosen, **options):
 
 WEIGHTED = [{}, {"by_weights": True}, {"ohem": 0.2, "ohem_min": 9}]
 
-WEIGHTED += [WEIGHTED[1] | WEIGHTED[2]]
+WEIGHTED += [WEIGHTED[1] | WEIGHTED[2], {"stride": 2}]
 
 
 def weighted_loss_of_a_half(rank, folder):
