@@ -46,8 +46,7 @@ class ByView(dict):
         raise UserError(
             f"the step has no such thing for '{name}', only for {', '.join(self) or 'none'}: give "
             "the loss or the prototypes another view=..., or the step a mixer or labeler that "
-            "makes "
-            "it; maps are stored when a stage starts, so start it again if they are missing"
+            "makes it; maps are stored when a stage starts, so start it again if they are missing"
         )
 
 
@@ -184,9 +183,10 @@ class Step(Record):
 
 
 def withheld(step, features, labels, weights=None):
-    """Features (B, D, h, w), labels and weights (B, H, W) as prototypes may learn from them:
-    nothing
-    if `skipped`."""
+    """Features (B, D, h, w), labels and weights (B, H, W) as prototypes may learn from them.
+
+    Of a step that was `skipped` they learn nothing.
+    """
     size = features.shape[-2:]
     labels = resize_labels(labels, size).where(~step.skipped, IGNORE)
     weights = None if weights is None else resize_labels(weights, size)

@@ -29,9 +29,8 @@ def create(model, **options):
         check_hub()
     try:
         return timm.create_model(model, **options)
-    except (
-        Exception
-    ) as error:  # of many types: no features, no such tag or option, no weights, no connection
+    # Of many types: no features, no such tag or option, no weights, no connection.
+    except Exception as error:
         if isinstance(error, TypeError) and options.pop("dynamic_img_size", False):
             return create(model, **options)  # only some vision transformers know it
         hint = "; give a local copy by weights=PATH, or take random weights by weights=none"

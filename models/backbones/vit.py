@@ -205,8 +205,8 @@ class ViT(Backbone):
         return torch.cat([self.pos_embed[:, :1], rows.flatten(2).mT], 1)
 
     def _bias(self, bias):
-        """A bias of patches (B, heads, N or 1, M) -> of all tokens: 0 for the other keys and, unless
-        N = 1, queries.
+        """A bias of patches (B, heads, N or 1, M) -> of all tokens: 0 for the other keys and,
+        unless N = 1, queries.
 
         The other tokens' values keep the factor 1.
         """
