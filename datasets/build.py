@@ -52,7 +52,8 @@ def build_data(cfg):
     if cfg.model.cache != "none" and not augment.repeats:
         raise ConfigError(
             f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever "
-            "new ones: take data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or model.cache=none"
+            "new ones: take data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or "
+            "model.cache=none"
         )
     train = build_set(cfg.data.train, augment=augment, **context)
     val, monitor = (
