@@ -118,8 +118,12 @@ def read_yaml(text, name):
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = " ".join((problem or str(error)).split())
-        raise ConfigError(f"{name} is not valid YAML: {where}{problem[:200]}") from None
+        problem = " ".join((problem or str(error)).split())[:200]
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        # `{dir: images/{split}}` is the usual reason, and PyYAML speaks of a missing comma.
+        if re.search(r"[\w/.-]\{\w*\}|\{\w*\}[\w/.-]", line):
+            problem += "; a text with { } in it needs quotes here"
+        raise ConfigError(f"{name} is not valid YAML: {where}{problem}") from None
 
 
 def read_file(path):

@@ -119,6 +119,20 @@ def test_a_key_that_appears_twice_names_file_line_and_key(write, text, line):
 
 
 @pytest.mark.parametrize(
+    "text, named",
+    [
+        ("a: {dir: images/{split}, b: 1}", True),
+        ("a: {b: 1, dir: {split}/images}", True),
+        ("a: [1, {b: 2}", False),
+    ],
+)
+def test_a_text_with_braces_that_lacks_quotes_is_told_so(text, named):
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        read_yaml(text, "a file")
+    assert ("needs quotes here" in str(caught.value)) is named
+
+
+@pytest.mark.parametrize(
     "text", ["seed: [1", "a: {{b}}", "[1, 2]: 3", "seed: \x07", "- 1", "just words", "[]", "0"]
 )
 def test_a_file_that_is_no_mapping_names_the_file(write, text):
