@@ -242,8 +242,8 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         ),
         (
             "models.decoders",
-            {"name": "upernet.UPerNet", "pools": []},
-            "'pools' must be a list of length",
+            {"name": "daformer.DAFormer", "rates": []},
+            "'rates' must be a list of length",
         ),
         ("models.backbones", {"name": "mit.MiT", "drop_path": 1.0}, r"'drop_path' .* in \[0, 1\)"),
     ],
