@@ -160,7 +160,6 @@ def test_a_beta_below_one_pixel_moves_the_mean_colour_alone():
 @pytest.mark.parametrize(
     "spec, says",
     [
-        ({"name": "style.ColorStats", "strength": 1.5}, "'strength' must be a float in"),
         ({"name": "style.FDA", "beta": -0.1}, "'beta' must be a float of at least 0, not -0.1"),
     ],
 )
