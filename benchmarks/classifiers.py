@@ -5,7 +5,9 @@ The paper of CBP compares them so with GMMSeg.
     python -m benchmarks.classifiers [--device cuda] [--classes 150] [--batch 8] [--size 256 320]
     python -m benchmarks.classifiers --rows CBP "CBP + OCCL" [--rounds 5]   # what OCCL adds
 
-Ratios are to the first row.
+Ratios are to the first row. The features have `--width 256` channels, at least as many as there are
+classes. `--queue 32000` pixels per component take 6.1 GB with 150 classes; `--memory-of ROW` prints
+the memory of one row alone, as JSON.
 
 ResNet-18 and DeepLabV3+, the losses of each method, AdamW, and the classifier's own update, with
 the paper's constants and full queues. Times are interleaved as in benchmarks/kernels.py; a time of
@@ -15,7 +17,6 @@ takes; what the allocator gave out on a GPU. State is what the classifier keeps 
 teacher keeps again.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import compare, patches, record
+from benchmarks.kernels import arguments, compare, patches, record
 from engine.build import build
 from engine.statistics import IGNORE
 from engine.step import evidence
@@ -86,7 +87,7 @@ class Row:
         labels = patches(options.batch, *options.size, k).to(device)
         self.labels = {"source": torch.where(labels < k, labels, IGNORE)}
         self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=options.precision == "bf16"
+            device.type, torch.bfloat16, enabled={"bf16": True, "fp32": False}[options.precision]
         )
         self.device, self.count = device, 0
         self.taken = torch.zeros((), dtype=torch.bool, device=device)  # no step is skipped
@@ -138,37 +139,33 @@ def memory(name, options):
     return peak, row.state()
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.classifiers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument(
-        "--width",
-        type=int,
-        default=256,
-        help="channels of the features, at least as many as classes",
+def main():
+    options = arguments(
+        "classifiers",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        precision="fp32",
+        rounds=5,
+        classes=150,
+        width=256,
+        batch=8,
+        size=[256, 320],
+        queue=32000,
+        rows=[*ROWS],
+        memory_of="",
     )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=[256, 320])
-    parser.add_argument(
-        "--queue", type=int, default=32000, help="pixels per component: 6.1 GB with 150 classes"
-    )
-    parser.add_argument(
-        "--rows", nargs="+", choices=[*ROWS], default=[*ROWS], help="ratios are to the first one"
-    )
-    parser.add_argument("--memory-of", choices=[*ROWS], help="one row's memory alone, as JSON")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     if options.memory_of:
         print(json.dumps(memory(options.memory_of, options)))
         return
-    given = sys.argv[1:] if arguments is None else arguments
     peaks = {}
     for name in options.rows:
-        command = [sys.executable, "-m", "benchmarks.classifiers", *given, "--memory-of", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.classifiers",
+            *sys.argv[1:],
+            "--memory-of",
+            name,
+        ]
         found = subprocess.run(
             command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
         )

@@ -49,6 +49,22 @@ def index_add(features, labels, num_classes):
     return rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, ids, rows)[:num_classes]
 
 
+def arguments(name, **defaults):
+    """Command line of a benchmark: `--key value` for the defaults, lists from several values. Seeds
+    PyTorch and sets its threads."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    for key, value in ({"threads": 1} | defaults).items():
+        several = isinstance(value, list)
+        kind = type(value[0] if several else value)
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", type=kind, default=value, nargs="+" if several else None
+        )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return options
+
+
 def compare(variants, rounds):
     """Interleaved timing of {name: function} -> {name: (ms, ratio to the first)}."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -173,12 +189,7 @@ def time_step(_, precision, rounds, num_classes=11):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = arguments("kernels", rounds=7)
     print("| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |")
     print("|---|---|---|---|", flush=True)
     layouts = (torch.contiguous_format, torch.channels_last)

@@ -1,7 +1,7 @@
 """What class mixtures cost at the paper's size: fit, its memory, scores of 2048 x 1024 pixels.
 
-    python -m benchmarks.mixtures [classes=19 components=8 pool=300000 dim=256 threads=1]
-    python -m benchmarks.mixtures chunks=[2048,8192,32768]
+    python -m benchmarks.mixtures [--classes 19] [--components 8] [--pool 300000] [--dim 256]
+    python -m benchmarks.mixtures [--chunks 2048 8192 32768] [--threads 1]
 
 Features are synthetic: overlapping clusters after a ReLU. Working memory is the high-water mark of
 the process (Linux) less its size before and less the pool. Seconds are those of one machine,
@@ -10,33 +10,24 @@ processor time with one thread. The ratio to torch.distributions, on a slice tha
 
 import os
 import resource
-import sys
 import time
 
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from engine.config import read_yaml
+from benchmarks.kernels import arguments, compare
 from models.prototypes.mixtures import Mixtures
 
-DEFAULTS = {
-    "classes": 19,
-    "components": 8,
-    "pool": 300_000,
-    "dim": 256,
-    "threads": 1,
-    "chunks": [2048, 8192, 32768],
-}
 SIDE = 100  # of the square maps that feed the pool
 
 
 def clusters(options):
     """A function that returns maps (1, D, 100, 100) of one class each, until every pool is full."""
-    centres = 0.3 * torch.randn(options["classes"], options["components"], options["dim"])
+    centres = 0.3 * torch.randn(options.classes, options.components, options.dim)
 
     def batches():
         for c, points in enumerate(centres):
-            for _ in range(-(-options["pool"] // SIDE**2)):
+            for _ in range(-(-options.pool // SIDE**2)):
                 means = points[torch.randint(len(points), (SIDE, SIDE))]
                 features = (means + 0.3 * torch.randn_like(means)).relu_().permute(2, 0, 1)[None]
                 yield features, torch.full((1, SIDE, SIDE), c), None
@@ -58,10 +49,10 @@ def megabytes():
 
 def fit(options):
     mixtures = Mixtures(
-        num_classes=options["classes"],
-        in_channels=options["dim"],
-        components=options["components"],
-        pool=options["pool"],
+        num_classes=options.classes,
+        in_channels=options.dim,
+        components=options.components,
+        pool=options.pool,
     )
     batches = clusters(options)
     start = clock()
@@ -71,7 +62,7 @@ def fit(options):
     start = clock()
     mixtures.fit(batches, {})
     seconds = clock() - start - drawing
-    pool = options["classes"] * options["pool"] * options["dim"] * 4 / 2**20
+    pool = options.classes * options.pool * options.dim * 4 / 2**20
     used = megabytes()[1] - before - pool
     print(f"fit: {seconds:.1f} s, {used:.0f} MiB besides a pool of {pool:.0f} MiB", flush=True)
     return mixtures
@@ -80,8 +71,8 @@ def fit(options):
 @torch.no_grad()
 def score(mixtures, options):
     for name, (h, w) in {"stride 4": (256, 512), "full size": (1024, 2048)}.items():
-        features = torch.rand(1, options["dim"], h, w)
-        for mixtures.chunk in options["chunks"]:
+        features = torch.rand(1, options.dim, h, w)
+        for mixtures.chunk in options.chunks:
             start = clock()
             mixtures.score(features)
             seconds = clock() - start
@@ -93,9 +84,9 @@ def score(mixtures, options):
 
 
 @torch.no_grad()
-def compare(mixtures, options, vectors=512, rounds=5):
+def against_torch(mixtures, options, vectors=512, rounds=5):
     """The same log-likelihoods by torch.distributions."""
-    features = torch.rand(1, options["dim"], 1, vectors)
+    features = torch.rand(1, options.dim, 1, vectors)
     weights, means = mixtures.component_weights, mixtures.component_means
     normal = Independent(Normal(means, mixtures.component_variances.sqrt()), 1)
     reference = MixtureSameFamily(Categorical(weights), normal)
@@ -103,29 +94,17 @@ def compare(mixtures, options, vectors=512, rounds=5):
     torch.testing.assert_close(
         mixtures.score(features)[0, :, 0].T, reference.log_prob(rows), rtol=1e-3, atol=1e-2
     )
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for function in (lambda: reference.log_prob(rows), lambda: mixtures.score(features)):
-            start = clock()
-            function()
-            times.append(clock() - start)
-        ratios.append(times[0] / times[1])
-    ratio = sorted(ratios)[rounds // 2]
+    ways = {"ours": lambda: mixtures.score(features), "theirs": lambda: reference.log_prob(rows)}
+    _, ratio = compare(ways, rounds)["theirs"]
     print(f"torch.distributions takes {ratio:.0f} times as long on {vectors} vectors", flush=True)
 
 
 def main():
-    options = DEFAULTS | {
-        key: read_yaml(value, key) for key, value in (a.split("=", 1) for a in sys.argv[1:])
-    }
-    if {*options} != {*DEFAULTS}:
-        sys.exit(f"options are {', '.join(DEFAULTS)}")
-    torch.set_num_threads(options["threads"])
-    torch.manual_seed(0)
+    sizes = {"classes": 19, "components": 8, "pool": 300_000, "dim": 256}
+    options = arguments("mixtures", **sizes, chunks=[2048, 8192, 32768])
     mixtures = fit(options)
     score(mixtures, options)
-    compare(mixtures, options)
+    against_torch(mixtures, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ behind the reversal. Then the area under the curve of 1 - T against the box, ove
 pictures. 0.5 is chance; the control is the same pictures without the box, scored against it.
 """
 
-import argparse
 import functools
 import statistics
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.kernels import record
+from benchmarks.kernels import arguments, record
 from datasets.toy import draw
 from engine import pictures
 from engine.config import load
@@ -131,15 +130,8 @@ def picture(images, found, boxes, count=4):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planted_shift")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--scenes", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shift", default="night")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/planted_shift"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    defaults = {"steps": 500, "scenes": 1024, "seeds": [0, 1, 2], "shift": "night"}
+    options = arguments("planted_shift", **defaults, out=Path("runs/planted_shift"))
     options.out.mkdir(parents=True, exist_ok=True)
     print("| discriminator | area under the curve, by seed | without the box | median |")
     print("|---|---|---|---|")

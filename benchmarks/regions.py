@@ -11,12 +11,11 @@ rounds, ratios medians of ratios within a round. At the end it says which kernel
 step with TMA has called; on a GPU also the peak of memory of every row.
 """
 
-import argparse
 import contextlib
 
 import torch
 
-from benchmarks.kernels import compare, patches, record
+from benchmarks.kernels import arguments, compare, patches, record
 from engine.config import load
 from engine.statistics import IGNORE
 from losses.cross_entropy import CrossEntropy
@@ -91,15 +90,7 @@ def kernels_of(step):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.regions")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = arguments("regions", rounds=5, side=512, device="cpu", precision="fp32")
     print("| network | step | ms | ratio | peak MiB |\n|---|---|---|---|---|", flush=True)
     for host in HOSTS:
         steps, peaks = (

@@ -30,33 +30,17 @@ class ACDC(Cityscapes):
     def __init__(
         self,
         *,
-        root,
-        split: str = "train",
         condition: Literal["fog", "night", "rain", "snow", "all"] = "all",
-        labels: bool = True,
-        ignore: list = (),
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
+        **options,
     ):
-        if labels and split.endswith("_ref"):
-            raise DataError(
-                f"ACDC {split} holds reference images, which have no labels; set labels: false"
-            )
         self.conditions = CONDITIONS if condition == "all" else (condition,)
-        super().__init__(
-            root=root,
-            split=split,
-            labels=labels,
-            ignore=ignore,
-            augment=augment,
-            seed=seed,
-            stylised=stylised,
-            label_space=label_space,
-        )
+        super().__init__(**options)
 
     def images(self):
+        if self.labels and self.split.endswith("_ref"):
+            raise DataError(
+                f"ACDC {self.split} holds reference images, which have no labels; set labels: false"
+            )
         kinds = ["_rgb_anon.png", "_rgb_ref_anon.png"]
         folders = [self.split_folder(self.root / "rgb_anon" / name) for name in self.conditions]
         return [image for folder in folders for image in files_below(folder, kinds, depth=2)]

@@ -35,36 +35,16 @@ class DarkZurich(Cityscapes):
 
     label_of = ACDC.label_of
 
-    def __init__(
-        self,
-        *,
-        root,
-        split: str = "train",
-        time: Literal["day", "twilight", "night", "all"] = "night",
-        labels: bool = True,
-        ignore: list = (),
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
-    ):
-        if labels and (split == "train" or split.endswith("_ref")):
-            raise DataError(
-                f"DarkZurich {split} has no labels; set labels: false, or use it as data.target"
-            )
+    def __init__(self, *, time: Literal["day", "twilight", "night", "all"] = "night", **options):
         self.times = TIMES if time == "all" else (time,)
-        super().__init__(
-            root=root,
-            split=split,
-            labels=labels,
-            ignore=ignore,
-            augment=augment,
-            seed=seed,
-            stylised=stylised,
-            label_space=label_space,
-        )
+        super().__init__(**options)
 
     def images(self):
+        if self.labels and (self.split == "train" or self.split.endswith("_ref")):
+            raise DataError(
+                f"DarkZurich {self.split} has no labels; set labels: false, or use it as "
+                "data.target"
+            )
         folder = self.split_folder(self.root / "rgb_anon")
         times = [time for time in self.times if (folder / time).is_dir()]
         if not times:

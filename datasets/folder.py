@@ -110,9 +110,7 @@ class Folder(SegmentationData):
     def __init__(
         self,
         *,
-        root,
         classes: Annotated[list[Text], "[1, 253]"],  # 254 and 255 are taken
-        split: str = "train",
         image_dir: str = "images/{split}",
         label_dir: str = "labels/{split}",
         image_suffix: str | list = ".jpg",
@@ -121,11 +119,7 @@ class Folder(SegmentationData):
         palette: Palette | None = None,
         id_map: dict | None = None,
         color_labels: bool = False,
-        labels: bool = True,
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
+        **options,
     ):
         names = tuple(classes)
         if blank := [name for name in names if not name.strip()]:
@@ -139,10 +133,6 @@ class Folder(SegmentationData):
             raise DataError(
                 "Folder: color_labels needs a palette of different colours, and no id_map"
             )
-        if split != "train" and not any("{split}" in (text or "") for text in (image_dir, list)):
-            raise DataError(
-                f"Folder: split '{split}' has no effect; put {{split}} into image_dir or list"
-            )
         self.CLASSES, self.PALETTE = names, tuple(map(tuple, colors))
         self.ID_MAP = class_ids(id_map, names) if id_map else None
         self.colors = (
@@ -150,18 +140,24 @@ class Folder(SegmentationData):
             if color_labels
             else None
         )
-        self.folders = [
-            text and text.replace("{split}", split) for text in (image_dir, label_dir, list)
-        ]
+        self.folders = (image_dir, label_dir, list)
         self.suffixes = (
             [image_suffix] if isinstance(image_suffix, str) else image_suffix,
             [label_suffix],
         )
-        options = {"labels": labels, "augment": augment, "seed": seed, "stylised": stylised}
-        super().__init__(root=root, split=split, label_space=label_space, **options)
+        super().__init__(**options)
 
     def pairs(self):
-        (image_dir, label_dir, listing), (of_images, of_labels) = self.folders, self.suffixes
+        if self.split != "train" and not any(
+            "{split}" in (text or "") for text in (self.folders[0], self.folders[2])
+        ):
+            raise DataError(
+                f"Folder: split '{self.split}' has no effect; put {{split}} into image_dir or list"
+            )
+        image_dir, label_dir, listing = (
+            text and text.replace("{split}", self.split) for text in self.folders
+        )
+        of_images, of_labels = self.suffixes
         images = names = find(self.root / image_dir, of_images, of_labels)
         labels = (
             find(self.root / label_dir, of_labels, of_images)

@@ -93,33 +93,18 @@ class Mapillary(SegmentationData):
     """
 
     CLASSES, PALETTE = CLASSES, PALETTE
+    SPLIT = "training"
 
     def __init__(
         self,
         *,
-        root,
-        split: str = "training",
         ids: Literal["strict", "wide"] = "strict",
         long_side: Natural = 0,
         train_ids: str | None = None,
-        labels: bool = True,
-        ignore: list = (),
-        augment=None,
-        seed=0,
-        stylised: str | None = None,
-        label_space: dict | None = None,
+        **options,
     ):
         self.ID_MAP, self.long_side, self.train_ids = ID_MAPS[ids], long_side, train_ids
-        super().__init__(
-            root=root,
-            split=split,
-            labels=labels,
-            ignore=ignore,
-            augment=augment,
-            seed=seed,
-            stylised=stylised,
-            label_space=label_space,
-        )
+        super().__init__(**options)
 
     def pairs(self):
         images = files_below(self.split_folder(self.root) / "images", [".jpg"], depth=1)

@@ -40,13 +40,8 @@ class StreamSampler:
             )
         self._epoch = None
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
-        self.start, self.stop, self.seed, self.rank, self.world_size = (
-            start,
-            stop,
-            seed,
-            rank,
-            world_size,
-        )
+        self.start, self.stop, self.seed = start, stop, seed
+        self.rank, self.world_size = rank, world_size
 
     def index(self, sample):
         """Data set index of a sample of the stream."""
@@ -92,7 +87,7 @@ class RareClassSampler(StreamSampler):
         counts: (n, K) pixels of each class in each image (statistics.class_counts).
         temperature: T; the lower, the more often rare classes are drawn.
         min_pixels: in the whole image; 3000 are meant for 2048 x 1024 pixels.
-        The others are those of StreamSampler.
+        options: of StreamSampler.
     Raises:
         UserError: no labelled pixel; as StreamSampler.
     """
@@ -103,18 +98,9 @@ class RareClassSampler(StreamSampler):
         *,
         temperature: float = 0.01,
         min_pixels: int = 3000,
-        batch_size,
-        accumulate=1,
-        start=0,
-        stop,
-        seed=0,
-        rank=0,
-        world_size=1,
+        **options,
     ):
-        options = {"accumulate": accumulate, "start": start, "stop": stop, "seed": seed}
-        super().__init__(
-            len(counts), batch_size=batch_size, rank=rank, world_size=world_size, **options
-        )
+        super().__init__(len(counts), **options)
         counts = np.asarray(counts)
         if not counts.any():
             raise UserError("rare class sampling: no pixel of the data set is labelled")

@@ -9,7 +9,6 @@ on, so that other labels, or other options of the reader, are counted anew.
 import hashlib
 import io
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from tqdm import tqdm
 
 from datasets.base import DataError
 from engine import distributed
+from engine.errors import UserError
+from engine.files import replacing
 
 logger = logging.getLogger("engine")
 
@@ -50,13 +51,11 @@ def read_counts(path, key, shape):
 
 def write_counts(path, key, counts):
     """Write counts; the file appears as a whole or not at all. A failure is a warning."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(encoded(counts, key))
-        os.replace(partial, path)
-    except OSError as error:
-        logger.warning(f"could not write {path} ({error.strerror}): the next run counts again")
+        with replacing(path) as partial:
+            partial.write_bytes(encoded(counts, key))
+    except UserError as error:
+        logger.warning(f"{error}: the next run counts again")
 
 
 def class_counts(dataset, cache, workers=0):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from engine.ranges import NonNegative, Share
+from engine.ranges import NonNegative
 from engine.statistics import precise
 
 # Linear RGB of sRGB's primaries -> CIE XYZ, each row divided by its sum: white is (1, 1, 1).
@@ -81,14 +81,7 @@ class ColorStats(Style):
     The channels must be nearly decorrelated, or to match each by itself would tint the image. The
     paper uses the logarithmic l-alpha-beta space; CIE Lab serves the same purpose and, unlike a
     logarithm, is defined for black [R].
-
-    Args:
-        strength: 1 takes over the target's statistics, 0 changes nothing; linear in Lab between
-            them.
     """
-
-    def __init__(self, *, strength: Share = 1.0):
-        self.strength = strength
 
     def __call__(self, source, target):
         with torch.autocast(source.device.type, enabled=False):
@@ -105,7 +98,7 @@ class ColorStats(Style):
         )
         flat = deviation < FLAT  # nothing but rounding errors would be magnified
         gain = torch.where(flat, 1.0, wanted_deviation / deviation.clamp_min(FLAT))
-        return torch.lerp(source, (source - mean) * gain + wanted_mean, self.strength)
+        return (source - mean) * gain + wanted_mean
 
 
 class FDA(Style):

@@ -98,7 +98,6 @@ class Augment:
         color: largest relative change of brightness, contrast and saturation, and largest shift of
             hue (0.5 = half circle); [] for none.
         photometric: `distort` in place of `color`.
-        blur: probability of a Gaussian blur with sigma between 0.15 and 1.15 pixels.
     Attributes:
         repeats: a picture has a few versions that come again and again, which model.cache needs.
     """
@@ -115,7 +114,6 @@ class Augment:
         flip: Share = 0.5,
         color: Annotated[list[NonNegative], "[4, 4]"] | Annotated[list, "[0, 0]"] = (),
         photometric: bool = False,
-        blur: Share = 0.0,
     ):
         if scale[0] > scale[1]:
             raise ValueError(f"scale must be [low, high], not {scale}")
@@ -124,14 +122,13 @@ class Augment:
                 f"photometric and color both change colours: choose one, not {photometric} and "
                 f"{color}"
             )
-        self.crop, self.scale, self.flip, self.blur = list(crop), scale, flip, blur
+        self.crop, self.scale, self.flip = list(crop), scale, flip
         self.short_side, self.cat_max_ratio, self.photometric = (
             short_side,
             cat_max_ratio,
             photometric,
         )
         self.color = v2.ColorJitter(*color) if color else None
-        self.gaussian = v2.GaussianBlur(5, (0.15, 1.15))
 
     def __call__(self, image, *maps):
         """Image (3, H, W) and maps (H, W) uint8 as tv_tensors -> the same at the size of the crop.
@@ -147,8 +144,6 @@ class Augment:
             image = self.color(image)
         if self.photometric:
             image = distort(image)
-        if uniform(0, 1) < self.blur:
-            image = self.gaussian(image)
         return image, *maps
 
     def scale_and_crop(self, image, *maps):

@@ -95,14 +95,25 @@ def build(package, spec, face="", **context):
         raise ConfigError(f"{name}: {error}") from error
 
 
+def signature(constructor):
+    """What a class takes: {name: inspect.Parameter}, {name: kind}. A constructor with `**options`
+    hands them to that of its base class, whose parameters count as its own."""
+    parameters, kinds = {}, {}
+    for owner in constructor.__mro__:
+        if "__init__" in vars(owner):
+            _, *own = inspect.signature(owner.__init__).parameters.values()
+            named = {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            parameters = named | parameters
+            kinds = typing.get_type_hints(owner.__init__, include_extras=True) | kinds
+            if not any(p.kind is p.VAR_KEYWORD for p in own):
+                break
+    return parameters, kinds
+
+
 def _keywords(constructor, name, spec, context):
     """Check a spec against a constructor's signature and add the context that it asks for."""
-    parameters = inspect.signature(constructor).parameters
-    # A class without a constructor has the (*args, **kwargs) of nn.Module; neither is an option.
-    parameters = {
-        k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
-    kinds = CONTEXT | typing.get_type_hints(constructor.__init__, include_extras=True)
+    parameters, kinds = signature(constructor)
+    kinds = CONTEXT | kinds
     options = [key for key in parameters if key not in context]
     given = {key: value for key, value in spec.items() if key != "name"}
     for key, value in given.items():

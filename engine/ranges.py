@@ -23,6 +23,7 @@ NonNegative = Annotated[float, "[0, inf)"]
 Share = Annotated[float, "[0, 1]"]
 Momentum = Annotated[float, "[0, 1)"]
 Few = Annotated[int, "[1, 1024]"]
+Depths = Annotated[list[Few], "[4, 4]"] | Annotated[list, "[0, 0]"]  # blocks of four stages
 Rates = Annotated[list[Few], "[1, 100]"]
 Scales = Annotated[list[Annotated[float, "(0, 16]"]], "[1, 100]"]
 Size = Annotated[list[Width], "[2, 2]"]  # height, width

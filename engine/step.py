@@ -163,10 +163,6 @@ class Step(Record):
         """What a view shows; all but "source" show the target, if there is one."""
         return self.source if view == "source" or not self.target else self.target
 
-    def samples(self, view):
-        """Numbers (B) of a view's samples."""
-        return self.batch(view).sample
-
     def summary(self, prefix):
         """For the log: the mean weight of each view, the labelled share of all but the source."""
         values = {f"{prefix}/weight_{name}": w.mean() for name, w in self.weights.items()}

@@ -59,7 +59,8 @@ class Labeler(nn.Module):
         """Once, before the first step of a stage (engine/prepare.py): fit something, store maps."""
 
     def before(self, step: Step) -> None:
-        """Before the student sees the micro-batch: fill `step.labels` or `step.weights`."""
+        """Before the student sees the micro-batch: fill `step.labels` or `step.weights`. What is to
+        be learned from it is added up until `update`, which comes once per step."""
 
     def after(self, step: Step) -> None:
         """After its forward pass, without gradient: fill or replace them with the help of

@@ -12,18 +12,12 @@ def build_losses(specs, **context):
     `config.module_names`.
 
     Raises:
-        ConfigError: no loss; a weight that is no number; a loss with parameters or buffers.
+        ConfigError: a weight that is no number; a loss with parameters or buffers.
     """
-    if not specs:
-        raise ConfigError(
-            "losses is empty: name at least one, such as {name: cross_entropy.CrossEntropy}"
-        )
     terms, factors = {}, {}
     for name, spec in zip(module_names(specs), specs):
-        factor = spec.get("weight", 1.0) if isinstance(spec, dict) else 1.0
-        options = (
-            {k: v for k, v in spec.items() if k != "weight"} if isinstance(spec, dict) else spec
-        )
+        factor = spec.get("weight", 1.0)
+        options = {key: value for key, value in spec.items() if key != "weight"}
         term = build("losses", options, "Loss", **context)
         if not is_a(factor, float):
             raise ConfigError(f"{spec['name']}: weight must be a float, not {show(factor)}")

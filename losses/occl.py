@@ -108,9 +108,8 @@ class OCCL(Loss):
             )
         features = step.outputs[self.view].features
         labels = resize_labels(step.labels[self.view], features.shape[-2:])
-        views = halve(
-            labels, step.samples(self.view), self.num_classes, self.seed, self.split, self.sync
-        )
+        samples = step.batch(self.view).sample
+        views = halve(labels, samples, self.num_classes, self.seed, self.split, self.sync)
         sums, counts = class_sums(features, views, 2 * self.num_classes, sync=self.sync)
         with torch.autocast(features.device.type, enabled=False):
             means = (sums / counts[:, None].clamp_min(1)).view(2, self.num_classes, -1)  # (2, K, D)

@@ -362,7 +362,7 @@ class Alignment(Loss):
                 weights = resize_labels(step.weights[self.view], size).to(features.dtype)
             flat = ids.flatten(1)
             if self.samples < flat.shape[1]:
-                keys = pixel_hash(self.seed, step.samples(self.view), flat.shape[1])
+                keys = pixel_hash(self.seed, step.batch(self.view).sample, flat.shape[1])
                 place = balanced(flat, keys, self.num_classes, self.samples)
                 chosen = torch.full_like(flat, IGNORE)
                 ids = chosen.scatter(1, place, flat.gather(1, place)).view_as(ids)

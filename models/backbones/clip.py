@@ -134,6 +134,26 @@ def whole_patches(image, patch):
     )
 
 
+def blocks_tapped(taps, depth, model):
+    """The option `taps`, or after a third, a half, two thirds and all of the blocks."""
+    chosen = list(taps) or sorted({max(depth * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
+    if chosen != sorted({*chosen} & {*range(depth)}):
+        raise ValueError(
+            f"taps must ascend, from 0 to {depth - 1} at most in {model}, not {chosen}"
+        )
+    return chosen
+
+
+def positions_at(table, native, grid):
+    """A table of positions (1, 1 + N, C), that of the class token and those of a grid `native`, row
+    by row -> of a grid (h, w), (1, 1 + h w, C)."""
+    if grid == native:
+        return table
+    rows = table[:, 1:].mT.unflatten(2, native)  # (1, C, h, w)
+    rows = F.interpolate(rows, grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:, :1], rows.flatten(2).mT], 1)
+
+
 class ResNet(Backbone):
     """Maps of stages 1 to 4, at strides 4, 8, 16, 32 or as far as `output_stride` allows.
 
@@ -206,11 +226,7 @@ class ViT(Backbone):
         self.normalize = Normalize(MEAN, STD)
         self.visual, self.joint, activation = build_trunk(model, "ViT")
         blocks, self.patch = self.visual.transformer.resblocks, self.visual.patch_size[0]
-        self.taps = list(taps) or sorted({max(len(blocks) * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
-        if self.taps != sorted({*self.taps} & {*range(len(blocks))}):
-            raise ValueError(
-                f"taps must ascend, from 0 to {len(blocks) - 1} at most in {model}, not {self.taps}"
-            )
+        self.taps = blocks_tapped(taps, len(blocks), model)
         self.channels, self.strides = (
             [self.visual.transformer.width] * len(self.taps),
             [self.patch] * len(self.taps),
@@ -219,24 +235,14 @@ class ViT(Backbone):
             part.requires_grad_(False)
         load(self, weights, model, activation)
 
-    def _positions(self, grid):
-        """(1 + h w, C) for a grid (h, w): that of the class token, then row by row."""
-        table, native = self.visual.positional_embedding, self.visual.grid_size
-        if grid == native:
-            return table
-        rows = table[1:].unflatten(0, native).permute(2, 0, 1)[None]  # (1, C, h, w)
-        rows = F.interpolate(rows, grid, mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([table[:1], rows[0].flatten(1).T])
-
     def _outputs(self, image, blocks):
         """(B, 3, H, W) -> outputs (B, 1 + h w, C) of these blocks, the class token first, and the
         grid (h, w)."""
         x, outputs = self.visual.conv1(self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])
-        x = torch.cat(
-            [self.visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], 1
-        ) + self._positions(grid)
-        x = self.visual.ln_pre(x)
+        x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], 1)
+        table = self.visual.positional_embedding[None]
+        x = self.visual.ln_pre(x + positions_at(table, self.visual.grid_size, grid))
         for i, block in enumerate(self.visual.transformer.resblocks[: blocks[-1] + 1]):
             x = block(x)
             if i in blocks:

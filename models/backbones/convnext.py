@@ -15,7 +15,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.convnext import CNBlockConfig, LayerNorm2d
 from torchvision.models.convnext import ConvNeXt as Network
 
-from engine.ranges import Few, Momentum, OptionalWidth
+from engine.ranges import Depths, Momentum, OptionalWidth
 from engine.weights import load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
@@ -75,7 +75,7 @@ class ConvNeXt(Backbone):
         *,
         size: Literal["t", "s", "b"] = "t",
         width: OptionalWidth = 0,
-        depths: list[Few] = (),
+        depths: Depths = (),
         drop_path: Momentum | None = None,
         checkpointing: bool = False,
         weights: str = "imagenet",
@@ -83,10 +83,6 @@ class ConvNeXt(Backbone):
         super().__init__()
         name, base, blocks = SIZES[size]
         width, blocks = width or base, list(depths) or blocks
-        if len(blocks) != 4 or width < 1 or not all(isinstance(n, int) and n > 0 for n in blocks):
-            raise ValueError(
-                f"depths={blocks} must be four numbers of blocks and width={width} positive"
-            )
         self.normalize, self.checkpointing = Normalize(), checkpointing
         self.recipe_layers = 6 if size == "t" else 12
         self.channels, self.strides = [width * 2**i for i in range(4)], [4, 8, 16, 32]

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
-from engine.ranges import Few, Momentum, OptionalWidth
+from engine.ranges import Depths, Few, Momentum, OptionalWidth
 from engine.weights import load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
@@ -89,7 +89,7 @@ class Swin(Backbone):
         *,
         size: Literal["t", "s", "b"] = "t",
         width: OptionalWidth = 0,
-        depths: list[Few] = (),
+        depths: Depths = (),
         window: Few = 7,
         drop_path: Momentum = 0.3,
         checkpointing: bool = False,
@@ -98,15 +98,8 @@ class Swin(Backbone):
         super().__init__()
         base, blocks = SIZES[size]
         width, blocks = width or base, list(depths) or blocks
-        if (
-            len(blocks) != 4
-            or width % 32
-            or width < 32
-            or not all(isinstance(n, int) and n > 0 for n in blocks)
-        ):
-            raise ValueError(
-                f"depths={blocks} must be four numbers of blocks and width={width} a multiple of 32"
-            )
+        if width % 32:
+            raise ValueError(f"width={width} must be a multiple of 32")
         self.normalize, self.checkpointing = Normalize(), checkpointing
         self.channels, self.strides = [width * 2**i for i in range(4)], [4, 8, 16, 32]
         heads = [channels // 32 for channels in self.channels]

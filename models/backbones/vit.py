@@ -23,7 +23,7 @@ from torchvision.ops import StochasticDepth
 from engine.ranges import Few, Momentum, Natural
 from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.base import Backbone
-from models.backbones.clip import whole_patches
+from models.backbones.clip import blocks_tapped, positions_at, whole_patches
 from models.blocks import Guide, Normalize, guided, run
 
 SIZES = dict(
@@ -166,12 +166,7 @@ class ViT(Backbone):
                 f"positions={positions} are not whole patches of {patch}; 224 and DINOv2's 518 fit "
                 "14"
             )
-        self.taps = list(taps) or sorted({max(depth * n // 6, 1) - 1 for n in (2, 3, 4, 6)})
-        if self.taps != sorted({*self.taps} & {*range(depth)}):
-            raise ValueError(
-                f"taps must ascend, from 0 to {depth - 1} at most in ViT-{size.upper()}, not "
-                f"{self.taps}"
-            )
+        self.taps = blocks_tapped(taps, depth, f"ViT-{size.upper()}")
         self.channels, self.strides = [channels] * len(self.taps), [patch] * len(self.taps)
         self.depths, self.heads, self.reductions = [self.taps[-1] + 1], [heads], [1]
         self.normalize, self.prefix = Normalize(), 1 + registers  # tokens before the patches
@@ -194,15 +189,6 @@ class ViT(Backbone):
             unused.requires_grad_(False)
         drop = ["head.*", "heads.*", "mask_token"]  # the mask token is of DINOv2's own training
         load_pretrained(self, weights, URLS.get((size, patch)), drop=drop, adapt=our_names)
-
-    def _positions(self, grid):
-        """(1, 1 + h w, C) for a grid (h, w): that of the class token, then row by row."""
-        native = (self.table, self.table)
-        if grid == native:
-            return self.pos_embed
-        rows = self.pos_embed[:, 1:].mT.unflatten(2, native)  # (1, C, h, w)
-        rows = F.interpolate(rows, grid, mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], rows.flatten(2).mT], 1)
 
     def _bias(self, bias):
         """A bias of patches (B, heads, N or 1, M) -> of all tokens: 0 for the other keys and,
@@ -240,7 +226,8 @@ class ViT(Backbone):
         """
         x, maps = self.patch_embed["proj"](self.normalize(whole_patches(image, self.patch))), []
         grid = tuple(x.shape[-2:])
-        first, others = self._positions(grid).split([1, grid[0] * grid[1]], 1)
+        table = positions_at(self.pos_embed, (self.table, self.table), grid)
+        first, others = table.split([1, grid[0] * grid[1]], 1)
         prefix = [self.cls_token + first] + (
             [] if self.register_tokens is None else [self.register_tokens]
         )

@@ -21,13 +21,6 @@ from models.classifiers.base import Classifier
 from models.prototypes._sinkhorn import balanced, numbered
 
 
-def of_all(tensor):
-    """The tensor of every process, (processes, ...); a collective."""
-    table = tensor.new_zeros(distributed.world_size(), *tensor.shape)
-    table[distributed.rank()] = tensor
-    return distributed.all_reduce(table)
-
-
 def spread(groups, num_groups, count):
     """Choose at most `count` pixels of each group, evenly spaced over the batches of all processes,
     first rank first.
@@ -40,7 +33,7 @@ def spread(groups, num_groups, count):
     """
     ones = torch.ones_like(groups)
     counts = ones.new_zeros(num_groups + 1).index_add_(0, groups, ones)
-    everywhere = of_all(counts)
+    everywhere = distributed.all_gather(counts)
     total, before = everywhere.sum(0), everywhere[: distributed.rank()].sum(0)
     order = groups.argsort(stable=True)
     within = (

@@ -107,8 +107,8 @@ class CBP(Classifier):
         if sentences := [sentence for sentence, met in wrong.items() if met]:
             raise ValueError(sentences[0])
         self.per_class, self.length, self.momentum, self.pool = per_class, length, momentum, pool
-        self.unit, self.by_sinkhorn = update == "penalty", assign == "sinkhorn"
-        self.follows = update == "ema"
+        self.unit, self.follows = update == "penalty", update == "ema"
+        self.rounds = 3 if assign == "sinkhorn" else 0  # none: each pixel's nearest prototype
         drawn = (
             basis.kaiming_rows(count, in_channels)
             if init == "random"
@@ -169,13 +169,8 @@ class CBP(Classifier):
 
         Those of a label are M label + 0 ... M - 1; -1 stands where there is no label.
         """
-
-        def choose(rows, classes):
-            return balanced(rows, classes, scores.shape[1], sharpness=0.05, rounds=3)
-
-        return numbered(
-            scores, labels, choose if self.by_sinkhorn else lambda rows, _: rows.argmax(1)
-        )
+        options = {"num_classes": scores.shape[1], "sharpness": 0.05, "rounds": self.rounds}
+        return numbered(scores, labels, lambda rows, own: balanced(rows, own, **options))
 
     @torch.no_grad()
     def update(self, batches, step=None):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from engine import distributed
 from engine.ranges import Count, Few, Positive, Share, Width
 from models.blocks import conv_bn_relu
-from models.classifiers._components import Components, Ring, of_all
+from models.classifiers._components import Components, Ring
 from models.prototypes._em import log_joint
 
 CHUNK = 1024  # places of the queue whose squares are made at a time
@@ -109,7 +109,7 @@ class GMMSeg(Components):
         largest = scores.new_zeros(len(self.vectors) + 1).scatter_reduce_(
             0, classes, scores.abs().amax(1), "amax"
         )
-        return scores / of_all(largest).amax(0).clamp_min(1e-30)[classes, None]
+        return scores / distributed.all_gather(largest).amax(0).clamp_min(1e-30)[classes, None]
 
     def sums(self):
         """Of the pixels that the M step takes: number (K, M, 1), sums (K, M, E) of q and of q^2."""

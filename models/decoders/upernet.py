@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.ranges import Momentum, Rates, Width
+from engine.ranges import Momentum, Width
 from engine.statistics import resize_logits
 from models.blocks import conv_bn_relu
+
+POOLS = (1, 2, 3, 6)  # sides of the grids that the coarsest map is averaged to
 
 
 class PooledNorm(nn.BatchNorm2d):
@@ -38,7 +40,6 @@ class UPerNet(nn.Module):
 
     Args:
         width: D, also the channels of each pooled, lateral and joined map.
-        pools: sides of the grids that the coarsest map is averaged to.
         dropout: of whole feature channels, before the classifier.
     """
 
@@ -47,19 +48,16 @@ class UPerNet(nn.Module):
         *,
         in_channels,
         width: Width = 512,
-        pools: Rates = (1, 2, 3, 6),
         dropout: Momentum = 0.1,
     ):
         super().__init__()
         *finer, coarsest = in_channels
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(side), *conv_bn_relu(coarsest, width, 1))
-            for side in pools
+            for side in POOLS
         )
-        for side, pool in zip(pools, self.pools):
-            if side == 1:
-                pool[2] = PooledNorm(width)
-        self.join = conv_bn_relu(coarsest + width * len(pools), width)
+        self.pools[0][2] = PooledNorm(width)
+        self.join = conv_bn_relu(coarsest + width * len(POOLS), width)
         self.laterals = nn.ModuleList(conv_bn_relu(channels, width, 1) for channels in finer)
         self.smooth = nn.ModuleList(conv_bn_relu(width, width) for _ in finer)
         self.fuse = conv_bn_relu(width * len(in_channels), width)

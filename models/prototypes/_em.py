@@ -182,7 +182,7 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
     Args:
         pool: (n, D) of this process, centred in place.
         share: how often the sums of this process count.
-        floor: function (moments of the class) -> smallest variance.
+        floor: smallest variance.
         generator: in the same state on all processes.
     Returns:
         weights (M), means (M, D), variances (M, D), log-likelihood quantiles (LEVELS), number of
@@ -196,14 +196,13 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
 
     _, centre, _ = maximisation(total(whole), 0)
     pool -= centre.to(pool)
-    floor = floor(total(whole))
     means, sums = kmeans(total, pool, components, iterations, chunk, generator)
     weights, _, variances = maximisation(sums, 0)
     within = weights @ variances if start == 0 else torch.full_like(means[0], start)
     parameters = (
         torch.full_like(weights, 1 / components),
         means,
-        within.maximum(floor).expand_as(means),
+        within.clamp_min(floor).expand_as(means),
     )
 
     before, reseeded, needed = -math.inf, 0, 1e-3 * min(1, sums[:, 0].sum().item() / components)

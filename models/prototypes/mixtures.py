@@ -52,8 +52,6 @@ class Mixtures(Prototypes):
         start: variance at the start of EM; 0 takes the one within the k-means clusters [R], for
             features whose spread is far from 1.
         floor: smallest variance.
-        relative_floor: the same as a share of the mean variance of the class; 1e-4 to 1e-3 if
-            labels collapse [R].
         momentum: m of `update`.
         chunk: vectors at a time.
     """
@@ -70,14 +68,13 @@ class Mixtures(Prototypes):
         tolerance: NonNegative = 1e-3,
         start: NonNegative = 1.0,
         floor: Positive = 1e-6,
-        relative_floor: NonNegative = 0.0,
         momentum: Momentum = 0.99,
         chunk: Count = 8192,
     ):
         super().__init__()
         self.seed, self.pool, self.iterations = seed, pool, iterations
         self.tolerance, self.start, self.momentum = tolerance, start, momentum
-        self.floor, self.relative_floor, self.chunk = floor, relative_floor, chunk
+        self.floor, self.chunk = floor, chunk
         shape = num_classes, components, in_channels
         self.keep(
             component_weights=torch.full(shape[:2], 1 / components),
@@ -146,11 +143,6 @@ class Mixtures(Prototypes):
                     scores[image, :, start : start + self.chunk] = score
             return scores.unflatten(2, features.shape[2:])
 
-    def _floor(self, sums):
-        """Smallest variance of a class, (..., 1, 1), from its moments (..., M, 1 + 2 D)."""
-        _, _, variances = maximisation(sums.sum(-2, keepdim=True), 0)
-        return (self.relative_floor * variances.mean(-1, keepdim=True)).clamp_min(self.floor)
-
     def _store(self, where, weights, means, variances):
         """Write the parameters of the classes where (K) is set."""
         for name, new in (("weights", weights), ("means", means), ("variances", variances)):
@@ -190,10 +182,10 @@ class Mixtures(Prototypes):
             [weights, weights * means, weights * (self.component_variances + means.square())], 2
         )
         merged = torch.lerp(new, old, self.momentum)
-        weights, means, variances = maximisation(merged, self._floor(merged))
+        weights, means, variances = maximisation(merged, self.floor)
         self._store(present & self.seen, weights, means + origin, variances)
 
-        _, centre, variances = maximisation(new.sum(1, keepdim=True), self._floor(new))  # (K, 1, D)
+        _, centre, variances = maximisation(new.sum(1, keepdim=True), self.floor)  # (K, 1, D)
         noise = torch.randn(
             m, d, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
         ).to(new)
@@ -228,7 +220,7 @@ class Mixtures(Prototypes):
                     iterations=self.iterations,
                     tolerance=self.tolerance,
                     start=self.start,
-                    floor=self._floor,
+                    floor=self.floor,
                     chunk=self.chunk,
                     generator=torch.Generator().manual_seed(self.seed + c),
                 )

@@ -22,6 +22,7 @@ a reconstruction [R].
 """
 
 import difflib
+import io
 import os
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 import yaml
 
 from engine.errors import UserError
-from engine.files import read_array, read_text
+from engine.files import read_array, read_text, replacing
 from engine.process import run
 from engine.weights import check_hub, load_into, read, reason, unwrap
 from models.prototypes.base import Prototypes
@@ -103,14 +104,10 @@ def read_names(path):
 def write_rows(path, vectors, classes, **about):
     """A file that `read_rows` reads: vectors (K, D) and the names of their classes, complete or not
     at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"vectors": vectors, "classes": [*classes], **about}, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({reason(error)})") from None
+    content = io.BytesIO()
+    torch.save({"vectors": vectors, "classes": [*classes], **about}, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def read_rows(file, rows):

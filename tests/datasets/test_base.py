@@ -248,9 +248,7 @@ def test_label_spaces_that_cannot_be_meant_are_named(tmp_path, space, says):
 
 
 def augmented(root, seed=0):
-    return Files(
-        root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1], blur=0.5)
-    )
+    return Files(root=root, seed=seed, augment=Augment(crop=[6, 6], color=[0.4, 0.4, 0.4, 0.1]))
 
 
 def same(a, b):

@@ -9,7 +9,7 @@ from engine.build import build
 from engine.config import ConfigError
 
 PARTS = """
-from typing import Literal
+from typing import Annotated, Literal
 import torch
 
 class Simple:
@@ -25,6 +25,18 @@ class Picky:
     def __init__(self, *, size: int = 1):
         if size < 1:
             raise ValueError(f"size must be positive, not {size}")
+
+class Base:
+    def __init__(self, *, root, split: Annotated[str, "[1, 9]"] = "train", seed=0):
+        self.options = dict(root=root, split=split, seed=seed)
+
+class Derived(Base):
+    def __init__(self, *, time: Literal["day", "night"] = "day", **options):
+        super().__init__(**options)
+
+class Closed(Base):
+    def __init__(self, *, root):
+        super().__init__(root=root)
 
 class Bare(torch.nn.Module):
     pass
@@ -91,6 +103,12 @@ def test_build_passes_options_and_only_the_context_that_is_asked_for(parts):
         ({"name": "thing.Simple", "path": 3}, "'path' must be a string or null, not 3"),
         ({"name": "thing.Needs"}, r"thing\.Needs needs the options length, num_classes"),
         ({"name": "thing.Needs", "num_classes": 3}, r"thing\.Needs needs the option length"),
+        ({"name": "thing.Derived", "root": "x", "options": 3}, "has no option 'options'"),
+        ({"name": "thing.Derived", "root": "x", "slpit": "a"}, "did you mean 'split'"),
+        ({"name": "thing.Derived", "root": "x", "zz": 1}, "known here: root, split, seed, time"),
+        ({"name": "thing.Derived", "root": "x", "split": ""}, "'split' must be a string of length"),
+        ({"name": "thing.Derived", "time": "night"}, r"thing\.Derived needs the option root"),
+        ({"name": "thing.Closed", "root": "x", "split": "val"}, "has no option 'split'"),
         ({"name": "thing.Bare", "kwargs": 3}, r"thing\.Bare has no option 'kwargs'"),
         ({"name": "thing.Picky", "size": 0}, r"thing\.Picky: size must be positive, not 0"),
         ({"width": 3}, "parts: a component needs 'name: module.Class'"),
@@ -109,6 +127,11 @@ def test_a_component_that_cannot_be_built_says_why(parts, spec, message):
 )
 def test_options_of_the_annotated_type_are_accepted(parts, options):
     assert build(parts, {"name": "thing.Simple", **options}).options.items() >= options.items()
+
+
+def test_a_constructor_with_options_gets_those_of_its_base_and_the_context(parts):
+    made = build(parts, {"name": "thing.Derived", "split": "val"}, root="x", seed=3, strides=[4])
+    assert made.options == {"root": "x", "split": "val", "seed": 3}
 
 
 def test_a_class_without_a_constructor_needs_no_options(parts):
@@ -219,8 +242,8 @@ def test_only_classes_of_our_packages_can_be_named(package, name, message):
         ),
         (
             "models.decoders",
-            {"name": "upernet.UPerNet", "pools": []},
-            "'pools' must be a list of length",
+            {"name": "daformer.DAFormer", "rates": []},
+            "'rates' must be a list of length",
         ),
         ("models.backbones", {"name": "mit.MiT", "drop_path": 1.0}, r"'drop_path' .* in \[0, 1\)"),
     ],

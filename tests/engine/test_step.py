@@ -112,9 +112,9 @@ def test_pixels_are_the_labelled_ones_of_the_view_or_those_of_the_whole_step(mon
 def test_samples_are_those_of_the_images_behind_a_view():
     source, target = (a_batch(torch.zeros(2, 3, 4, 4), samples=s) for s in ([1, 2], [8, 9]))
     step = a_step(source=source, target=target)
-    assert step.samples("source").tolist() == [1, 2]
-    assert step.samples("target").tolist() == step.samples("mixed").tolist() == [8, 9]
-    assert a_step(source=source).samples("strong").tolist() == [1, 2]
+    assert step.batch("source").sample.tolist() == [1, 2]
+    assert step.batch("target").sample.tolist() == step.batch("mixed").sample.tolist() == [8, 9]
+    assert a_step(source=source).batch("strong").sample.tolist() == [1, 2]
 
 
 def test_progress_runs_from_zero_to_below_one():

@@ -48,7 +48,7 @@ PARTS = [
     ("", "model.decoder", "{name: deeplabv3plus.DeepLabV3Plus, width: 16, low_width: 8, rates: [1, 2], dropout: 0.1}"),
     ("", "model.decoder", "{name: deeplabv2.DeepLabV2, width: 11, rates: [1, 2]}"),
     ("", "model.decoder", "{name: daformer.DAFormer, width: 16, rates: [1, 2]}"),
-    ("", "model.decoder", "{name: upernet.UPerNet, width: 16, pools: [1, 2]}"),
+    ("", "model.decoder", "{name: upernet.UPerNet, width: 16}"),
     ("", "model.decoder", "{name: segformer_mlp.SegFormerMLP, width: 16}"),
     ("", "model.classifier", "{name: linear.Linear, std: 0.1}"),
     ("", "model.classifier", "{name: cbp.CBP, length: 1.5, update: ema, momentum: 0.9, per_class: 1, fallback: etf}"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import ConfigError
+from engine.config import ConfigError, load
 from losses import entropy
 from losses.base import Loss
 from losses.build import build_losses
@@ -29,7 +29,6 @@ def test_losses_are_named_after_their_modules():
             {"name": "cross_entropy.CrossEntropy", "weight": "heavy"},
             "weight must be a float, not 'heavy'",
         ),
-        ("cross_entropy.CrossEntropy", "a component needs 'name: module.Class'"),
         ({"weight": 1.0}, "a component needs 'name: module.Class'"),
     ],
 )
@@ -60,5 +59,9 @@ def test_a_loss_that_has_a_state_is_refused(state, monkeypatch):
 
 
 def test_no_loss_at_all_is_refused():
-    with pytest.raises(ConfigError, match="losses is empty: name at least one"):
-        build_losses([])
+    for text, message in (
+        ("losses=[]", "losses must be a list of length 1 or more"),
+        ("losses=[cross_entropy.CrossEntropy]", r"losses\.0 must be a mapping"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load("configs/toy/supervised.yaml", [text])

@@ -245,10 +245,21 @@ def test_drop_path_grows_over_the_depth_from_its_published_default(cls, default,
         ].stochastic_depth.p == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("cls", [ConvNeXt, Swin])
-@pytest.mark.parametrize("wrong", [{"depths": [2, 2]}, {"depths": [2, 2, 0, 2]}, {"width": -32}])
+WRONG = [
+    (cls, {key: value})
+    for cls in (ConvNeXt, Swin)
+    for key, value in (
+        ("depths", [2, 2]),
+        ("depths", [2, 2, 0, 2]),
+        ("depths", [1] * 5),
+        ("width", -32),
+    )
+]
+
+
+@pytest.mark.parametrize("cls, wrong", [*WRONG, (Swin, {"width": 48})])
 def test_wrong_widths_and_depths_are_an_error(cls, wrong):
-    with pytest.raises(ConfigError, match=r"four numbers of blocks and width|must be an int in"):
+    with pytest.raises(ConfigError, match=r"a list of length 4|must be an int in|multiple of 32"):
         build(
             "models.backbones",
             {"name": f"{cls.__name__.lower()}.{cls.__name__}", "weights": "none", **wrong},

@@ -13,7 +13,7 @@ from engine.build import build
 from engine.config import Config, ConfigError
 from engine.errors import UserError
 from engine.weights import WeightsError
-from models.backbones.clip import MEAN, STD, ResNet, ViT
+from models.backbones.clip import MEAN, STD, ResNet, ViT, positions_at
 from models.build import build_segmentor
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
@@ -124,7 +124,10 @@ def test_position_embeddings_are_interpolated_row_by_row():
     ramp = torch.arange(4.0).repeat(4)[:, None].expand(16, 32)
     backbone.visual.positional_embedding.data[1:] = ramp
     for grid in [(3, 9), (9, 3)]:
-        rows = backbone._positions(grid)[1:].unflatten(0, grid)[..., 0]
+        table = backbone.visual.positional_embedding[None]
+        rows = positions_at(table, backbone.visual.grid_size, grid)[0, 1:].unflatten(0, grid)[
+            ..., 0
+        ]
         close(rows, rows[:1].expand_as(rows))
         assert (rows.diff(dim=1) > 0).all()
 

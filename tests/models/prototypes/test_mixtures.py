@@ -193,7 +193,7 @@ def test_fit_finds_planted_clusters(scale, offset, start):
     assert (mixtures.score(features).argmax(1) == labels).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"floor": 0.05}, {"relative_floor": 0.01}])
+@pytest.mark.parametrize("options", [{}, {"floor": 0.05}])
 def test_weights_sum_to_one_and_variances_stay_above_the_floor(options):
     features, labels, _ = planted(corners())
     features[:, 2] = 0  # a dead channel
@@ -207,11 +207,6 @@ def test_weights_sum_to_one_and_variances_stay_above_the_floor(options):
             mixtures.component_weights.sum(1), torch.ones(K).double(), rtol=0, atol=1e-12
         )
         smallest = torch.full((K,), options.get("floor", 1e-6), dtype=torch.float64)
-        if "relative_floor" in options:
-            total = [
-                rows(features)[labels.flatten() == c].var(0, correction=0).mean() for c in range(K)
-            ]
-            smallest = 0.01 * torch.stack(total) * (1 - 1e-9)
         assert (mixtures.component_variances >= smallest[:, None, None]).all()
         assert torch.isclose(
             mixtures.component_variances[..., 2], smallest[:, None], rtol=1e-2

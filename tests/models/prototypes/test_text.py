@@ -485,6 +485,6 @@ def test_rows_whose_names_are_no_names_are_refused_and_a_failed_write_leaves_not
             (tmp_path / "a.pt").write_bytes(data)
             read_rows(tmp_path / "a.pt", None)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="could not write"):
         write_rows(tmp_path / "folder", torch.ones(3, 4), ["a", "b", "c"])
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "folder"}
