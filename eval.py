@@ -249,7 +249,9 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
         pairs = checked_pairs(pairs and config.read_yaml(pairs, "pairs"), saved["classes"])
         train_set = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
         counts = class_counts(train_set, cfg.data.cache, cfg.data.workers).sum(0)
-    matrices = report(network, datasets, cfg.eval, device, autocast, folder, about)
+    matrices = report(
+        network, datasets, cfg.eval, device, autocast, folder, about, workers=cfg.data.workers
+    )
     if diagnostics:
         diagnose(network.classifier, matrices, counts, folder, saved["step"], pairs)
     return matrices, folder, seen

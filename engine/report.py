@@ -15,7 +15,7 @@ import torch
 
 from engine import distributed, pictures
 from engine.files import inside, replacing, tidy, write, write_picture
-from engine.inference import NonFiniteScores, evaluate, predict
+from engine.inference import NonFiniteScores, classify, evaluate
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
 from engine.statistics import IGNORE, resize_labels, resize_logits
@@ -95,7 +95,7 @@ def drawn(dataset, options):
     )
 
 
-def report(network, datasets, options, device, autocast, folder, about, known=None):
+def report(network, datasets, options, device, autocast, folder, about, known=None, workers=0):
     """Evaluate and write.
 
     Args:
@@ -105,6 +105,7 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
         folder: where the files go.
         about: dict of facts that are written with the numbers (checkpoint, step, commit ...).
         known: {data set: ConfusionMatrix} of this network, of sets that need no second evaluation.
+        workers: loader processes.
     Returns:
         {name: ConfusionMatrix}, the same on every process.
     Raises:
@@ -118,7 +119,7 @@ def report(network, datasets, options, device, autocast, folder, about, known=No
         tidy(folder)
     for name, dataset in datasets.items():
         matrices[name] = matrix = (known or {}).get(dataset) or evaluate(
-            network, dataset, options, device, autocast, title=name
+            network, dataset, options, device, autocast, name, workers
         )
         protocol = describe(options)
         logger.info(
@@ -162,7 +163,9 @@ def validate(network, dataset, options, autocast, run):
     """
     log, step = run.writer, run.offset + run.done
     try:
-        matrix = evaluate(network, dataset, options, run.device, autocast, title="val")
+        matrix = evaluate(
+            network, dataset, options, run.device, autocast, "val", run.stage.data.workers
+        )
     except NonFiniteScores as error:
         logger.warning(f"step {step}: {error}")
         return float("nan")
@@ -256,10 +259,10 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     pictures. With `seen`, names of test sets from the training domain, a table over all domains
     comes last.
     """
-    device, folder = run.device, run.folder
+    device, folder, workers = run.device, run.folder, run.stage.data.workers
     about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
     matrices = report(
-        network, datasets, options, device, autocast, folder / "eval", about, run.known
+        network, datasets, options, device, autocast, folder / "eval", about, run.known, workers
     )
     told = {name: matrix.as_dict() for name, matrix in matrices.items()}
     results = {
@@ -268,7 +271,7 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     }
     if before is not None:
         old = compare(
-            before, network, matrices, datasets, options, device, autocast, folder / "eval"
+            before, network, matrices, datasets, options, device, autocast, folder / "eval", workers
         )
         results["before"] = {name: matrix.as_dict()["summary"] for name, matrix in old.items()}
     scores = {name: summary["mIoU"] for name, summary in results["results"].items()}
@@ -284,7 +287,7 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
         logger.info("\n" + domain_table({run_title(folder): scores}, seen))
 
 
-def compare(before, after, matrices, datasets, options, device, autocast, folder):
+def compare(before, after, matrices, datasets, options, device, autocast, folder, workers=0):
     """Tables and pictures of a network before and after adaptation.
 
     Args:
@@ -293,7 +296,7 @@ def compare(before, after, matrices, datasets, options, device, autocast, folder
         the same of `before`.
     """
     old = {
-        name: evaluate(before, data, options, device, autocast, title="before")
+        name: evaluate(before, data, options, device, autocast, "before", workers)
         for name, data in datasets.items()
     }
     for name, dataset in datasets.items():
@@ -329,9 +332,10 @@ def label(network, image, options, device, autocast):
     mode = network.training
     network.eval()
     with autocast:
-        scores = predict(network, image[None].to(device, torch.get_default_dtype()) / 255, options)
+        image = image[None].to(device, torch.get_default_dtype()) / 255
+        ids, _ = classify(network, image, options)
     network.train(mode)
-    return scores.argmax(1)[0]
+    return ids
 
 
 def draw(networks, dataset, indices, options, device, autocast):

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import distributed
+from engine import distributed, inference
 from engine.config import Config, load
 from engine.errors import UserError
-from engine.inference import evaluate, predict
+from engine.inference import classify, evaluate, predict
 from engine.metrics import ConfusionMatrix
 from tests.runs import TINY
 
@@ -158,6 +159,71 @@ def test_the_short_side_is_resized_before_and_the_scores_after(size, seen):
     assert predict(network, random_image(*size), options(short_side=10)).shape[-2:] == size
     assert network.windows == [seen]
     assert predict(network, random_image(*size), options(), size=(7, 9)).shape == (1, 3, 7, 9)
+
+
+class Many(nn.Module):
+    """`number` classes at a quarter of the image's size; their scores have ties."""
+
+    def __init__(self, number=40, layout=torch.contiguous_format):
+        super().__init__()
+        self.conv, self.layout = nn.Conv2d(3, number, 1), layout
+        nn.init.zeros_(self.conv.bias)
+
+    def segment(self, image):
+        logits = self.conv(nn.functional.avg_pool2d(image, 4, ceil_mode=True) - 0.5)
+        return Output(((64 * logits).round() / 8).contiguous(memory_format=self.layout))
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "slide"}, {"short_side": 30}, {"scales": [0.5]}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(21, 34), (70, 90)])
+@pytest.mark.parametrize("number", [3, 19, 40])
+def test_labels_of_one_view_are_the_arg_max_of_its_scores_bit_for_bit(
+    changes, layout, size, number, monkeypatch
+):
+    monkeypatch.setattr(inference, "CHUNK", 1)
+    network, image = Many(number, layout), random_image(*size)
+    ids, finite = classify(network, image, options(**changes))
+    assert finite and torch.equal(ids, predict(network, image, options(**changes)).argmax(1)[0])
+    assert len(ids.unique()) > 1
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_labels_of_several_views_have_the_highest_mean_probability(mode, monkeypatch):
+    monkeypatch.setattr(inference, "CHUNK", 3 * 21 * 34)
+    network, image = Many(), random_image(21, 34)
+    several = options(scales=[0.5, 1.5], flip=True, mode=mode)
+    ids, finite = classify(network, image, several)
+    scores = predict(network, image, several)
+    assert finite
+    torch.testing.assert_close(scores.gather(1, ids[None, None])[:, 0], scores.max(1).values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 39])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_score_that_is_not_finite_is_seen_in_every_class(bad, place, flip, monkeypatch):
+    monkeypatch.setattr(inference, "CHUNK", 4 * 8 * 8)
+    network = Many()
+    network.conv.bias.data[place] = bad
+    assert not classify(network, random_image(8, 8), options(flip=flip))[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "slide", "crop": [32, 32]}, {"flip": True}])
+def test_labels_never_need_the_scores_of_all_classes_at_full_size(changes, monkeypatch):
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for one in result if isinstance(result, tuple) else (result,):
+                self.found = max(self.found, one.numel() if torch.is_tensor(one) else 0)
+            return result
+
+    monkeypatch.setattr(inference, "CHUNK", 16 * 64 * 96)
+    with Largest() as seen:
+        classify(Many(100), random_image(64, 96), options(**changes))
+    assert seen.found <= 20 * 64 * 96
 
 
 class Labelled:
