@@ -20,6 +20,7 @@ import torch
 from engine import contents, distributed, weights
 from engine.config import check_resume, difference, plain
 from engine.errors import NonFinite, UserError
+from engine.process import signals
 
 FORMAT = 1
 logger = logging.getLogger("engine")
@@ -41,8 +42,10 @@ def save(path, content, required=True):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SystemExit) as error:
         temporary.unlink(missing_ok=True)
+        if signals.code is not None:  # PyTorch's writer makes an error of the exit
+            raise SystemExit(signals.code) from None
         free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
         message = f"could not write {path} ({error}); {free:.1f} GiB are free there"
         if required:

@@ -59,7 +59,8 @@ def run(main, usage):
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in OUTSIDE:
             leave(1, f"error{_process()}: {error}")
-        traceback.print_exc()
+        if signals.code is None:
+            traceback.print_exc()
         leave(1)
     if code:
         leave(code)
@@ -80,7 +81,10 @@ def say(message):
 
 def leave(code, message=""):
     """End this process and its loaders: Python's way, or without it where a thread or a queue keeps
-    it alive."""
+    it alive. The first call decides: a library that it interrupts may raise an error of its own."""
+    if signals.code is not None:
+        code, message = signals.code, ""
+    signals.code = code
     if message:
         say(message)
     kill_loaders()
@@ -125,19 +129,21 @@ class Signals:
         received: number of the first one, 0 for none.
         gentle: steps are running; the first signal lets the current one finish.
         slowest: seconds of the slowest step so far.
+        code: with which the process is leaving; None: it is not.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
         self.received, self.gentle, self.slowest, self.process = 0, False, 0.0, 0
+        self.code = None
 
     def install(self):
         """Handle them from now on; those that are ignored (nohup) stay so. Only the main thread
         can."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self.received, self.gentle = 0, False
+        self.received, self.gentle, self.code = 0, False, None
         for number in self.NUMBERS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)

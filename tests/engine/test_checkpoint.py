@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint, distributed, weights
+from engine import checkpoint, distributed, process, weights
 from engine.config import Config
 from engine.errors import UserError
 from engine.weights import WeightsError
@@ -325,3 +325,35 @@ def test_find_takes_an_older_checkpoint_for_any_flip_in_the_newest(tmp_path, cap
         for part in ("model", "teacher", "prototypes"):
             assert all(torch.equal(content[part][key], x) for key, x in expected[part].items())
     assert {*steps} == {1, 2} and "step_0000002.pt is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_signal_that_leaves_while_a_file_is_written_is_no_full_disk(
+    at, required, tmp_path, monkeypatch
+):
+    written = torch.save
+
+    class Interrupted:
+        """PyTorch's writer may swallow the exit and raise an error of its own."""
+
+        count = 0
+
+        def write(self, data):
+            self.count += 1
+            if self.count == at:
+                process.leave(129, "SIGHUP received")
+            return len(data)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(process, "end_by_force", lambda code, seconds: None)
+    monkeypatch.setattr(process.signals, "code", None)
+    monkeypatch.setattr(torch, "save", lambda content, file: written(content, Interrupted()))
+    with pytest.raises(SystemExit) as caught:
+        checkpoint.save(tmp_path / "last.pt", {"x": torch.zeros(10)}, required)
+    assert caught.value.code == 129 and not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit) as caught:  # whatever comes of it, the first reason stays
+        process.leave(1, "error: a file could not be written")
+    assert caught.value.code == 129
