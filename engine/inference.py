@@ -28,24 +28,29 @@ class NonFiniteScores(UserError):
         )
 
 
-def _window_logits(network, image, options):
-    """Logits at image size (1, K, H, W) by a sliding window; overlaps are averaged."""
+def bands(network, image, options):
+    """Logits of an image by a sliding window, from top to bottom: (1, K, h, W), as many rows as no
+    later window changes. Overlaps are averaged; memory holds the rows of one window."""
     height, width = image.shape[-2:]
     crop = [min(options.crop[0], height), min(options.crop[1], width)]
 
     def starts(size, window, stride):
         return [*range(0, size - window, stride), size - window]
 
-    total, count = 0, image.new_zeros(1, 1, height, width)
-    for top in starts(height, crop[0], options.stride[0]):
+    total, count = 0, image.new_zeros(1, 1, crop[0], width)
+    tops = starts(height, crop[0], options.stride[0])
+    for top, following in zip(tops, [*tops[1:], height]):
         for left in starts(width, crop[1], options.stride[1]):
-            window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
-            logits = resize_logits(network.segment(image[window]).logits.float(), crop)
+            columns = (..., slice(left, left + crop[1]))
+            window = image[..., top : top + crop[0], :][columns]
+            logits = resize_logits(network.segment(window).logits.float(), crop)
             if not torch.is_tensor(total):
-                total = logits.new_zeros(1, logits.shape[1], height, width)
-            total[window] += logits
-            count[window] += 1
-    return total / count
+                total = logits.new_zeros(1, logits.shape[1], crop[0], width)
+            total[columns] += logits
+            count[columns] += 1
+        done = following - top
+        yield total[:, :, :done] / count[:, :, :done]
+        total, count = (F.pad(rows[:, :, done:], (0, 0, 0, done)) for rows in (total, count))
 
 
 def scaled(image, short_side, scale=1.0):
@@ -78,7 +83,7 @@ def predict(network, image, options, size=None):
         view = scaled(image, options.short_side, scale)
         view = view.flip(-1) if mirror else view
         logits = (
-            _window_logits(network, view, options)
+            torch.cat([*bands(network, view, options)], 2)
             if options.mode == "slide"
             else network.segment(view).logits.float()
         )
@@ -88,6 +93,26 @@ def predict(network, image, options, size=None):
             return logits
         total = total + logits.softmax(1) / len(views)
     return total
+
+
+@torch.no_grad()
+def label(network, image, options, what):
+    """Class ids (H, W) uint8 of one image, as `predict` scores it. In windows of one view it is
+    done by bands: the scores of a large picture need not fit into the memory.
+
+    Args:
+        what: name of the image in an error.
+    Raises:
+        NonFiniteScores: the network's scores are.
+    """
+    plain = options.scales == [1.0] and not options.flip and not options.short_side
+    parts = [predict(network, image, options)] if not plain or options.mode != "slide" else None
+    ids = []
+    for scores in parts or bands(network, image, options):
+        if not scores.isfinite().all():
+            raise NonFiniteScores(what)
+        ids.append(scores.argmax(1)[0].byte())
+    return torch.cat(ids)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 from engine import distributed
 from engine.config import Config, load
 from engine.errors import UserError
-from engine.inference import evaluate, predict
+from engine.inference import NonFiniteScores, bands, evaluate, label, predict
 from engine.metrics import ConfusionMatrix
 from tests.runs import TINY
 
@@ -101,6 +101,22 @@ def test_window_logits_are_resized_to_the_window():
         network, random_image(12, 20), options(mode="slide", crop=[8, 8], stride=[4, 6])
     )
     assert slide.shape == (1, 3, 12, 20) and slide.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 23), (31, 6), (1, 1), (40, 17)])
+def test_labels_by_bands_are_those_of_the_whole_and_hold_one_row_of_windows(size):
+    network, image = Pointwise(stride=2), random_image(*size)
+    slide = options(mode="slide", stride=[3, 5])
+    parts = [*bands(network, image, slide)]
+    assert sum(part.shape[2] for part in parts) == size[0]
+    assert max(part.shape[2] for part in parts) <= 8
+    for view in (slide, options(), options(mode="slide", flip=True)):
+        ids = label(network, image, view, "a.png")
+        assert ids.dtype == torch.uint8
+        assert torch.equal(ids.long(), predict(network, image, view).argmax(1)[0])
+    network.conv.bias.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteScores, match=r"a\.png: the network's scores are not finite"):
+        label(network, image, slide, "a.png")
 
 
 @pytest.mark.parametrize("stride", [[9, 8], [8, 9], [0, 4]])
