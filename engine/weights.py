@@ -256,7 +256,7 @@ def unwrap(state, source="the file"):
 def divided(state):
     """A foreign state dict -> that of its backbone, and what stands beside it: {} where it is of a
     backbone alone. `model.` and `net.` before the keys, as Lightning and DAFormer have it, go."""
-    state = rename(state, {r"^((model|net)\.)+": ""})
+    state = rename(state, {r"^((model|net|module)\.)+": ""})
     for body, beside in BODIES.items():
         inner = {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
         if inner and any(key.startswith(beside) for key in state):

@@ -169,9 +169,8 @@ def test_dinov3_has_the_names_of_its_release_and_of_the_hub(model, hub, tmp_path
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], value) for key, value in state.items())
     if hub and "qkvb" not in model:  # the file has biases that this network of timm leaves out
-        torch.save(
-            foreign | {"layer.0.attention.q_proj.bias": torch.zeros(384)}, tmp_path / "a.pth"
-        )
+        biases = [f"layer.0.attention.{letter}_proj.bias" for letter in "qv"]
+        torch.save(foreign | dict.fromkeys(biases, torch.zeros(384)), tmp_path / "a.pth")
         options = {"depth": 1, "img_size": 32}
         given = {"weights": str(tmp_path / "a.pth"), "out_indices": [0], "options": options}
         backbone = timm_backbone(model, **given)
