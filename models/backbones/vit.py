@@ -262,7 +262,7 @@ class ViT(Backbone):
         prefix = [self.cls_token + first] + (
             [] if self.register_tokens is None else [self.register_tokens]
         )
-        prefix = [token.expand(len(x), -1, -1) for token in prefix]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
         x = torch.cat([*prefix, x.flatten(2).mT + others], 1)  # (B, 1 + registers + h w, C)
         for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
             x = run(
