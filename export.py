@@ -137,19 +137,20 @@ def main(arguments):
     with replacing(out) as temporary:
         try:
             program = FORMATS[out.suffix](Whole(model.network).eval(), example, temporary, about)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            for path in paths:
+                picture = read_image(path)
+                expected, spent = seconds(model, picture)
+                before += spent
+                given = torch.tensor(picture, device=model.device)[None]
+                (labels, _), spent = seconds(program, given)
+                after += spent
+                same += int((labels[0].cpu() == torch.from_numpy(expected)).sum())
+                pixels += expected.size
+        except (AssertionError, RuntimeError) as error:  # what PyTorch's own checks raise
             raise UserError(
-                f"{type(model.network.backbone).__name__} cannot be exported for pictures of any "
-                f"size ({reason(error)})"
+                f"{type(model.network.backbone).__name__} cannot be exported for pictures of these "
+                f"sizes ({reason(error)})"
             ) from error
-        for path in paths:
-            picture = read_image(path)
-            expected, spent = seconds(model, picture)
-            before += spent
-            (labels, _), spent = seconds(program, torch.tensor(picture, device=model.device)[None])
-            after += spent
-            same += int((labels[0].cpu() == torch.from_numpy(expected)).sum())
-            pixels += expected.size
         if same < pixels * (1 if out.suffix == ".pt2" else ENOUGH):
             raise UserError(
                 f"{out} is not written: {pixels - same} of {pixels} labels in {len(paths)} pictures "

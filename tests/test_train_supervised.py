@@ -526,8 +526,7 @@ def test_a_validation_that_a_signal_prevents_is_made_up_for(tmp_path, monkeypatc
 # --- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_from_the_classes_of_camvid_to_three_others_and_on(tmp_path, caplog):
-    caplog.set_level("INFO", logger="engine")
+def test_a_run_goes_from_the_classes_of_camvid_to_three_others_and_on(tmp_path, capsys):
     quick = ["train.iters=1", "eval.pictures=0", "data.val={name: none}"]
     train(tmp_path / "camvid", *quick)
     start = checkpoint.list_steps(tmp_path / "camvid")[0]
@@ -536,7 +535,7 @@ def test_a_run_goes_from_the_classes_of_camvid_to_three_others_and_on(tmp_path, 
     three = [f"data.{name}.label_space={space}" for name in ("train", "test.toy")]
     three += [f"model.init={start}", "optimizer.lr=1e-12", *quick]
     train(tmp_path / "three", *three)
-    saved, text = last(tmp_path / "three"), caplog.text
+    saved, text = last(tmp_path / "three"), capsys.readouterr().out
     assert saved["classes"] == ["ground", "wheels", "sky"] and len(given["classes"]) == 11
     assert "here ground, wheels, sky: the classifier is left out." in text
     assert "missing  2 keys: classifier.prototypes (2), which keep their initial values" in text
