@@ -102,10 +102,12 @@ def protocol_name(changes):
     return readable if len(readable) <= 80 else f"_{digest(changes)}"
 
 
-def load_network(path, overrides=()):
+def load_network(path, overrides=(), start=distributed.setup):
     """Checkpoint file and overrides -> (network in eval mode on its device, configuration, device,
     checkpoint).
 
+    Args:
+        start: configuration -> device; here it also sets up the process, as every script needs it.
     Raises:
         UserError: a file, a key or weights that cannot be used, such as weights of NaN.
     """
@@ -115,7 +117,7 @@ def load_network(path, overrides=()):
             f"{path}: the weights {name} are not finite, the training had diverged; take an "
             f"earlier checkpoint"
         )
-    device = distributed.setup(cfg)
+    device = start(cfg)
     return network.to(device), cfg, device, saved
 
 

@@ -102,7 +102,11 @@ def load(path, needed=contents.EVALUATED):
             of this project.
         ConfigError: its configuration has an unknown key or a value of a wrong type.
     """
-    content = weights.read(path)
+    return check(weights.read(path), path, needed)
+
+
+def check(content, path, needed=contents.EVALUATED):
+    """The content of a file, as `load` returns it."""
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int or version != FORMAT:
         raise weights.WeightsError(f"{path} is not a checkpoint of this project (format {FORMAT})")

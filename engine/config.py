@@ -228,6 +228,7 @@ FREE = (
     "data.cache",
     "data.seen",
     "model.backbone.weights",
+    "model.init",
     "model.cache",
     "model.backbone.checkpointing",
     "dg.tower.weights",

@@ -50,6 +50,7 @@ RANGES = {
         "workers": Annotated[int, "[0, 256]"],
     },
     "model": {
+        "init": Text,
         "heads": dict[Name, dict],
         "frozen_bn": list[Part],
         "frozen": list[str],

@@ -25,13 +25,10 @@ from engine.errors import UserError
 
 logger = logging.getLogger("engine")
 
-HEADS = (
-    "decode_head.",
-    "auxiliary_head.",
-    "head.",
-)  # beside `backbone.` in files of MMSegmentation and MMPretrain
-
-
+# Where a whole network has its backbone, and what then stands beside it: MMSegmentation, torchvision
+# and this project; Hugging Face; SMP, whose `encoder.` is a part of other programs' backbones.
+BODIES = {"backbone.": "", "segformer.": "decode_head.", "encoder.": "segmentation_head."}
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # what files have around a state dict
 DAMAGE = (
     zipfile.BadZipFile,
     OSError,
@@ -237,13 +234,13 @@ def reason(error):
 
 
 def unwrap(state, source="the file"):
-    """{key: tensor} from what files hold: without `state_dict` or `model` around it and `module.`
-    before the keys.
+    """{key: tensor} from what files hold: without WRAPPERS around it, and without what
+    DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to the keys.
 
     Raises:
         WeightsError: no dict of tensors.
     """
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
@@ -253,20 +250,39 @@ def unwrap(state, source="the file"):
             raise WeightsError(
                 f"{source} must hold tensors by name, and {key!a} is a {type(value).__name__}"
             )
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return rename(state, {r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.": ""})
+
+
+def divided(state):
+    """A foreign state dict -> that of its backbone, and what stands beside it: {} where it is of a
+    backbone alone. `model.` and `net.` before the keys, as Lightning and DAFormer have it, go."""
+    state = rename(state, {r"^((model|net|module)\.)+": ""})
+    for body, beside in BODIES.items():
+        inner = {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
+        if inner and any(key.startswith(beside) for key in state):
+            return inner, {k: v for k, v in state.items() if not k.startswith(body)}
+    return state, {}
 
 
 def backbone_of(state, source):
-    """The backbone in a state dict of MMSegmentation: keys without `backbone.`, no heads; others
-    are left alone."""
-    if not any(key.startswith("backbone.") for key in state):
-        return state
-    kept = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith(HEADS)}
-    logger.info(
-        f"weights {source}: of a whole network; {len(state) - len(kept)} keys of its heads are "
-        f"left out"
-    )
-    return kept
+    """The backbone in a state dict that may be of a whole network."""
+    inner, others = divided(state)
+    if others:
+        logger.info(
+            f"weights {source}: of a whole network; {len(others)} keys of its heads are left out"
+            + _some([*others])
+        )
+    return inner
+
+
+def join_qkv(state):
+    """Layers attn.q, attn.k and attn.v of the same block become the one layer attn.qkv."""
+    for key in [key for key in state if ".attn.q." in key]:
+        names = [key.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
+        if {*names} <= {*state}:
+            joined = torch.cat([state.pop(name) for name in names])
+            state[key.replace(".attn.q.", ".attn.qkv.")] = joined
+    return state
 
 
 def rename(state, table):
@@ -309,7 +325,7 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     Raises:
         WeightsError: keys that match neither side, or tensors of another shape.
     """
-    state = {key: value for key, value in unwrap(state, source).items() if not _matches(key, drop)}
+    state = without(unwrap(state, source), drop)
     fitting, how = compare(module, state, allow_missing)
     if how:
         raise WeightsError(
@@ -365,20 +381,29 @@ def download(url):
     return path
 
 
-def load_pretrained(
-    module, weights, url, *, allow_missing=(), drop=(), adapt=lambda state, module: state
-):
+def same_names(state, module):
+    return state
+
+
+def load_pretrained(module, weights, url, *, allow_missing=(), drop=(), adapt=same_names):
     """The `weights` option of a backbone: "none", "imagenet" (downloaded from `url` once, then
     cached) or a path.
 
     `adapt` changes the state dict to the names of the module. It comes without `state_dict` and
-    `module.` around it, and of a whole network of MMSegmentation, only the backbone.
+    `module.` around it, and of a whole network, only the backbone. The module keeps these three
+    options for `model.init`.
     """
+    module.foreign = adapt, drop, allow_missing
     if weights == "none":
         return
     state = read(download(url) if weights == "imagenet" else weights)
     state = adapt(backbone_of(unwrap(state, weights), weights), module)
     load_into(module, state, source=str(weights), allow_missing=allow_missing, drop=drop)
+
+
+def without(state, patterns):
+    """A state dict without the keys of some patterns."""
+    return {key: value for key, value in state.items() if not _matches(key, patterns)}
 
 
 def _matches(key, patterns):

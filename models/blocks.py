@@ -44,7 +44,9 @@ def pad_to(x, multiple):
     """Maps (B, C, h, w) with zeros at the bottom and on the right, so that both sides are
     multiples."""
     bottom, right = (-side % multiple for side in x.shape[-2:])
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+    # An export is for any size: there nothing is asked of it.
+    padded = torch.compiler.is_exporting() or bottom or right
+    return F.pad(x, (0, right, 0, bottom)) if padded else x
 
 
 def dilate(stage, dilation):

@@ -2,13 +2,16 @@
 checkpoint; its prototypes."""
 
 import logging
+from collections import Counter
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import checkpoint, weights
 from engine.build import build, build_any, present
-from engine.config import ConfigError, override, stages
+from engine.config import ConfigError, listing, override, stages
+from models import foreign
 from models.cache import FeatureCache
 from models.segmentor import Segmentor
 
@@ -18,7 +21,31 @@ logger = logging.getLogger("engine")
 HEADS = ("projector", "text_attention", "region", "auxiliary")
 
 
-def build_segmentor(model, classes, pretrained=True):
+class Start(NamedTuple):
+    """A file that a network starts from."""
+
+    path: str
+    state: dict[str, Tensor]  # of a checkpoint of this project, or what stands beside the backbone
+    classes: list[str] | None  # their names; None: the file does not say
+    backbone: dict[str, Tensor] | None  # of a foreign file, with its names
+
+
+def read_start(path):
+    """A checkpoint of this project, or a file of a whole network or backbone from elsewhere -> its
+    Start.
+
+    Raises:
+        WeightsError: no such file, or one that is damaged, unsafe or holds no weights.
+    """
+    content = weights.read(path)
+    if isinstance(content, dict) and "format" in content:
+        saved = checkpoint.check(content, path)
+        return Start(path, weights_of(saved, reported(saved), path), saved["classes"], None)
+    backbone, beside = weights.divided(weights.unwrap(content, path))
+    return Start(path, foreign.heads(beside), foreign.class_names(content), backbone)
+
+
+def build_segmentor(model, classes, pretrained=True, start=None):
     """The network of a configuration's `model` section.
 
     Args:
@@ -26,8 +53,12 @@ def build_segmentor(model, classes, pretrained=True):
         classes: names of the K classes.
         pretrained: False where a checkpoint follows, which then needs no file of weights or class
             vectors.
+        start: the Start of a stage; None: that of `model.init`.
     """
-    spec = model.backbone if pretrained else {**model.backbone, "weights": "none"}
+    if pretrained and model.init != "none":
+        start = start or read_start(model.init)
+    alone = pretrained and not start  # without the weights of a file of the whole
+    spec = model.backbone if alone else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec, "Backbone")
     sizes = {"in_channels": backbone.channels, "strides": backbone.strides}
     decoder = build("models.decoders", model.decoder, **sizes)
@@ -63,7 +94,76 @@ def build_segmentor(model, classes, pretrained=True):
     network = Segmentor(
         backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views, model.frozen, cache
     )
+    if start:
+        begin(network, start, classes)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network
+
+
+def begin(network, start, classes):
+    """Copy what fits of a Start into a network, and report every key.
+
+    The backbone must fit as a whole. The classifier, and what else has a row per class, is left out
+    unless the names of the classes agree.
+
+    Raises:
+        WeightsError: a backbone that does not fit.
+    """
+    given, own = start.state, network.state_dict()
+    if start.backbone is not None:
+        inner = network.backbone.own_names(start.backbone)
+        given = given | {f"backbone.{key}": value for key, value in inner.items()}
+    given = shared_stems(own, given)
+    body = {k: v for k, v in given.items() if k in own and k.startswith("backbone.")}
+    body = {key.removeprefix("backbone."): value for key, value in body.items()}
+    *_, may_lack = network.backbone.foreign
+    if how := weights.compare(network.backbone, body, may_lack)[1]:
+        raise weights.WeightsError(
+            f"{start.path} does not fit the backbone {type(network.backbone).__name__}: {how}. "
+            "Wrong backbone or options?"
+        )
+    agree = start.classes == list(classes)
+    bound = [k for k, v in given.items() if not agree and of_classes(k, v, start.classes or ())]
+    fitting, _ = weights.compare(network, {k: v for k, v in given.items() if k not in bound})
+    network.load_state_dict(fitting, strict=False)
+    lines = [
+        f"{start.path}:",
+        f"loaded   {grouped(fitting)}",
+        f"missing  {grouped(own.keys() - fitting)}, which keep their initial values",
+        f"left out {grouped(given.keys() - fitting)} of the file",
+    ]
+    if bound and start.classes is None:
+        lines.append("The file does not name its classes: its classifier is left out.")
+    elif bound:
+        lines.append(
+            f"Its classes are {listing(start.classes)}, and here {listing(classes)}: the "
+            "classifier is left out."
+        )
+    logger.info("\n  ".join(lines))
+
+
+def of_classes(key, value, names):
+    """Does a tensor beside the backbone have a row per class of its file?"""
+    if key.startswith("backbone."):
+        return False
+    by_name = key.startswith(("classifier.", "auxiliary.classifier."))
+    return by_name or len(names) in value.shape[:1]
+
+
+def grouped(keys):
+    """How many keys there are, in all and of each part."""
+    keys = sorted(key for key in keys if not key.endswith("num_batches_tracked"))
+    parts = Counter(
+        "backbone" if key.startswith("backbone.") else ".".join(key.split(".")[:2]) for key in keys
+    )
+    names = weights.plain(", ".join(f"{part} ({n})" for part, n in parts.items()), 600)
+    return f"{len(keys)} keys{': ' * bool(keys)}{names}"
+
+
+def shared_stems(own, state):
+    """A state dict for a network with the keys `own`: a stem per domain that it lacks is the shared
+    one."""
+    stems = {key: key.replace("backbone.source.", "backbone.") for key in own}
+    return {own: state[shared] for own, shared in stems.items() if shared in state} | state
 
 
 def joint_channels(model):
@@ -82,25 +182,28 @@ def head_keys(network, state):
 
 
 def initial_network(cfg, classes, previous):
-    """The student at the start of a stage: pretrained as configured, the last stage's, or that of a
-    checkpoint."""
+    """The student at the start of a stage: as configured, the last stage's, or that of a file."""
     init = cfg.stage.init
     if init == "previous" and previous is None:
         raise ConfigError(
             f"stage {cfg.stage.name}: init: previous, but there is no stage before it"
         )
-    network = build_segmentor(cfg.model, classes, init == "imagenet")
-    if init != "imagenet":
-        if init == "previous":
-            state = previous.state_dict()
-        else:
-            saved = checkpoint.load(init)
-            state = weights_of(saved, reported(saved), init)
-        # A stem per domain starts from the shared one.
-        stems = {key: key.replace("backbone.source.", "backbone.") for key in network.state_dict()}
-        known = {own: state[shared] for own, shared in stems.items() if shared in state}
-        new, unwanted = head_keys(network, state)
-        weights.load_into(network, known | state, source=init, allow_missing=new, drop=unwanted)
+    if init == "imagenet":
+        return build_segmentor(cfg.model, classes)
+    if init != "previous":
+        start = read_start(init)
+        comparable = start.backbone is None and start.classes == list(classes)
+        if cfg.uda.compare and len(stages(cfg)) == 1 and not comparable:
+            raise ConfigError(
+                f"uda.compare reports the network of {init} too, which is no checkpoint of these "
+                "classes: set uda.compare=false"
+            )
+        return build_segmentor(cfg.model, classes, start=start)
+    network = build_segmentor(cfg.model, classes, pretrained=False)
+    state = previous.state_dict()
+    new, unwanted = head_keys(network, state)
+    state = shared_stems(network.state_dict(), state)
+    weights.load_into(network, state, source=init, allow_missing=new, drop=unwanted)
     return network
 
 

@@ -354,7 +354,7 @@ def test_labels_are_measured_when_they_are_made(adapted):
 
 
 def test_scripts_without_arguments_print_how_to_use_them():
-    for script in ("train_supervised.py", "eval.py", "predict.py"):
+    for script in ("train_supervised.py", "eval.py", "predict.py", "export.py"):
         result = subprocess.run(
             [sys.executable, script], capture_output=True, text=True, cwd=Path(TINY).parent.parent
         )

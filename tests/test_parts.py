@@ -1216,6 +1216,7 @@ EXTRA = {  # beside its own folder and the leaves
     ),
     "models.build": (
         "models.cache",
+        "models.foreign",
         "models.segmentor",
         "engine.build",
         "engine.checkpoint",

@@ -2,6 +2,7 @@
 
 import errno
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,9 @@ from PIL import Image
 import eval as evaluation
 import predict
 from engine import checkpoint
+from engine.config import ConfigError
 from engine.errors import UserError
+from engine.inference import predict as scored
 from tests.runs import TINY, train
 
 
@@ -180,3 +183,95 @@ def test_a_picture_too_small_for_the_network_is_named_and_skipped(tmp_path, caps
     spec = "data.test.toy={name: toy.Toy, split: test, length: 2, size: [20, 20]}"
     with pytest.raises(UserError, match=r"^toy, \S+: the network cannot take 1 x 20x20 pixels"):
         evaluation.main([str(tmp_path / "run" / "best.pt"), spec])
+
+
+# --- in Python -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(best):
+    before = torch.get_rng_state(), torch.get_num_threads()
+    found = predict.load(best, "device=cpu", "threads=3")
+    assert torch.get_num_threads() == before[1]
+    return found
+
+
+def test_a_file_an_array_and_lists_of_them_have_the_same_labels(best, model, tmp_path):
+    draw(tmp_path / "in" / "a.png", (57, 40))
+    label(best, tmp_path / "in", tmp_path / "out")
+    expected = np.array(Image.open(tmp_path / "out" / "ids" / "a.png"))
+    path = tmp_path / "in" / "a.png"
+    pixels = np.array(Image.open(path))
+    for picture in (path, str(path), pixels):
+        labels = model(picture)
+        assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
+    for several in ([path, pixels], np.stack([pixels, pixels])):
+        assert all(np.array_equal(labels, expected) for labels in model(several))
+    saved = checkpoint.load(best)
+    assert model.classes == saved["classes"] and model.palette == saved["palette"]
+    colored = model.colored(expected)
+    assert colored.mode == "P" and colored.getpalette()[:3] == list(model.palette[0])
+    for wrong in (pixels / 255.0, pixels[..., 0], pixels[..., :2]):
+        with pytest.raises(UserError, match=r"the picture must be \(H, W, 3\) uint8, not"):
+            model(wrong)
+    with pytest.raises(UserError, match=r"cannot read the image .*no\.png"):
+        model(tmp_path / "no.png")
+
+
+@pytest.mark.parametrize("overrides", [(), ("eval.flip=true",), ("eval.scales=[0.5,1.0]",)])
+def test_probabilities_sum_to_one_and_are_those_of_evaluation(best, overrides):
+    model = predict.load(best, *overrides)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 57, 3), dtype=np.uint8)
+    chances = model.probabilities(pixels)
+    assert chances.shape == (11, 40, 57) and np.allclose(chances.sum(0), 1, atol=1e-5)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    scores = scored(model.network, image, model.cfg.eval)
+    expected = scores if overrides else scores.softmax(1)
+    assert torch.equal(torch.from_numpy(chances), expected[0])
+    assert np.array_equal(model(pixels), scores.argmax(1)[0].numpy())
+
+
+# --- patterns, videos, probabilities ----------------------------------------------------------------------------------
+
+
+def test_a_pattern_names_pictures_by_their_place_below_what_is_fixed(best, tmp_path, capsys):
+    for name in ("a.jpg", "b.png", "notes.txt", "city/c.jpg"):
+        draw(tmp_path / "in" / name) if name != "notes.txt" else (tmp_path / "in" / name).touch()
+    label(best, tmp_path / "in" / "*.*", tmp_path / "one")
+    assert written(tmp_path / "one") == ["a.png", "b.png"]
+    for _ in range(2):
+        label(best, tmp_path / "in" / "**" / "*.jpg", tmp_path / "in" / "out")
+        assert written(tmp_path / "in" / "out") == ["a.png", "city/c.png"]
+    with pytest.raises(UserError, match=r"there are no pictures .* in .*\*.gif"):
+        label(best, tmp_path / "in" / "*.gif", tmp_path / "two")
+
+
+def test_what_is_asked_wrongly_is_said_before_the_network_is_loaded(tmp_path, never_loaded):
+    draw(tmp_path / "a.png")
+    for more, message in (
+        ("b.jpg", "b.jpg is one argument too many: .* a pattern in quotes"),
+        ("probabilities=yes", "probabilities must be true, not yes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            label("none.pt", tmp_path / "a.png", tmp_path / "out", more)
+
+
+def test_the_frames_of_a_video_are_labelled_and_its_damage_is_named(best, tmp_path, capsys):
+    path = tmp_path / "film.avi"
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (48, 32))
+    for number in range(3):
+        video.write(np.full((32, 48, 3), (250, 60 * number, 0), np.uint8))  # blue first
+    video.release()
+    seen = [image for _, _, image in predict.frames(path, path)]
+    assert seen[0].shape == (32, 48, 3) and seen[0][..., 2].mean() > 200 > seen[0][..., 0].mean()
+    (tmp_path / "other.mp4").write_bytes(b"no video")
+    label(best, tmp_path / "*.*", tmp_path / "out", "probabilities=true")
+    names = [f"film/{number:06d}.png" for number in range(3)]
+    assert written(tmp_path / "out") == names
+    said = capsys.readouterr().out
+    assert "3 pictures written, 1 skipped" in said
+    assert "skipped: " in said and "other.mp4: 0 of 0 frames can be read" in said
+    ids = np.array(Image.open(tmp_path / "out" / "ids" / names[2]))
+    chances = np.load(tmp_path / "out" / "probabilities" / "film" / "000002.npy")
+    assert chances.dtype == np.float16 and chances.shape == (11, 32, 48)
+    assert (chances.max(0) - np.take_along_axis(chances, ids[None], 0)[0]).max() < 1e-3

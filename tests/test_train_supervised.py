@@ -523,6 +523,29 @@ def test_a_validation_that_a_signal_prevents_is_made_up_for(tmp_path, monkeypatc
     assert_same_state(*best, keys=("model", "teacher", "prototypes"))
 
 
+# --- fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_from_the_classes_of_camvid_to_three_others_and_on(tmp_path, capsys):
+    quick = ["train.iters=1", "eval.pictures=0", "data.val={name: none}"]
+    train(tmp_path / "camvid", *quick)
+    start = checkpoint.list_steps(tmp_path / "camvid")[0]
+    given = checkpoint.load(start)
+    space = "{ground: [Road, Pavement], wheels: [Car, Bicyclist], sky: [Sky]}"
+    three = [f"data.{name}.label_space={space}" for name in ("train", "test.toy")]
+    three += [f"model.init={start}", "optimizer.lr=1e-12", *quick]
+    train(tmp_path / "three", *three)
+    saved, text = last(tmp_path / "three"), capsys.readouterr().out
+    assert saved["classes"] == ["ground", "wheels", "sky"] and len(given["classes"]) == 11
+    assert "here ground, wheels, sky: the classifier is left out." in text
+    assert "missing  2 keys: classifier.prototypes (2), which keep their initial values" in text
+    for key in ("backbone.conv1.weight", "decoder.convs.0.0.weight", "decoder.join.0.weight"):
+        torch.testing.assert_close(saved["model"][key], given["model"][key], rtol=0, atol=1e-8)
+    assert saved["model"]["classifier.prototypes.vectors"].shape == (3, 16)
+    start.unlink()  # what goes on no longer needs it
+    assert [*train(tmp_path / "three", *three, "train.iters=2")] == [1, 2]
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor, nn
 
+from engine.weights import same_names, without
+
 # Where the number of a layer stands in the names of our networks, CLIP's and timm's.
 LAYER = re.compile(r"(?:^|\.)(?:(?:res)?blocks?|layers?|stages?|features|patch_embed)[._]?(\d+)")
 TOP = re.compile(r"^(?:net\.|visual\.)?(?:norm\d*|ln_post|attnpool|proj)(?:\.|$)")
@@ -21,6 +23,8 @@ class Backbone(nn.Module):
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
         joint: channels of `dense`, which only towers of image and text have (clip.ViT,
             clip.ResNet); 0: none.
+        foreign: how weights of others get its names, what of them is not wanted, what they may
+            lack: `adapt`, `drop` and `allow_missing` of engine.weights.load_pretrained.
     """
 
     channels: list[int]
@@ -28,6 +32,7 @@ class Backbone(nn.Module):
     depths: list[int] = ()
     per_domain = False
     joint = 0
+    foreign = same_names, (), ()
 
     def forward(self, image: Tensor) -> list[Tensor]:
         raise NotImplementedError
@@ -39,6 +44,11 @@ class Backbone(nn.Module):
     def stage_blocks(self, stage: int) -> nn.ModuleList:
         """The blocks of a stage, counted from 1; with `depths`."""
         raise NotImplementedError
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of such a network from another program, with the names of this one."""
+        adapt, drop, _ = self.foreign
+        return without(adapt(state, self), drop)
 
     def layers_above(self, names: list[str]) -> dict[str, int]:
         """{parameter: layers between it and the head}, for `optimizer.layer_decay`.

@@ -127,9 +127,10 @@ def whole_patches(image, patch):
     """Images enlarged, by less than a patch, to whole patches: every cell is then the same share of
     the image."""
     size = [-(-n // patch) * patch for n in image.shape[-2:]]
+    exported = torch.compiler.is_exporting()  # for any size: there nothing is asked of it
     return (
         image
-        if size == [*image.shape[-2:]]
+        if not exported and size == [*image.shape[-2:]]
         else F.interpolate(image, size, mode="bilinear", align_corners=False)
     )
 

@@ -13,9 +13,14 @@ from typing import Annotated, Literal
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from engine.weights import WeightsError, load_pretrained
+from engine.weights import WeightsError, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, dilate, run
+
+
+def our_names(state, module):
+    """A state dict in which torchvision's networks for segmentation have no `features.`."""
+    return rename(state, {r"^(?=\d)": "features."})
 
 
 def halves(block):
@@ -73,7 +78,8 @@ class MobileNet(Backbone):
         for tap in self.taps:
             *_, norm = (m for m in self.features[tap].modules() if isinstance(m, nn.BatchNorm2d))
             self.channels.append(norm.num_features)
-        load_pretrained(self, weights, get_model_weights(name).IMAGENET1K_V1.url, drop=drop)
+        url = get_model_weights(name).IMAGENET1K_V1.url
+        load_pretrained(self, weights, url, drop=drop, adapt=our_names)
 
     def forward(self, image):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""

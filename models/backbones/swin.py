@@ -10,13 +10,12 @@ segmentation alone and else start fresh.
 
 from typing import Literal
 
-import torch
 from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 from engine.ranges import Depths, Few, Momentum, OptionalWidth
-from engine.weights import load_pretrained, rename
+from engine.weights import join_qkv, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.blocks import Normalize, anchored, pad_to, run
 
@@ -52,15 +51,7 @@ def torchvision_names(state, module):
     """A state dict with the names of OTHERS or torchvision's -> with torchvision's names and
     shapes."""
     merged = unfolded if any(".w_msa." in key for key in state) else lambda value: value
-    state = rename(state, OTHERS)
-    for key in [
-        key for key in state if ".attn.q." in key
-    ]:  # Hugging Face has three layers in place of one
-        names = [key.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
-        if {*names} <= {*state}:
-            state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
-                [state.pop(name) for name in names]
-            )
+    state = join_qkv(rename(state, OTHERS))
     places = ("features.2.", "features.4.", "features.6.")
     return {key: merged(value) if key.startswith(places) else value for key, value in state.items()}
 

@@ -7,8 +7,8 @@ trained them.
                      registers: 4, weights: PATH}
 
 The last line is DINOv2 (Oquab et al., TMLR 2024) with registers (Darcet et al., ICLR 2024); without
-them, registers: 0. Tensors have the names of DINOv2's release, which DeiT and MAE share;
-torchvision's are translated. There are more such networks in clip.ViT and timm.Timm; this one takes
+them, registers: 0. Tensors have the names of DINOv2's release, which DeiT and MAE share; those of
+torchvision and Hugging Face are translated. There are more such networks in clip.ViT and timm.Timm; this one takes
 an attention bias.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from engine.ranges import Few, Momentum, Natural
-from engine.weights import WeightsError, load_pretrained, rename
+from engine.weights import WeightsError, join_qkv, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.backbones.clip import blocks_tapped, positions_at, whole_patches
 from models.blocks import Guide, Normalize, guided, run
@@ -33,7 +33,20 @@ URLS = {  # torchvision's IMAGENET1K_V1
     ("b", 16): "https://download.pytorch.org/models/vit_b_16-c867db91.pth",
     ("l", 16): "https://download.pytorch.org/models/vit_l_16-852ce7e3.pth",
 }
-TORCHVISION = {  # its names, in this order -> ours
+OTHERS = {  # names of Hugging Face (ViT, DeiT, DINOv2) and torchvision, in this order -> ours
+    r"^(vit|deit|dinov2(_with_registers)?)\.": "",
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.": "",
+    r"^encoder\.layer\.(\d+)\.": r"blocks.\1.",
+    r"\.attention\.attention\.(query|key|value)\.": lambda m: f".attn.{m[1][0]}.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+    r"^layernorm\.": "norm.",
     r"^conv_proj\.": "patch_embed.proj.",
     r"^class_token$": "cls_token",
     r"^encoder\.pos_embedding$": "pos_embed",
@@ -48,8 +61,8 @@ TORCHVISION = {  # its names, in this order -> ours
 
 
 def our_names(state, module):
-    """A state dict with torchvision's names or ours -> with ours."""
-    return rename(state, TORCHVISION)
+    """A state dict with the names of OTHERS or ours -> with ours."""
+    return join_qkv(rename(state, OTHERS))
 
 
 class Attention(nn.Module):
@@ -124,7 +137,7 @@ class ViT(Backbone):
         checkpointing: less memory in training, more time: the backward pass computes every block
             again.
         weights: "imagenet" (torchvision's, of b and l with patches of 16), "none", or a path of a
-            state dict with the names of DINOv2 or torchvision, whose head is dropped. It must be of
+            state dict with names of DINOv2 or of OTHERS, whose head is dropped. It must be of
             images normalised by ImageNet's mean.
 
     What the maps do not need is not trained. `depths` (the blocks that run), `heads` and
@@ -187,7 +200,12 @@ class ViT(Backbone):
                 nn.init.zeros_(module.bias)
         for unused in [*self.blocks[self.taps[-1] + 1 :], *([] if norm else [self.norm])]:
             unused.requires_grad_(False)
-        drop = ["head.*", "heads.*", "mask_token"]  # the mask token is of DINOv2's own training
+        drop = [
+            "head.*",
+            "heads.*",
+            "pooler.*",
+            "mask_token",
+        ]  # the mask token is of DINOv2's own training
         load_pretrained(self, weights, URLS.get((size, patch)), drop=drop, adapt=our_names)
 
     def _bias(self, bias):
@@ -231,7 +249,7 @@ class ViT(Backbone):
         prefix = [self.cls_token + first] + (
             [] if self.register_tokens is None else [self.register_tokens]
         )
-        prefix = [token.expand(len(x), -1, -1) for token in prefix]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
         x = torch.cat([*prefix, x.flatten(2).mT + others], 1)  # (B, 1 + registers + h w, C)
         for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
             x = run(

@@ -427,9 +427,9 @@ def test_weights_that_cannot_be_downloaded_are_one_line_that_says_what_to_do(
             text_command([f"out={tmp_path}/a.pt", "classes=camvid"])
 
 
-def test_heads_are_left_out_only_beside_a_backbone():
+def test_heads_are_left_out_only_beside_a_backbone(log):
     plain = {"conv1.weight": 1, "head.weight": 2}
-    assert backbone_of(plain, "a file") is plain
+    assert backbone_of(plain, "a file") == plain
     whole = {
         "backbone.conv1.weight": 1,
         "decode_head.x": 2,
@@ -437,4 +437,8 @@ def test_heads_are_left_out_only_beside_a_backbone():
         "head.fc.x": 4,
         "neck.x": 5,
     }
-    assert backbone_of(whole, "a file") == {"conv1.weight": 1, "neck.x": 5}
+    assert backbone_of(whole, "a file") == {"conv1.weight": 1}
+    assert (
+        "4 keys of its heads are left out (decode_head.x, auxiliary_head.x, head.fc.x, ..."
+        in log.text
+    )

@@ -5,6 +5,7 @@ import torch
 
 from engine import checkpoint
 from engine.config import ConfigError, load, plain, stages
+from engine.weights import WeightsError
 from models.build import build_prototypes, build_segmentor, initial_network, restore
 from tests.runs import ROOT, TINY, TINY_UDA
 
@@ -59,6 +60,7 @@ def saved_by(kind, weights):
     state = build_segmentor(cfg.model, [*"abc"], False).state_dict()
     student, teacher = ({key: torch.full_like(v, n) for key, v in state.items()} for n in (1, 2))
     content = {"config": plain(cfg), "stage": 1, "classes": [*"abc"], "model": student}
+    content |= {"format": 1, "step": 0, "palette": [[0, 0, 0]] * 3}
     return content | ({"teacher": {f"network.{k}": v for k, v in teacher.items()}})
 
 
@@ -70,7 +72,7 @@ def test_a_checkpoint_stands_for_the_network_that_its_run_reports(
     monkeypatch, caplog, kind, weights, expected
 ):
     """For what starts from it, as in the next stage of the same run, and for eval.py."""
-    monkeypatch.setattr(checkpoint, "load", lambda path: saved_by(kind, weights))
+    monkeypatch.setattr(checkpoint.weights, "read", lambda path: saved_by(kind, weights))
     cfg = stages(load(TINY_UDA, ["stages=[{init: a.pt}]"]))[0]
     for network in (initial_network(cfg, [*"abc"], None), restore("a.pt")[0]):
         assert (network.decoder.state_dict()["join.1.running_mean"] == expected).all()
@@ -80,3 +82,59 @@ def test_a_checkpoint_stands_for_the_network_that_its_run_reports(
     assert ("frozen, so this is the network of the stage before" in caplog.text) == (
         kind == "frozen"
     )
+
+
+def test_a_single_stage_from_other_classes_cannot_be_compared_with_its_start(monkeypatch):
+    monkeypatch.setattr(checkpoint.weights, "read", lambda path: saved_by("ema", "student"))
+    cfg = load(TINY_UDA, ["stages=[{init: a.pt}]"])
+    with pytest.raises(ConfigError, match=r"no checkpoint of these classes: set uda.compare=false"):
+        initial_network(stages(cfg)[0], [*"abd"], None)
+    cfg = load(TINY_UDA, ["stages=[{init: a.pt}]", "uda.compare=false"])
+    network = initial_network(stages(cfg)[0], [*"abd"], None)
+    assert (network.decoder.join[1].running_mean == 1).all()
+
+
+# --- model.init ------------------------------------------------------------------------------------------------------
+
+
+def started(tmp_path, classes, *overrides):
+    """A network that starts from a checkpoint of the classes a, b and c in which all is 1."""
+    torch.save(saved_by("ema", "student"), tmp_path / "a.pt")
+    model = load(TINY, [f"model.init={tmp_path / 'a.pt'}", *overrides]).model
+    return build_segmentor(model, [*classes])
+
+
+def test_a_network_keeps_the_classifier_of_the_same_classes_alone(tmp_path, caplog):
+    caplog.set_level("INFO", logger="engine")
+    vectors = started(tmp_path, "abc").classifier.means()
+    assert (vectors == 1).all() and "left out 0 keys of the file" in caplog.text
+    assert "missing  0 keys, which keep their initial values" in caplog.text
+    for classes in ("acb", "abcd", "ab"):
+        caplog.clear()
+        network = started(tmp_path, classes)
+        assert not (network.classifier.means() == 1).any()
+        assert all((p == 1).all() for p in network.decoder.parameters())
+        assert "left out 2 keys: classifier.prototypes (2) of the file" in caplog.text
+        here = ", ".join(classes)
+        assert (
+            f"Its classes are a, b, c, and here {here}: the classifier is left out." in caplog.text
+        )
+
+
+def test_what_has_another_shape_is_listed_and_the_backbone_must_fit(tmp_path, caplog):
+    caplog.set_level("INFO", logger="engine")
+    head = "model.heads.auxiliary={name: auxiliary.Auxiliary, stage: 3, width: 8}"
+    network = started(tmp_path, "abc", "model.decoder.width=24", head)
+    assert (network.backbone.conv1.weight == 1).all()
+    assert not (network.decoder.convs[0][0].weight == 1).any()
+    for part in ("auxiliary.convs (5)", "decoder.convs (10)", "decoder.join (5)"):
+        assert part in caplog.text.split("missing")[1].split("left out")[0]
+    with pytest.raises(WeightsError, match=r"a\.pt does not fit the backbone ResNet: .* missing"):
+        started(tmp_path, "abc", "model.backbone.stages=4")
+    with pytest.raises(WeightsError, match="there is no file nowhere"):
+        build_segmentor(load(TINY, ["model.init=nowhere.pth"]).model, "abc")
+
+
+def test_a_checkpoint_of_such_a_run_needs_no_file(tmp_path):
+    cfg = load(TINY, [f"model.init={tmp_path}/gone.pt"])
+    build_segmentor(cfg.model, "abc", pretrained=False)

@@ -9,6 +9,7 @@ from engine.build import build
 from engine.config import ConfigError
 from engine.errors import UserError
 from engine.weights import WeightsError
+from models.backbones.timm import timm_names
 
 
 def close(a, b, tolerance=1e-5):
@@ -117,3 +118,62 @@ def test_every_part_of_a_timm_network_is_trained():
         backbone = timm_backbone(model).train()
         sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 64))).backward()
         assert all(p.grad is not None for p in backbone.parameters())
+
+
+def dinov3(state, hub):
+    """A state dict of timm's DINOv3 with the names of the hub, or of the release, where keys have no bias."""
+    found = {"storage_tokens": state["reg_token"], "mask_token": state["cls_token"][0]}
+    table = {".gamma_": ".ls"}
+    if hub:
+        table = {".gamma_": ".layer_scale", "patch_embed.proj": "embeddings.patch_embeddings"}
+        table |= {
+            "blocks.": "layer.",
+            ".attn.proj": ".attention.o_proj",
+            "fc1": "up_proj",
+            "fc2": "down_proj",
+        }
+        found = {f"embeddings.{key}": value for key, value in found.items()}
+        found["embeddings.register_tokens"] = found.pop("embeddings.storage_tokens")
+        table["cls_token"] = "embeddings.cls_token"
+    for key, value in state.items():
+        name = key
+        for old, new in table.items():
+            name = name.replace(old, new)
+        if ".gamma_" in key:
+            found[f"{name}.{'lambda1' if hub else 'gamma'}"] = value
+        elif ".qkv." in key and hub:
+            for letter, rows in zip("qkv", value.chunk(3)):
+                found[name.replace("attn.qkv", f"attention.{letter}_proj")] = rows.clone()
+        elif key != "reg_token" and not key.endswith("_bias"):
+            found[name] = value
+    for key in [key for key in state if key.endswith("q_bias")]:
+        queries, values = state[key], state[key.replace("q_bias", "v_bias")]
+        if hub:
+            place = key.replace("blocks", "layer").replace("attn.q_bias", "attention.{}_proj.bias")
+            found |= {place.format("q"): queries, place.format("v"): values}
+        else:
+            parts = [queries, torch.zeros_like(queries), values]
+            found[key.replace("q_bias", "qkv.bias")] = torch.cat(parts)
+            found[key.replace("q_bias", "qkv.bias_mask")] = torch.ones(len(queries) * 3)
+    return found
+
+
+@pytest.mark.parametrize("hub", [True, False])
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+def test_dinov3_has_the_names_of_its_release_and_of_the_hub(model, hub, tmp_path):
+    timm = pytest.importorskip("timm")
+    whole = timm.create_model(model, num_classes=0, depth=1, img_size=32)
+    state = {key: torch.rand_like(value) for key, value in whole.state_dict().items()}
+    foreign = dinov3(state, hub)
+    found = timm_names(dict(foreign), whole)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    if hub and "qkvb" not in model:  # the file has biases that this network of timm leaves out
+        biases = [f"layer.0.attention.{letter}_proj.bias" for letter in "qv"]
+        torch.save(foreign | dict.fromkeys(biases, torch.zeros(384)), tmp_path / "a.pth")
+        options = {"depth": 1, "img_size": 32}
+        given = {"weights": str(tmp_path / "a.pth"), "out_indices": [0], "options": options}
+        backbone = timm_backbone(model, **given)
+        assert torch.equal(backbone.state_dict()["net.model.reg_token"], state["reg_token"])
+        other = backbone.own_names(foreign)
+        assert other.keys() == backbone.state_dict().keys()
