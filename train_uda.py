@@ -119,6 +119,7 @@ def train_stage(run, cfg, number, offset, data, previous):
         (cfg.uda.source_short_side or cfg.eval.short_side, cfg.eval.short_side),
         style,
         cfg.seed,
+        config.plain([cfg.data.train, cfg.data.target, cfg.uda.style, cfg.precision]),
     )
     for labeler in [] if resumed else labeling:
         labeler.prepare(preparation)

@@ -322,6 +322,8 @@ class Transferability(Labeler):
     depends on the scale of the features. e lies in 0..1, and pixels of rare and hard classes keep
     their weight. W is stored once per image, in 8 bits, and read back in training. The images are
     those that the student sees: stylised by `data.train.stylised`, as in the paper, or `uda.style`.
+    With an encoder and offsets of its own no trained network enters: later stages with the same
+    settings and pictures read the maps of the first.
 
     Args:
         encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101,
@@ -363,8 +365,20 @@ class Transferability(Labeler):
 
     @torch.no_grad()
     def prepare(self, preparation):
-        """Centres of the target, distances of the source, and its weights."""
+        """Centres of the target, distances of the source, and its weights; or those of an earlier
+        stage, if no trained network enters them."""
         own = self.encoder.get("name") == "none"
+        settings = {
+            "rule": "bismap.Transferability",
+            "encoder": self.encoder,
+            "size": self.size,
+            "grid": self.grid,
+            "clusters": self.clusters,
+            "entropy": self.entropy,
+        }
+        made_of = None if own or self.entropy == "measured" else settings
+        if made_of and preparation.reuse("transferability", preparation.source, made_of):
+            return
         encoder = preparation.network.backbone if own else preparation.backbone(self.encoder)
         regions = {
             index: np.asarray(self.regions(encoder, image).to("cpu"))
@@ -392,17 +406,14 @@ class Transferability(Labeler):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {
-            "rule": "bismap.Transferability",
-            "encoder": self.encoder,
-            "size": self.size,
-            "grid": self.grid,
+        found = {
             "clusters": len(centres),
             "mean_distance": float(mean),
-            "entropy": self.entropy,
             "offsets": [float(e) for e in offset.to("cpu")],
         }
-        preparation.store("transferability", preparation.source, make, settings)
+        preparation.store(
+            "transferability", preparation.source, make, settings | found, made_of=made_of
+        )
 
     def regions(self, encoder, image):
         """Image (1, 3, H, W) -> features (regions, D) of at least float32."""

@@ -602,6 +602,29 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
     assert (found[truth % 3 == 0] == 1).all() and (plain < 0.9).any()
 
 
+ENCODER = {"name": "resnet.ResNet", "depth": 18, "weights": "none"}
+
+
+def test_maps_that_no_trained_network_enters_are_made_once(tmp_path, monkeypatch):
+    made, centres = [], Transferability.centres
+    monkeypatch.setattr(
+        Transferability, "centres", lambda *given: made.append(1) or centres(*given)
+    )
+
+    def stage(folder, **options):
+        preparation = toy(tmp_path / folder)
+        options = {"entropy": "none", "encoder": ENCODER} | SMALL | options
+        Transferability(num_classes=11, **options).prepare(preparation)
+        return preparation.stored()
+
+    assert stage("1_warmup") == stage("2_next") == ["1_warmup/source/transferability"]
+    assert len(made) == 1
+    own, measured = {"encoder": {"name": "none"}}, {"entropy": "measured"}
+    for number, options in enumerate(({"clusters": 5}, own, own, measured, measured)):
+        folder = f"{3 + number}_other"  # where the network is a part they are renewed
+        assert stage(folder, **options) == [f"{folder}/source/transferability"]
+
+
 def test_the_map_does_not_depend_on_the_scale_of_the_features(tmp_path):
     class Scaled(nn.Module):
         def __init__(self, backbone, scale):
