@@ -192,6 +192,7 @@ def train_stage(run, cfg, number, offset, data, previous):
                 with torch.no_grad():
                     for labeler in labeling:
                         labeler.after(step)
+                    mixer.after(step)
                 terms = {name: loss(step) for name, loss in losses.items()}
                 loss = sum(factors[name] * term for name, term in terms.items())
                 run.scaler.scale(loss / len(pairs)).backward()

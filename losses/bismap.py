@@ -231,10 +231,6 @@ class LikelihoodLabels(Labeler):
         fitted to."""
         return self.choose(network.segment(image), image.shape[-2:], prototypes)
 
-    def before(self, step):
-        """The stored labels, cut and mirrored with the image."""
-        step.labels["target"] = step.target.extra["pseudo_labels"].long()
-
 
 # --- target -> source: how much a source pixel looks like the target ------------------------------
 
