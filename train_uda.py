@@ -23,8 +23,8 @@ from engine.report import draw_step, final_report, log_pseudo_labels, validate
 from engine.run import Run
 from engine.statistics import IGNORE
 from engine.step import Batch, Step, evidence
-from losses.build import build_adaptation, build_losses
-from models.build import build_prototypes, build_segmentor, initial_network, restore
+from losses.build import build_adaptation, build_losses, needs_teacher
+from models.build import before_adaptation, build_prototypes, build_segmentor, stage_networks
 
 logger = logging.getLogger("engine")
 
@@ -51,56 +51,30 @@ def build_parts(cfg, model, train, first=False):
     losses, factors = build_losses(cfg.losses, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
     labeling = [source_weights, *labelers] if source_weights else [*labelers]
-    needs_teacher = any(part.needs_teacher for part in [*labeling, *losses.values()])
-    if needs_teacher and (
-        cfg.stage.teacher == "none" or (cfg.stage.teacher == "ema" and not cfg.train.teacher)
-    ):
-        raise config.ConfigError(
-            f"stage {cfg.stage.name}: a labeler or a loss needs a teacher: ema or frozen; of ema, "
-            "train.teacher=0 would copy the student, so set 0.99 to 0.999"
-        )
-    unfit = [type(part).__name__ for part in labeling if part.learned]
-    unfit += ["the frozen teacher"] * (needs_teacher and cfg.stage.teacher == "frozen")
-    if first and cfg.stage.init == "imagenet" and unfit:
-        raise config.ConfigError(
-            f"stage {cfg.stage.name}: {unfit[0]} takes predictions of the network that the stage "
-            "starts from, which has learnt nothing: put a stage on the source before it, as "
-            "configs/base/source_then_adapt.yaml does, or set its init to the path of a checkpoint"
-        )
-    return members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher
+    taught = needs_teacher(cfg, labeling, losses, first)
+    return members, view_of, losses, factors, labelers, labeling, style, mixer, taught
 
 
-def train_stage(run, cfg, number, offset, data, previous):
+def train_stage(run, cfg, number, offset, data, before, previous):
     """One stage from its start, or from the checkpoint of the run in it.
 
     Args:
         cfg: configuration of the stage.
         offset: steps of the stages before.
-        previous: network of the stage before, None in the first.
+        before, previous: configuration and network of the stage before, None in the first.
     Returns:
         network to report and to go on from.
     """
     # --- build ---
     classes, device, resumed = tuple(data.train.CLASSES), run.device, run.at == number
     distributed.seed_everything(cfg.seed)
-    model = (
-        build_segmentor(cfg.model, classes, pretrained=False)
-        if resumed
-        else initial_network(cfg, classes, previous)
-    )
-    model = distributed.place(model, device, cfg.model.sync_bn)
-    members, view_of, losses, factors, labelers, labeling, style, mixer, needs_teacher = (
-        build_parts(cfg, model, data.train, number == 0)
+    # The origin labels: the network that the stage starts or learns from.
+    model, origin = stage_networks(cfg, classes, device, previous, before, resumed)
+    members, view_of, losses, factors, labelers, labeling, style, mixer, taught = build_parts(
+        cfg, model, data.train, number == 0
     )
     members, labelers = members.to(device), labelers.to(device)
     prototypes = {"classifier": model.classifier, **members}
-    # The network that labels: what the stage starts or learns from.
-    origin = model if previous is None else previous
-    if resumed and number and cfg.stage.teacher == "frozen":
-        # The checkpoint holds its weights; it may have another shape than the student.
-        before = config.stages(run.cfg)[number - 1]
-        origin = build_segmentor(before.model, classes, pretrained=False)
-        origin = distributed.place(origin, device, before.model.sync_bn)
     followed = {"ema": (model, cfg.train.teacher), "frozen": (origin, 1.0)}.get(cfg.stage.teacher)
     teacher = Teacher(*followed) if followed else None
     student = run.equip(model, cfg)
@@ -119,13 +93,12 @@ def train_stage(run, cfg, number, offset, data, previous):
         (cfg.uda.source_short_side or cfg.eval.short_side, cfg.eval.short_side),
         style,
         cfg.seed,
+        config.plain([cfg.data.train, cfg.data.target, cfg.uda.style, cfg.precision]),
     )
-    for labeler in [] if resumed else labeling:
+    fresh = [] if resumed else labeling
+    for labeler in fresh:
         labeler.prepare(preparation)
-        if data.monitor and labeler.stored:
-            log_pseudo_labels(
-                origin, labeler, preparation.prototypes, data.monitor, run.autocast, run, offset
-            )
+    log_pseudo_labels(origin, fresh, preparation.prototypes, data.monitor, run, offset, stored=True)
     preparation.attach(run.saved["maps"] if resumed else [])
     run.begin(
         {"model": model, "prototypes": members, "labelers": labelers, "teacher": teacher},
@@ -144,17 +117,8 @@ def train_stage(run, cfg, number, offset, data, previous):
     )
 
     def check():
-        for labeler in labelers if data.monitor else []:
-            if labeler.labels_images and not labeler.stored:
-                log_pseudo_labels(
-                    teacher.network if teacher else model,
-                    labeler,
-                    prototypes,
-                    data.monitor,
-                    run.autocast,
-                    run,
-                    offset + run.done,
-                )
+        network = teacher.network if teacher else model
+        log_pseudo_labels(network, labelers, prototypes, data.monitor, run, offset + run.done)
         if data.val:  # on the source: the target's labels choose nothing
             run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
 
@@ -180,7 +144,7 @@ def train_stage(run, cfg, number, offset, data, previous):
             with torch.no_grad(), run.autocast:
                 if style:
                     source.image = style(source.image, target.image)
-                if needs_teacher:
+                if taught:
                     step.teacher = teacher.network.segment(target.image)
                 for labeler in labeling:
                     labeler.before(step)
@@ -191,6 +155,7 @@ def train_stage(run, cfg, number, offset, data, previous):
                 with torch.no_grad():
                     for labeler in labeling:
                         labeler.after(step)
+                    mixer.after(step)
                 terms = {name: loss(step) for name, loss in losses.items()}
                 loss = sum(factors[name] * term for name, term in terms.items())
                 run.scaler.scale(loss / len(pairs)).backward()
@@ -211,9 +176,7 @@ def train_stage(run, cfg, number, offset, data, previous):
         # --- log, validate, save ---
         run.log()
         if run.draws():
-            draw_step(run, step, data.train)
-            for head in model.heads.values():
-                head.draw(run.writer, offset + run.done, model, target.image[:1])
+            draw_step(run, step, data.train, model)
         if run.validates:
             check()
         run.save()
@@ -228,8 +191,6 @@ def main(arguments):
     stages = config.stages(cfg)
     # All of them first: a mistake should not show up only after hours.
     data = [build_data(stage) for stage in stages]
-    if any(one.target is None for one in data):
-        raise config.ConfigError("train_uda.py needs data.target, the unlabelled target set")
     train = data[0].train
     alike = {"optimizer": 0, "seed": 0}
     for number, stage in {
@@ -242,25 +203,21 @@ def main(arguments):
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 
     offset, network = 0, None
-    for number, stage in enumerate(stages):
+    for number, (before, stage) in enumerate(zip([None, *stages], stages)):
         if not run.saved or number >= run.saved["stage"]:
             logger.info(f"stage {stage.stage.name}")
-            network = train_stage(run, stage, number, offset, data[number], network)
+            network = train_stage(run, stage, number, offset, data[number], before, network)
             if run.stopped:
                 break
         offset += stage.train.iters
     if not run.stopped:
-        first, before = stages[0], None
-        start = run.folder / f"stage_{first.stage.name}.pt" if stages[1:] else first.stage.init
-        if cfg.uda.compare and start not in ("imagenet", "previous"):
-            before = restore(start)[0].to(run.device)
         final_report(
             network,
             data[-1].test or {"val": data[-1].val},
             stages[-1].eval,
             precision.autocast(run.device, cfg.precision),
             run,
-            before,
+            before_adaptation(cfg, run.folder, run.device),
         )
     return run.close()
 

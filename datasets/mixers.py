@@ -2,9 +2,9 @@
 
     uda: {mixer: {name: mixers.ClassMix}}
 
-A mixer is called with the record of the micro-batch (engine/step.py). It fills `step.views`, and
-adds labels and weights of the views that it makes; those of the labelers are there,
-`step.labels["source"]` is the truth. What is drawn depends on the sample's number alone, so it is
+A mixer is called with the record of the micro-batch (engine/step.py) and fills `step.views`. Once
+the student has seen them and the last labeler has run, `after` adds labels and weights of the views
+that it made; `step.labels["source"]` is the truth. What is drawn depends on the sample's number alone, so it is
 the same on any number of processes.
 """
 
@@ -40,8 +40,11 @@ class Mixer:
     """The face of a mixer."""
 
     def __call__(self, step):
-        """Fill `step.views`, and labels and weights of the views that it makes."""
+        """Fill `step.views`, and weights that need no labels."""
         raise NotImplementedError
+
+    def after(self, step):
+        """After the forward pass and the labelers: labels and weights of the views."""
 
 
 class Source(Mixer):
@@ -96,14 +99,15 @@ class ClassMix(Mixer):
     blur (Olsson et al., WACV 2021, between domains as in DACS; constants as in DAFormer).
 
     Views: "source" and "mixed". Pasted pixels have the true label and the weight of the source, 1
-    where it has none; the others what the labelers gave them.
+    where it has none; the others what the labelers gave them, before the forward pass or after it.
 
     Args:
-        target: also the view "target", the image as it comes.
+        target: also the view "target", the image as it comes: BCL's contrast and label transfer
+            need it, and ProDA's denoising.
         color: largest change of brightness, contrast, saturation, and shift of hue.
         color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each
             image.
-    Raises UserError, when called: nothing has labelled the target.
+    Raises UserError, from `after`: nothing has labelled the target.
     """
 
     def __init__(
@@ -119,22 +123,25 @@ class ClassMix(Mixer):
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
 
     def __call__(self, step):
-        if "target" not in step.labels:
-            raise UserError(
-                "mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers"
-            )
         source, target = step.source, step.target
-        pasted = self.choose(source.label, target.sample)  # (B, H, W)
-        mixed = torch.where(pasted[:, None], source.image, target.image)
+        self.pasted = self.choose(source.label, target.sample)  # (B, H, W)
+        mixed = torch.where(self.pasted[:, None], source.image, target.image)
         mixed = self.augment(mixed, target.numbers)
         step.views["source"] = View(source.image, "source")
         step.views["mixed"] = View(mixed, "target")
         if self.target:
             step.views["target"] = View(target.image, "target")
-        step.labels["mixed"] = torch.where(pasted, source.label, step.labels["target"])
-        ones = torch.ones_like(mixed[:, 0])
+
+    def after(self, step):
+        if "target" not in step.labels:
+            raise UserError(
+                "mixers.ClassMix needs labels of the target: a labeler is needed, see uda.labelers"
+            )
+        truth, pseudo = step.source.label, step.labels["target"]
+        step.labels["mixed"] = torch.where(self.pasted, truth, pseudo)
+        ones = torch.ones_like(step.target.image[:, 0])
         of_source, of_target = (step.weights.get(name, ones) for name in ("source", "target"))
-        step.weights["mixed"] = torch.where(pasted, of_source, of_target)
+        step.weights["mixed"] = torch.where(self.pasted, of_source, of_target)
 
     def choose(self, label, samples, num_classes=256):
         """Pixels (B, H, W) of half of the classes, rounded up, that occur in each label

@@ -39,7 +39,9 @@ def color(value):
 
 
 def stored_map(value):
-    return isinstance(value, str) and re.fullmatch(r"(source|target)/\w[\w.-]*", value)
+    return isinstance(value, str) and re.fullmatch(
+        r"(\d+_\w[\w.-]*/)?(source|target)/\w[\w.-]*", value
+    )
 
 
 def fingerprint(value):
@@ -80,7 +82,7 @@ KINDS = {
     "data": ({str: fingerprint}, "the number and hash of the images of each set"),
     "stage": (count, "the number of a stage"),
     "stage_step": (count, "a number of steps"),
-    "maps": ([stored_map], "a list of names such as target/pseudo_labels"),
+    "maps": ([stored_map], "a list of names such as 2_adapt/target/pseudo_labels"),
 }
 
 

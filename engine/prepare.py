@@ -9,6 +9,10 @@ folder,
 which the training set then returns as `extra[name]`, cut and mirrored with the image. The maps
 appear as a whole or not at all, and each process makes its share of them.
 
+Maps that no trained network enters are made once per run: a later stage reads those of an earlier
+one that were made of the same (`Preparation.reuse`). So each stage writes in its own folder alone,
+and a checkpoint names the stages whose maps it reads.
+
 Pictures are seen as training and evaluation show them, at `eval.short_side` (the source's at
 `uda.source_short_side`) and the source's in the style of the stage. Maps have the size of the file.
 """
@@ -28,14 +32,16 @@ from tqdm import tqdm
 
 from engine import distributed, process
 from engine.build import build
+from engine.checkpoint import fingerprint
 from engine.errors import UserError
-from engine.files import inside, replacing, write
+from engine.files import inside, read_json, replacing, write
 from engine.inference import scaled
 from engine.statistics import resize_labels
 
 logger = logging.getLogger("engine")
 KINDS = ("source", "target")
 SETTINGS = "settings.json"
+MADE = "made_of"  # its key in the settings of maps that other stages may read
 UNFINISHED = re.compile(r"\.settings\.\d+\.tmp\.json")  # what a kill before the first map leaves
 
 
@@ -69,6 +75,12 @@ def images(dataset, device, workers=0, count=None, short_side=0):
         yield sample["index"], scaled(image, short_side), label
 
 
+def place(folder):
+    """The number of the stage that a folder of maps belongs to, from 1; 0 if it is none."""
+    number = folder.name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0
+
+
 class Preparation:
     """The network to label with, the data sets as the student sees them, and a place for maps.
 
@@ -82,6 +94,7 @@ class Preparation:
         short_sides: pixels of the short side of source and target images; 0: those of the file.
         style: of the source images, which take it from target images that the seed draws; or None.
         seed: of the stage.
+        shown: what decides how pictures look, as plain values: data sets, style, precision.
     """
 
     def __init__(
@@ -97,12 +110,14 @@ class Preparation:
         short_sides=(0, 0),
         style=None,
         seed=0,
+        shown=None,
     ):
         self.network, self.prototypes = network.eval(), prototypes
         self.device, self.autocast, self.workers = device, autocast, workers
         self.folder, self.training = Path(folder), dict(zip(KINDS, (source, target)))
         self.source, self.target = source.without_augmentation(), target.without_augmentation()
         self.short_sides, self.style = short_sides, style
+        self.shown = [shown, short_sides, fingerprint(source), fingerprint(target)]
         draw = torch.Generator().manual_seed(seed)
         self.partners = torch.randint(len(target), (len(source),), generator=draw).tolist()
 
@@ -137,7 +152,43 @@ class Preparation:
             build("models.backbones", spec, "Backbone").requires_grad_(False).eval().to(self.device)
         )
 
-    def store(self, name, dataset, make, settings, palette=False):
+    def reuse(self, name, dataset, made_of):
+        """Give the training set the maps of an earlier stage of the run that were made of the same.
+
+        What was drawn for them stays drawn: centres of clusters, partners of styles.
+
+        Args:
+            name, dataset: as for `store`.
+            made_of: plain values that the maps depend on besides the pictures; no trained network
+                is among them.
+        Returns:
+            whether there are any.
+        """
+        inner, wanted = Path(self._kind(dataset), name), self._facts(made_of)
+        found = [
+            stage / inner
+            for stage in sorted(self.folder.parent.glob("*_*"), key=place)
+            if 0 < place(stage) < place(self.folder) and (stage / inner / SETTINGS).is_file()
+        ]
+        found = [folder for folder in found if read_json(folder / SETTINGS).get(MADE) == wanted]
+        found = distributed.gather(found)[0]  # the same on all processes
+        if found:
+            self._give(name, dataset, found[0])
+        return bool(found)
+
+    def _facts(self, made_of):
+        """As they come back from a file."""
+        return json.loads(json.dumps([made_of, self.shown]))
+
+    def _kind(self, dataset):
+        return KINDS[0] if dataset is self.source else KINDS[1]
+
+    def _give(self, name, dataset, folder):
+        kind = self._kind(dataset)
+        self.training[kind].extra[name] = folder
+        logger.info(f"{name}: maps of {len(dataset)} {kind} images in {folder}")
+
+    def store(self, name, dataset, make, settings, palette=False, made_of=None):
         """Make a map of every image and give it to the training set as `extra[name]`.
 
         Args:
@@ -146,30 +197,32 @@ class Preparation:
                 label it is resized to it as labels are.
             settings: what the maps depend on, written beside them; plain values.
             palette: the maps hold class ids, 255 = none, and get the colours of the data set.
+            made_of: as for `reuse`; None: a trained network enters, so no other stage reads them.
         """
-        kind = "source" if dataset is self.source else "target"
-        folder = write_maps(
-            self.folder / kind, name, dataset, self.images(dataset), make, settings, palette
-        )
-        self.training[kind].extra[name] = folder
-        logger.info(f"{name}: maps of {len(dataset)} {kind} images in {folder}")
+        root, shown = self.folder / self._kind(dataset), self.images(dataset)
+        if made_of is not None:
+            settings = settings | {MADE: self._facts(made_of)}
+        folder = write_maps(root, name, dataset, shown, make, settings, palette)
+        self._give(name, dataset, folder)
 
     def stored(self):
-        """Names of the maps, such as "target/pseudo_labels", for the checkpoint."""
-        return [f"{kind}/{name}" for kind in KINDS for name in self.training[kind].extra]
+        """Where the maps lie, such as "2_adapt/target/pseudo_labels", for the checkpoint."""
+        folders = [folder for kind in KINDS for folder in self.training[kind].extra.values()]
+        return [folder.relative_to(self.folder.parent).as_posix() for folder in folders]
 
     def attach(self, names):
         """Give the training sets the maps that an interrupted run has stored."""
         for item in names:
-            kind, name = item.split("/")
-            if not (self.folder / item / SETTINGS).is_file():
+            *stage, kind, name = item.split("/")  # older checkpoints name no stage: the own one
+            folder = (self.folder.parent if stage else self.folder) / item
+            if not (folder / SETTINGS).is_file():
                 raise UserError(
-                    f"the maps {self.folder / item} of the interrupted stage are gone, and the "
+                    f"the maps {folder} of the interrupted stage are gone, and the "
                     f"network they were made "
                     "with is not that of the checkpoint: remove the checkpoints of this stage to "
                     "start it again"
                 )
-            self.training[kind].extra[name] = self.folder / item
+            self.training[kind].extra[name] = folder
 
 
 @torch.no_grad()

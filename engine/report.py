@@ -37,9 +37,9 @@ def confusion_picture(matrix, title):
     return pictures.heatmap(shares, matrix.classes, matrix.classes, title=title, text="{:.0%}")
 
 
-def draw_step(run, step, dataset):
+def draw_step(run, step, dataset, network=None):
     """TensorBoard: what a training step saw, where the prototypes are, and per cent of the target's
-    labels that each class has."""
+    labels that each class has; what the heads of a network show of its first target image."""
     number = run.offset + run.done
     draw_views(run.writer, number, step, dataset)
     draw_prototypes(run.writer, number, step.prototypes, dataset)
@@ -48,6 +48,8 @@ def draw_step(run, step, dataset):
         shares = (100 * torch.bincount(labels, minlength=256) / len(labels)).tolist()
         shares = {f"pseudo/pixels_{name}": share for name, share in zip(names, shares)}
         run.writer.scalars(shares, number)
+    for head in network.heads.values() if network else ():
+        head.draw(run.writer, number, network, step.target.image[:1])
 
 
 def draw_views(log, number, step, dataset, count=2):
@@ -387,16 +389,30 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
     return values
 
 
-def log_pseudo_labels(network, labeler, prototypes, dataset, autocast, run, step):
+def log_pseudo_labels(network, labelers, prototypes, dataset, run, step, stored=False):
     """TensorBoard: share and accuracy of the pseudo labels of each class on a labelled set of the
-    target domain."""
-    values = pseudo_label_quality(
-        network, labeler, prototypes, dataset, run.device, autocast, run.stage.eval.short_side
-    )
-    run.writer.scalars(values, step)
-    found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
-    share, right = ("-" if value is None else f"{value:.1f} %" for value in found)
-    logger.info(f"pseudo labels: {share} labelled, {right} right")
+    target domain.
+
+    Args:
+        labelers: of them those count whose labels are `stored`, or are not.
+        dataset: None: nothing is measured.
+    """
+    for labeler in labelers if dataset else ():
+        if not labeler.labels_images or labeler.stored != stored:
+            continue
+        values = pseudo_label_quality(
+            network,
+            labeler,
+            prototypes,
+            dataset,
+            run.device,
+            run.autocast,
+            run.stage.eval.short_side,
+        )
+        run.writer.scalars(values, step)
+        found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
+        share, right = ("-" if value is None else f"{value:.1f} %" for value in found)
+        logger.info(f"pseudo labels: {share} labelled, {right} right")
 
 
 def describe(options):

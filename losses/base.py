@@ -42,7 +42,8 @@ class Labeler(nn.Module):
 
     Attributes:
         needs_teacher, needs_tower: as of a Loss.
-        stored: `prepare` makes its labels; they stay the same for the whole stage.
+        stored: `prepare` stores its labels as "pseudo_labels"; they stay the same for the whole
+            stage.
         learned: `prepare` reads what the network predicts, which means something only once it has
             learnt: not in a first stage from ImageNet.
         labels_images: `label` has a rule for whole images, which `eval.py export=pseudo_labels`
@@ -59,8 +60,11 @@ class Labeler(nn.Module):
         """Once, before the first step of a stage (engine/prepare.py): fit something, store maps."""
 
     def before(self, step: Step) -> None:
-        """Before the student sees the micro-batch: fill `step.labels` or `step.weights`. What is to
-        be learned from it is added up until `update`, which comes once per step."""
+        """Before the student sees the micro-batch: fill `step.labels` or `step.weights`; with the
+        `stored` labels, cut and mirrored with the image. What is to be learned from it is added up
+        until `update`, which comes once per step."""
+        if self.stored:
+            step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
     def after(self, step: Step) -> None:
         """After its forward pass, without gradient: fill or replace them with the help of
@@ -88,3 +92,18 @@ def member(prototypes, name, who, remedy=""):
             f"{remedy}".strip()
         )
     return prototypes[name]
+
+
+def output_of(step, view, who):
+    """The output of a view that shows its images as they come.
+
+    Raises:
+        UserError: the mixer makes no such view; it says who asks and which mixers do.
+    """
+    if view not in step.outputs:
+        raise UserError(
+            f"{who} needs the view '{view}', the images as they come; the mixer makes "
+            f"{', '.join(step.outputs)}. mixers.SourceTarget and mixers.Strong make it, and "
+            "mixers.ClassMix with target: true"
+        )
+    return step.outputs[view]

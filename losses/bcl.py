@@ -16,6 +16,9 @@ ECCV 2022).
       - {name: source, ...}     # source only: the first round labels with it
       - {name: round, init: previous, repeat: 10, lr_scale: 0.5}    # new labels, half the rate
 
+Its labels go with ClassMix too (ours): `mixers.ClassMix, target: true` and cross-entropy on the view
+"mixed". Contrast and LabelTransfer keep to the pairs as they come.
+
 The batch is a set of pairs, the i-th source with the i-th target image, and the pixels of each are
 drawn to the class means of the other. With features f, labels y (y_T: pseudo labels) and cosine -1
 for classes without a mean:
@@ -43,7 +46,7 @@ import torch.nn.functional as F
 from engine import distributed
 from engine.ranges import Momentum, Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
-from losses.base import Labeler, Loss, member
+from losses.base import Labeler, Loss, member, output_of
 
 EPS = 1e-6  # vectors shorter than this have no direction
 # Range of the histograms of log-odds, and bins per unit: a power of 2 has exact edges.
@@ -134,10 +137,6 @@ class StaticLabels(Labeler):
         """
         return self.select(*log_odds(network.segment(image).logits, image.shape[-2:]))
 
-    def before(self, step):
-        """The stored labels, cut and mirrored with the image."""
-        step.labels["target"] = step.target.extra["pseudo_labels"].long()
-
 
 def cosines(features, means, present):
     """Features (B, D, h, w), means (B, K, D), present (B, K) -> (B, K, h, w), -1 for absent
@@ -153,12 +152,17 @@ def cosines(features, means, present):
     return products.masked_fill(~present[..., None], -1).unflatten(2, features.shape[2:])
 
 
+def on_cells(features, labels, weights):
+    """The same with labels and weights of the features' size."""
+    size = features.shape[-2:]
+    weights = None if weights is None else resize_labels(weights, size)
+    return features, resize_labels(labels, size), weights
+
+
 def image_sums(features, labels, num_classes, weights=None):
     """Class sums (B, K, D) of each image, and which classes occur in it (B, K) with a weight above
     0."""
-    size = features.shape[-2:]
-    weights = None if weights is None else resize_labels(weights, size)
-    labels = resize_labels(labels, size)
+    features, labels, weights = on_cells(features, labels, weights)
     sums, counts = class_sums(features, labels, num_classes, weights, per_image=True)
     return sums, counts > 0
 
@@ -218,7 +222,9 @@ class LabelTransfer(Labeler):
         static = step.labels.get("target", torch.full_like(truth, IGNORE))
         with torch.autocast(truth.device.type, enabled=False):
             source, target = (
-                F.normalize(precise(step.outputs[view].features), dim=1, eps=EPS)
+                F.normalize(
+                    precise(output_of(step, view, "bcl.LabelTransfer").features), dim=1, eps=EPS
+                )
                 for view in ("source", "target")
             )
             means, known = self.unit_means(source, truth, step.weights.get("source"))
@@ -260,14 +266,14 @@ class LabelTransfer(Labeler):
 
 
 def pixels_of_cells(labels, size, num_classes, weights=None):
-    """How many pixels of each class a feature cell covers, or the sum of their weights: labels and
-    weights (B, H, W) -> (B, K, h, w)."""
+    """How many pixels of each class a feature cell covers, or the sum of their weights, which may
+    have another size: labels and weights (B, H, W) -> (B, K, h, w)."""
     cells = torch.arange(size[0] * size[1], device=labels.device).view(1, *size)
     ids = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     places = (ids * cells.numel() + resize_labels(cells, labels.shape[-2:])).flatten(1)
-    each = torch.ones_like(places) if weights is None else weights.flatten(1)
+    each = torch.ones_like(labels) if weights is None else resize_labels(weights, labels.shape[-2:])
     counts = each.new_zeros(len(places), (num_classes + 1) * cells.numel())
-    counts.scatter_add_(1, places, each)
+    counts.scatter_add_(1, places, each.flatten(1))
     return counts.view(-1, num_classes + 1, *size)[:, :-1]
 
 
@@ -304,11 +310,14 @@ class Contrast(Loss):
         self.detach_prototypes, self.members = detach_prototypes, (source, target)
 
     def forward(self, step):
-        views = ("source", "target")
         with torch.autocast(step.labels["source"].device.type, enabled=False):
             source, target = (
-                (precise(step.outputs[view].features), step.labels[view], step.weights.get(view))
-                for view in views
+                (
+                    precise(output_of(step, view, "bcl.Contrast").features),
+                    step.labels[view],
+                    step.weights.get(view),
+                )
+                for view in ("source", "target")
             )
             rho_s, in_source = self.vectors(self.members[0], step.prototypes, *source)
             rho_t, in_target = self.vectors(self.members[1], step.prototypes, *target)
@@ -323,10 +332,8 @@ class Contrast(Loss):
             # Sums stand for means, since a cosine divides by the length.
             means, present = image_sums(features, labels, self.num_classes, weights)
         else:
-            size = features.shape[-2:]
-            weights = None if weights is None else resize_labels(weights, size)
             means, present = member(prototypes, name, "bcl.Contrast").pair_means(
-                features, resize_labels(labels, size), weights
+                *on_cells(features, labels, weights)
             )
         means = means.detach() if self.detach_prototypes else means
         return means.to(features.dtype), present
@@ -340,8 +347,10 @@ class Contrast(Loss):
         """
         log_p = (cosines(features, means, present) / self.temperature).log_softmax(1)
         size, both = features.shape[-2:], both[..., None, None]
-        counts = weighted = pixels_of_cells(labels, size, self.num_classes) * both
-        if weights is not None:
-            weights = resize_labels(weights, labels.shape[-2:]).to(log_p.dtype)
-            weighted = pixels_of_cells(labels, size, self.num_classes, weights) * both
+        counts = pixels_of_cells(labels, size, self.num_classes) * both
+        weighted = (
+            counts
+            if weights is None
+            else pixels_of_cells(labels, size, self.num_classes, weights.to(log_p)) * both
+        )
         return -((log_p * weighted).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)).mean()

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.errors import UserError
-from engine.ranges import Count, Natural, NonNegative, Size
+from engine.ranges import Count, Natural, NonNegative, Share, Size
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
@@ -95,6 +95,9 @@ class LikelihoodLabels(Labeler):
         prototypes: name of a member of the prototype family, or "classifier" for the logits.
         threshold: {"nats": T}, for scores of any kind, or {"source_quantile": q} with q in 0..1.
         fit: fit the member first; otherwise it is taken as it is.
+        agree: ours, not of the paper: the classifier must predict the same class with at least
+            this probability; 0 asks nothing of it. Likelihood alone labels road as pavement where
+            the classifier doubts.
     Raises:
         ValueError: not exactly one of the two thresholds, or no number.
         UserError, from `prepare` or `label`: there is no such member.
@@ -114,6 +117,7 @@ class LikelihoodLabels(Labeler):
         prototypes: str = "mixtures",
         threshold: dict = {"nats": 100.0},  # noqa: B006
         fit: bool = True,
+        agree: Share = 0.0,
     ):
         super().__init__()
         value = threshold.get("nats", threshold.get("source_quantile"))
@@ -126,6 +130,7 @@ class LikelihoodLabels(Labeler):
                 f"source_quantile={value} is no share of the pixels: it must lie in 0..1"
             )
         self.seed, self.prototypes, self.rule, self.fit = seed, prototypes, dict(threshold), fit
+        self.agree = agree
         self.register_buffer("threshold", torch.full((num_classes,), torch.inf))
         self.register_buffer("source_quantiles", torch.full((num_classes, len(LEVELS)), torch.inf))
 
@@ -180,6 +185,7 @@ class LikelihoodLabels(Labeler):
             "prototypes": self.prototypes,
             "rule": self.rule,
             "threshold": reached,
+            "agree": self.agree,
         }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
@@ -214,16 +220,16 @@ class LikelihoodLabels(Labeler):
         scores, seen = self.scores(output, prototypes)
         # Infinite only after the interpolation, where a factor of 0 would make NaN of it.
         best, classes = resized(scores, size).masked_fill(~seen[:, None, None], -torch.inf).max(1)
-        return torch.where(best >= self.threshold.to(best.dtype)[classes], classes, IGNORE)
+        accepted = best >= self.threshold.to(best.dtype)[classes]
+        if self.agree:
+            confidence, predicted = resized(output.logits, size).softmax(1).max(1)
+            accepted &= (predicted == classes) & (confidence >= self.agree)
+        return torch.where(accepted, classes, IGNORE)
 
     def label(self, network, image, prototypes):
         """Images (B, 3, H, W) -> labels (B, H, W); valid only for the network that `prepare` was
         fitted to."""
         return self.choose(network.segment(image), image.shape[-2:], prototypes)
-
-    def before(self, step):
-        """The stored labels, cut and mirrored with the image."""
-        step.labels["target"] = step.target.extra["pseudo_labels"].long()
 
 
 # --- target -> source: how much a source pixel looks like the target ------------------------------
@@ -312,6 +318,8 @@ class Transferability(Labeler):
     depends on the scale of the features. e lies in 0..1, and pixels of rare and hard classes keep
     their weight. W is stored once per image, in 8 bits, and read back in training. The images are
     those that the student sees: stylised by `data.train.stylised`, as in the paper, or `uda.style`.
+    With an encoder and offsets of its own no trained network enters: later stages with the same
+    settings and pictures read the maps of the first.
 
     Args:
         encoder: what makes the features: a backbone such as {name: resnet.ResNet, depth: 101,
@@ -353,8 +361,20 @@ class Transferability(Labeler):
 
     @torch.no_grad()
     def prepare(self, preparation):
-        """Centres of the target, distances of the source, and its weights."""
+        """Centres of the target, distances of the source, and its weights; or those of an earlier
+        stage, if no trained network enters them."""
         own = self.encoder.get("name") == "none"
+        settings = {
+            "rule": "bismap.Transferability",
+            "encoder": self.encoder,
+            "size": self.size,
+            "grid": self.grid,
+            "clusters": self.clusters,
+            "entropy": self.entropy,
+        }
+        made_of = None if own or self.entropy == "measured" else settings
+        if made_of and preparation.reuse("transferability", preparation.source, made_of):
+            return
         encoder = preparation.network.backbone if own else preparation.backbone(self.encoder)
         regions = {
             index: np.asarray(self.regions(encoder, image).to("cpu"))
@@ -382,17 +402,14 @@ class Transferability(Labeler):
             weights = region_weights(distances[index].double(), mean).view(1, *self.grid)
             return (pixel_weights(weights, label, offset)[0] * 255).round().to(torch.uint8)
 
-        settings = {
-            "rule": "bismap.Transferability",
-            "encoder": self.encoder,
-            "size": self.size,
-            "grid": self.grid,
+        found = {
             "clusters": len(centres),
             "mean_distance": float(mean),
-            "entropy": self.entropy,
             "offsets": [float(e) for e in offset.to("cpu")],
         }
-        preparation.store("transferability", preparation.source, make, settings)
+        preparation.store(
+            "transferability", preparation.source, make, settings | found, made_of=made_of
+        )
 
     def regions(self, encoder, image):
         """Image (1, 3, H, W) -> features (regions, D) of at least float32."""

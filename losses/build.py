@@ -31,6 +31,35 @@ def build_losses(specs, **context):
     return terms, factors
 
 
+def needs_teacher(cfg, labeling, losses, first):
+    """Does a part of a stage of adaptation need the teacher?
+
+    Args:
+        cfg: configuration of the stage, `first` of the run or not.
+        labeling: the labelers, with the source weights.
+        losses: {name: Loss}.
+    Raises:
+        ConfigError: one needs a teacher where there is none, or labels of a network that has learnt
+            nothing.
+    """
+    where, teacher = f"stage {cfg.stage.name}", cfg.stage.teacher
+    needed = any(part.needs_teacher for part in [*labeling, *losses.values()])
+    if needed and (teacher == "none" or (teacher == "ema" and not cfg.train.teacher)):
+        raise ConfigError(
+            f"{where}: a labeler or a loss needs a teacher: ema or frozen; of ema, "
+            "train.teacher=0 would copy the student, so set 0.99 to 0.999"
+        )
+    unfit = [type(part).__name__ for part in labeling if part.learned]
+    unfit += ["the frozen teacher"] * (needed and teacher == "frozen")
+    if first and cfg.stage.init == "imagenet" and unfit:
+        raise ConfigError(
+            f"{where}: {unfit[0]} takes predictions of the network that the stage "
+            "starts from, which has learnt nothing: put a stage on the source before it, as "
+            "configs/base/source_then_adapt.yaml does, or set its init to the path of a checkpoint"
+        )
+    return needed
+
+
 def build_adaptation(uda, **context):
     """The `uda` section -> (labelers, source weights, style, mixer), None for what is not
     configured."""

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from engine.ranges import Positive
 from engine.statistics import precise, resize_logits
-from losses.base import Labeler, Loss, member
+from losses.base import Labeler, Loss, member, output_of
 
 
 class Denoise(Labeler):
@@ -81,7 +81,8 @@ class Denoise(Labeler):
 
     def after(self, step):
         """Labels of all pixels of the target, as in the paper (threshold 0)."""
-        features, size = step.outputs["target"].features, step.target.image.shape[-2:]
+        features = output_of(step, "target", "proda.Denoise").features
+        size = step.target.image.shape[-2:]
         centroids = self.member(step.prototypes)
         step.labels["target"] = self.denoise(step.teacher.logits, features, centroids, size)
 

@@ -112,7 +112,3 @@ class StoredConfidence(Labeler):
         )  # `predict` then returns probabilities
         confidence, labels = (scores if several else scores.softmax(1)).max(1)
         return torch.where(confidence >= self.threshold, labels, IGNORE)
-
-    def before(self, step):
-        """The stored labels, cut and mirrored with the image."""
-        step.labels["target"] = step.target.extra["pseudo_labels"].long()

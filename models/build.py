@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, weights
+from engine import checkpoint, distributed, weights
 from engine.build import build, build_any, present
 from engine.config import ConfigError, listing, override, stages
 from models import foreign
@@ -205,6 +205,37 @@ def initial_network(cfg, classes, previous):
     state = shared_stems(network.state_dict(), state)
     weights.load_into(network, state, source=init, allow_missing=new, drop=unwanted)
     return network
+
+
+def stage_networks(cfg, classes, device, previous, before=None, resumed=False):
+    """The student of a stage, and the network that labels or teaches: that of the stage before, in
+    the first the student.
+
+    Args:
+        previous: network of the stage before; None in the first stage, and where a run goes on.
+        before: configuration of the stage before.
+        resumed: the states of both follow from a checkpoint. A frozen teacher may have another
+            shape than the student.
+    """
+    network = (
+        build_segmentor(cfg.model, classes, pretrained=False)
+        if resumed
+        else initial_network(cfg, classes, previous)
+    )
+    network = distributed.place(network, device, cfg.model.sync_bn)
+    if resumed and before and cfg.stage.teacher == "frozen":
+        previous = build_segmentor(before.model, classes, pretrained=False)
+        previous = distributed.place(previous, device, before.model.sync_bn)
+    return network, network if previous is None else previous
+
+
+def before_adaptation(cfg, folder, device):
+    """The network that adaptation started from, to be compared: that of the first of several
+    stages, or of `init: PATH`; None where there is none, or without `uda.compare`."""
+    first, *later = stages(cfg)
+    start = folder / f"stage_{first.stage.name}.pt" if later else first.stage.init
+    compared = cfg.uda.compare and start not in ("imagenet", "previous")
+    return restore(start)[0].to(device) if compared else None
 
 
 def trained_with(saved):

@@ -43,6 +43,16 @@ METHODS = {  # overrides of the smallest adaptation
         "losses: [{name: cross_entropy.CrossEntropy}, {name: bismap.SymmetricCrossEntropy, view: target},"
         "{name: proda.Regularity, weight: 0.1}]}]",
     ),
+    "rounds": (  # BiSMAP's labels in ClassMix, the maps of the source made once
+        "prototypes={mixtures: {name: mixtures.Mixtures, components: 1, view: none}}",
+        f"stages=[{SOURCE[:-1]}, iters: 2}}, {{name: round, repeat: 2, iters: 2, init: previous, uda: {{"
+        "style: {name: style.ColorStats}, mixer: {name: mixers.ClassMix, target: true},"
+        "source_weights: {name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2], entropy: none,"
+        " encoder: {name: resnet.ResNet, depth: 18, weights: none}},"
+        "labelers: [{name: bismap.LikelihoodLabels, threshold: {source_quantile: 0.1}, agree: 0.1}]},"
+        "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
+        "{name: bcl.Contrast}]}]",
+    ),
     "TMT": (
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
         " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
@@ -61,7 +71,15 @@ KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
 
 @pytest.mark.parametrize(
     ("steps", "method"),
-    [(1, "self-training"), (3, "BCL"), (4, "BCL"), (3, "BiSMAP"), (5, "BiSMAP"), (4, "TMT")],
+    [
+        (1, "self-training"),
+        (3, "BCL"),
+        (4, "BCL"),
+        (3, "BiSMAP"),
+        (5, "BiSMAP"),
+        (5, "rounds"),
+        (4, "TMT"),
+    ],
 )
 def test_resuming_in_any_stage_is_bitwise(tmp_path, steps, method):
     """Killed within the first stage, at its end, within the second; the rest in a new process."""
@@ -211,6 +229,29 @@ def test_the_network_of_the_stage_before_labels_also_where_the_student_starts_an
         path = tmp_path / "run/maps/2_adapt/target/pseudo_labels" / f"{target.stem(index)}.png"
         found = torch.from_numpy(read_map(path))
         assert torch.equal(found, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_rounds_renew_the_labels_and_keep_the_weights(tmp_path):
+    """Random weights of a fixed encoder: a second map would differ from the first."""
+    train(tmp_path / "run", *METHODS["rounds"], config=TINY_UDA)
+    found = {p.parent.relative_to(tmp_path / "run/maps") for p in tmp_path.rglob("settings.json")}
+    weights, *labels = sorted(map(str, found))
+    assert weights == "2_round1/source/transferability"
+    assert labels == [f"{stage}/target/pseudo_labels" for stage in ("2_round1", "3_round2")]
+    assert last(tmp_path / "run")["maps"] == [weights, labels[1]]
+    one, two = (sorted((tmp_path / "run/maps" / path).rglob("*.png")) for path in labels)
+    assert len(one) == 9 and any(a.read_bytes() != b.read_bytes() for a, b in zip(one, two))
+
+
+def test_labels_that_need_the_student_are_mixed(tmp_path):
+    mixer = ("{name: mixers.SourceTarget}", "{name: mixers.ClassMix, target: true}")
+    options = (
+        METHODS["ProDA"][0]
+        .replace(*mixer)
+        .replace("SymmetricCrossEntropy, view: target", "SymmetricCrossEntropy, view: mixed")
+    )
+    steps = train(tmp_path / "run", options, *ONE_STEP, config=TINY_UDA)
+    assert steps[2]["uda/labelled_target"] == steps[2]["uda/labelled_mixed"] == 1
 
 
 def test_the_source_takes_the_style_and_keeps_its_content(tmp_path):

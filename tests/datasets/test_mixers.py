@@ -8,7 +8,9 @@ from datasets.mixers import OPERATIONS, ClassMix, Source, SourceTarget, Strong, 
 from engine.build import build
 from engine.errors import UserError
 from engine.step import View
-from tests.records import a_batch, a_step
+from losses import bcl, bismap, proda, self_training
+from models.prototypes.centroids import Centroids
+from tests.records import a_batch, a_step, an_output
 
 SIZE = (20, 30)
 
@@ -29,7 +31,7 @@ def mixed(mixer, weights=(), **options):
     source, target = batch(**options)
     labels = {"source": source.label, "target": torch.full_like(source.label, 7)}
     step = a_step(None, labels, dict(weights), source=source, target=target)
-    assert mixer(step) is None
+    assert mixer(step) is None and mixer.after(step) is None
     return step
 
 
@@ -82,8 +84,10 @@ def test_without_a_labeler_the_labels_are_those_of_the_source(mixer):
 
 def test_class_mix_without_a_labeler_says_that_it_needs_one():
     source, target = batch()
+    mixer, step = ClassMix(), a_step(labels=source.label, source=source, target=target)
+    mixer(step)
     with pytest.raises(UserError, match=r"a labeler is needed, see uda\.labelers"):
-        ClassMix()(a_step(labels=source.label, source=source, target=target))
+        mixer.after(step)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +244,9 @@ def mix(samples=(0, 1), **options):
     labels = {"source": label, "target": torch.full((2, 6, 6), 7)}
     weights = {"target": torch.full((2, 6, 6), 0.25)}
     step = a_step(labels=labels, weights=weights, source=source, target=target, samples=samples)
-    ClassMix(color_p=0.0, blur_p=0.0, **options)(step)
+    mixer = ClassMix(color_p=0.0, blur_p=0.0, **options)
+    mixer(step)
+    mixer.after(step)
     return step
 
 
@@ -259,6 +265,89 @@ def test_class_mix_pastes_whole_classes_with_their_labels_and_weights():
         assert (weights[i][pasted] == 1).all() and (weights[i][~pasted] == 0.25).all()
     assert domain == "target" and step.views["source"].domain == "source"
     assert (labels != 255).all()
+
+
+def centroids():
+    """Seen for two of five classes."""
+    member = Centroids(num_classes=5, in_channels=4)
+    member.vectors.normal_(generator=torch.Generator().manual_seed(3))
+    member.seen[:2] = True
+    return member
+
+
+STORED = [
+    bcl.StaticLabels(num_classes=5),
+    bismap.LikelihoodLabels(num_classes=5, agree=0.9),
+    self_training.StoredConfidence(),
+]
+TRANSFER = bcl.LabelTransfer(num_classes=5, in_channels=4, confidence=0.0)
+LABELERS = {
+    **{type(labeler).__name__: [labeler] for labeler in STORED},
+    "TeacherConfidence": [self_training.TeacherConfidence(threshold=0.3, ignore_top=2)],
+    "hybrid": [STORED[0], TRANSFER],
+    "LabelTransfer": [TRANSFER],
+    "Denoise": [proda.Denoise(prototypes="centroids")],
+}
+
+
+@pytest.mark.parametrize("name", LABELERS)
+def test_class_mix_pastes_true_pixels_among_the_labels_of_any_labeler(name):
+    """Also among those that need the student's features, and with weights of both domains."""
+    draw = torch.Generator().manual_seed(1)
+    source, target = batch()
+    stored = torch.randint(0, 5, source.label.shape, generator=draw)
+    stored[torch.rand(stored.shape, generator=draw) < 0.5] = 255
+    target.extra["pseudo_labels"] = stored.byte()
+    source_weights = torch.rand(stored.shape, generator=draw)
+
+    def output():
+        features = torch.randn(2, 4, 6, 8, generator=draw)
+        return an_output(torch.randn(2, 5, 6, 8, generator=draw), features)
+
+    step = a_step(None, source.label, source_weights, source=source, target=target)
+    step.prototypes["centroids"], step.teacher = centroids(), output()
+    mixer, labelers = ClassMix(target=True), LABELERS[name]
+    for labeler in labelers:
+        labeler.before(step)
+    mixer(step)
+    step.outputs = {view: output() for view in step.views}
+    for labeler in labelers:
+        labeler.after(step)
+    mixer.after(step)
+
+    pasted = mixer.choose(source.label, target.sample)
+    labels, weights, pseudo = step.labels["mixed"], step.weights["mixed"], step.labels["target"]
+    assert 0.2 < pasted.float().mean() < 0.8 and len(pseudo.unique()) > 1
+    assert torch.equal(labels[pasted], source.label[pasted])
+    assert torch.equal(labels[~pasted], pseudo[~pasted])
+    assert torch.equal(weights[pasted], source_weights[pasted])
+    trust = step.weights.get("target", torch.ones_like(weights))
+    assert torch.equal(weights[~pasted], trust[~pasted])
+    if name in ("hybrid", "LabelTransfer", "Denoise"):
+        assert (labels != 255).float().mean() > 0.9  # no holes: not the stored labels alone
+    elif name != "TeacherConfidence":
+        assert torch.equal(pseudo, stored)
+    else:
+        assert (trust[:, :2] == 0).all() and 0 < trust[:, 2:].max() < 1
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        (bcl.Contrast(num_classes=5), "bcl.Contrast"),
+        (TRANSFER.after, "bcl.LabelTransfer"),
+        (LABELERS["Denoise"][0].after, "proda.Denoise"),
+    ],
+)
+def test_what_needs_the_pairs_as_they_come_names_itself_and_the_option(part, name):
+    source, target = batch()
+    outputs = {view: an_output(features=torch.randn(2, 4, 6, 8)) for view in ("source", "mixed")}
+    step = a_step(outputs, source.label, source=source, target=target)
+    step.labels["target"] = target.label
+    with pytest.raises(
+        UserError, match=rf"^{name} needs the view 'target'.*ClassMix with target: true"
+    ):
+        part(step)
 
 
 def test_class_mix_depends_on_the_sample_alone():

@@ -27,7 +27,8 @@ WRONG = {
     "prototypes": [{"centroids": 3}],
     "labelers": [[1]],
     "data": [[], {"train": 5}, {"train": []}, {"train": [3, 4]}, {3: [3, "a"]}],
-    "maps": ["target/x", ["x"], ["target/../../x"], ["target/a/b"], ["other/x"], [3], ["target/.."]],
+    "maps": ["target/x", ["x"], ["target/../../x"], ["target/a/b"], ["other/x"], [3], ["target/.."],
+             ["../target/x"], ["1_a/../target/x"], ["a/target/x"], ["1_/target/x"]],
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -152,13 +153,46 @@ def test_an_interrupted_stage_finds_its_maps_or_says_that_they_are_gone(tmp_path
     first.store("shade", first.source, shade, {})
     second = preparation(tmp_path / "maps")
     second.attach(first.stored())
-    assert first.stored() == second.stored() == ["source/shade"]
+    assert first.stored() == second.stored() == ["maps/source/shade"]
+    second.attach(["source/shade"])  # as older checkpoints name it
+    assert first.stored() == second.stored()
     assert torch.equal(
         first.training["source"][1]["extra"]["shade"],
         second.training["source"][1]["extra"]["shade"],
     )
     with pytest.raises(UserError, match=r"maps .*pseudo_labels of the interrupted stage are gone"):
         second.attach(["target/pseudo_labels"])
+
+
+def test_later_stages_read_maps_that_are_made_of_the_same(tmp_path, monkeypatch):
+    one = network()
+    monkeypatch.setitem(globals(), "network", lambda: one)
+
+    def stage(folder, made_of=("a", 1), **options):
+        made = preparation(tmp_path / folder, **options)
+        found = made.reuse("shade", made.source, made_of)
+        if not found:
+            made.store("shade", made.source, shade, {}, made_of=made_of)
+        return found, made.stored()
+
+    assert stage("2_first") == (False, ["2_first/source/shade"])
+    assert stage("10_third") == (True, ["2_first/source/shade"])
+    assert not (tmp_path / "10_third").exists()  # no second copy
+    files = sorted(tmp_path.rglob("*"))
+    assert stage("1_before") == (False, ["1_before/source/shade"])  # not of a later stage
+    shutil.rmtree(tmp_path / "1_before")
+    others = [{"short_sides": (24, 0)}, {"shown": ["colours"]}, {"made_of": ("a", 2)}]
+    for number, options in enumerate(others):
+        name = f"{3 + number}_other"
+        assert stage(name, **options) == (False, [f"{name}/source/shade"])
+        assert stage("9_last", **options) == (True, [f"{name}/source/shade"])
+    assert files == [path for path in sorted(tmp_path.rglob("*")) if path in files]
+    again = preparation(tmp_path / "10_third")  # a run that goes on there
+    again.attach(["2_first/source/shade"])
+    assert "shade" in again.training["source"][1]["extra"]
+    shutil.rmtree(tmp_path / "2_first")
+    with pytest.raises(UserError, match="2_first/source/shade of the interrupted stage are gone"):
+        again.attach(["2_first/source/shade"])
 
 
 def test_a_map_that_is_lost_while_training_is_named(tmp_path):

@@ -66,7 +66,13 @@ def a_run(folder):
     standing = {"done": 5, "offset": 2, "total": 7, "best": 0.0, "known": {}, "about": {}}
     stage = types.SimpleNamespace(eval=options())
     return types.SimpleNamespace(
-        writer=log, device=CPU, folder=folder, seconds=lambda: 1.0, stage=stage, **standing
+        writer=log,
+        device=CPU,
+        autocast=PLAIN,
+        folder=folder,
+        seconds=lambda: 1.0,
+        stage=stage,
+        **standing,
     )
 
 
@@ -95,10 +101,12 @@ def test_before_and_after_is_about_the_classes_that_both_have(monkeypatch, said)
 )
 def test_of_no_pseudo_labels_none_is_right_or_wrong(said, labelled, text):
     class Labeler:
+        labels_images, stored = True, False
+
         def label(self, network, image, prototypes):
             return torch.full((1, *image.shape[-2:]), 3 if labelled else 255)
 
-    report.log_pseudo_labels(Constant(), Labeler(), {}, toys(), PLAIN, a_run(Path()), 0)
+    report.log_pseudo_labels(Constant(), [Labeler()], {}, toys(), a_run(Path()), 0)
     assert re.search(f"pseudo labels: {text}", said())
 
 

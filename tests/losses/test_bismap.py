@@ -146,6 +146,28 @@ def test_raising_the_threshold_only_removes_labels(name, key):
 
 
 @NAMES
+def test_labels_may_need_a_classifier_that_agrees(name):
+    features, labels = planted()
+    logits = 3 * torch.randn(*features[:, :K].shape, dtype=features.dtype)
+    options = {"threshold": {"nats": -1e6}, "prototypes": name}
+    fitted = labelled(features, labels, name, threshold=options["threshold"])[2].prototypes
+    results = {}
+    for agree in (0.0, 1e-9, 0.6, 0.9):
+        labeler = LikelihoodLabels(num_classes=K, agree=agree, fit=False, **options)
+        shown = Planted(features, labels, fitted, 2, logits)
+        labeler.double().prepare(shown)
+        assert shown.settings["agree"] == agree
+        results[agree] = shown.stored
+    sure, classes = F.interpolate(logits, scale_factor=2, mode="bilinear").softmax(1).max(1)
+    plain = results.pop(0.0)
+    for agree, found in results.items():
+        assert torch.equal(found, torch.where((classes == plain) & (sure >= agree), plain, IGNORE))
+    counts = [int((found != IGNORE).sum()) for found in (plain, *results.values())]
+    assert counts[-1] > 0 and counts[1] > counts[2] > counts[3]
+    assert counts[0] > counts[1] or name == "classifier"
+
+
+@NAMES
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_a_source_quantile_leaves_its_share_of_the_source_without_a_label(name, share):
     features, labels = planted(4, (30, 40))
@@ -578,6 +600,29 @@ def test_pixels_of_the_class_that_is_hardest_to_predict_keep_their_weight(tmp_pa
         )
         assert c == IGNORE or settings["offsets"][c] == pytest.approx(e, abs=1e-5)
     assert (found[truth % 3 == 0] == 1).all() and (plain < 0.9).any()
+
+
+ENCODER = {"name": "resnet.ResNet", "depth": 18, "weights": "none"}
+
+
+def test_maps_that_no_trained_network_enters_are_made_once(tmp_path, monkeypatch):
+    made, centres = [], Transferability.centres
+    monkeypatch.setattr(
+        Transferability, "centres", lambda *given: made.append(1) or centres(*given)
+    )
+
+    def stage(folder, **options):
+        preparation = toy(tmp_path / folder)
+        options = {"entropy": "none", "encoder": ENCODER} | SMALL | options
+        Transferability(num_classes=11, **options).prepare(preparation)
+        return preparation.stored()
+
+    assert stage("1_warmup") == stage("2_next") == ["1_warmup/source/transferability"]
+    assert len(made) == 1
+    own, measured = {"encoder": {"name": "none"}}, {"entropy": "measured"}
+    for number, options in enumerate(({"clusters": 5}, own, own, measured, measured)):
+        folder = f"{3 + number}_other"  # where the network is a part they are renewed
+        assert stage(folder, **options) == [f"{folder}/source/transferability"]
 
 
 def test_the_map_does_not_depend_on_the_scale_of_the_features(tmp_path):
