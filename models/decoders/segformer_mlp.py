@@ -20,13 +20,16 @@ class SegFormerMLP(nn.Module):
     Args:
         width: D.
         dropout: of whole feature channels, before the classifier.
+        project: a last 1x1 convolution without ReLU, so that features have either sign, as frozen
+            prototypes do. Behind a ReLU no feature is nearer to a prototype than its positive part.
     """
 
-    def __init__(self, *, in_channels, width: Width = 256, dropout: Momentum = 0.1):
+    def __init__(self, *, in_channels, width: Width = 256, dropout: Momentum = 0.1, project: bool = False):
         super().__init__()
         self.linears = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.fuse = conv_bn_relu(width * len(in_channels), width, 1)
         self.dropout = nn.Dropout2d(dropout)
+        self.project = nn.Conv2d(width, width, 1) if project else nn.Identity()
         self.channels = width
 
     def forward(self, maps):
@@ -34,4 +37,4 @@ class SegFormerMLP(nn.Module):
         maps = [
             resize_logits(linear(x), size) for linear, x in zip(self.linears, maps, strict=True)
         ]
-        return self.dropout(self.fuse(torch.cat(maps[::-1], 1)))
+        return self.project(self.dropout(self.fuse(torch.cat(maps[::-1], 1))))
