@@ -249,7 +249,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     autocast = precision.autocast(device, cfg.precision)
     if diagnostics:
         pairs = checked_pairs(pairs and config.read_yaml(pairs, "pairs"), saved["classes"])
-        train_set = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
+        train_set = build_set("data.train", cfg.data.train, root=cfg.data.root, seed=cfg.seed)
         counts = class_counts(train_set, cfg.data.cache, cfg.data.workers).sum(0)
     matrices = report(
         network, datasets, cfg.eval, device, autocast, folder, about, workers=cfg.data.workers

@@ -138,8 +138,8 @@ class SegmentationData(Dataset):
         self.augment, self.seed, self.extra = augment, seed, {}
         if not self.root.is_dir():
             raise DataError(
-                f"{type(self).__name__}: there is no folder {self.root}; set data.root=PATH, or "
-                "the root that this data set has of its own (layouts: docs/data.md)"
+                f"{type(self).__name__}: there is no folder {self.root}; set the root of this "
+                "data set, or data.root=PATH if it names none (layouts: docs/data.md)"
             )
         self.set_classes(ignore, label_space)
         found = self.pairs()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from datasets.base import check_scored
+from datasets.base import DataError, check_scored
 from datasets.sampler import RareClassSampler, StreamSampler, make_loader
 from datasets.several import Several
 from datasets.statistics import class_counts
@@ -32,11 +32,19 @@ class Data(NamedTuple):
     )  # labelled images of the target domain, on which pseudo labels are measured
 
 
-def build_set(specs, **context):
-    """One data set, or several as one (datasets/several.py) where a list is given."""
-    if not isinstance(specs, list):
-        return build("datasets", specs, SET, **context)
-    sets = [build("datasets", spec, SET, **context) for spec in specs]
+def build_set(where, specs, **context):
+    """The data set of a key of the configuration, or several as one (datasets/several.py) where a
+    list is given.
+
+    Raises:
+        DataError: it cannot be read; the message begins with the key.
+    """
+    sets = []
+    for spec in specs if isinstance(specs, list) else [specs]:
+        try:
+            sets.append(build("datasets", spec, SET, **context))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     return sets[0] if len(sets) == 1 else Several(sets)
 
 
@@ -55,13 +63,16 @@ def build_data(cfg):
             "new ones: take data.augment={name: transforms.Whole, size: [HEIGHT, WIDTH]}, or "
             "model.cache=none"
         )
-    train = build_set(cfg.data.train, augment=augment, **context)
+    train = build_set("data.train", cfg.data.train, augment=augment, **context)
     val, monitor = (
-        build_any("datasets", cfg.data[name], SET, **context) for name in ("val", "monitor")
+        None
+        if cfg.data[name]["name"] == "none"
+        else build_set(f"data.{name}", cfg.data[name], **context)
+        for name in ("val", "monitor")
     )
     # A test set that is the validation set is the same object: it needs no second evaluation.
     test = {
-        name: val if spec == cfg.data.val else build("datasets", spec, SET, **context)
+        name: val if spec == cfg.data.val else build_set(f"data.test.{name}", spec, **context)
         for name, spec in present(cfg.data.test).items()
     }
     target, spec = None, cfg.data.target
@@ -73,7 +84,10 @@ def build_data(cfg):
         # of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
         target = build_set(
-            specs, augment=augment, **context | {"seed": derived_seed(cfg.seed, TARGET)}
+            "data.target",
+            specs,
+            augment=augment,
+            **context | {"seed": derived_seed(cfg.seed, TARGET)},
         )
     scored = {"train": train, "val": val, "monitor": monitor}
     scored |= {f"test.{name}": dataset for name, dataset in test.items()}

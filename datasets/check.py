@@ -118,7 +118,7 @@ def main(arguments):
         )
     # All of them first: a mistake should not show up only after minutes of reading.
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    sets = {name: build_set(several, **context) for name, several in specs.items()}
+    sets = {name: build_set(f"data.{name}", several, **context) for name, several in specs.items()}
     for name, dataset in sets.items():
         if name != "target":
             check_scored(name, dataset)
@@ -131,7 +131,10 @@ def main(arguments):
         bad += len(problems)
     if "train" in sets:
         print("train, augmented:")
-        draw(build_set(specs["train"], augment=augment, **context), folder / "augmented.png")
+        draw(
+            build_set("data.train", specs["train"], augment=augment, **context),
+            folder / "augmented.png",
+        )
     if bad:
         raise DataError(
             f"{bad} problem{'s' * (bad > 1)} in {sum(map(len, sets.values()))} samples; see above"

@@ -24,7 +24,9 @@ class SegFormerMLP(nn.Module):
             prototypes do. Behind a ReLU no feature is nearer to a prototype than its positive part.
     """
 
-    def __init__(self, *, in_channels, width: Width = 256, dropout: Momentum = 0.1, project: bool = False):
+    def __init__(
+        self, *, in_channels, width: Width = 256, dropout: Momentum = 0.1, project: bool = False
+    ):
         super().__init__()
         self.linears = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.fuse = conv_bn_relu(width * len(in_channels), width, 1)

@@ -32,7 +32,7 @@ def main(arguments):
         raise UserError("out=PATH is needed")
     cfg = config.load(path, [argument for argument in rest if not argument.startswith("out=")])
     device = distributed.setup(cfg)
-    dataset = build_set(cfg.data.train, root=cfg.data.root, seed=cfg.seed)
+    dataset = build_set("data.train", cfg.data.train, root=cfg.data.root, seed=cfg.seed)
     backbone = build("models.backbones", cfg.model.backbone).to(device).eval()
     names = list(dataset.CLASSES)
     centroids = Centroids(num_classes=len(names), in_channels=backbone.channels[-1]).to(device)

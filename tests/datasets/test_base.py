@@ -91,7 +91,8 @@ def test_known_bad_files_are_left_out_and_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "root, says", [(None, "set data.root=PATH"), ("nowhere", r"no folder .*nowhere; set data.root")]
+    "root, says",
+    [(None, "set data.root=PATH"), ("nowhere", r"no folder .*nowhere; set the root of")],
 )
 def test_a_missing_root_says_which_key_to_set(tmp_path, root, says):
     with pytest.raises(DataError, match=f"Files.*{says}"):
