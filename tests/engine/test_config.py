@@ -35,7 +35,7 @@ eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_si
 eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
 model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
-model.cache model.frozen model.sync_bn optimizer.betas optimizer.clip
+model.cache model.frozen model.init model.sync_bn optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.layer_decay optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay
 precision prototypes
 resume schedule.min_lr schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio
@@ -245,7 +245,7 @@ def test_a_key_that_is_missing_in_code_suggests_one(write):
             "eval.strides=[1, 1]",
             r"'eval\.strides'; did you mean 'eval\.stride'\?",
         ),
-        ("model: {zzz: 1}", "model.zzz=1", r"'model\.zzz'; known here: backbone, decoder"),
+        ("model: {zzz: 1}", "model.zzz=1", r"'model\.zzz'; known here: init, backbone, decoder"),
         (
             "optimizer: {lr: fast}",
             "optimizer.lr=fast",
