@@ -205,7 +205,9 @@ def test_what_a_stage_stores_comes_back_with_the_geometry_of_its_image(tmp_path)
     made.store(
         "labels", made.target, lambda index, image, label: torch.full(SIZE, index), {}, palette=True
     )
-    assert made.stored() == ["source/red", "target/red", "target/labels"]
+    assert made.stored() == [
+        f"maps/{kind}" for kind in ("source/red", "target/red", "target/labels")
+    ]
     for data in (source, target):
         (batch,) = make_loader(data, StreamSampler(5, batch_size=5, stop=1), workers=2)
         for i in range(5):

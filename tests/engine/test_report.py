@@ -64,7 +64,7 @@ def a_run(folder):
     """What the reports ask of an engine.run.Run."""
     log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
     standing = {"done": 5, "offset": 2, "total": 7, "best": 0.0, "known": {}, "about": {}}
-    stage = types.SimpleNamespace(eval=options())
+    stage = types.SimpleNamespace(eval=options(), data=types.SimpleNamespace(workers=0))
     return types.SimpleNamespace(
         writer=log,
         device=CPU,

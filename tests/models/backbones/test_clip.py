@@ -480,6 +480,7 @@ def test_rn50_and_vit_b_have_their_published_sizes():
 def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
     """A checkpoint is restored with weights: none, so nothing else may depend on that option."""
     model = Config(
+        init="none",
         backbone=spec | {"weights": "none"},
         decoder={"name": "deeplabv3plus.DeepLabV3Plus", "width": 8},
         classifier={"name": "linear.Linear"},
