@@ -102,11 +102,16 @@ def options(pattern):
 def missing_keys(text):
     """Keys with their section in front, such as model.classifier.length, that do not exist."""
     schema = defaults()
+    text = re.sub(r"```python.*?```", "", text, flags=re.DOTALL)  # attributes of objects
     named = re.findall(
         r"(?<![\w./-])(data|model|uda|dg|train|optimizer|schedule|eval|log|checkpoint)\.([a-z]\w*)",
         text,
     )
-    missing = {f"{a}.{b}" for a, b in named if b not in (*schema[a], "py", "yaml", "txt", "md")}
+    missing = {
+        f"{a}.{b}"
+        for a, b in named
+        if b not in (*schema[a], "py", "yaml", "txt", "md", "pt2", "onnx")
+    }
     for part, key in re.findall(r"model\.(backbone|decoder|classifier)\.([a-z]\w*)", text):
         missing |= {f"model.{part}.{key}"} if key not in options(f"models/{part}s/*.py") else set()
     for loss, key in re.findall(r"losses\.([a-z]\w*)\.([a-z]\w*)", text):
@@ -139,7 +144,11 @@ def wrong_commands(text):
         script, first, *rest = words[place:]
         try:
             assert (ROOT / script).is_file(), f"{script}: no such file"
-            overrides = [word for word in rest if "=" in word and not word.startswith(OWN)]
+            overrides = [
+                word
+                for word in rest
+                if "=" in word and not word.startswith((*OWN, "probabilities="))
+            ]
             if script.startswith("train_") and first not in ("CONFIG", "configs/mine.yaml"):
                 check_sections(load(ROOT / first, overrides), Path(script).stem)
             else:
