@@ -154,7 +154,14 @@ class Run:
                     self.optimizer, number, self.iters, self.stage.schedule
                 )
                 yield number
+                # Once more: the next thing is another stage or the report, and may take long.
+                self.stopped = self.stopped or (self.final and signals.requested())
                 if self.stopped:
+                    why = signal.Signals(signals.received or signal.SIGTERM).name
+                    logger.info(
+                        f"{why}: saved at step {self.offset + self.done}; the same command goes on "
+                        "from there"
+                    )
                     return
         finally:
             signals.gentle = False
@@ -246,9 +253,6 @@ class Run:
             if self.final and self.keep:
                 checkpoint.save_light(self.folder / self.keep, content, required=True)
             checkpoint.save_step(self.folder, content, self.cfg.checkpoint.keep, last)
-        if self.saves and self.stopped:
-            why, step = signal.Signals(signals.received or signal.SIGTERM).name, content["step"]
-            logger.info(f"{why}: saved at step {step}; the same command goes on from there")
 
     def _content(self):
         return checkpoint.content(

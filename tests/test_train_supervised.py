@@ -523,6 +523,23 @@ def test_a_validation_that_a_signal_prevents_is_made_up_for(tmp_path, monkeypatc
     assert_same_state(*best, keys=("model", "teacher", "prototypes"))
 
 
+def test_a_signal_while_the_last_step_is_saved_leaves_before_the_report(tmp_path, monkeypatch):
+    save = Run.save
+
+    def interrupted(self):
+        save(self)
+        signals.received = signal.SIGTERM if self.final else signals.received
+
+    monkeypatch.setattr(Run, "save", interrupted)
+    train(tmp_path / "run", "train.iters=2", "eval.pictures=0")
+    assert last(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert "SIGTERM: saved at step 2" in (tmp_path / "run" / "log.txt").read_text()
+    monkeypatch.undo()
+    train(tmp_path / "run", "train.iters=2", "eval.pictures=0")
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
 # --- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
