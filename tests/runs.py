@@ -157,9 +157,11 @@ def as_two_processes(monkeypatch, function):
         "barrier": meet.wait,
         "gather": gather,
     }
-    for name, fake in (
-        fakes | {"all_reduce": lambda tensor: sum(gather(tensor.detach().clone()))}
-    ).items():
+    fakes |= {
+        "all_reduce": lambda tensor: sum(gather(tensor.detach().clone())),
+        "all_gather": lambda tensor: torch.stack(gather(tensor.detach().clone())),
+    }
+    for name, fake in fakes.items():
         monkeypatch.setattr(distributed, name, fake)
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(process, range(2)))
