@@ -153,8 +153,8 @@ def main(arguments):
             ) from error
         if same < pixels * (1 if out.suffix == ".pt2" else ENOUGH):
             raise UserError(
-                f"{out} is not written: {pixels - same} of {pixels} labels in {len(paths)} pictures "
-                "are not the checkpoint's"
+                f"{out} is not written: {pixels - same} of {pixels} labels in {len(paths)} "
+                "pictures are not the checkpoint's"
             )
     print(
         f"{out}: {out.stat().st_size / 2**20:.1f} MiB; {same / pixels:.4%} of the labels in "

@@ -4,8 +4,8 @@
 
 A mixer is called with the record of the micro-batch (engine/step.py) and fills `step.views`. Once
 the student has seen them and the last labeler has run, `after` adds labels and weights of the views
-that it made; `step.labels["source"]` is the truth. What is drawn depends on the sample's number alone, so it is
-the same on any number of processes.
+that it made; `step.labels["source"]` is the truth. What is drawn depends on the sample's number
+alone, so it is the same on any number of processes.
 """
 
 from contextlib import contextmanager

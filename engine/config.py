@@ -283,7 +283,6 @@ SECTIONS = {
     ),
     "train_dg": ("dg", "model.heads.projector", "model.heads.text_attention"),
 }
-NO_SET = {"name": "none"}
 VIEWS = {
     "train_supervised": ("source", "none"),
     "train_dg": ("source", "none", "teacher", "tower"),
@@ -314,7 +313,8 @@ def check_sections(config, script):
                     f"{spec.get('name')}: {script}.py has no {key} {show(view)}; there are "
                     f"{listing(VIEWS[script])}"
                 )
-    if script == "train_uda" and any(plain(p["data"]["target"]) == NO_SET for p in parts):
+    targets = [part["data"]["target"] for part in parts if script == "train_uda"]
+    if any(isinstance(target, dict) and target["name"] == "none" for target in targets):
         raise ConfigError("train_uda.py needs data.target, the unlabelled target set")
     for part in parts if script == "train_uda" else ():
         if part["stage"]["teacher"] == "frozen" and part["eval"]["weights"] == "teacher":

@@ -27,15 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from engine import distributed, process
+from engine import distributed
 from engine.build import build
 from engine.checkpoint import fingerprint
 from engine.errors import UserError
 from engine.files import inside, read_json, replacing, write
-from engine.inference import scaled
+from engine.inference import read, scaled
 from engine.statistics import resize_labels
 
 logger = logging.getLogger("engine")
@@ -60,22 +60,16 @@ def images(dataset, device, workers=0, count=None, short_side=0):
         .tolist()
     )
     mine = chosen[distributed.rank() :: distributed.world_size()]
-    loader = DataLoader(
-        Subset(dataset, mine),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=process.loader,
-        generator=torch.Generator(),
-    )
+    samples = read(dataset, mine, workers)
     for sample in tqdm(
-        loader, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0
+        samples, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0
     ):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         label = sample["label"][None].to(device).long()
         yield sample["index"], scaled(image, short_side), label
 
 
-def place(folder):
+def stage_of(folder):
     """The number of the stage that a folder of maps belongs to, from 1; 0 if it is none."""
     number = folder.name.partition("_")[0]
     return int(number) if number.isdecimal() else 0
@@ -167,8 +161,8 @@ class Preparation:
         inner, wanted = Path(self._kind(dataset), name), self._facts(made_of)
         found = [
             stage / inner
-            for stage in sorted(self.folder.parent.glob("*_*"), key=place)
-            if 0 < place(stage) < place(self.folder) and (stage / inner / SETTINGS).is_file()
+            for stage in sorted(self.folder.parent.glob("*_*"), key=stage_of)
+            if 0 < stage_of(stage) < stage_of(self.folder) and (stage / inner / SETTINGS).is_file()
         ]
         found = [folder for folder in found if read_json(folder / SETTINGS).get(MADE) == wanted]
         found = distributed.gather(found)[0]  # the same on all processes

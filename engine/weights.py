@@ -25,8 +25,9 @@ from engine.errors import UserError
 
 logger = logging.getLogger("engine")
 
-# Where a whole network has its backbone, and what then stands beside it: MMSegmentation, torchvision
-# and this project; Hugging Face; SMP, whose `encoder.` is a part of other programs' backbones.
+# Where a whole network has its backbone, and what then stands beside it: MMSegmentation,
+# torchvision and this project; Hugging Face; SMP, whose `encoder.` is a part of other programs'
+# backbones.
 BODIES = {"backbone.": "", "segformer.": "decode_head.", "encoder.": "segmentation_head."}
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # what files have around a state dict
 DAMAGE = (

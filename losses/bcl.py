@@ -16,8 +16,8 @@ ECCV 2022).
       - {name: source, ...}     # source only: the first round labels with it
       - {name: round, init: previous, repeat: 10, lr_scale: 0.5}    # new labels, half the rate
 
-Its labels go with ClassMix too (ours): `mixers.ClassMix, target: true` and cross-entropy on the view
-"mixed". Contrast and LabelTransfer keep to the pairs as they come.
+Its labels go with ClassMix too (ours): `mixers.ClassMix, target: true` and cross-entropy on the
+view "mixed". Contrast and LabelTransfer keep to the pairs as they come.
 
 The batch is a set of pairs, the i-th source with the i-th target image, and the pixels of each are
 drawn to the class means of the other. With features f, labels y (y_T: pseudo labels) and cosine -1

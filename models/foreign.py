@@ -62,7 +62,7 @@ def heads(state):
 
 
 def class_names(content):
-    """The names of the classes in a file of MMSegmentation, of its version 0 or 1; None elsewhere."""
+    """Names of the classes in a file of MMSegmentation, of its version 0 or 1; None elsewhere."""
     meta = content.get("meta") if isinstance(content, dict) else None
     meta = meta if isinstance(meta, dict) else {}
     found = {**meta, **(meta.get("dataset_meta") or {})}

@@ -8,8 +8,8 @@ trained them.
 
 The last line is DINOv2 (Oquab et al., TMLR 2024) with registers (Darcet et al., ICLR 2024); without
 them, registers: 0. Tensors have the names of DINOv2's release, which DeiT and MAE share; those of
-torchvision and Hugging Face are translated. There are more such networks in clip.ViT and timm.Timm; this one takes
-an attention bias.
+torchvision and Hugging Face are translated. There are more such networks in clip.ViT and timm.Timm;
+this one takes an attention bias.
 """
 
 from collections import OrderedDict
@@ -200,12 +200,8 @@ class ViT(Backbone):
                 nn.init.zeros_(module.bias)
         for unused in [*self.blocks[self.taps[-1] + 1 :], *([] if norm else [self.norm])]:
             unused.requires_grad_(False)
-        drop = [
-            "head.*",
-            "heads.*",
-            "pooler.*",
-            "mask_token",
-        ]  # the mask token is of DINOv2's own training
+        # The mask token is of DINOv2's own training.
+        drop = ["head.*", "heads.*", "pooler.*", "mask_token"]
         load_pretrained(self, weights, URLS.get((size, patch)), drop=drop, adapt=our_names)
 
     def _bias(self, bias):
