@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 
 import train_dg
 import train_supervised
@@ -94,6 +95,14 @@ def run(folder, *overrides, processes=1, double=False, config=TINY):
         process.join(300)
     codes = [process.exitcode for process in started]
     return next((code for code in codes if code != 0), 0), output.read_text()
+
+
+def on_two_processes(function, folder):
+    """Call function(rank, str(folder)) in two processes that have loaded PyTorch already."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the server
+    torch.multiprocessing.start_processes(
+        function, (str(folder),), nprocs=2, start_method="forkserver"
+    )
 
 
 def last(folder):

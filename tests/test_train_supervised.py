@@ -257,10 +257,14 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
     folder = tmp_path / "run"
     script = tmp_path / "signal_one.py"
     script.write_text(
-        "import os, signal, sys, threading\n"
+        "import os, signal, sys, threading, time\n"
         "import train_supervised\n"
+        "def stop():\n"
+        f"    while not os.path.exists({str(folder / 'scalars.jsonl')!r}):\n"
+        "        time.sleep(0.05)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "if os.environ['RANK'] == '1':\n"
-        "    threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    threading.Thread(target=stop, daemon=True).start()\n"
         "train_supervised.main(sys.argv[1:])\n"
     )
     arguments = command(folder, "train.iters=100000", "checkpoint.every=100000", processes=2)

@@ -13,10 +13,8 @@ from tests import soak
 
 KINDS = (
     "truncated picture, 2 workers",
-    "truncated picture, 2 ranks with 2 workers",
     "NaN loss, train_dg",
     "NaN gradient",
-    "NaN gradient in one of 2 ranks",
     "an error in one of 2 ranks",
     "the loaders of a killed run",
     "full disk while training",

@@ -19,6 +19,7 @@ from models.prototypes.centroids import Centroids
 from models.prototypes.mixtures import Mixtures
 from models.prototypes.pair import Pair
 from tests.records import a_batch, a_step, an_output
+from tests.runs import on_two_processes
 
 IGNORE = 255
 K, D = 5, 8
@@ -812,7 +813,7 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    on_two_processes(one_of_two, tmp_path)
     expected = state_after_training()
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     stored = states[0].pop("stored") | states[1].pop("stored")

@@ -13,6 +13,7 @@ from engine.config import ConfigError
 from engine.statistics import IGNORE
 from losses.cross_entropy import CrossEntropy, median_frequency
 from tests.losses.maps import logits_and_labels, patches, pixel_loss
+from tests.runs import on_two_processes
 
 
 def upsampled(logits, size=(24, 20)):
@@ -222,7 +223,7 @@ def weighted_loss_of_a_half(rank, folder):
 
 
 def test_class_weights_and_ohem_of_two_processes_are_those_of_one(tmp_path):
-    torch.multiprocessing.spawn(weighted_loss_of_a_half, (str(tmp_path),), nprocs=2)
+    on_two_processes(weighted_loss_of_a_half, tmp_path)
     halves = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for i, options in enumerate(WEIGHTED):
         value, gradient = weighted_loss(slice(None), **options)

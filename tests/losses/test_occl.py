@@ -18,6 +18,7 @@ from models.classifiers.linear import Linear
 from models.prototypes.basis import orthogonal_rows
 from tests.losses.maps import logits_and_labels, patches, pixel_loss
 from tests.records import a_step, an_output
+from tests.runs import on_two_processes
 
 TAU = 0.07
 
@@ -227,7 +228,7 @@ def occl_of_samples(chosen, split):
 
 
 def test_two_processes_draw_the_views_of_one(tmp_path):
-    torch.multiprocessing.spawn(occl_of_a_half, (str(tmp_path),), nprocs=2)
+    on_two_processes(occl_of_a_half, tmp_path)
     parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for i, split in enumerate(ALL):
         value, gradient, views = occl_of_samples(slice(None), split)
@@ -560,7 +561,7 @@ def ceco_of_a_half(rank, folder):
 
 
 def test_ceco_of_two_processes_is_that_of_one(tmp_path):
-    torch.multiprocessing.spawn(ceco_of_a_half, (str(tmp_path),), nprocs=2)
+    on_two_processes(ceco_of_a_half, tmp_path)
     value, gradient = ceco_of_samples(slice(None))
     for rank in range(2):
         mine, slope = torch.load(tmp_path / str(rank))

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from engine.statistics import class_sums
 from models.prototypes._em import expectation
 from models.prototypes.mixtures import ABSENT, Mixtures
 from tests.models.prototypes.clusters import D, K, M, corners, planted, rows
-from tests.runs import ROOT
+from tests.runs import ROOT, on_two_processes
 
 
 def random_mixtures(k=K, m=M, d=D, dtype=torch.float64, **options):
@@ -419,7 +418,7 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    on_two_processes(one_of_two, tmp_path)
     expected = learned(shared_batches())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for a, b, c in zip(first, second, expected):
