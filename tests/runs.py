@@ -1,5 +1,6 @@
 """Running the training scripts in tests: in this process, in processes of their own, and comparing what they leave."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.multiprocessing
@@ -15,6 +17,7 @@ import torch.multiprocessing
 import train_dg
 import train_supervised
 import train_uda
+from datasets import toy
 from engine import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +31,21 @@ SERVER = multiprocessing.get_context(
 SERVER.set_forkserver_preload(["tests.runs"])
 
 
+@functools.cache
+def drawn(*arguments, draw=toy.draw):
+    return draw(*arguments)
+
+
+def main(config, arguments):
+    """A script, in this process. It takes longer to draw a toy scene than to train on it, and most
+    runs of the tests show the same few."""
+    with mock.patch.object(toy, "draw", lambda *a: tuple(part.copy() for part in drawn(*a))):
+        SCRIPTS[config].main(arguments)
+
+
 def train(folder, *overrides, config=TINY):
     """Run a script in this process -> its scalars, one dict per step."""
-    SCRIPTS[config].main([config, f"folder={folder}", *overrides])
+    main(config, [config, f"folder={folder}", *overrides])
     return scalars(folder)
 
 
@@ -69,7 +84,7 @@ def work(rank, processes, port, double, config, arguments, output):
         os.environ.update({name: str(value) for name, value in (addresses | ranks).items()})
     if double:
         torch.set_default_dtype(torch.float64)
-    SCRIPTS[config].main(arguments)
+    main(config, arguments)
 
 
 def run(folder, *overrides, processes=1, double=False, config=TINY):
