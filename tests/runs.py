@@ -28,7 +28,7 @@ SCRIPTS = {TINY: train_supervised, TINY_UDA: train_uda, TINY_DG: train_dg}
 SERVER = multiprocessing.get_context(
     "forkserver"
 )  # has loaded PyTorch once, and no thread or run has touched it
-SERVER.set_forkserver_preload(["tests.runs"])
+SERVER.set_forkserver_preload(["tests.runs", "tests.scenes"])
 
 
 @functools.cache
