@@ -243,6 +243,7 @@ SMALL = {
 # Modules that hold no part of their package's kind, beside base.py, the face, and build.py.
 HELPERS = {
     "datasets.check": "command line tool",
+    "datasets.masked": "a view of domain adaptation, tested in test_masked.py",
     "datasets.mixers": "views of domain adaptation, tested in test_mixers.py",
     "datasets.reading": "files to arrays, tested in test_reading.py",
     "datasets.sampler": "order of the samples",
@@ -1226,6 +1227,7 @@ EXTRA = {  # beside its own folder and the leaves
     "losses.self_training": ("engine.inference",),
     "datasets.build": ("engine.build", "engine.config"),
     "datasets.check": ("engine.build", "engine.config"),
+    "datasets.masked": ("engine.build",),  # around another mixer
 }
 PARTS = ("models", "losses", "datasets")
 

@@ -44,15 +44,16 @@ METHODS = {  # overrides of the smallest adaptation
         "losses: [{name: cross_entropy.CrossEntropy}, {name: bismap.SymmetricCrossEntropy, view: target},"
         "{name: proda.Regularity, weight: 0.1}]}]",
     ),
-    "rounds": (  # BiSMAP's labels in ClassMix, the maps of the source made once
+    "rounds": (  # BiSMAP's labels in ClassMix and masked, the maps of the source made once
         "prototypes={mixtures: {name: mixtures.Mixtures, components: 1, view: none}}",
         f"stages=[{SOURCE[:-1]}, iters: 2}}, {{name: round, repeat: 2, iters: 2, init: previous, uda: {{"
-        "style: {name: style.ColorStats}, mixer: {name: mixers.ClassMix, target: true},"
+        "style: {name: style.ColorStats},"
+        "mixer: {name: masked.Masked, block: 16, mixer: {name: mixers.ClassMix, target: true}},"
         "source_weights: {name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2], entropy: none,"
         " encoder: {name: resnet.ResNet, depth: 18, weights: none}},"
         "labelers: [{name: bismap.LikelihoodLabels, threshold: {source_quantile: 0.1}, agree: 0.1}]},"
         "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
-        "{name: bcl.Contrast}]}]",
+        "{name: cross_entropy.CrossEntropy, view: masked}, {name: bcl.Contrast}]}]",
     ),
     "TMT": (
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"

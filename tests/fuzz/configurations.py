@@ -71,6 +71,7 @@ PARTS = [
     ("train_uda", "uda.style", "{name: style.FDA, beta: 0.01}"),
     ("train_uda", "uda.style", "{name: style.ColorStats, strength: 0.5}"),
     ("train_uda", "uda.mixer", "{name: mixers.Strong, operations: 2, p: 0.5, cutout: 0.2}"),
+    ("train_uda", "uda.mixer", "{name: masked.Masked, block: 16, mixer: {name: mixers.ClassMix}}"),
     ("train_uda", "uda.mixer", "{name: mixers.ClassMix, color: [0.2, 0.2, 0.2, 0.2], color_p: 0.5, target: true}"),
     ("train_uda", "losses", "[{name: bcl.Contrast, temperature: 1, forward_weight: 2}, {name: tmt.RegionAdversarial}]"),
     ("train_uda", "losses", "[{name: bismap.SymmetricCrossEntropy, ce: 0.1, floor: 0.01}, {name: bismap.Consistency}]"),
