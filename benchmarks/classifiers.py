@@ -45,7 +45,7 @@ STEPS = 5  # from one M step to the next
 ROWS = {  # name: (classifier, losses beside cross-entropy)
     "linear": ({"name": "linear.Linear"}, []),
     "CBP": ({"name": "cbp.CBP"}, []),
-    "CBP + OCCL": ({"name": "cbp.CBP"}, [{"name": "occl.OCCL"}]),
+    "CBP + OCCL": ({"name": "cbp.CBP"}, [{"name": "occl.OCCL", "split": "random"}]),
     "ProtoSeg": ({"name": "protoseg.ProtoSeg"}, [CONTRAST, DISTANCE]),
     "DNC": ({"name": "protoseg.ProtoSeg", "memory": 100}, []),
     "GMMSeg, moments": ({"name": "gmmseg.GMMSeg"}, [GAUSSIAN]),

@@ -1,7 +1,7 @@
 """OCCL, online centroid contrast: "Frozen is better than learning" (Chen et al., Pattern
 Recognition, 2024).
 
-    losses: [..., {name: occl.OCCL, weight: 1, centroid: 1.0, category: 0.1}]
+    losses: [..., {name: occl.OCCL, weight: 1, centroid: 0.3, category: 0.5}]
 
 The feature cells of each class are split into two halves, the views. v_lx is the mean feature of
 class l in view x, s_l the mean of both and w_l the class prototype, all normalised (equations 3 to
@@ -77,11 +77,11 @@ class OCCL(Loss):
         *,
         num_classes,
         seed=0,
-        centroid: NonNegative = 1.0,
-        category: NonNegative = 0.1,
+        centroid: NonNegative = 0.3,
+        category: NonNegative = 0.5,
         temperature: Positive = 0.07,
         min_pixels: Count = 2,
-        split: Literal["objects", "image", "random", "checkerboard"] = "random",
+        split: Literal["objects", "image", "random", "checkerboard"] = "objects",
         negatives: Literal["category", "view"] = "category",
         against: Literal["all", "present"] = "all",
         partner: bool = True,
