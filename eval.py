@@ -31,6 +31,11 @@ self_training.StoredConfidence, threshold: 0.9}]'`.
 writes besides how far the class vectors are from orthogonal and equal, F1 by how frequent classes
 are in training, and the summed IoU of similar classes (engine/diagnostics.py). It counts the labels
 of data.train once.
+
+    python eval.py CHECKPOINT domains=true
+
+writes how far each test set is from the training domain, in the features and in the joint space
+(engine/domains.py). The training domain is that of `data.seen`, or data.val.
 """
 
 import hashlib
@@ -48,6 +53,7 @@ from engine import checkpoint, config, distributed, precision
 from engine.build import build, present
 from engine.config import ConfigError
 from engine.diagnostics import checked_pairs, diagnose
+from engine.domains import measure
 from engine.errors import UserError
 from engine.files import write
 from engine.log import facts, to_console
@@ -59,7 +65,12 @@ from losses.build import build_adaptation
 from models.build import build_prototypes, joint_channels, restore, trained_with
 
 logger = logging.getLogger("engine")
-OWN = ("export=", "diagnostics=", "pairs=")  # arguments that are no keys of the configuration
+OWN = (
+    "export=",
+    "diagnostics=",
+    "pairs=",
+    "domains=",
+)  # arguments that are no keys of the configuration
 # Keys that change nothing of a result.
 NEUTRAL = (
     "folder",
@@ -183,7 +194,11 @@ def main(arguments):
     rest = [a for a in arguments if Path(a) not in paths]
     overrides = [a for a in rest if not a.startswith(OWN)]
     own = {key: value for key, _, value in (a.partition("=") for a in rest if a.startswith(OWN))}
-    for key, only in (("export", "pseudo_labels"), ("diagnostics", "true")):
+    for key, only in (
+        ("export", "pseudo_labels"),
+        ("diagnostics", "true"),
+        ("domains", "true"),
+    ):
         if own.get(key, only) != only:
             raise ConfigError(f"{key} must be {only}, not {own[key]}")
     if "pairs" in own and "diagnostics" not in own:
@@ -207,7 +222,7 @@ def main(arguments):
             write(folders[0] / name, table + "\n")
 
 
-def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
+def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None, domains=""):
     """One checkpoint on the test sets of its configuration.
 
     Returns:
@@ -217,6 +232,14 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
     specs = present(cfg.data.test) or {"val": cfg.data.val}
+    source = next((name for name in cfg.data.seen if name in specs), "val")
+    if domains:
+        specs = {source: specs.get(source, cfg.data.val), **specs}
+    if domains and (distributed.world_size() > 1 or specs[source]["name"] == "none"):
+        raise ConfigError(
+            "domains=true needs one process, and a set of the training domain: data.val, or one of "
+            "data.test that data.seen names"
+        )
     datasets = {
         name: build("datasets", spec, "SegmentationData", root=cfg.data.root)
         for name, spec in specs.items()
@@ -256,6 +279,9 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None):
     )
     if diagnostics:
         diagnose(network.classifier, matrices, counts, folder, saved["step"], pairs)
+    if domains:
+        place = (folder, device, autocast, cfg.data.workers, cfg.eval.short_side)
+        measure(network, datasets, source, matrices, *place)
     return matrices, folder, seen
 
 
