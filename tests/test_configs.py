@@ -41,6 +41,9 @@ def classes_of(spec):
     return getattr(importlib.import_module(f"datasets.{module}"), name).CLASSES or spec["classes"]
 
 
+TEXTS = ("text.Text", "text.Mapped")
+
+
 @pytest.mark.parametrize(
     "path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
 )
@@ -65,7 +68,7 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
         context = {"num_classes": len(classes), "classes": classes, "seed": 0}
         joint = joint_channels(cfg.model)
         specs = dict(cfg.prototypes)
-        if specs.get("text", {}).get("name") == "text.Text":  # made by a command, not shipped
+        if specs.get("text", {}).get("name") in TEXTS:  # made by a command, not shipped
             torch.save(
                 {"vectors": torch.randn(len(classes), joint), "classes": list(classes)},
                 tmp_path / "text.pt",
@@ -74,7 +77,7 @@ def test_an_experiment_builds_what_it_names(path, tmp_path):
         if cfg.dg.tower["name"] != "none":
             cfg.dg.tower["weights"] = "none"
         context["in_channels"] = 1
-        text = {name: spec for name, spec in specs.items() if spec["name"] == "text.Text"}
+        text = {name: spec for name, spec in specs.items() if spec["name"] in TEXTS}
         build_prototypes(text, joint, **context)
         with torch.device("meta"):
             network = build_segmentor(cfg.model, classes, pretrained=False)

@@ -233,6 +233,7 @@ SMALL = {
     "timm.Timm": {"model": "test_resnet"},
     "vit.ViT": {"size": "t"},
     "text.Text": {"file": str(CLIPS / "text.pt"), "classes": list("abcde")},
+    "text.Mapped": {"file": str(CLIPS / "text.pt"), "classes": list("abcde")},
     "visual_text.VisualText": {"center": False},  # the centre is that of all classes
     "auxiliary.Auxiliary": {"stage": 1, "width": 8},
     "projector.Projector": {"channels": 12},
@@ -788,7 +789,9 @@ def text():
 
 
 def update(member, batches):
-    """As a script does it: some members look at others."""
+    """As a script does it: some members look at others, and some at a data set before all steps."""
+    if member.offline and not member.seen.any():
+        fit(member, lambda: batches)
     member.update(batches, a_step(prototypes={"text": text()}, number=5, total=10))
 
 

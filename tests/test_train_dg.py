@@ -393,7 +393,7 @@ def test_eval_compares_checkpoints_over_domains(tmp_path, capsys):
         ("train.teacher=0.0", "prototypes.visual: view must be"),
         (
             "dg.tower={name: resnet.ResNet, weights: none}",
-            "dg.tower: resnet.ResNet has no dense features",
+            "dg.tower: resnet.ResNet has no dense features; clip.ViT, clip.ResNet and vit.ViT",
         ),
         ("prototypes.visual.text=clip", "VisualText needs the prototypes 'clip'"),
         (

@@ -21,8 +21,8 @@ class Backbone(nn.Module):
             `forward(image, bias=None)` then calls `bias(stage, block, x, keys)` before every block
             (mit.MiT, vit.ViT).
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
-        joint: channels of `dense`, which only towers of image and text have (clip.ViT,
-            clip.ResNet); 0: none.
+        joint: channels of `dense`, which towers of `train_dg.py` have: of image and text (clip.ViT,
+            clip.ResNet), or of images alone (vit.ViT); 0: none.
         foreign: how weights of others get its names, what of them is not wanted, what they may
             lack: `adapt`, `drop` and `allow_missing` of engine.weights.load_pretrained.
     """
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def dense(self, image: Tensor) -> Tensor:
-        """Unit features (B, joint, h, w) in the joint space of images and texts."""
+        """Unit features (B, joint, h, w), of clip.* in the joint space of images and texts."""
         raise NotImplementedError
 
     def stage_blocks(self, stage: int) -> nn.ModuleList:

@@ -21,6 +21,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from engine.ranges import Few, Momentum, Natural
+from engine.statistics import unit
 from engine.weights import WeightsError, join_qkv, load_pretrained, rename
 from models.backbones.base import Backbone
 from models.backbones.clip import blocks_tapped, positions_at, whole_patches
@@ -181,6 +182,7 @@ class ViT(Backbone):
             )
         self.taps = blocks_tapped(taps, depth, f"ViT-{size.upper()}")
         self.channels, self.strides = [channels] * len(self.taps), [patch] * len(self.taps)
+        self.joint = channels
         self.depths, self.heads, self.reductions = [self.taps[-1] + 1], [heads], [1]
         self.normalize, self.prefix = Normalize(), 1 + registers  # tokens before the patches
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, channels, patch, patch)})
@@ -257,6 +259,11 @@ class ViT(Backbone):
             if i in self.taps:
                 maps.append(self._map(self.norm(x) if self.normed else x, grid))
         return maps
+
+    def dense(self, image):
+        """The last map, of unit vectors: for a frozen tower of `train_dg.py`. No text lies in its
+        space; text.Mapped brings some there."""
+        return unit(self(image)[-1])
 
     def _map(self, x, grid):
         """Tokens (B, N, C) -> the patches as a map (B, C, h, w)."""

@@ -33,6 +33,8 @@ import yaml
 from engine.errors import UserError
 from engine.files import read_array, read_text, replacing
 from engine.process import run
+from engine.ranges import Count
+from engine.statistics import class_means
 from engine.weights import check_hub, load_into, read, reason, unwrap
 from models.prototypes.base import Prototypes
 
@@ -231,6 +233,54 @@ class Text(Prototypes):
             text=text.float(),
             seen=torch.ones(num_classes, dtype=torch.bool),
         )
+
+
+class Mapped(Text):
+    """Text in the space of an image tower that has never met text, such as DINOv2's.
+
+        dg.tower: {name: vit.ViT, size: s, patch: 14, positions: 518, layer_scale: true, weights: PATH}
+        prototypes.text: {name: text.Mapped, space: joint, view: tower, file: PATH}
+
+    Before the first step the centred rows of the text are turned and scaled as they come nearest to
+    the centred class means of the tower's features (orthogonal Procrustes; Schoenemann, 1966): what
+    the text says of how alike classes are stays, the axes are the tower's. **This is ours**: PPAR
+    takes CLIP, whose space has both.
+
+    Args:
+        offline: training images whose cells of one class give the class means.
+        file, rows, map, center: as in Text. With center: false the rows lie around the mean of the
+            class means.
+    """
+
+    def __init__(
+        self, *, num_classes, in_channels, file, rows=None, offline: Count = 1000, **options
+    ):
+        super().__init__(
+            num_classes=num_classes,
+            in_channels=read_rows(file, rows)[0].shape[1],
+            file=file,
+            rows=rows,
+            **options,
+        )
+        self.offline, self.center = offline, options.get("center", True)
+        self.vectors = torch.zeros(num_classes, in_channels)
+        self.seen = torch.zeros_like(self.seen)
+
+    @torch.no_grad()
+    def fit(self, batches, prototypes):
+        means, present = class_means(batches(), self.vectors)
+        if present.sum() < 2:
+            raise UserError("text.Mapped has seen cells of fewer than two classes: raise offline")
+        means, text = F.normalize(means.double(), dim=1), self.text.double()
+        offset, known = means[present].mean(0), text[present].mean(0)
+        u, lengths, v = torch.linalg.svd(
+            (text[present] - known).T @ (means[present] - offset), full_matrices=False
+        )
+        rank = int((lengths > 1e-6 * lengths.max()).sum())
+        scale = lengths.sum() / (text[present] - known).square().sum()
+        mapped = scale * (text - known) @ u[:, :rank] @ v[:rank]
+        self.vectors.copy_(F.normalize(mapped if self.center else mapped + offset, dim=1))
+        self.seen.fill_(True)
 
 
 def text_vectors(model, tokenizer, prompts):
