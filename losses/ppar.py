@@ -27,8 +27,8 @@ What the abstract says:
    against negative transfer.
 5. A theoretical analysis relates this to the theory of domain generalisation.
 
-What is ours: every equation below. No line here follows from the theory, and no term of a bound is
-measured. Of the constants, only the weight 0.1 is that of the authors' earlier work. With s the
+What is ours: every equation below. No line here follows from the theory; terms of the usual bound
+are measured by `eval.py CHECKPOINT domains=true` (engine/domains.py). Of the constants, only the weight 0.1 is that of the authors' earlier work. With s the
 share of the training done, z the unit features of a pixel in the joint space (the projector's
 output), g those of CLIP's image tower, y its label, tau a temperature, and R and F the reliability
 of a pixel and of its image or source:
@@ -49,7 +49,8 @@ part before its U is there, unless omega is 1. The opposite order is as defensib
 option; so is the reading that a pixel's own difficulty says which of the two it is aligned to
 (`order: by_difficulty`).
 
-**U is the paper's VTP only where CLIP's image tower makes it** (`view: tower`). With `view:
+**U is the paper's VTP only where CLIP's image tower makes it** (`view: tower`). Another frozen tower
+(vit.ViT with text.Mapped) makes visual-text prototypes too, in its own space: ours. With `view:
 teacher` it is what the abstract warns of, running means of the student over the source: teacher
 prototypes. Text is centred before it is used (models/prototypes/text.py), which the paper may not
 do.
