@@ -207,6 +207,8 @@ class MiT(Backbone):
     may have.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,
