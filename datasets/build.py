@@ -1,6 +1,7 @@
 """The data sets of a configuration, and the stream of batches of a training set."""
 
 import logging
+import time
 from typing import NamedTuple
 
 import torch
@@ -136,16 +137,23 @@ class Stream:
         else:
             self.sampler = StreamSampler(len(dataset), **options)
         loader = make_loader(dataset, self.sampler, cfg.data.workers, device.type == "cuda")
-        self.batches = iter(loader)
+        self.batches, self.waits = iter(loader), 0.0
 
     def __next__(self):
+        began = time.monotonic()
         batch = next(self.batches)
+        self.waits += time.monotonic() - began
         if self.unseen > 0 and "pixels" in batch:
             self.pixels += batch["pixels"].sum(0)
             self.unseen -= len(batch["pixels"])
             if self.unseen <= 0:
                 self.warn()
         return batch
+
+    def waited(self):
+        """Seconds that training has waited for batches since the last call."""
+        seconds, self.waits = self.waits, 0.0
+        return seconds
 
     def warn(self):
         """Say what is suspicious about the labels, after as many samples as there are images."""

@@ -9,6 +9,7 @@ Only the main process writes.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,6 +32,7 @@ from engine.errors import UserError
 from engine.files import write
 
 logger = logging.getLogger("engine")
+SETTLED = 10  # steps before a profile: by then libraries have chosen their algorithms
 logging.raiseExceptions = False  # a full disk is said once, by `Log`, not by every line of log.txt
 
 
@@ -183,7 +186,8 @@ class Log:
         """The line and the scalars of a step.
 
         Args:
-            values: averages since the last line.
+            values: averages since the last line, and "train/waiting", the share of the time in
+                which training waited for its data.
             laps: seconds of each step since then.
         Returns:
             the time that is left, as text.
@@ -192,13 +196,15 @@ class Log:
         days, left = divmod(round((total - step) * pace), 86400)
         eta = f"{days} d " * (days > 0) + time.strftime("%H:%M:%S", time.gmtime(left))
         rate = max(value for name, value in values.items() if name.startswith("train/lr"))
+        speed, memory = batch_size / pace, peak_memory(device)
         logger.info(
             f"step {step}/{total}  loss {values['train/loss']:.4f}  lr {rate:.2e}  "
-            f"{pace:.3f} s/step  eta {eta}",
+            f"{pace:.3f} s/step  {speed:.1f} images/s  {values['train/waiting']:.0%} waiting  "
+            f"{memory:.2f} GiB  eta {eta}",
             extra={"progress": True},
         )
-        speed = {"train/images_per_sec": batch_size / pace, "train/samples": step * batch_size}
-        self.scalars(values | speed | {"train/max_mem_gb": peak_memory(device)}, step)
+        figures = {"train/images_per_sec": speed, "train/max_mem_gb": memory}
+        self.scalars(values | figures | {"train/samples": step * batch_size}, step)
         return eta
 
     def picture(self, tag, picture, step):
@@ -224,6 +230,28 @@ class Log:
             logger.removeHandler(self.handler)
             self.handler.close()
             self.writer = None
+
+
+def profiled(numbers, steps, folder, device):
+    """The numbers of steps; meanwhile the main process profiles `steps` of them, 0: none.
+
+    The profile, profile.pt.trace.json in the run folder, is a Chrome trace. A run that has one makes
+    no other.
+    """
+    path, numbers = folder / "profile.pt.trace.json", iter(numbers)
+    if steps and distributed.is_main() and not path.exists():
+        names = dict.fromkeys(["CPU", device.type.upper()])
+        plan = schedule(wait=SETTLED, warmup=1, active=steps, repeat=1)
+
+        def save(profiler):
+            profiler.export_chrome_trace(str(path))
+
+        kinds = [getattr(ProfilerActivity, name) for name in names]
+        with profile(activities=kinds, schedule=plan, on_trace_ready=save) as profiler:
+            for number in itertools.islice(numbers, SETTLED + 1 + steps):
+                yield number
+                profiler.step()
+    yield from numbers
 
 
 def _step(line):

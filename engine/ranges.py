@@ -95,7 +95,7 @@ RANGES = {
         "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
         "pictures": Natural,
     },
-    "log": {"every": Count, "images_every": Natural},
+    "log": {"every": Count, "images_every": Natural, "profile": Natural},
     "checkpoint": {"every": Count, "keep": Count},
 }
 STAGE_RANGES = {

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
 from engine.guard import Guard, end_at
-from engine.log import Averages, Log, claim, facts, interactive, release, to_console
+from engine.log import Averages, Log, claim, facts, interactive, profiled, release, to_console
 from engine.process import signals
 
 logger = logging.getLogger("engine")
@@ -147,7 +147,7 @@ class Run:
         )
         signals.gentle = True
         try:
-            for number in self.bar:
+            for number in profiled(self.bar, self.cfg.log.profile, self.folder, self.device):
                 self.started = time.monotonic()
                 self.guard.begin(number)
                 self.rates = schedule.set_rates(
@@ -205,7 +205,10 @@ class Run:
             self.done, self.pending = failure[0], False
             end_at(*failure, self._content(), self.streams, self.folder)
         values = self.averages.take() | {f"train/lr_{name}": r for name, r in self.rates.items()}
-        values |= {"train/grad_norm": float(self.norm)} | precision.figures(self.scaler)
+        values |= precision.figures(self.scaler) | {
+            "train/grad_norm": float(self.norm),
+            "train/waiting": sum(s.waited() for s in self.streams.values()) / sum(self.laps),
+        }
         eta = self.writer.progress(
             self.offset + self.done,
             self.total,

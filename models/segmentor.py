@@ -12,7 +12,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from models.blocks import sizes_named, still
+from models.blocks import joined, sizes_named, still
 
 
 class Segmentor(nn.Module):
@@ -82,15 +82,15 @@ class Segmentor(nn.Module):
         """
         return self.look(View(image, domain), step, heads)
 
-    def look(self, view, step=0, heads=False):
-        """View -> Output, as `segment`."""
+    def look(self, view, step=0, heads=False, maps=None):
+        """View -> Output, as `segment`; `maps` are those of the backbone, if they are there."""
         output = Output()
         running = [head for head in self.heads.values() if head.at_test or heads or self.training]
         given = {"domain": view.domain} if self.backbone.per_domain else {}
         biases = [bias for head in running if (bias := head.bias(output, step))]
         given |= {"bias": biases[-1]} if biases else {}
         with sizes_named(view.image):
-            maps = (self.cache or self.backbone)(view.image, **given)
+            maps = maps or (self.cache or self.backbone)(view.image, **given)
             output.features = self.decoder(maps)
         for head in running:
             head(view, maps, output, step)
@@ -111,8 +111,8 @@ class Segmentor(nn.Module):
             raise UserError(
                 "stem: per_domain on several processes needs views of both domains in every step"
             )
-        outputs = ByView()
+        outputs, maps = ByView(), joined(self, views, step)
         for name, view in views.items():
             with still(self) if name not in (self.bn_views or views) else contextlib.nullcontext():
-                outputs[name] = self.look(view, step, heads=True)
+                outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
         return outputs

@@ -385,7 +385,7 @@ def facts(folder):
     for line in (folder / "scalars.jsonl").read_text().splitlines():
         values = json.loads(line)
         for tag, value in values.items():
-            if tag not in ("train/images_per_sec", "train/max_mem_gb", "seconds"):
+            if tag not in ("train/images_per_sec", "train/max_mem_gb", "train/waiting", "seconds"):
                 found[f"scalars.jsonl step {values['step']} {tag}"] = value
     for path in sorted(folder.glob("maps/**/*.png")):
         found[str(path.relative_to(folder))] = path.read_bytes()

@@ -498,6 +498,8 @@ def test_backbone_says_what_it_takes_and_has(name):
     takes = {*inspect.signature(backbone.forward).parameters}
     assert takes <= {"image", "domain", "bias"} and ("bias" in takes) == bool(backbone.depths)
     assert "domain" in takes or not backbone.per_domain
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert backbone.joins == (not norms) or name.startswith("timm.")  # which may hold anything
     if backbone.depths:
         asked = []
         backbone(image, bias=lambda stage, block, x, keys: asked.append((stage, block)))

@@ -509,7 +509,8 @@ def test_log_txt_has_the_loss_the_rate_the_pace_and_the_time_that_is_left(tmp_pa
         line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " step " in line
     ]
     pattern = (
-        r"\S+ \S+ step 2/2  loss \d+\.\d{4}  lr \d\.\d\de-\d\d  \d+\.\d{3} s/step  eta 00:00:00"
+        r"\S+ \S+ step 2/2  loss \d+\.\d{4}  lr \d\.\d\de-\d\d  \d+\.\d{3} s/step  "
+        r"\d+\.\d images/s  \d+% waiting  \d+\.\d\d GiB  eta 00:00:00"
     )
     assert re.fullmatch(pattern, lines[1]), lines
 

@@ -20,6 +20,8 @@ class Backbone(nn.Module):
         depths: blocks of each stage of a transformer that takes a `bias`:
             `forward(image, bias=None)` then calls `bias(stage, block, x, keys)` before every block
             (mit.MiT, vit.ViT).
+        joins: no image of a batch changes the maps of another, so all views of a step may go
+            through it as one batch. Batch norm forbids it.
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
         joint: channels of `dense`, which towers of `train_dg.py` have: of image and text (clip.ViT,
             clip.ResNet), or of images alone (vit.ViT); 0: none.
@@ -30,6 +32,7 @@ class Backbone(nn.Module):
     channels: list[int]
     strides: list[int]
     depths: list[int] = ()
+    joins = False
     per_domain = False
     joint = 0
     foreign = same_names, (), ()

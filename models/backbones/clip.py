@@ -216,6 +216,8 @@ class ViT(Backbone):
     patches, and position embeddings interpolated to their grid as open_clip does.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,

@@ -70,6 +70,8 @@ class ConvNeXt(Backbone):
     Sides that are no multiple of a stride are filled up with zeros, at the bottom and on the right.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,

@@ -132,23 +132,22 @@ class Attention(nn.Module):
             self.sr = nn.Conv2d(channels, channels, reduction, reduction)
             self.norm = nn.LayerNorm(channels)
 
-    def split(self, x):
-        return (
-            x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        )  # (B, heads, h w, C / heads)
-
     def project(self, x):
         """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values
         (B, heads, M, C / heads)."""
         small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
-        return map(self.split, (self.q(x), *self.kv(small).chunk(2, dim=-1)))
+        images, channels = x.shape[0], x.shape[3] // self.heads
+        # Rows of pixels: a linear layer would make them of a map, and a map of its result.
+        q = self.q(x.flatten(0, 2)).view(images, -1, self.heads, channels).transpose(1, 2)
+        kv = self.kv(small.flatten(0, 2)).view(images, -1, 2, self.heads, channels)
+        return q, *kv.permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x, bias=None):
         """(B, h, w, C) -> the same; `bias` broadcasts to the attention logits (B, heads, N, M)."""
         q, k, v = self.project(x)
         bias, v = guided(bias, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, N, C / heads)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        return self.proj(y.transpose(1, 2).reshape(-1, x.shape[3])).view(x.shape)
 
 
 class MixFFN(nn.Module):
@@ -206,6 +205,8 @@ class MiT(Backbone):
     `depths`, `heads` and `reductions`, one number per stage, tell the shapes that an attention bias
     may have.
     """
+
+    joins = True
 
     def __init__(
         self,

@@ -75,6 +75,8 @@ class Swin(Backbone):
     and on the right.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,

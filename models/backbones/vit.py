@@ -150,6 +150,8 @@ class ViT(Backbone):
     antialiasing, and takes the grid for 0.1 patches larger.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,

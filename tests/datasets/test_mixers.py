@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datasets.mixers import OPERATIONS, ClassMix, Source, SourceTarget, Strong, sharpness
+from datasets.base import drawing
+from datasets.mixers import OPERATIONS, ClassMix, ColorBlur, Source, SourceTarget, Strong, sharpness
 from engine.build import build
 from engine.errors import UserError
 from engine.step import View
@@ -367,8 +369,28 @@ def test_class_mix_of_a_source_without_labels_is_the_target():
 
 
 def test_strong_augmentation_of_a_sample_is_repeatable_and_leaves_the_global_generator_alone():
-    change, image = ClassMix(color_p=1.0, blur_p=1.0).augment.change, torch.rand(3, 16, 16)
+    change, image = ClassMix(color_p=1.0, blur_p=1.0).augment, torch.rand(1, 3, 16, 16)
     before = torch.get_rng_state()
-    assert torch.equal(change(image, 5), change(image, 5))
-    assert not torch.equal(change(image, 5), change(image, 6))
+    assert torch.equal(change(image, [5]), change(image, [5]))
+    assert not torch.equal(change(image, [5]), change(image, [6]))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"color_p": 1.0, "blur_p": 1.0}, {"color": (0.5, 0, 0.4, 0)}, {"color": (0, 0, 0, 0.5)}],
+)
+def test_colours_and_blur_of_a_batch_are_those_of_torchvision_image_by_image(options):
+    images, change = torch.rand(6, 3, 14, 18), ColorBlur(seed=2, **options)
+    images[0, :, :4] = images[0, :1, :4]  # grey has no hue
+    color, numbers = options.get("color", (0.5, 0.5, 0.5, 0.3)), [3, 40, 41, 7, 8, 9]
+    jitter, blur = v2.ColorJitter(*color), v2.GaussianBlur(9, (0.15, 1.15))
+    changed = change(images, numbers)
+    for image, number, found in zip(images, numbers, changed):
+        assert torch.equal(change(image[None], [number])[0], found)  # whoever is beside it
+        with drawing(2 * 1_000_003 + number):
+            chances = torch.tensor([options.get("color_p", 0.8), options.get("blur_p", 0.5)])
+            jitters, blurs = torch.rand(2) < chances
+            image = jitter(image) if jitters else image
+            image = blur(image) if blurs else image
+        torch.testing.assert_close(found, image, rtol=0, atol=2e-6)

@@ -32,7 +32,7 @@ data.rare_classes.min_pixels data.rare_classes.temperature data.root data.seen d
 data.target_augment.name data.test data.train.name data.val.name data.workers
 deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
 eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
-eval.subsets eval.weights folder log.every log.images_every losses model.backbone.name model.channels_last
+eval.subsets eval.weights folder log.every log.images_every log.profile losses model.backbone.name model.channels_last
 model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
 model.cache model.frozen model.init model.sync_bn optimizer.betas optimizer.clip
@@ -336,6 +336,7 @@ WRONG = {
     "eval.pictures": "-1",
     "log.every": "0",
     "log.images_every": "-1",
+    "log.profile": "-1 0.5",
     "checkpoint.every": "0",
     "checkpoint.keep": "0 -1",
 }

@@ -5,7 +5,9 @@ import torch
 
 from engine.errors import UserError
 from engine.step import View
+from models.backbones.mit import MiT
 from models.backbones.resnet import ResNet
+from models.blocks import joined
 from models.classifiers.linear import Linear
 from models.decoders.fcn import FCN
 from models.segmentor import Segmentor
@@ -49,6 +51,45 @@ def test_stems_per_domain_on_several_processes_need_both_domains(monkeypatch):
     ):
         network(one)
     network(one | {"mixed": View(torch.rand(1, 3, 32, 32), "target")})
+
+
+def test_views_go_through_a_backbone_without_batch_statistics_as_one_batch(monkeypatch):
+    backbone = MiT(size="b0", drop_path=0.0, weights="none")
+    decoder = FCN(in_channels=backbone.channels, width=8, dropout=0.0)
+    classifier = Linear(in_channels=8, num_classes=3)
+    network = Segmentor(backbone, decoder, classifier, frozen_bn=["decoder"]).train()
+    image, calls, given = torch.rand(3, 3, 32, 64), [], backbone.forward
+    views = {"source": View(image[:1], "source"), "mixed": View(image[1:])}
+
+    def count(image, **more):
+        calls.append(len(image))
+        return given(image, **more)
+
+    monkeypatch.setattr(backbone, "forward", count)
+
+    def learn(views):
+        calls.clear()
+        network.zero_grad()
+        outputs = network(views)
+        sum(output.logits.square().sum() for output in outputs.values()).backward()
+        return outputs, [parameter.grad.clone() for parameter in backbone.parameters()]
+
+    one, gradients = learn(views)
+    assert calls == [3]
+    monkeypatch.setattr(MiT, "joins", False)
+    two, expected = learn(views)
+    assert calls == [1, 2]
+    for name, output in one.items():
+        torch.testing.assert_close(output.logits, two[name].logits, rtol=0, atol=1e-6)
+        assert torch.equal(output.logits.argmax(1), two[name].logits.argmax(1))
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(MiT, "joins", True)
+    learn(views | {"strong": View(image[:1, :, :, :32])})  # another size
+    assert calls == [1, 2, 1]
+    monkeypatch.setattr(Linear, "bias", lambda *given: print, raising=False)
+    network.head_names = ["classifier"]  # in the place of a head that guides the attention
+    calls.clear()
+    assert joined(network, views, 0) == {} and calls == []
 
 
 @pytest.mark.parametrize("part", ["backbone", "decoder"])
