@@ -1,4 +1,5 @@
-"""What the kernels cost: class sums against the usual ways, OCCL, its parts, and within a step.
+"""What the kernels cost, beside the usual ways: class sums, balanced assignment, confusion matrix,
+contrast of pixels with prototypes; OCCL, its parts, and within a step.
 
     python -m benchmarks.kernels [--threads 1] [--rounds 7]
 
@@ -14,6 +15,7 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 
 from engine.statistics import IGNORE, class_sums
 from engine.step import Batch, Output, Step, View
@@ -24,6 +26,7 @@ from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
 from models.decoders.deeplabv3plus import DeepLabV3Plus
+from models.prototypes._sinkhorn import balanced
 from models.segmentor import Segmentor
 
 SUMS = [
@@ -32,7 +35,10 @@ SUMS = [
     (8, 128, 64, 80, 22),
     (2, 256, 64, 64, 150),
     (2, 256, 64, 64, 342),
+    (2, 256, 64, 64, 1000),
+    (2, 19, 128, 128, 19),
 ]
+SHARED = [(33_000, 10, 19), (16_000, 10, 150)]  # N, M, K
 CONTRAST = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (2, 256, 64, 64, 150)]  # B, D, h, w, K
 
 
@@ -47,6 +53,14 @@ def index_add(features, labels, num_classes):
     rows = features.permute(0, 2, 3, 1).flatten(0, 2)
     ids = torch.where(labels < num_classes, labels, num_classes).flatten()
     return rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, ids, rows)[:num_classes]
+
+
+def scatter(features, labels, num_classes):
+    """One scatter along the maps; the last column takes the ignored pixels."""
+    maps, ids = features.flatten(2), torch.where(labels < num_classes, labels, num_classes)
+    sums = maps.new_zeros(*maps.shape[:2], num_classes + 1)
+    sums = sums.scatter_add(2, ids.flatten(1)[:, None].expand_as(maps), maps)
+    return sums[..., :num_classes].sum(0).T
 
 
 def arguments(name, **defaults):
@@ -114,7 +128,8 @@ def time_class_sums(shape, layout, rounds):
 
     ways = {
         "class_sums": lambda *x: class_sums(*x)[0],
-        "index_add_ on rows": index_add,
+        "index_add on rows": index_add,
+        "scatter_add on maps": scatter,
         "masked loop": masked_loop,
     }
     truth = gradient(masked_loop, features.double())
@@ -124,6 +139,30 @@ def time_class_sums(shape, layout, rounds):
     return compare(
         {name: lambda way=way: gradient(way, features) for name, way in ways.items()}, rounds
     )
+
+
+def sinkhorn_loop(scores, classes, num_classes, sharpness, rounds):
+    """The usual way: a float32 transport of each class by itself."""
+    found = torch.zeros_like(classes)
+    for c in range(num_classes):
+        own = classes == c
+        shares = (scores[own] / sharpness).exp().T
+        for _ in range(rounds):
+            shares = shares / shares.sum(1, keepdim=True)
+            shares = shares / shares.sum(0, keepdim=True)
+        found[own] = shares.argmax(0)
+    return found
+
+
+def time_sinkhorn(shape, _, rounds):
+    """Cosines as a classifier leaves them, (M, N) in memory; classes in runs."""
+    n, m, k = shape
+    pixels, prototypes = (F.normalize(torch.randn(count, 64), dim=1) for count in (n, m))
+    classes = torch.randint(k, (n // 64 + 1,)).repeat_interleave(64)[:n]
+    case = ((prototypes @ pixels.T).T, classes, k, 0.05, 3)
+    assert torch.equal(balanced(*case), sinkhorn_loop(*case))
+    ways = {"balanced": balanced, "loop over classes": sinkhorn_loop}
+    return compare({name: lambda way=way: way(*case) for name, way in ways.items()}, rounds)
 
 
 def time_occl(shape, layout, rounds):
@@ -190,10 +229,11 @@ def time_step(_, precision, rounds, num_classes=11):
 
 def main():
     options = arguments("kernels", rounds=7)
-    print("| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |")
+    print("| case: (B, D, h, w, K), layout | way | ms | ratio to the first |")
     print("|---|---|---|---|", flush=True)
     layouts = (torch.contiguous_format, torch.channels_last)
     cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
+    cases += [(time_sinkhorn, shape, "N, M, K") for shape in SHARED]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
