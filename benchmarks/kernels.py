@@ -17,6 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from engine.metrics import ConfusionMatrix
 from engine.statistics import IGNORE, class_sums
 from engine.step import Batch, Output, Step, View
 from losses._views import halve
@@ -165,6 +166,22 @@ def time_sinkhorn(shape, _, rounds):
     return compare({name: lambda way=way: way(*case) for name, way in ways.items()}, rounds)
 
 
+def time_confusion(num_classes, _, rounds):
+    """A picture of 1024 x 2048 pixels, as `evaluate` counts it, and one histogram of two maps of
+    bytes without ignored pixels."""
+    labels = patches(1, 1024, 2048, num_classes).clamp_max(IGNORE)[0].byte()
+    predictions = torch.where(torch.rand(labels.shape) < 0.9, labels, 0).long() % num_classes
+    matrix = ConfusionMatrix(["class"] * num_classes)
+    first, second = labels % num_classes, predictions.byte()
+
+    def histogram():
+        joined = first.to(torch.int32) * num_classes + second
+        return torch.bincount(joined.flatten(), minlength=num_classes**2)
+
+    ways = {"ConfusionMatrix": lambda: matrix.update(predictions, labels)}
+    return compare(ways | {"one histogram of bytes": histogram}, rounds)
+
+
 def time_occl(shape, layout, rounds):
     """The loss on a detached feature leaf, forward and backward, and its two parts."""
     *size, k = shape
@@ -234,6 +251,7 @@ def main():
     layouts = (torch.contiguous_format, torch.channels_last)
     cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
     cases += [(time_sinkhorn, shape, "N, M, K") for shape in SHARED]
+    cases += [(time_confusion, k, "classes") for k in (19, 150)]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
