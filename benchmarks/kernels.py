@@ -21,6 +21,7 @@ from engine.metrics import ConfusionMatrix
 from engine.statistics import IGNORE, class_sums
 from engine.step import Batch, Output, Step, View
 from losses._views import halve
+from losses.bcl import StaticLabels
 from losses.cross_entropy import CrossEntropy
 from losses.occl import OCCL
 from models.backbones.resnet import ResNet
@@ -182,6 +183,26 @@ def time_confusion(num_classes, _, rounds):
     return compare(ways | {"one histogram of bytes": histogram}, rounds)
 
 
+def sorted_labels(sure, classes, theta, share):
+    """The usual way: all pixels in order."""
+    chosen = sure >= theta[classes]
+    ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)
+    best = ranks[:, : max(1, round(share * ranks.shape[1]))]
+    chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
+    return torch.where(chosen, classes, IGNORE)
+
+
+def time_selection(shape, _, rounds):
+    """BCL's static labels of log-odds (B, H, W) of which many are equal."""
+    sure, classes = (torch.randn(shape) * 1000).round() / 100, torch.randint(19, shape)
+    labeler = StaticLabels(num_classes=19, share=0.1)
+    labeler.theta.fill_(40)
+    case = (sure, classes, labeler.theta, labeler.share)
+    assert torch.equal(labeler.select(sure, classes), sorted_labels(*case))
+    ways = {"StaticLabels.select": lambda: labeler.select(sure, classes)}
+    return compare(ways | {"stable sort": lambda: sorted_labels(*case)}, rounds)
+
+
 def time_occl(shape, layout, rounds):
     """The loss on a detached feature leaf, forward and backward, and its two parts."""
     *size, k = shape
@@ -252,6 +273,7 @@ def main():
     cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
     cases += [(time_sinkhorn, shape, "N, M, K") for shape in SHARED]
     cases += [(time_confusion, k, "classes") for k in (19, 150)]
+    cases += [(time_selection, (1, 1024, 2048), "log-odds")]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
