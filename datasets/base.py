@@ -144,7 +144,8 @@ class SegmentationData(Dataset):
             )
         self.set_classes(ignore, label_space)
         found = self.pairs()
-        self.left_out = [image for image, _ in found if Path(image).stem in self.KNOWN_BAD]
+        bad = self.KNOWN_BAD
+        self.left_out = [image for image, _ in found if bad and Path(image).stem in bad]
         self.samples = [
             (image, label if labels else None)
             for image, label in found
@@ -208,7 +209,7 @@ class SegmentationData(Dataset):
             ("images", [i for i, _ in self.samples]),
             ("labels", [p for _, p in self.samples if p]),
         ):
-            if missing := [str(path) for path in paths if not Path(path).is_file()]:
+            if missing := [str(path) for path in paths if not os.path.isfile(path)]:
                 some = f"{name}: {len(missing)} of {len(paths)} {kind}"
                 raise DataError(f"{some} do not exist, such as {', '.join(missing[:5])}")
         check_different(

@@ -48,7 +48,7 @@ class DataError(UserError):
 # --- folders and lists ----------------------------------------------------------------------------
 
 
-def files_below(folder, suffixes, depth=None, above=()):
+def files_below(folder, suffixes, depth=None):
     """Files below a folder whose names end in one of the suffixes, in either case, sorted.
 
     Hidden files and folders, whose names start with a dot, are left out. Links to folders are
@@ -56,26 +56,36 @@ def files_below(folder, suffixes, depth=None, above=()):
 
     Args:
         depth: 1 for the files in the folder itself, 2 for those in its sub folders; None: all.
-        above: real paths of the folders that lead here.
     Raises:
         DataError: a folder that cannot be listed.
     """
-    real, found = os.path.realpath(folder), []
+    return [Path(folder, name) for name in names_below(folder, suffixes, depth)]
+
+
+def names_below(folder, suffixes, depth=None):
+    """The same as text, relative to the folder and with slashes: a tenth of the time."""
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    return sorted(walk(folder, endings, depth), key=lambda name: name.split("/"))
+
+
+def walk(folder, endings, depth, above=(), start=""):
+    """The same, one by one; `above`: real paths of the folders that lead here, `start`: the path
+    from the first of them."""
+    real = os.path.realpath(folder)
     if real in above:
-        return []
+        return
     try:
         with os.scandir(folder) as listed:
             entries = [entry for entry in listed if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from None
-    endings = tuple(suffix.lower() for suffix in suffixes)
     for entry in entries:
         if entry.is_dir():
             if depth != 1:
-                found += files_below(entry.path, endings, depth and depth - 1, (*above, real))
+                below = (*above, real), f"{start}{entry.name}/"
+                yield from walk(entry.path, endings, depth and depth - 1, *below)
         elif depth in (None, 1) and entry.name.lower().endswith(endings):
-            found.append(Path(entry.path))
-    return sorted(found)
+            yield start + entry.name
 
 
 def folders_in(folder):

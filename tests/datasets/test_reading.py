@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -426,7 +427,7 @@ def test_linked_sub_folders_are_samples(tmp_path):
         link = tmp_path / "data" / kind / "train" / "berlin"
         link.symlink_to(tmp_path / "elsewhere" / kind / "train")
     data = Folder(root=tmp_path / "data", classes=CLASSES)
-    assert [image.stem for image, _ in data.samples] == ["a", "b", "c", "d"]
+    assert [Path(image).stem for image, _ in data.samples] == ["a", "b", "c", "d"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "images").symlink_to(tmp_path / "data" / "images")
     assert Folder(root=tmp_path / "data", classes=CLASSES, stylised=tmp_path / "new").stylised
@@ -473,7 +474,7 @@ def test_lists_are_utf_8_with_or_without_a_mark_and_names_may_have_blanks(tmp_pa
     wanted = ["a"] if data is VOC else ["ü c", "a"]  # VOC's lines may be image and label
     lines = "".join(f"{folder}{name} \r\n\r\n" for name in wanted)
     path.write_bytes(lines.encode(encoding))
-    assert [image.stem for image, _ in read().samples] == wanted
+    assert [Path(image).stem for image, _ in read().samples] == wanted
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
