@@ -1,4 +1,5 @@
-"""What the kernels cost: class sums against the usual ways, OCCL, its parts, and within a step.
+"""What the kernels cost, beside the usual ways: class sums, balanced assignment, confusion matrix,
+contrast of pixels with prototypes; OCCL, its parts, and within a step.
 
     python -m benchmarks.kernels [--threads 1] [--rounds 7]
 
@@ -14,16 +15,20 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 
+from engine.metrics import ConfusionMatrix
 from engine.statistics import IGNORE, class_sums
 from engine.step import Batch, Output, Step, View
 from losses._views import halve
+from losses.bcl import StaticLabels
 from losses.cross_entropy import CrossEntropy
 from losses.occl import OCCL
 from models.backbones.resnet import ResNet
 from models.classifiers.cbp import CBP
 from models.classifiers.linear import Linear
 from models.decoders.deeplabv3plus import DeepLabV3Plus
+from models.prototypes._sinkhorn import balanced
 from models.segmentor import Segmentor
 
 SUMS = [
@@ -32,7 +37,10 @@ SUMS = [
     (8, 128, 64, 80, 22),
     (2, 256, 64, 64, 150),
     (2, 256, 64, 64, 342),
+    (2, 256, 64, 64, 1000),
+    (2, 19, 128, 128, 19),
 ]
+SHARED = [(33_000, 10, 19), (16_000, 10, 150)]  # N, M, K
 CONTRAST = [(2, 256, 64, 64, 19), (8, 128, 64, 80, 11), (2, 256, 64, 64, 150)]  # B, D, h, w, K
 
 
@@ -47,6 +55,14 @@ def index_add(features, labels, num_classes):
     rows = features.permute(0, 2, 3, 1).flatten(0, 2)
     ids = torch.where(labels < num_classes, labels, num_classes).flatten()
     return rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, ids, rows)[:num_classes]
+
+
+def scatter(features, labels, num_classes):
+    """One scatter along the maps; the last column takes the ignored pixels."""
+    maps, ids = features.flatten(2), torch.where(labels < num_classes, labels, num_classes)
+    sums = maps.new_zeros(*maps.shape[:2], num_classes + 1)
+    sums = sums.scatter_add(2, ids.flatten(1)[:, None].expand_as(maps), maps)
+    return sums[..., :num_classes].sum(0).T
 
 
 def arguments(name, **defaults):
@@ -114,7 +130,8 @@ def time_class_sums(shape, layout, rounds):
 
     ways = {
         "class_sums": lambda *x: class_sums(*x)[0],
-        "index_add_ on rows": index_add,
+        "index_add on rows": index_add,
+        "scatter_add on maps": scatter,
         "masked loop": masked_loop,
     }
     truth = gradient(masked_loop, features.double())
@@ -124,6 +141,66 @@ def time_class_sums(shape, layout, rounds):
     return compare(
         {name: lambda way=way: gradient(way, features) for name, way in ways.items()}, rounds
     )
+
+
+def sinkhorn_loop(scores, classes, num_classes, sharpness, rounds):
+    """The usual way: a float32 transport of each class by itself."""
+    found = torch.zeros_like(classes)
+    for c in range(num_classes):
+        own = classes == c
+        shares = (scores[own] / sharpness).exp().T
+        for _ in range(rounds):
+            shares = shares / shares.sum(1, keepdim=True)
+            shares = shares / shares.sum(0, keepdim=True)
+        found[own] = shares.argmax(0)
+    return found
+
+
+def time_sinkhorn(shape, _, rounds):
+    """Cosines as a classifier leaves them, (M, N) in memory; classes in runs."""
+    n, m, k = shape
+    pixels, prototypes = (F.normalize(torch.randn(count, 64), dim=1) for count in (n, m))
+    classes = torch.randint(k, (n // 64 + 1,)).repeat_interleave(64)[:n]
+    case = ((prototypes @ pixels.T).T, classes, k, 0.05, 3)
+    assert torch.equal(balanced(*case), sinkhorn_loop(*case))
+    ways = {"balanced": balanced, "loop over classes": sinkhorn_loop}
+    return compare({name: lambda way=way: way(*case) for name, way in ways.items()}, rounds)
+
+
+def time_confusion(num_classes, _, rounds):
+    """A picture of 1024 x 2048 pixels, as `evaluate` counts it, and one histogram of two maps of
+    bytes without ignored pixels."""
+    labels = patches(1, 1024, 2048, num_classes).clamp_max(IGNORE)[0].byte()
+    predictions = torch.where(torch.rand(labels.shape) < 0.9, labels, 0).long() % num_classes
+    matrix = ConfusionMatrix(["class"] * num_classes)
+    first, second = labels % num_classes, predictions.byte()
+
+    def histogram():
+        joined = first.to(torch.int32) * num_classes + second
+        return torch.bincount(joined.flatten(), minlength=num_classes**2)
+
+    ways = {"ConfusionMatrix": lambda: matrix.update(predictions, labels)}
+    return compare(ways | {"one histogram of bytes": histogram}, rounds)
+
+
+def sorted_labels(sure, classes, theta, share):
+    """The usual way: all pixels in order."""
+    chosen = sure >= theta[classes]
+    ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)
+    best = ranks[:, : max(1, round(share * ranks.shape[1]))]
+    chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
+    return torch.where(chosen, classes, IGNORE)
+
+
+def time_selection(shape, _, rounds):
+    """BCL's static labels of log-odds (B, H, W) of which many are equal."""
+    sure, classes = (torch.randn(shape) * 1000).round() / 100, torch.randint(19, shape)
+    labeler = StaticLabels(num_classes=19, share=0.1)
+    labeler.theta.fill_(40)
+    case = (sure, classes, labeler.theta, labeler.share)
+    assert torch.equal(labeler.select(sure, classes), sorted_labels(*case))
+    ways = {"StaticLabels.select": lambda: labeler.select(sure, classes)}
+    return compare(ways | {"stable sort": lambda: sorted_labels(*case)}, rounds)
 
 
 def time_occl(shape, layout, rounds):
@@ -190,10 +267,13 @@ def time_step(_, precision, rounds, num_classes=11):
 
 def main():
     options = arguments("kernels", rounds=7)
-    print("| case: (B, D, h, w, K), layout | forward and backward | ms | ratio to the first |")
+    print("| case: (B, D, h, w, K), layout | way | ms | ratio to the first |")
     print("|---|---|---|---|", flush=True)
     layouts = (torch.contiguous_format, torch.channels_last)
     cases = [(time_class_sums, shape, layout) for shape in SUMS for layout in layouts]
+    cases += [(time_sinkhorn, shape, "N, M, K") for shape in SHARED]
+    cases += [(time_confusion, k, "classes") for k in (19, 150)]
+    cases += [(time_selection, (1, 1024, 2048), "log-odds")]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:

@@ -20,13 +20,14 @@ labels/train/*.png and so on:
 training.
 """
 
+import os
 from typing import Annotated
 
 import cv2
 import numpy as np
 
 from datasets.base import IGNORE, SegmentationData
-from datasets.reading import DataError, files_below, read_colors, read_list
+from datasets.reading import DataError, names_below, read_colors, read_list
 from engine.ranges import Text
 
 
@@ -67,18 +68,19 @@ def find(folder, suffixes, others):
         raise DataError(
             f"Folder: there is no folder {folder}; see data.root, split, image_dir and label_dir"
         )
-    found = {}
-    for path in files_below(folder, [*suffixes, *others]):
-        longest = max(
-            (s for s in [*suffixes, *others] if path.name.lower().endswith(s.lower())), key=len
-        )
+    every = sorted({*suffixes, *others}, key=len, reverse=True)
+    lower, found, start = [s.lower() for s in every], {}, os.path.join(folder, "")
+    for path in names_below(folder, every):
+        name = path.lower()
+        longest = every[next(i for i, suffix in enumerate(lower) if name.endswith(suffix))]
         if longest in suffixes:
-            name = path.relative_to(folder).as_posix()[: -len(longest)]
+            name = path[: -len(longest)]
             if name in found:
                 raise DataError(
-                    f"Folder: {found[name]} and {path} share the name '{name}'; remove one of them"
+                    f"Folder: {found[name]} and {start}{path} share the name '{name}'; remove one "
+                    "of them"
                 )
-            found[name] = path
+            found[name] = start + path
     return found
 
 

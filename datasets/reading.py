@@ -1,8 +1,9 @@
 """Reading image, label and map files, lists and folders. What is wrong with a file is a DataError
 that names it.
 
-Pillow decodes, because OpenCV returns truncated JPEGs half filled, silently, and turns palette
-indices into colours.
+Pillow says what a file holds, and decodes it, because OpenCV returns truncated JPEGs half filled,
+silently, and turns palette indices into colours. Plain colour and grey of 8 bits is decoded by
+torchvision, to the same pixels in two thirds of the time; what it refuses is Pillow's again.
 """
 
 import logging
@@ -14,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from torchvision import io
 
 from engine.errors import UserError
 from engine.files import read_text
@@ -29,6 +32,8 @@ PHOTOMETRIC = 262  # tag of TIFF: 0 where 0 is white
 GREY_DEPTHS = ("I", "I;16", "I;16B", "I;16L", "F")  # modes of Pillow for grey of more than 8 bits
 DARK = 4096  # 16 bits with no value above are data of 12 bits or fewer
 PIXEL_BYTES = 8  # while a picture is decoded: Pillow's four, the array's three, a grey original
+decode_image = getattr(io, "decode_image", None)  # gone some day: Pillow stays
+PLAIN = b"IHDR IDAT IEND gAMA cHRM sRGB iCCP sBIT pHYs bKGD tIME tEXt".split()  # chunks of PNG
 LARGE = 2**28  # bytes; below, memory is not asked for
 
 Image.MAX_IMAGE_PIXELS = None  # `check_header` has a limit that depends on the machine
@@ -43,7 +48,7 @@ class DataError(UserError):
 # --- folders and lists ----------------------------------------------------------------------------
 
 
-def files_below(folder, suffixes, depth=None, above=()):
+def files_below(folder, suffixes, depth=None):
     """Files below a folder whose names end in one of the suffixes, in either case, sorted.
 
     Hidden files and folders, whose names start with a dot, are left out. Links to folders are
@@ -51,26 +56,36 @@ def files_below(folder, suffixes, depth=None, above=()):
 
     Args:
         depth: 1 for the files in the folder itself, 2 for those in its sub folders; None: all.
-        above: real paths of the folders that lead here.
     Raises:
         DataError: a folder that cannot be listed.
     """
-    real, found = os.path.realpath(folder), []
+    return [Path(folder, name) for name in names_below(folder, suffixes, depth)]
+
+
+def names_below(folder, suffixes, depth=None):
+    """The same as text, relative to the folder and with slashes: a tenth of the time."""
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    return sorted(walk(folder, endings, depth), key=lambda name: name.split("/"))
+
+
+def walk(folder, endings, depth, above=(), start=""):
+    """The same, one by one; `above`: real paths of the folders that lead here, `start`: the path
+    from the first of them."""
+    real = os.path.realpath(folder)
     if real in above:
-        return []
+        return
     try:
         with os.scandir(folder) as listed:
             entries = [entry for entry in listed if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from None
-    endings = tuple(suffix.lower() for suffix in suffixes)
     for entry in entries:
         if entry.is_dir():
             if depth != 1:
-                found += files_below(entry.path, endings, depth and depth - 1, (*above, real))
+                below = (*above, real), f"{start}{entry.name}/"
+                yield from walk(entry.path, endings, depth and depth - 1, *below)
         elif depth in (None, 1) and entry.name.lower().endswith(endings):
-            found.append(Path(entry.path))
-    return sorted(found)
+            yield start + entry.name
 
 
 def folders_in(folder):
@@ -180,6 +195,40 @@ def depths(picture):
     return 255, 65535 if re.search(r";16[BLN]$", raw) else 255
 
 
+def plain_png(data):
+    """Whether each chunk of a PNG is as it was written and none may turn it or make it transparent.
+    torchvision looks at neither, and `Image.open` not behind the pixels."""
+    start, name = 8, b""
+    while name != b"IEND":
+        length, name = struct.unpack_from(">I4s", data, start)
+        body, end = data[start + 8 : start + 8 + length], start + 8 + length
+        if name not in PLAIN or body[:11] == b"Raw profile":  # in which tEXt may hold EXIF
+            return False
+        if zlib.crc32(body, zlib.crc32(name)) != struct.unpack_from(">I", data, end)[0]:
+            return False
+        start = end + 4
+    return True
+
+
+def plain(path, picture, own):
+    """Pixels of a JPEG or PNG whose header says grey or RGB of 8 bits and the right way up, (H, W)
+    or (H, W, 3); None for any other file, and for one that torchvision cannot read."""
+    known = picture.format in ("JPEG", "PNG") and picture.mode in ("L", "RGB") and own == 255
+    if decode_image is None or not known:
+        return None
+    with suppress(*BROKEN):
+        data = np.fromfile(path, np.uint8)
+        if picture.format == "PNG":  # whose `getexif` would decode it
+            fits = plain_png(memoryview(data))
+        else:
+            fits = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        if fits:
+            pixels = decode_image(torch.from_numpy(data))
+            if (pixels.shape[0], *pixels.shape[:0:-1]) == (len(picture.getbands()), *picture.size):
+                return pixels.permute(1, 2, 0).squeeze(2).numpy()
+    return None
+
+
 def decode(path, kind, rgb=False):
     """Image file -> pixels as viewers show them, turned by the EXIF tag: (H, W) or (H, W, C), and
     `depths`.
@@ -188,6 +237,9 @@ def decode(path, kind, rgb=False):
     """
     with opened(path, kind) as picture:
         top, own = depths(picture)
+        pixels = plain(path, picture, own) if picture.mode == "RGB" or not rgb else None
+        if pixels is not None:
+            return pixels, top, own
         picture.load()
         with suppress(*BROKEN):  # damaged tags say nothing, and do no harm
             ImageOps.exif_transpose(picture, in_place=True)

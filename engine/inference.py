@@ -201,7 +201,7 @@ def evaluate(network, dataset, options, device, autocast, title="", workers=0):
         # Bytes travel, and floats are made on the device.
         image = sample["image"][None].to(device, non_blocking=True)
         image = image.to(torch.get_default_dtype()) / 255
-        label = sample["label"].to(device, non_blocking=True).long()
+        label = sample["label"].to(device, non_blocking=True)
         try:
             with autocast:
                 ids, finite = classify(network, image, options, label.shape[-2:])

@@ -43,13 +43,17 @@ class ConfusionMatrix:
         return self.classes.index(name)
 
     def update(self, predictions, labels):
-        """Add predictions and labels, integers of the same shape; labels outside 0..K-1 (255) are
-        ignored."""
+        """Add predictions and labels, integers of the same shape, labels best as bytes; those
+        outside 0..K-1 (255) are ignored."""
         k = len(self.classes)
-        rows = torch.where((labels >= 0) & (labels < k), labels, k).long()  # k: the ignored ones
-        counts = torch.bincount((rows * k + predictions).flatten(), minlength=(k + 1) * k)
-        self.matrix += counts[: k * k].view(k, k)
-        self.ignored += counts[k * k :].sum()
+        # Memory is what it costs, and masks cost more than what they stand for.
+        small = torch.int16 if (k + 2) * k < 2**15 else torch.int32
+        labels = labels.to(small) if labels.dtype == torch.uint8 else labels
+        rows = labels.clamp(-1, k).to(small).add_(1)  # ignored ones are the first and the last
+        places = rows.mul_(k).add_(predictions.to(small))
+        counts = torch.bincount(places.flatten(), minlength=(k + 2) * k).view(k + 2, k)
+        self.matrix += counts[1:-1]
+        self.ignored += counts[0].sum() + counts[-1].sum()
 
     def all_reduce(self):
         """Add the counts of all processes, once, after the last image."""

@@ -4,9 +4,10 @@ and prototypes.
     sums, counts = class_sums(features, labels, num_classes)
     means = sums / counts[:, None].clamp_min(1)
 
-The features stay as they lie in memory, maps (B, D, h, w) or, under channels_last, rows (B h w, D):
-copying one to the other costs more than the sums themselves, and so does a loop over classes or a
-boolean mask (which also makes a GPU wait). Measure with `python -m benchmarks.kernels`.
+The features stay as they lie in memory: copying maps (B, D, h, w) to rows (B h w, D) or back costs
+more than the sums. So does a loop over classes, or a boolean mask, which also makes a GPU wait. Rows
+(channels_last) are added to their class's row. Maps of few classes take a product with one-hot
+labels, whose cost grows with K; others are scattered. Measure with `python -m benchmarks.kernels`.
 """
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from engine import distributed
 
 IGNORE = 255
+FEW = 32  # classes up to which a product sums maps faster than a scatter does,
+WIDE = 64  # if they have so many channels
 
 
 def resize_labels(labels, size):
@@ -73,19 +76,32 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         maps = features.flatten(2).to(dtype)  # (B, D, N)
-        classes = torch.arange(num_classes, device=labels.device)[:, None]
-        members = (labels.flatten(1)[:, None] == classes).to(dtype)  # (B, K, N)
+        ids = labels.flatten(1).long()
+        ids = torch.where((ids >= 0) & (ids < num_classes), ids, num_classes)  # (B, N), K for none
+        factors = ids.new_ones(ids.shape, dtype=dtype)
         if weights is not None:
-            members = members * weights.flatten(1)[:, None].to(dtype)
-        # The order of the product decides the layout of its gradient; in another one backward would
-        # copy it.
-        if features.is_contiguous(memory_format=torch.channels_last):
-            sums = torch.bmm(members, maps.transpose(1, 2))  # (B, K, D)
+            factors = weights.flatten(1).to(dtype)
+        counts = factors.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, factors)
+        rows = features.is_contiguous(memory_format=torch.channels_last)
+        if not rows and num_classes <= FEW and maps.shape[1] >= WIDE:
+            classes = torch.arange(num_classes + 1, device=ids.device)[:, None]
+            members = (ids[:, None] == classes) * factors[:, None]  # (B, K + 1, N)
+            sums = torch.bmm(maps, members.mT).mT  # (B, K + 1, D); the gradient lies as the maps do
         else:
-            sums = torch.bmm(maps, members.transpose(1, 2)).transpose(1, 2)  # (B, K, D)
+            maps = maps if weights is None else maps * factors[:, None]
+            if rows:
+                images = len(ids) if per_image else 1
+                start = (num_classes + 1) * torch.arange(images, device=ids.device)[:, None]
+                sums = maps.new_zeros(images * (num_classes + 1), maps.shape[1])
+                sums = sums.index_add(0, (ids + start).flatten(), maps.mT.flatten(0, 1))
+                sums = sums.unflatten(0, (-1, num_classes + 1))
+            else:
+                sums = maps.new_zeros(*maps.shape[:2], num_classes + 1)
+                sums = sums.scatter_add(2, ids[:, None].expand_as(maps), maps).mT
+        sums, counts = sums[:, :-1], counts[:, :-1]
         if per_image:
-            return sums, members.sum(2)
-        sums, counts = sums.sum(0), members.sum((0, 2))  # (K, D), (K)
+            return sums, counts
+        sums, counts = sums.sum(0), counts.sum(0)  # (K, D), (K)
         if sync:
             both = distributed.synced_sum(torch.cat([sums, counts[:, None]], 1))  # one collective
             sums, counts = both[:, :-1], both[:, -1].detach()

@@ -123,10 +123,15 @@ class StaticLabels(Labeler):
     def select(self, sure, classes):
         """Log-odds and arg max, both (B, H, W) -> labels (B, H, W)."""
         chosen = sure >= self.theta.to(sure.dtype)[classes]
-        # Stable, so that a larger share only adds pixels.
-        ranks = sure.flatten(1).argsort(dim=1, descending=True, stable=True)
-        best = ranks[:, : max(1, round(self.share * ranks.shape[1]))]
-        chosen |= torch.zeros_like(chosen.flatten(1)).scatter_(1, best, True).view_as(chosen)
+        flat = sure.flatten(1)
+        count = max(1, round(self.share * flat.shape[1]))
+        bound = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+        # Of equal ones the first are taken, so that a larger share only adds pixels.
+        above, ties = flat > bound, flat == bound
+        best = above | (
+            ties & (ties.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True))
+        )
+        chosen |= best.view_as(chosen)
         return torch.where(chosen, classes, IGNORE)
 
     def label(self, network, image, prototypes):

@@ -8,15 +8,15 @@ for every class by itself (Cuturi, NeurIPS 2013; the constants of ProtoSeg, CVPR
 three rounds).
 
 All classes at once: the sums over the pixels of a class are one scatter per round, (K, M), which
-all processes add, so their number changes nothing but rounding. In float64 and by logarithms: no
-scale of the scores is too large.
+all processes add, so their number changes nothing but rounding. The shares themselves are scaled,
+in float64, whose range holds exp(+-600): one exponential instead of two and a logarithm per round.
 """
 
 import torch
 
 from engine import distributed
 
-LARGEST = 600.0  # of |S / kappa|: e to that power and its reciprocal are float64
+LARGEST = 300.0  # of |S / kappa|: the square of e to that power and its reciprocal are float64
 SMALLEST = 1e-300
 
 
@@ -25,14 +25,15 @@ def transport(scores, classes, num_classes, sharpness, rounds):
     """Shares (N, M) float64 of each pixel in the prototypes of its class; they add up to 1.
     Arguments: `balanced`."""
     classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
-    logs = (scores.double() / sharpness).clamp(-LARGEST, LARGEST)
-    of_prototypes, of_pixels = logs.new_zeros(num_classes + 1, logs.shape[1]), 0.0
+    shares = scores.T.to(torch.float64, memory_format=torch.contiguous_format)  # (M, N)
+    shares = (shares / sharpness).clamp_(-LARGEST, LARGEST).exp_()
     for _ in range(rounds):
-        mass = torch.zeros_like(of_prototypes)
-        mass.index_add_(0, classes, (logs + of_prototypes[classes] + of_pixels).exp())
-        of_prototypes = of_prototypes - distributed.all_reduce(mass).clamp_min(SMALLEST).log()
-        of_pixels = -(logs + of_prototypes[classes]).logsumexp(1, keepdim=True)
-    return (logs + of_prototypes[classes]).softmax(1)
+        mass = shares.new_zeros(len(shares), num_classes + 1)
+        mass.scatter_add_(1, classes.expand_as(shares), shares)
+        mass = distributed.all_reduce(mass).clamp_min(SMALLEST)
+        shares *= mass.reciprocal().index_select(1, classes)
+        shares /= shares.sum(0)  # at most M, since a prototype's are at most 1
+    return shares.div_(shares.sum(0)).T
 
 
 def balanced(scores, classes, num_classes, sharpness, rounds):
@@ -48,7 +49,7 @@ def balanced(scores, classes, num_classes, sharpness, rounds):
     Returns:
         (N) int64 in 0..M-1.
     """
-    return transport(scores, classes, num_classes, sharpness, rounds).argmax(1)
+    return transport(scores, classes, num_classes, sharpness, rounds).max(1).indices
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Own data: ids, names, colours, suffixes, lists, and mistakes in them."""
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_folder_suffixes_may_be_long_several_and_in_one_folder(tmp_path):
         "label_suffix": "-mask.png",
     }
     dataset = Folder(root=tmp_path, classes=CLASSES, **options)
-    found = [(image.name, label.name) for image, label in dataset.samples]
+    found = [(Path(image).name, Path(label).name) for image, label in dataset.samples]
     assert found == [("a.png", "a-mask.png"), ("b.JPG", "b-mask.png")]
 
 
@@ -90,7 +91,7 @@ def test_folder_list_chooses_and_orders_images(tmp_path):
     mine(tmp_path, "train", ("x/a", "x/b", "c"))
     (tmp_path / "train.txt").write_text("c\n\n  x/a  \n")
     options = {"root": tmp_path, "classes": CLASSES, "list": "{split}.txt"}
-    assert [image.stem for image, _ in Folder(**options).samples] == ["c", "a"]
+    assert [Path(image).stem for image, _ in Folder(**options).samples] == ["c", "a"]
     (tmp_path / "train.txt").write_text("c\nx/a.jpg\n")
     with pytest.raises(
         DataError, match=r"1 of 2 names in train.txt have no image \*.jpg in images/train: x/a.jpg"

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -342,6 +343,7 @@ def test_other_errors_while_decoding_are_one_sentence(tmp_path, monkeypatch, err
 
     path = save(tmp_path / "a.png", COLORS)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    monkeypatch.setattr(reading, "plain", lambda *_: None)  # torchvision has refused it
     reason = " ".join(str(error).split()) or "MemoryError"
     with pytest.raises(DataError, match=rf"^cannot read the image {path}: {reason}$"):
         read_image(path)
@@ -425,7 +427,7 @@ def test_linked_sub_folders_are_samples(tmp_path):
         link = tmp_path / "data" / kind / "train" / "berlin"
         link.symlink_to(tmp_path / "elsewhere" / kind / "train")
     data = Folder(root=tmp_path / "data", classes=CLASSES)
-    assert [image.stem for image, _ in data.samples] == ["a", "b", "c", "d"]
+    assert [Path(image).stem for image, _ in data.samples] == ["a", "b", "c", "d"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "images").symlink_to(tmp_path / "data" / "images")
     assert Folder(root=tmp_path / "data", classes=CLASSES, stylised=tmp_path / "new").stylised
@@ -472,7 +474,7 @@ def test_lists_are_utf_8_with_or_without_a_mark_and_names_may_have_blanks(tmp_pa
     wanted = ["a"] if data is VOC else ["ü c", "a"]  # VOC's lines may be image and label
     lines = "".join(f"{folder}{name} \r\n\r\n" for name in wanted)
     path.write_bytes(lines.encode(encoding))
-    assert [image.stem for image, _ in read().samples] == wanted
+    assert [Path(image).stem for image, _ in read().samples] == wanted
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
@@ -494,3 +496,48 @@ def test_reading_says_nothing_about_ordinary_pictures(tmp_path, caplog):
     assert np.array_equal(read_image(save(tmp_path / "a.png", COLORS)), COLORS)
     assert column(read_ids(save(tmp_path / "b.png", rows(0, 255))))[:2] == [0, 255]
     assert not [record for record in caplog.records if record.name == "engine"]
+
+
+# --- decoding by torchvision -------------------------------------------------------------------------
+
+
+def saved(path, **options):
+    Image.fromarray(COLORS).save(path, **options)
+    return path
+
+
+def chunk(name, body):
+    return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("a.png", {}), ("a.jpg", {"quality": 80}), ("b.jpg", {"subsampling": 2, "progressive": True}),
+])  # fmt: skip
+def test_plain_pictures_are_decoded_by_torchvision_to_the_pixels_of_pillow(
+    name, options, tmp_path, monkeypatch
+):
+    path = saved(tmp_path / name, **options)
+    fast = read_image(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "plain", lambda *_: None)
+        expected = read_image(path)
+    assert fast.dtype == np.uint8 and np.array_equal(fast, expected)
+    monkeypatch.setattr(Image.Image, "load", None)  # Pillow decodes nothing
+    assert np.array_equal(read_image(path), expected)
+
+
+def test_what_torchvision_would_not_see_is_left_to_pillow(tmp_path):
+    content = saved(tmp_path / "a.png").read_bytes()
+    end = content.index(b"IEND") - 4
+    cases = {
+        "a sum": content[: end - 6] + b"\0\1" + content[end - 4 :],
+        "turned": content[:end] + chunk(b"eXIf", b"") + content[end:],
+        "transparent": content[:33] + chunk(b"tRNS", bytes(6)) + content[33:],
+        "raw profile": content[:33] + chunk(b"tEXt", b"Raw profile type exif\0") + content[33:],
+        "text": content[:33] + chunk(b"tEXt", b"Software\0x") + content[33:],
+    }
+    assert [reading.plain_png(memoryview(data)) for data in cases.values()] == [False] * 4 + [True]
+    with pytest.raises(DataError, match="cannot read the image"):
+        read_image(
+            written(tmp_path / "b.png", content[: end - 40] + bytes(30) + content[end - 10 :])
+        )

@@ -1,13 +1,15 @@
 """Augmentation: image, label and maps keep telling the same story, sizes are exact, padding is marked."""
 
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
-from datasets.transforms import FILL, Augment, Whole, distort
+from datasets.transforms import FILL, Augment, Whole, distort, jitter
 from engine.build import build
 
 COLORS = torch.tensor([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
@@ -126,6 +128,22 @@ def test_all_maps_get_the_treatment_of_the_label_and_change_nothing_about_it(see
     torch.manual_seed(seed)
     (bare,) = augment(image)
     assert torch.equal(bare, alone[0])
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
+def test_jitter_is_that_of_torchvision_but_for_rounding(order):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(90, 150, (3, 20, 30), generator=generator, dtype=torch.uint8)
+    changes = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+    amounts, expected = [1.1, 0.8, 1.2, 0.03], image
+    for change in order:
+        expected = changes[change](expected, amounts[change])
+    result = jitter(tv_tensors.Image(image), order, *amounts)
+    assert isinstance(result, tv_tensors.Image) and result.dtype == torch.uint8
+    assert (result.int() - expected.int()).abs().max() <= 6
+    assert (result.int() - expected.int()).abs().float().mean() < 2.5  # torchvision rounds down
+    same = jitter(tv_tensors.Image(image), order, None, None, None, None)
+    assert torch.equal(same, image)
 
 
 def test_colour_leaves_the_label_alone():

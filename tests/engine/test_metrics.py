@@ -49,6 +49,21 @@ def test_ignored_pixels_do_not_count(ignored, prediction):
     assert matrix.matrix.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize("classes", [3, 200])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_the_counts_are_those_of_a_loop_over_pixels(dtype, classes):
+    labels = torch.randint(0, classes + 2, (40, 50)).to(dtype)
+    labels[0] = 255
+    predictions, expected = torch.randint(0, classes, (40, 50)), np.zeros((classes, classes))
+    matrix = ConfusionMatrix([str(i) for i in range(classes)])
+    matrix.update(predictions, labels)
+    for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist()):
+        if label < classes:
+            expected[label, prediction] += 1
+    assert matrix.matrix.tolist() == expected.tolist()
+    assert matrix.ignored == (labels >= classes).sum()
+
+
 def test_a_class_that_does_not_occur_is_left_out_and_the_table_says_so():
     matrix = filled([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     values = matrix.per_class()

@@ -162,10 +162,12 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 @LAYOUTS
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("num_classes", [4, 90])
-def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, weighted, layout):
+@pytest.mark.parametrize("num_classes, channels", [(4, 5), (90, 5), (4, 64)])
+def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(
+    num_classes, channels, weighted, layout
+):
     features = (
-        torch.randn(2, 5, 9, 6, dtype=torch.float64)
+        torch.randn(2, channels, 9, 6, dtype=torch.float64)
         .contiguous(memory_format=layout)
         .requires_grad_()
     )
@@ -173,9 +175,8 @@ def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, wei
     labels[0, :2], labels[1, 3], labels[1, 4] = IGNORE, -1, num_classes
     weights = torch.rand(2, 9, 6, dtype=torch.float64) if weighted else None
     sums, counts = class_sums(features, labels, num_classes, weights)
-    expected, expected_counts = naive_sums(
-        features, labels, num_classes, weights if weighted else torch.ones(2, 9, 6)
-    )
+    factors = weights if weighted else torch.ones(2, 9, 6)
+    expected, expected_counts = naive_sums(features, labels, num_classes, factors)
     torch.testing.assert_close(sums, expected)
     torch.testing.assert_close(counts, expected_counts)
     direction = torch.randn_like(sums)
@@ -184,6 +185,17 @@ def test_class_sums_and_their_gradient_equal_a_loop_over_pixels(num_classes, wei
     )
     torch.testing.assert_close(actual, wanted)
     assert actual.is_contiguous(memory_format=layout)  # no copy is needed on the way back
+    each = class_sums(features, labels, num_classes, weights, per_image=True)
+    assert each[0].shape == (2, num_classes, channels) and each[1].shape == (2, num_classes)
+    for i in range(2):
+        one = class_sums(features[i : i + 1], labels[i : i + 1], num_classes, factors[i : i + 1])
+        torch.testing.assert_close((each[0][i], each[1][i]), one)
+
+
+def test_labels_of_bytes_belong_to_classes_above_255():
+    labels = torch.tensor([[[3, 254, IGNORE]]], dtype=torch.uint8)
+    sums, counts = class_sums(torch.ones(1, 2, 1, 3), labels, 300)
+    assert counts.nonzero().flatten().tolist() == [3, 254, 255] and sums[254].tolist() == [1, 1]
 
 
 @LAYOUTS

@@ -149,6 +149,19 @@ def test_saturated_probabilities_still_get_local_labels_by_rank():
         assert values[chosen].min() > values[~chosen].max()
 
 
+@pytest.mark.parametrize("share", [1e-6, 0.1, 0.33, 0.9, 1.0])
+def test_of_equal_pixels_those_are_chosen_that_a_stable_sort_puts_first(share):
+    sure, labeler = (
+        torch.randint(-2, 3, (3, 7, 9)).float(),
+        StaticLabels(num_classes=K, share=share),
+    )
+    sure[0] = 2
+    chosen = labeler.select(sure, torch.zeros(3, 7, 9, dtype=torch.int64)) == 0
+    for values, mask in zip(sure.flatten(1), chosen.flatten(1)):
+        first = values.argsort(descending=True, stable=True)[: max(1, round(share * 63))]
+        assert mask.nonzero().flatten().tolist() == first.sort().values.tolist()
+
+
 def test_ties_are_not_left_out():
     logits = torch.zeros(2, K, 10, 10)
     logits[:, 1] = 500  # beyond the last bin
