@@ -208,7 +208,10 @@ def time_occl(shape, layout, rounds):
     *size, k = shape
     features = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
     labels, samples = patches(size[0], *size[2:], k).clamp_max(IGNORE), torch.arange(size[0])
-    classifier, term = Linear(in_channels=size[1], num_classes=k), OCCL(num_classes=k)
+    classifier, term = (
+        Linear(in_channels=size[1], num_classes=k),
+        OCCL(num_classes=k, split="random"),
+    )
     views, direction = halve(labels, samples, k, 0), torch.randn(2 * k, size[1])
     step = record({"source": features}, {"source": labels}, prototypes={"classifier": classifier})
     step.outputs["source"] = Output(features=features)
@@ -236,7 +239,7 @@ def time_step(_, precision, rounds, num_classes=11):
     views = {"source": torch.rand(8, 3, 256, 320)}
     labels = {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)}
     members = {"classifier": model.classifier}
-    pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes)
+    pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes, split="random")
     autocast = (
         torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     )

@@ -7,7 +7,8 @@ and prototypes.
 The features stay as they lie in memory: copying maps (B, D, h, w) to rows (B h w, D) or back costs
 more than the sums. So does a loop over classes, or a boolean mask, which also makes a GPU wait. Rows
 (channels_last) are added to their class's row. Maps of few classes take a product with one-hot
-labels, whose cost grows with K; others are scattered. Measure with `python -m benchmarks.kernels`.
+labels, whose cost grows with K; others are scattered. A GPU always takes the product. Measure with
+`python -m benchmarks.kernels`.
 """
 
 import torch
@@ -81,13 +82,16 @@ def class_sums(features, labels, num_classes, weights=None, sync=False, per_imag
         factors = ids.new_ones(ids.shape, dtype=dtype)
         if weights is not None:
             factors = weights.flatten(1).to(dtype)
-        counts = factors.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, factors)
         rows = features.is_contiguous(memory_format=torch.channels_last)
-        if not rows and num_classes <= FEW and maps.shape[1] >= WIDE:
+        # On a GPU the other ways add in another order each time, and a run would not be repeatable.
+        if features.is_cuda or (not rows and num_classes <= FEW and maps.shape[1] >= WIDE):
             classes = torch.arange(num_classes + 1, device=ids.device)[:, None]
             members = (ids[:, None] == classes) * factors[:, None]  # (B, K + 1, N)
-            sums = torch.bmm(maps, members.mT).mT  # (B, K + 1, D); the gradient lies as the maps do
+            counts = members.sum(2)
+            # The order of the product decides how its gradient lies: as the features do.
+            sums = torch.bmm(members, maps.mT) if rows else torch.bmm(maps, members.mT).mT
         else:
+            counts = factors.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, factors)
             maps = maps if weights is None else maps * factors[:, None]
             if rows:
                 images = len(ids) if per_image else 1

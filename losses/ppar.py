@@ -28,10 +28,10 @@ What the abstract says:
 5. A theoretical analysis relates this to the theory of domain generalisation.
 
 What is ours: every equation below. No line here follows from the theory; terms of the usual bound
-are measured by `eval.py CHECKPOINT domains=true` (engine/domains.py). Of the constants, only the weight 0.1 is that of the authors' earlier work. With s the
-share of the training done, z the unit features of a pixel in the joint space (the projector's
-output), g those of CLIP's image tower, y its label, tau a temperature, and R and F the reliability
-of a pixel and of its image or source:
+are measured by `eval.py CHECKPOINT domains=true` (engine/domains.py). Of the constants, only the
+weight 0.1 is that of the authors' earlier work. With s the share of the training done, z the unit
+features of a pixel in the joint space (the projector's output), g those of CLIP's image tower, y
+its label, tau a temperature, and R and F the reliability of a pixel and of its image or source:
 
     P(s) = norm((1 - omega) U + omega T)                                  order of the prototypes
            with omega = clip((s - 0.2) / 0.6, 0, 1)
