@@ -53,7 +53,7 @@ def evidence(steps, view, space, teacher, tower, autocast):
         else:
             if view == "teacher":
                 with autocast:
-                    output = teacher.network.segment(image, heads=True)
+                    output = teacher.segment(image, heads=True)
             features = unit(output.embedding.detach()) if space == "joint" else output.features
             features, labels, _ = withheld(steps[-1], features, labels)
             if view == "teacher":

@@ -145,7 +145,7 @@ def train_stage(run, cfg, number, offset, data, before, previous):
                 if style:
                     source.image = style(source.image, target.image)
                 if taught:
-                    step.teacher = teacher.network.segment(target.image)
+                    step.teacher = teacher.segment(target.image)
                 for labeler in labeling:
                     labeler.before(step)
                 mixer(step)

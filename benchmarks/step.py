@@ -66,7 +66,7 @@ METHODS = {  # {face: {method: part}}, of it and of every class below it
     mixers.Mixer: dict.fromkeys(("__call__", "after"), "mixer"),
     mixers.ColorBlur: {"__call__": "mixer"},
     style.Style: {"__call__": "mixer"},
-    Teacher: {"update": "teacher"},
+    Teacher: {"update": "teacher", "segment": "teacher"},
     Segmentor: {"segment": "teacher"},
     Run: {"optimise": "optimiser"},
     torch.Tensor: {"backward": "losses"},
@@ -118,13 +118,13 @@ class Meter(TorchDispatchMode):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, new)
 
+        Loss.__call__ = Loss.__call__  # of nn.Module, for losses alone
+        stack.callback(delattr, Loss, "__call__")
         for face, methods in METHODS.items():
             faces = [face]
             for owner in faces:
                 faces += [] if face is torch.Tensor else owner.__subclasses__()
                 for name, part in methods.items():
-                    if name not in vars(owner) and owner is Loss:
-                        owner.__call__ = owner.__call__  # of nn.Module, for losses alone
                     if name in vars(owner):
                         replace(owner, name, self.within(part, vars(owner)[name]))
         forward = self.within("student", Segmentor.forward)

@@ -6,6 +6,7 @@ weights.
 """
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ class Teacher(nn.Module):
         device = next(student.parameters()).device
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         self.eval()
+        # Tuples, not modules: what is in them is no state. Tensors keep their identity for life.
+        self.followed, self.cast = (None,), ()
 
     @torch.no_grad()
     def update(self, student, skipped):
@@ -36,9 +39,53 @@ class Teacher(nn.Module):
         copied."""
         self.updates += ~skipped
         alpha = (1 - 1 / (self.updates.double() + 1)).clamp_max(self.momentum)
-        share = ((1 - alpha) * ~skipped).to(next(student.parameters()).dtype)
-        mine, theirs = list(self.network.parameters()), list(student.parameters())
+        if self.followed[0] is not student:
+            walks = [(n.parameters(), n.buffers()) for n in (self.network, student)]
+            self.followed = student, *([*tensors] for pair in walks for tensors in pair)
+        _, mine, my_buffers, theirs, their_buffers = self.followed
+        share = ((1 - alpha) * ~skipped).to(theirs[0].dtype)
         change = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(change, share)
         torch._foreach_add_(mine, change)
-        torch._foreach_copy_(list(self.network.buffers()), list(student.buffers()))
+        torch._foreach_copy_(my_buffers, their_buffers)
+
+    @torch.no_grad()
+    def segment(self, image, **options):
+        """What `Segmentor.segment` gives, bit for bit.
+
+        Autocast would cast each weight of the backbone by itself, in every step. Here all of them
+        are cast by one call, into a copy of the backbone that shares everything else.
+        """
+        kind = image.device.type
+        if not torch.is_autocast_enabled(kind) or self.network.cache:
+            return self.network.segment(image, **options)
+        if not self.cast:
+            self.cast = lighter(self.network, torch.get_autocast_dtype(kind))
+        network, halves, wholes = self.cast
+        torch._foreach_copy_(halves, wholes)
+        return network.segment(image, **options)
+
+
+def lighter(network, dtype):
+    """A network that shares all tensors with another one, but for weights and biases of the linear
+    layers and convolutions of its backbone, which have another type -> it, these, and the
+    originals."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    copied, halves, wholes = copy.deepcopy(network, shared), [], []
+    for module in copied.backbone.modules():
+        # Not their subclasses: nn.MultiheadAttention has kernels for weights of one type.
+        if type(module) in (nn.Linear, nn.Conv2d):
+            for name, whole in module.named_parameters(recurse=False):
+                wholes.append(whole)
+                halves.append(nn.Parameter(whole.to(dtype), requires_grad=False))
+                setattr(module, name, halves[-1])
+        if type(module) is nn.Linear and module.bias is not None:
+            # F.linear transposes its weight anew at every call.
+            module.forward = functools.partial(product, module.weight.t(), module.bias)
+    return copied, halves, wholes
+
+
+def product(transposed, bias, x):
+    """F.linear of x (..., C), for a weight (C, C') that is transposed already."""
+    rows = torch.addmm(bias, x.flatten(0, -2), transposed)
+    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], -1)

@@ -27,7 +27,9 @@ def clip(optimizer, scaler, largest):
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
+    if largest > 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def figures(scaler):

@@ -6,8 +6,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.ema import Teacher
+from engine.precision import autocast
+from models.backbones.mit import MiT
+from models.classifiers.cbp import CBP
+from models.decoders.segformer_mlp import SegFormerMLP
+from models.segmentor import Segmentor
 
 TAKEN, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -87,3 +93,39 @@ def test_a_skipped_step_leaves_the_teacher_alone(dtype):
     before = copy.deepcopy(teacher.state_dict())
     teacher.update(student(1.0).to(dtype), SKIPPED)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_teacher_says_is_what_its_network_says_and_no_weight_is_cast_alone(precision):
+    backbone = MiT(size="b0", weights="none")
+    decoder = SegFormerMLP(in_channels=backbone.channels, width=16)
+    network = Segmentor(backbone, decoder, CBP(in_channels=16, num_classes=3))
+    teacher, image, keys = Teacher(network, 0.5), torch.rand(1, 3, 32, 32), None
+    for _ in range(2):
+        keys = keys or [*teacher.state_dict()]
+        with autocast(image.device, precision):
+            teacher.segment(image)  # makes the copy
+            with Casts() as mine:
+                found = teacher.segment(image)
+            with Casts() as theirs:
+                expected = teacher.network.segment(image)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.features, expected.features)
+        weights = len([m for m in backbone.modules() if isinstance(m, (nn.Linear, nn.Conv2d))])
+        saved = 2 * weights if precision == "bf16" else 0  # a weight and a bias of each
+        assert theirs.count - mine.count == saved
+        with torch.no_grad():
+            torch._foreach_add_([*network.parameters()], 0.01)
+        teacher.update(network, TAKEN)
+    assert [*teacher.state_dict()] == keys
+    assert len([*teacher.parameters()]) == len([*network.parameters()])
+
+
+class Casts(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
