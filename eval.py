@@ -72,6 +72,7 @@ NEUTRAL = (
     "data.workers",
     "data.cache",
     "eval.every",
+    "eval.patience",
     "eval.pictures",
 )
 
