@@ -298,7 +298,7 @@ def of_script(script, arguments):
     --show it is printed as YAML, and the process ends.
 
     Raises:
-        ConfigError: as of `load` and `check_sections`.
+        ConfigError: as of `load` and `check_sections`; a file of text vectors that is not there.
     """
     path, *overrides = [word for word in arguments if word != "--show"] or [""]
     config = load(path, overrides)
@@ -306,6 +306,13 @@ def of_script(script, arguments):
     if "--show" in arguments:
         print(text(config), end="")
         sys.exit(0)
+    specs = [spec for part in stages(config) for spec in part["prototypes"].values()]
+    files = [spec["file"] for spec in specs if isinstance(spec.get("file"), str)]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise ConfigError(  # now, and not after data were read and weights downloaded
+            f"there is no file {missing[0]}; make it: python -m models.prototypes.text "
+            f"out={missing[0]} classes=..."
+        )
     return config
 
 
