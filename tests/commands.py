@@ -9,6 +9,7 @@ runs longer gets SIGTERM, as from a scheduler, and must end with 0.
 
     ran       to its end
     started   and was stopped
+    slow      it was still importing at the limit
     built     something is not here: the words were checked, network and losses built
     checked   the same, and there is no configuration to build
     FAILED    with the last line that it wrote
@@ -137,6 +138,8 @@ def outcome(words, folder, seconds):
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         said, stopped = process.communicate()[0], True
+    if stopped and process.returncode == -signal.SIGTERM:
+        return "slow", "give it more seconds"
     lines = [line for line in re.split(r"[\r\n]+", said) if line.strip()]
     # Before its first step a script leaves at once, with the signal's code.
     if process.returncode not in ((0, 128 + signal.SIGTERM) if stopped else (0,)):
