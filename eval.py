@@ -83,6 +83,7 @@ NEUTRAL = (
     "data.workers",
     "data.cache",
     "eval.every",
+    "eval.patience",
     "eval.pictures",
 )
 

@@ -63,8 +63,7 @@ def evidence(steps, view, space, teacher, tower, autocast):
 
 @record
 def main(arguments):
-    cfg = config.load(arguments[0], arguments[1:])
-    config.check_sections(cfg, "train_dg")
+    cfg = config.of_script("train_dg", arguments)
     run = Run(cfg, distributed.setup(cfg))
 
     # --- build ---
@@ -95,7 +94,7 @@ def main(arguments):
     student = run.equip(model, cfg)
 
     # --- resume, or fit what is fitted once ---
-    run.open(cfg.train.iters, train=data.train)
+    run.open(model, cfg.train.iters, train=data.train)
     if selected_on_target(cfg, data.val, data.test):
         run.about["selected_on_target"] = True
     for name, member in members.items() if not run.saved else []:
@@ -164,8 +163,7 @@ def main(arguments):
 
         # --- log, validate, save ---
         run.log()
-        if run.draws():
-            draw_step(run, step, data.train)
+        draw_step(run, step, data.train)
         if run.validates and data.val:
             run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
         run.save()

@@ -24,8 +24,7 @@ from models.build import build_prototypes, build_segmentor
 
 @record
 def main(arguments):
-    cfg = config.load(arguments[0], arguments[1:])
-    config.check_sections(cfg, "train_supervised")
+    cfg = config.of_script("train_supervised", arguments)
     run = Run(cfg, distributed.setup(cfg))
 
     # --- build ---
@@ -49,7 +48,7 @@ def main(arguments):
     student = run.equip(model, cfg)
 
     # --- resume ---
-    run.open(cfg.train.iters, train=data.train)
+    run.open(model, cfg.train.iters, train=data.train)
     run.begin(
         {"model": model, "prototypes": members, "teacher": teacher}, data.train, seed=cfg.seed
     )
@@ -88,8 +87,7 @@ def main(arguments):
 
         # --- log, validate, save ---
         run.log()
-        if run.draws():
-            draw_step(run, step, data.train)
+        draw_step(run, step, data.train)
         if run.validates and data.val:
             run.score(validate(reported, data.val, cfg.eval, run.autocast, run))
         run.save()

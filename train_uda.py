@@ -175,8 +175,7 @@ def train_stage(run, cfg, number, offset, data, before, previous):
 
         # --- log, validate, save ---
         run.log()
-        if run.draws():
-            draw_step(run, step, data.train, model)
+        draw_step(run, step, data.train, model)
         if run.validates:
             check()
         run.save()
@@ -185,8 +184,7 @@ def train_stage(run, cfg, number, offset, data, before, previous):
 
 @record
 def main(arguments):
-    cfg = config.load(arguments[0], arguments[1:])
-    config.check_sections(cfg, "train_uda")
+    cfg = config.of_script("train_uda", arguments)
     run = Run(cfg, distributed.setup(cfg))
     stages = config.stages(cfg)
     # All of them first: a mistake should not show up only after hours.
@@ -199,7 +197,8 @@ def main(arguments):
     }.values():
         network = build_segmentor(stage.model, tuple(train.CLASSES), False)
         build_parts(stage, network, train, number == 0)
-    run.open(sum(stage.train.iters for stage in stages), train=train, target=data[0].target)
+    total = sum(stage.train.iters for stage in stages)
+    run.open(network, total, train=train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 
     offset, network = 0, None

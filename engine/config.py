@@ -14,6 +14,7 @@ import functools
 import itertools
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,9 +150,12 @@ def stages(config):
 
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
-    Path(path).write_text(
-        yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    Path(path).write_text(text(config), "utf-8")
+
+
+def text(config):
+    """A configuration as YAML."""
+    return yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def check(config, where):
@@ -289,6 +293,29 @@ VIEWS = {
 }  # train_uda.py: those of the mixer
 
 
+def of_script(script, arguments):
+    """The configuration of a training script from its command line: CONFIG and overrides. With
+    --show it is printed as YAML, and the process ends.
+
+    Raises:
+        ConfigError: as of `load` and `check_sections`; a file of text vectors that is not there.
+    """
+    path, *overrides = [word for word in arguments if word != "--show"] or [""]
+    config = load(path, overrides)
+    check_sections(config, script)
+    if "--show" in arguments:
+        print(text(config), end="")
+        sys.exit(0)
+    specs = [spec for part in stages(config) for spec in part["prototypes"].values()]
+    files = [spec["file"] for spec in specs if isinstance(spec.get("file"), str)]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise ConfigError(  # now, and not after data were read and weights downloaded
+            f"there is no file {missing[0]}; make it: python -m models.prototypes.text "
+            f"out={missing[0]} classes=..."
+        )
+    return config
+
+
 def check_sections(config, script):
     """What a configuration sets must have an effect in the script that reads it: train_supervised,
     train_uda, train_dg.
@@ -323,6 +350,8 @@ def check_sections(config, script):
                 "frozen network, and discard what the stage trains: set eval.weights=student, in "
                 "this stage or for all"
             )
+    for part in parts:
+        check_patience(part, script)
     last = parts[-1]  # what is reported
     kind = last["stage"]["teacher"] if script == "train_uda" else "ema"
     if last["eval"]["weights"] == "teacher" and not (kind == "ema" and last["train"]["teacher"]):
@@ -330,6 +359,20 @@ def check_sections(config, script):
             "eval.weights=teacher, but there is no teacher: set train.teacher, such as 0.999, or "
             "eval.weights=student"
         )
+
+
+def check_patience(config, script):
+    """Raise ConfigError where eval.patience has nothing to wait for, or chooses by a domain that
+    says nothing of what is reported."""
+    if not config["eval"]["patience"]:
+        return
+    if script == "train_uda":
+        raise ConfigError(
+            "eval.patience would end an adaptation by its accuracy on the source: set the steps of "
+            "each stage instead"
+        )
+    if config["data"]["val"]["name"] == "none" or not config["eval"]["every"]:
+        raise ConfigError("eval.patience counts validations: it needs data.val and eval.every")
 
 
 def _experiment(path):

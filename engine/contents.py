@@ -74,6 +74,7 @@ KINDS = {
     "scaler": (dict, "the state of a scaler"),
     "rng": ([generators], "a list of states of random generators"),
     "best": (number, "a number"),
+    "waited": (count, "a number of validations"),
     "seconds": (number, "a number"),
     "config": (dict, "a mapping"),
     "classes": ([str], "a list of names"),

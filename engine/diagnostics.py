@@ -52,6 +52,15 @@ PAIRS = (
 )
 
 
+MEANING = {
+    "CS": "sum of the cosines of pairs of class vectors; 0 where all are orthogonal",
+    "CS_abs": "the same of absolute cosines, which do not cancel",
+    "max_cos": "largest absolute cosine of a pair; 1: two classes share a direction",
+    "norm_pixels": "correlation of a class vector's length with the class's pixels in training; "
+    "near 1: frequent classes are preferred",
+}
+
+
 def separability(vectors):
     """Class vectors (K, D) -> {"CS", "CS_abs", "max_cos"}."""
     unit = F.normalize(vectors.detach().double().cpu(), dim=1)
@@ -155,11 +164,20 @@ def diagnose(classifier, matrices, counts, folder, step, pairs):
     """
     vectors, names = classifier.means().detach(), next(iter(matrices.values())).classes
     content = separability(vectors) | {"norm_pixels": norm_pixels(vectors, counts), "sets": {}}
-    figures = (f"{key} {value:.3f}" for key, value in content.items() if isinstance(value, float))
-    lines = ["", ", ".join(figures)]
+    lines = [""]
+    lines += [
+        f"{key} {content[key]:.3f}: {meaning}"
+        for key, meaning in MEANING.items()
+        if content[key] is not None
+    ]
     shown = {
         "cosines": pictures.heatmap(
-            similarity(vectors), names, names, low=-1, diverging=True, title="cosines"
+            similarity(vectors),
+            names,
+            names,
+            low=-1,
+            diverging=True,
+            title="cosines of the class vectors: 0 orthogonal, 1 one direction",
         )
     }
     for name, matrix in matrices.items():

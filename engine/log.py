@@ -23,13 +23,16 @@ import time
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine import distributed
 from engine.errors import UserError
 from engine.files import write
+from engine.step import Output
 
 logger = logging.getLogger("engine")
 SETTLED = 10  # steps before a profile: by then libraries have chosen their algorithms
@@ -87,6 +90,42 @@ def facts(device):
     }
 
 
+def summary(network, augment):
+    """The size of a Segmentor in words: parameters of its parts, and the multiply-adds of one
+    training picture, found without computing it (tensors on PyTorch's meta device).
+
+    Args:
+        augment: the component `data.augment`, whose crop or size is the picture's.
+    """
+    parts = {"backbone": network.backbone, "decoder": network.decoder, **network.heads}
+    parts |= {"classifier": network.classifier}
+    words = [f"{name} {type(p).__name__} {_millions(p.parameters())}" for name, p in parts.items()]
+    trained = (p for p in network.parameters() if p.requires_grad)
+    words += [f"all {_millions(network.parameters())} parameters, {_millions(trained)} trained"]
+    size, mode = augment.get("crop") or augment.get("size"), network.training
+    if not size or not distributed.is_main():
+        return ", ".join(words)
+    network.eval()
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as count,
+    ):
+        found = torch.empty(1, 3, *size, device="meta")
+        for part, more in ("backbone", ()), ("decoder", ()), ("classifier", (Output(),)):
+            state = dict([*parts[part].named_parameters(), *parts[part].named_buffers()])
+            state = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+            found = functional_call(parts[part], state, (found, *more))
+        adds = count.get_total_flops() / 2e9
+        words += [f"{adds:.2f} G multiply-adds for {size[0]}x{size[1]} pixels"]
+    network.train(mode)
+    return ", ".join(words)
+
+
+def _millions(parameters):
+    return f"{sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M"
+
+
 def _git(*arguments):
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         root = Path(__file__).parent
@@ -96,6 +135,23 @@ def _git(*arguments):
     return ""
 
 
+# What TensorBoard's tab Custom Scalars shows first: {page: {chart: its tags}}.
+LAYOUT = {
+    "run": {
+        "loss and its terms": ["Multiline", [r"train/loss.*"]],
+        "validation": ["Multiline", [r"val/m.*", r"val/aAcc"]],
+        "pseudo labels: share and accuracy in per cent (train_uda.py with data.monitor)": [
+            "Multiline",
+            [r"pseudo/share$", r"pseudo/accuracy$"],
+        ],
+        "learning rates": ["Multiline", [r"train/lr_.*"]],
+    },
+    "classes": {
+        "IoU on data.val": ["Multiline", [r"val/IoU_.*"]],
+        "pseudo labels: share": ["Multiline", [r"pseudo/share_.*"]],
+        "pseudo labels: accuracy": ["Multiline", [r"pseudo/accuracy_.*"]],
+    },
+}
 _claims = {}  # {run folder: its lock}, of this process
 
 
@@ -168,6 +224,9 @@ class Log:
         logger.addHandler(self.handler)
         threading.excepthook = _thread_failed
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
+        self.writer.add_custom_scalars(LAYOUT)
+        if (self.folder / "config.yaml").is_file():
+            self.text("configuration", (self.folder / "config.yaml").read_text("utf-8"), start)
         path = self.folder / "scalars.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         write(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
@@ -206,6 +265,12 @@ class Log:
         figures = {"train/images_per_sec": speed, "train/max_mem_gb": memory}
         self.scalars(values | figures | {"train/samples": step * batch_size}, step)
         return eta
+
+    def text(self, tag, text, step):
+        """Text as it is, such as a table."""
+        if self.writer:
+            with self._writing():
+                self.writer.add_text(tag, f"```\n{text}\n```", step)
 
     def picture(self, tag, picture, step):
         """A picture (H, W, 3) uint8."""

@@ -80,7 +80,7 @@ RANGES = {
     "schedule": {
         "warmup": Natural,
         "warmup_ratio": Share,
-        "power": NonNegative,
+        "power": NonNegative | Literal["cosine"],
         "min_ratio": Share,
         "min_lr": NonNegative,
     },
@@ -94,6 +94,7 @@ RANGES = {
         "weights": Literal["student", "teacher"],
         "subsets": dict[Name, Annotated[list[str], "[1, inf)"]],
         "pictures": Natural,
+        "patience": Natural,
     },
     "log": {"every": Count, "images_every": Natural, "profile": Natural},
     "checkpoint": {"every": Count, "keep": Count},

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import distributed, pictures
+from engine import checkpoint, distributed, pictures
 from engine.files import inside, replacing, tidy, write, write_picture
 from engine.inference import NonFiniteScores, classify, evaluate
 from engine.metrics import ConfusionMatrix
@@ -39,8 +39,12 @@ def confusion_picture(matrix, title):
 
 def draw_step(run, step, dataset, network=None):
     """TensorBoard: what a training step saw, where the prototypes are, and per cent of the target's
-    labels that each class has; what the heads of a network show of its first target image."""
-    number = run.offset + run.done
+    labels that each class has; what the heads of a network show of its first target image. Where
+    pictures are due, at the first step of the process and every log.images_every."""
+    every, number = run.cfg.log.images_every, run.offset + run.done
+    due = every > 0 and (run.done == run.first + 1 or run.done % every == 0)
+    if not (due and distributed.is_main()):
+        return
     draw_views(run.writer, number, step, dataset)
     draw_prototypes(run.writer, number, step.prototypes, dataset)
     if "target" in step.labels:
@@ -255,18 +259,21 @@ def selected_on_target(cfg, val_set, test_sets):
 
 def final_report(network, datasets, options, autocast, run, before=None, seen=None):
     """The end of a run: the last weights on its test sets, in eval/ and results.json; best.pt is
-    left to eval.py.
+    left to eval.py, unless eval.patience ended the run, which then reports it.
 
     With `before`, the network that adaptation started from, both are compared class by class and in
     pictures. With `seen`, names of test sets from the training domain, a table over all domains
     comes last.
     """
     device, folder, workers = run.device, run.folder, run.stage.data.workers
-    about = run.about | {"step": run.total, "seconds": round(run.seconds()), "best_val": run.best}
+    step = take_best(run) if run.exhausted() and run.best >= 0 else run.total
+    about = run.about | {"step": step, "seconds": round(run.seconds()), "best_val": run.best}
     matrices = report(
         network, datasets, options, device, autocast, folder / "eval", about, run.known, workers
     )
     told = {name: matrix.as_dict() for name, matrix in matrices.items()}
+    for name, matrix in matrices.items():
+        run.writer.text(f"test/{name}", f"{describe(options)}\n{matrix.table()}", step)
     results = {
         "results": {name: values["summary"] for name, values in told.items()},
         "IoU": {name: dict(zip(v["classes"], v["IoU"])) for name, v in told.items()},
@@ -287,6 +294,22 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")
     if "seen" in results:
         logger.info("\n" + domain_table({run_title(folder): scores}, seen))
+
+
+def take_best(run):
+    """Give the network of a run, and its average, the weights of best.pt.
+
+    Returns:
+        the step of best.pt.
+    """
+    path = run.folder / "best.pt"
+    best, run.known = checkpoint.load(path), {}
+    for name in run.parts.keys() & {"model", "teacher"}:
+        checkpoint.restore(run.parts[name], name, best, path)
+    logger.info(
+        f"eval.patience: no better validation since step {best['step']}, whose network is reported"
+    )
+    return best["step"]
 
 
 def compare(before, after, matrices, datasets, options, device, autocast, folder, workers=0):

@@ -5,7 +5,7 @@ The script calls it; it calls nothing back.
 run = Run(cfg, device)                      # finds the checkpoint to go on from
 model = ...                                 # a typo shows before the run folder is touched
 student = run.equip(model, cfg)             # makes optimiser, scaler and autocast
-run.open(iters, train=train_set)            # claims the folder, compares configuration and data
+run.open(model, iters, train=train_set)     # claims the folder, compares configuration and data
 run.begin({"model": model, ...}, ...)       # loads their states, if the run goes on
 for number in run.steps():                  # sets the learning rate
     ...
@@ -14,7 +14,7 @@ for number in run.steps():                  # sets the learning rate
     skipped = run.optimise()
     run.log()
     if run.validates:
-        run.score(validate(...))
+        run.score(validate(...))            # may end the steps: eval.patience
     run.save()
 """
 
@@ -27,7 +27,17 @@ from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
 from engine.guard import Guard, end_at
-from engine.log import Averages, Log, claim, facts, interactive, profiled, release, to_console
+from engine.log import (
+    Averages,
+    Log,
+    claim,
+    facts,
+    interactive,
+    profiled,
+    release,
+    summary,
+    to_console,
+)
 from engine.process import signals
 
 logger = logging.getLogger("engine")
@@ -43,6 +53,7 @@ class Run:
         done, iters: steps of the current stage that are done, and that it has.
         stopped: a signal was received, or the console is gone: the script leaves.
         known: {data set: ConfusionMatrix} of the last validation.
+        best, waited: the best validation of the stage, and how many came after it.
         pending: the last step is still to be validated; a signal came before.
         validates: the last step is to be validated now.
         optimizer, scaler, autocast: of the current stage, with the configuration `stage`.
@@ -60,10 +71,11 @@ class Run:
         self.spent, self.began = self.saved["seconds"] if self.saved else 0.0, time.monotonic()
         self.stopped, self.known, self.at = False, {}, self.saved and self.saved.get("stage", 0)
 
-    def open(self, total, **datasets):
+    def open(self, model, total, **datasets):
         """Make the run folder, or compare it with the run that goes on in it.
 
         Args:
+            model: network, whose size is logged.
             total: steps of all stages.
             datasets: those that are trained on, by name.
         Raises:
@@ -80,12 +92,14 @@ class Run:
             config.save(self.cfg, self.folder / "config.yaml")
         self.writer = Log(self.folder, start)
         self.about = facts(self.device) | {"seed": self.cfg.seed, "iters": total}
-        images = "".join(f"{name} {len(dataset)} images, " for name, dataset in datasets.items())
         logger.info(
-            f"{self.folder}: {images}{total} steps; "
+            f"{self.folder}: "
+            + "".join(f"{name} {len(dataset)} images, " for name, dataset in datasets.items())
+            + f"{total} steps; "
             + (f"goes on from {self.path}" if self.saved else "started")
         )
         logger.info(", ".join(f"{key} {value}" for key, value in self.about.items()))
+        logger.info(summary(model, self.cfg.data.augment))
 
     def equip(self, model, stage):
         """Optimiser, scaler and autocast of a stage, by its configuration.
@@ -110,17 +124,21 @@ class Run:
             keep: name of a file in the run folder for the network at the end of the stage.
             more: what else a checkpoint holds.
         """
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        self.parts = {name: part for name, part in parts.items() if part is not None} | {
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
         self.dataset, self.seed, self.name = dataset, seed, name
         self.offset, self.keep, self.more = offset, keep, more
         self.iters, self.resumed = self.stage.train.iters, self.at == number
-        self.done, self.best, self.pending = 0, -1.0, False
+        self.done, self.best, self.waited, self.pending = 0, -1.0, 0, False
         if self.resumed:
             for name, part in self.parts.items():
                 checkpoint.restore(part, name, self.saved, self.path)
             self.done = self.saved.get("stage_step", self.saved["step"])
-            self.best, self.pending = self.saved["best"], self.saved.get("pending", False)
+            self.best, self.waited, self.pending = (
+                self.saved.get(key, 0) for key in ("best", "waited", "pending")
+            )
         self.guard = Guard(self.parts["model"], self.device, self.cfg.precision == "fp16")
         self.first, self.averages, self.losses, self.laps = self.done, Averages(), {}, []
 
@@ -128,8 +146,13 @@ class Run:
         """Seconds spent on the run, by all processes that went on from each other."""
         return self.spent + time.monotonic() - self.began
 
+    def exhausted(self):
+        """Whether eval.patience validations have passed without a better one."""
+        return 0 < self.stage.eval.patience <= self.waited
+
     def steps(self, **streams):
-        """Numbers of the steps that are left. A signal ends them after the current one.
+        """Numbers of the steps that are left. A signal ends them after the current one, and so does
+        a validation by which the run is `exhausted`.
 
         Args:
             streams: the datasets.build.Stream of each domain, for a step that is to be replayed.
@@ -139,7 +162,7 @@ class Run:
         if self.resumed:
             checkpoint.set_rng_state(self.saved["rng"])
         self.bar = tqdm(
-            range(self.done, self.iters),
+            range(self.done, self.done if self.exhausted() else self.iters),
             self.name,
             total=self.iters,
             initial=self.done,
@@ -157,11 +180,11 @@ class Run:
                 # Once more: the next thing is another stage or the report, and may take long.
                 self.stopped = self.stopped or (self.final and signals.requested())
                 if self.stopped:
-                    why = signal.Signals(signals.received or signal.SIGTERM).name
                     logger.info(
-                        f"{why}: saved at step {self.offset + self.done}; the same command goes on "
-                        "from there"
+                        f"{signal.Signals(signals.received or signal.SIGTERM).name}: saved at step "
+                        f"{self.offset + self.done}; the same command goes on from there"
                     )
+                if self.stopped or self.final:
                     return
         finally:
             signals.gentle = False
@@ -204,11 +227,15 @@ class Run:
         if failure := self.guard.check():
             self.done, self.pending = failure[0], False
             end_at(*failure, self._content(), self.streams, self.folder)
-        values = self.averages.take() | {f"train/lr_{name}": r for name, r in self.rates.items()}
-        values |= precision.figures(self.scaler) | {
-            "train/grad_norm": float(self.norm),
-            "train/waiting": sum(s.waited() for s in self.streams.values()) / sum(self.laps),
-        }
+        values = (
+            self.averages.take()
+            | {f"train/lr_{name}": rate for name, rate in self.rates.items()}
+            | {
+                "train/grad_norm": float(self.norm),
+                "train/waiting": sum(s.waited() for s in self.streams.values()) / sum(self.laps),
+            }
+            | precision.figures(self.scaler)
+        )
         eta = self.writer.progress(
             self.offset + self.done,
             self.total,
@@ -223,11 +250,6 @@ class Run:
     def _every(self, steps):
         return steps > 0 and self.done % steps == 0
 
-    def draws(self):
-        """Whether pictures of this step are due, on this process."""
-        every, first = self.cfg.log.images_every, self.done == self.first + 1
-        return distributed.is_main() and every > 0 and (first or self._every(every))
-
     def score(self, score):
         """The validation of the network at this step: the best one is kept.
 
@@ -238,13 +260,17 @@ class Run:
         if self.pending:
             self.stopped = self.saves = True
         elif score > self.best:
-            self.best = score
+            self.best, self.waited = score, 0
             checkpoint.save_light(self.folder / "best.pt", self._content())
+        else:
+            self.waited += 1
+            if self.exhausted():
+                self.final = self.saves = True
         if late and not self.pending:
             # The checkpoint that a signal left is now what it would have been.
             checkpoint.save_step(
                 self.folder,
-                self.saved | {"best": self.best, "pending": False},
+                self.saved | {"best": self.best, "waited": self.waited, "pending": False},
                 self.cfg.checkpoint.keep,
             )
 
@@ -263,6 +289,7 @@ class Run:
             self.dataset,
             step=self.offset + self.done,
             best=self.best,
+            waited=self.waited,
             seconds=self.seconds(),
             config=config.plain(self.cfg),
             pending=self.pending,

@@ -1,19 +1,27 @@
 """Optimiser, parameter groups, and the learning rate as a pure function of the step: resuming needs
 no state."""
 
+import math
+
 import torch
 
 
 def factor(step, iters, schedule):
-    """Learning rate at a step, relative to the optimiser's: linear warm-up, then polynomial decay.
+    """Learning rate at a step, relative to the optimiser's: linear warm-up, then decay, polynomial
+    or half a cosine (Loshchilov and Hutter, SGDR, ICLR 2017, without restarts).
 
     Args:
         step: 0 .. iters - 1.
-        schedule: warmup (steps), warmup_ratio (at step 0), power, min_ratio (at the end).
+        schedule: warmup (steps), warmup_ratio (at step 0), power (or "cosine"), min_ratio (at the
+            end; the polynomial stops there, the cosine ends there).
     """
     if step < schedule.warmup:
         return schedule.warmup_ratio + (1 - schedule.warmup_ratio) * step / schedule.warmup
     progress = min((step - schedule.warmup) / max(iters - schedule.warmup, 1), 1.0)
+    if schedule.power == "cosine":
+        return (
+            schedule.min_ratio + (1 - schedule.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        )
     return max((1 - progress) ** schedule.power, schedule.min_ratio)
 
 

@@ -61,6 +61,12 @@ METHODS = {
         f"losses=[{CE[:-1]}, class_weights: auto}}, {{name: ceco.CeCo, prior: true}}]",
         {"ceco"},
     ),
+    "Dice and Lovász": (  # areas of the classes; order of the pixels
+        TINY_UDA,
+        f"losses=[{CE}, {{name: dice.Dice}}, {{name: lovasz.LovaszSoftmax}},"
+        " {name: lovasz.LovaszSoftmax, per_image: true}, {name: focal.Focal}]",
+        {"dice", "lovasz"},
+    ),
     "self-training": (  # weight: share of confident pixels
         TINY_UDA,
         TEACHER,

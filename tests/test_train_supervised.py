@@ -17,8 +17,8 @@ from PIL import Image
 
 import train_supervised
 from datasets.build import build_data, count_classes
-from engine import checkpoint, precision
-from engine.config import load
+from engine import checkpoint, precision, report
+from engine.config import ConfigError, load
 from engine.errors import UserError
 from engine.log import claim, release
 from engine.process import signals
@@ -27,6 +27,7 @@ from losses.cross_entropy import median_frequency
 from losses.occl import OCCL
 from tests.runs import (
     ROOT,
+    SCRIPTS,
     TINY,
     TINY_DG,
     TINY_UDA,
@@ -88,6 +89,69 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         train(tmp_path / "run", "train.iters=1", "optimizer.lr=0.1")
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
         train(tmp_path / "run", "resume=none")
+
+
+# --- early stop, and the configuration shown -------------------------------------------------------
+
+PATIENT = ("eval.every=1", "eval.patience=2", "optimizer.lr=1e-12", "train.iters=9")
+PATIENT += ("model.frozen_bn=[backbone, decoder]",)  # nothing changes between validations
+PATIENT += ("eval.pictures=0", "data.val.length=1", "data.test.toy.length=1", "train.batch_size=2")
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_reports_the_best(tmp_path):
+    steps = train(tmp_path / "run", *PATIENT)
+    assert [*steps] == [1, 2, 3]  # the first validation is the best one, two more wait
+    assert last(tmp_path / "run")["waited"] == 2
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert results["step"] == best["step"] == 1 and results["best_val"] == best["best"]
+    # The same command neither goes on nor changes anything.
+    before = last(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert train(tmp_path / "run", *PATIENT) == steps
+    assert_same_state(before, last(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 1
+    # A run that was killed after step 2 ends at the same step, and more patience lets it go on.
+    train(tmp_path / "parts", *PATIENT, "checkpoint.every=1", "train.iters=2")
+    assert last(tmp_path / "parts")["waited"] == 1
+    parts = train(tmp_path / "parts", *PATIENT, "checkpoint.every=1", "eval.patience=3")
+    assert [*parts] == [1, 2, 3, 4] and last(tmp_path / "parts")["waited"] == 3
+
+
+def test_the_network_that_patience_reports_is_that_of_best_pt(tmp_path, monkeypatch):
+    scores = iter([0.2, 0.5, 0.4, 0.3, 0.1])
+    monkeypatch.setattr(train_supervised, "validate", lambda *arguments: next(scores))
+    reported = []
+    monkeypatch.setattr(report, "report", lambda network, *rest: reported.append(network) or {})
+    train(tmp_path / "run", "eval.every=1", "eval.patience=2")
+    assert last(tmp_path / "run")["step"] == 4
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert best["step"] == 2 and best["model"].keys() == reported[0].state_dict().keys()
+    for name, value in reported[0].state_dict().items():
+        assert torch.equal(value, best["model"][name]), name
+
+
+@pytest.mark.parametrize(
+    "script, override",
+    [
+        (TINY, "data.val={name: none}"),
+        (TINY, "eval.every=0"),
+        (TINY_UDA, "eval.every=1"),
+    ],
+)
+def test_patience_that_could_not_work_is_refused(tmp_path, script, override):
+    with pytest.raises(ConfigError, match=r"eval\.patience"):
+        train(tmp_path, "eval.every=1", "eval.patience=1", override, config=script)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_UDA, TINY_DG])
+def test_show_prints_the_merged_configuration_and_ends(tmp_path, capsys, config):
+    SCRIPTS[config].main([config, f"folder={tmp_path / 'run'}", "--show", "optimizer.lr=0.5"])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    told = load(tmp_path / "shown.yaml")
+    assert told == load(config, ["optimizer.lr=0.5", f"folder={tmp_path / 'run'}"])
+    assert told.optimizer.lr == 0.5 and told.schedule.power == 0.9  # a default
 
 
 # --- signals -------------------------------------------------------------------------------------------------------

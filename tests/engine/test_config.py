@@ -15,6 +15,7 @@ from engine.config import (
     derived_seed,
     difference,
     load,
+    of_script,
     override,
     plain,
     read_yaml,
@@ -24,7 +25,7 @@ from engine.config import (
 from engine.errors import UserError
 from engine.ranges import is_a
 from tests.fuzz import configurations
-from tests.runs import TINY, TINY_DG, TINY_UDA
+from tests.runs import ROOT, TINY, TINY_DG, TINY_UDA
 
 KEYS = """
 checkpoint.every checkpoint.keep data.augment.name data.cache data.monitor.name
@@ -32,7 +33,8 @@ data.rare_classes.min_pixels data.rare_classes.temperature data.root data.seen d
 data.target_augment.name data.test data.train.name data.val.name data.workers
 deterministic device dg.reweight.name dg.strong.name dg.style.name dg.tower.name
 eval.crop eval.every eval.flip eval.mode eval.pictures eval.scales eval.short_side eval.stride
-eval.subsets eval.weights folder log.every log.images_every log.profile losses model.backbone.name model.channels_last
+eval.patience eval.subsets eval.weights folder log.every log.images_every log.profile losses model.backbone.name
+model.channels_last
 model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
 model.cache model.frozen model.init model.sync_bn optimizer.betas optimizer.clip
@@ -322,7 +324,7 @@ WRONG = {
     "optimizer.clip": "-1",
     "schedule.warmup": "-5 0.5",
     "schedule.warmup_ratio": "-1 2",
-    "schedule.power": "-1",
+    "schedule.power": "-1 cosin",
     "schedule.min_ratio": "1.5",
     "schedule.min_lr": "-1 .nan",
     "eval.every": "-1",
@@ -334,6 +336,7 @@ WRONG = {
     "eval.weights": "teachr",
     "eval.subsets": "[] {a:_[]} {a:_3}",
     "eval.pictures": "-1",
+    "eval.patience": "-1 1.5",
     "log.every": "0",
     "log.images_every": "-1",
     "log.profile": "-1 0.5",
@@ -369,6 +372,7 @@ def test_a_value_out_of_its_range_is_a_sentence_with_key_range_and_value(write, 
         "optimizer.betas=[0, 0.5]",
         "eval.scales=[0.5, 1]",
         "schedule.power=0",
+        "schedule.power=cosine",
         "checkpoint.keep=1",
         "eval.subsets={mIoU13: [a]}",
         "data.test={Straße_1.0-b: {name: none}}",
@@ -923,3 +927,14 @@ def test_every_stage_and_every_run_has_a_seed_of_its_own():
     seeds = [stage.seed for run in runs for stage in run]
     seeds += [derived_seed(stage.seed, TARGET) for run in runs for stage in run]
     assert len({*seeds}) == 80 and max(seeds) < 2**30
+
+
+def test_a_missing_file_of_text_is_said_before_anything_is_read(tmp_path):
+    path = str(ROOT / "configs" / "dg" / "gta5_ppar_resnet50.yaml")
+    gone = f"prototypes.text.file={tmp_path}/gone.pt"
+    with pytest.raises(ConfigError, match=r"no file .*gone\.pt; make it: python -m models\.proto"):
+        of_script("train_dg", [path, gone])
+    (tmp_path / "gone.pt").touch()
+    assert of_script("train_dg", [path, gone]).prototypes.text["file"] == f"{tmp_path}/gone.pt"
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        of_script("train_dg", ["--show"])

@@ -1,11 +1,15 @@
-"""Averages of the log; figures that say where the time goes."""
+"""What a run leaves in its log: averages, figures, texts, the size of its network, a profile."""
 
 import json
+import re
 import time
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.log import SETTLED, Averages, profiled
+from engine.config import load
+from engine.log import LAYOUT, SETTLED, Averages, Log, profiled, summary
+from models.build import build_segmentor
 from tests.runs import TINY, train
 
 CPU = torch.device("cpu")
@@ -50,3 +54,53 @@ def test_a_run_says_how_long_it_waited_for_its_data(tmp_path, monkeypatch):
     for line, steps in ((lines[2], 2), (lines[3], 1)):
         seconds = steps * 4 / line["train/images_per_sec"]  # since the last line alone
         assert 0.2 * steps <= line["train/waiting"] * seconds < seconds
+
+
+def told(folder):
+    """The texts in the event files of a run: {tag: bytes}."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["tensors"]
+    return {tag: events.Tensors(tag)[0].tensor_proto.string_val[0] for tag in tags}
+
+
+def test_tensorboard_has_the_configuration_and_a_layout(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    log = Log(tmp_path)
+    log.text("test/toy", "mIoU 12.00", 7)
+    log.close()
+    texts = told(tmp_path)
+    assert b"seed: 3" in texts["configuration/text_summary"]
+    assert b"mIoU 12.00" in texts["test/toy/text_summary"]
+    layout = texts["custom_scalars__config__"]
+    assert all(chart.encode() in layout for page in LAYOUT.values() for chart in page)
+
+
+def test_the_charts_of_the_layout_have_the_tags_of_real_runs():
+    patterns = [p for page in LAYOUT.values() for _, tags in page.values() for p in tags]
+    tags = ("train/loss_occl", "train/lr_head", "val/mIoU", "val/aAcc", "val/IoU_Car")
+    tags += ("pseudo/share", "pseudo/accuracy", "pseudo/share_Car", "pseudo/accuracy_Car")
+    assert all(any(re.fullmatch(p, tag) for p in patterns) for tag in tags)
+
+
+def test_the_size_of_a_network_is_told_part_by_part():
+    cfg = load(TINY)
+    network = build_segmentor(cfg.model, list("abc"), pretrained=False)
+    network.backbone.requires_grad_(False)
+    state = torch.get_rng_state()
+    text = summary(network, {"crop": [32, 64]})
+    assert torch.equal(state, torch.get_rng_state()) and network.training
+    count = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in network.decoder.parameters())
+    assert "backbone ResNet 2.78 M" in text and "classifier CBP 0.00 M" in text
+    assert f"all {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained" in text
+    # The first convolution alone: 64 filters of 3 x 7 x 7 at half the size.
+    least = 64 * 3 * 7 * 7 * 16 * 32
+    adds = float(re.search(r"([\d.]+) G multiply-adds for 32x64 pixels", text)[1]) * 1e9
+    twice = float(re.search(r"([\d.]+) G mult", summary(network, {"size": [64, 64]}))[1]) * 1e9
+    assert least < adds < 20 * least and abs(twice - 2 * adds) < 2e7
+
+
+def test_without_a_known_size_only_parameters_are_told():
+    network = build_segmentor(load(TINY).model, list("abc"), pretrained=False)
+    assert summary(network, {}).endswith("M trained")

@@ -62,7 +62,7 @@ def matrix(classes, counts):
 
 def a_run(folder):
     """What the reports ask of an engine.run.Run."""
-    log = types.SimpleNamespace(scalars=lambda *_: None, picture=lambda *_: None)
+    log = types.SimpleNamespace(**dict.fromkeys(("scalars", "picture", "text"), lambda *_: None))
     standing = {"done": 5, "offset": 2, "total": 7, "best": 0.0, "known": {}, "about": {}}
     stage = types.SimpleNamespace(eval=options(), data=types.SimpleNamespace(workers=0))
     return types.SimpleNamespace(
@@ -71,6 +71,7 @@ def a_run(folder):
         autocast=PLAIN,
         folder=folder,
         seconds=lambda: 1.0,
+        exhausted=lambda: False,
         stage=stage,
         **standing,
     )

@@ -39,6 +39,16 @@ def test_the_decay_stops_at_min_ratio():
     assert min(values) == values[-1] == 0.2 and values[45] == pytest.approx(0.5)
 
 
+def test_the_cosine_starts_at_one_and_ends_at_the_minimum():
+    cosine = plan(power="cosine", min_ratio=0.2)
+    values = [schedule.factor(step, 100, cosine) for step in range(10, 101)]
+    assert all(a > b for a, b in itertools.pairwise(values))
+    assert (values[0], values[45], values[90]) == pytest.approx((1, 0.6, 0.2))
+    assert values[30] == pytest.approx(0.2 + 0.8 * 0.75)  # cos(60 degrees) = 1/2
+    flat = [schedule.factor(step, 100, plan(power="cosine", min_ratio=1.0)) for step in (10, 55)]
+    assert flat == [1, 1]
+
+
 def test_a_run_that_is_all_warm_up_is_no_division_by_zero():
     assert schedule.factor(10, 10, plan()) == 1
 
