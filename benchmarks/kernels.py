@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.metrics import ConfusionMatrix
-from engine.statistics import IGNORE, class_sums
+from engine.statistics import IGNORE, class_sums, contrast, cosine
 from engine.step import Batch, Output, Step, View
 from losses._views import halve
 from losses.bcl import StaticLabels
@@ -203,6 +203,27 @@ def time_selection(shape, _, rounds):
     return compare(ways | {"stable sort": lambda: sorted_labels(*case)}, rounds)
 
 
+def time_contrast(shape, layout, rounds):
+    """Cross-entropy of the cosines of all pixels with K vectors, forward and backward."""
+    *size, k = shape
+    features = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
+    vectors, labels = torch.randn(k, size[1]), patches(size[0], *size[2:], k).clamp_max(IGNORE)
+
+    def usual():
+        return F.cross_entropy(cosine(features, vectors) / 0.1, labels, ignore_index=IGNORE)
+
+    def fused():
+        losses, _ = contrast(features, vectors, labels, 0.1)
+        return losses.sum() / (labels != IGNORE).sum()
+
+    ways = {"contrast": fused, "cosine, cross-entropy": usual}
+    gradients = {
+        name: lambda way=way: torch.autograd.grad(way(), features)[0] for name, way in ways.items()
+    }
+    torch.testing.assert_close(*(gradient() for gradient in gradients.values()))
+    return compare(gradients, rounds)
+
+
 def time_occl(shape, layout, rounds):
     """The loss on a detached feature leaf, forward and backward, and its two parts."""
     *size, k = shape
@@ -274,6 +295,7 @@ def main():
     cases += [(time_sinkhorn, shape, "N, M, K") for shape in SHARED]
     cases += [(time_confusion, k, "classes") for k in (19, 150)]
     cases += [(time_selection, (1, 1024, 2048), "log-odds")]
+    cases += [(time_contrast, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_occl, shape, layout) for shape in CONTRAST for layout in layouts]
     cases += [(time_step, "ResNet-18 step", precision) for precision in ("fp32", "bf16")]
     for function, case, variant in cases:
