@@ -134,7 +134,9 @@ def time_class_sums(shape, layout, rounds):
         "scatter_add on maps": scatter,
         "masked loop": masked_loop,
     }
-    truth = gradient(masked_loop, features.double())
+    if num_classes >= 1000:
+        del ways["masked loop"]  # it takes seconds
+    truth = gradient(index_add, features.double())
     for way in ways.values():
         for actual, expected in zip(gradient(way, features), truth):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
