@@ -69,7 +69,16 @@ import torch.nn.functional as F
 from engine import distributed
 from engine.errors import UserError
 from engine.ranges import Count, NonNegative, Positive, Share
-from engine.statistics import IGNORE, class_sums, cosine, pixel_hash, precise, resize_labels, unit
+from engine.statistics import (
+    IGNORE,
+    class_sums,
+    contrast,
+    cosine,
+    pixel_hash,
+    precise,
+    resize_labels,
+    unit,
+)
 from losses.base import Labeler, Loss, member
 
 BINS = 128  # of the difficulty, which lies in -1..3
@@ -375,24 +384,22 @@ class Alignment(Loss):
             ramp = min(1.0, done / self.ramp) if self.ramp else 1.0
             return sum(losses) / len(losses) * ramp
 
-    def align_pixels(self, scores, ids, weights):
-        """Cosines (B, K, h, w), labels and weights (B, h, w) -> scalar."""
-        scores = scores / self.temperature
-        loss = F.cross_entropy(scores, ids, ignore_index=IGNORE, reduction="none") * weights
-        return loss.sum() / distributed.mean(weights.sum()).clamp_min(1e-6)
+    def weighted(self, losses, weights):
+        """Losses and weights (B, h, w) -> scalar."""
+        return (losses * weights).sum() / distributed.mean(weights.sum()).clamp_min(1e-6)
 
     def align_by_difficulty(self, features, ids, weights, easy, hard):
         """Each pixel to one of two class vectors; otherwise as `align`."""
-        scores = cosine(features, easy)
-        first = self.easiest(scores.detach(), ids, self.curriculum).bool()
-        scores = torch.where(first[:, None], scores, cosine(features, hard))
-        return self.align_pixels(scores, ids, weights * (ids != IGNORE))
+        losses, scores = contrast(features, easy, ids, self.temperature)
+        first = self.easiest(scores, ids, self.curriculum).bool()
+        losses = torch.where(first, losses, contrast(features, hard, ids, self.temperature)[0])
+        return self.weighted(losses, weights * (ids != IGNORE))
 
     def align(self, features, ids, weights, vectors, done):
         """Features (B, D, h, w), labels and weights (B, h, w), class vectors -> scalar."""
-        scores = cosine(features, vectors)
-        weights = weights * self.easiest(scores.detach(), ids, self.kept(done))
-        pixels = self.align_pixels(scores, ids, weights)
+        losses, scores = contrast(features, vectors, ids, self.temperature)
+        weights = weights * self.easiest(scores, ids, self.kept(done))
+        pixels = self.weighted(losses, weights)
         if self.granularity == "pixel":
             return pixels
         share = self.omega(done)

@@ -25,15 +25,15 @@ def transport(scores, classes, num_classes, sharpness, rounds):
     """Shares (N, M) float64 of each pixel in the prototypes of its class; they add up to 1.
     Arguments: `balanced`."""
     classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
-    shares = scores.T.to(torch.float64, memory_format=torch.contiguous_format)  # (M, N)
-    shares = (shares / sharpness).clamp_(-LARGEST, LARGEST).exp_()
+    shares = torch.empty_like(scores.T, dtype=torch.float64, memory_format=torch.contiguous_format)
+    shares.copy_(scores.T).div_(sharpness).clamp_(-LARGEST, LARGEST).exp_()  # (M, N)
+    index, factors = classes.expand_as(shares), torch.empty_like(shares)
     for _ in range(rounds):
-        mass = shares.new_zeros(len(shares), num_classes + 1)
-        mass.scatter_add_(1, classes.expand_as(shares), shares)
+        mass = shares.new_zeros(len(shares), num_classes + 1).scatter_add_(1, index, shares)
         mass = distributed.all_reduce(mass).clamp_min(SMALLEST)
-        shares *= mass.reciprocal().index_select(1, classes)
+        shares *= torch.gather(mass.reciprocal(), 1, index, out=factors)
         shares /= shares.sum(0)  # at most M, since a prototype's are at most 1
-    return shares.div_(shares.sum(0)).T
+    return (shares if rounds else shares / shares.sum(0)).T
 
 
 def balanced(scores, classes, num_classes, sharpness, rounds):

@@ -207,9 +207,14 @@ class Mixtures(Prototypes):
             valid = features.sum(
                 1, dtype=torch.promote_types(features.dtype, torch.float32)
             ).isfinite()
-            labels = torch.where(valid if weights is None else valid & (weights > 0), labels, -1)
-            for c, pool in enumerate(pools):
-                pool.add(features.permute(0, 2, 3, 1), (labels == c).nonzero())
+            valid = valid if weights is None else valid & (weights > 0)
+            valid = valid & (labels >= 0) & (labels < len(pools))
+            classes = torch.where(valid, labels, len(pools)).flatten()
+            places = torch.unravel_index(classes.argsort(stable=True), labels.shape)
+            # One wait for a GPU, not one of each class.
+            counts = torch.bincount(classes, minlength=len(pools) + 1).tolist()
+            for pool, own in zip(pools, torch.stack(places, 1).split(counts)):
+                pool.add(features.permute(0, 2, 3, 1), own)
         counts = distributed.all_reduce(torch.tensor([pool.count for pool in pools]))
         for c in counts.nonzero().flatten().tolist():
             with torch.autocast(self.seen.device.type, enabled=False):

@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from engine.statistics import IGNORE, class_sums, pure_labels, resize_labels, resize_logits
+from engine.statistics import (
+    IGNORE,
+    class_sums,
+    contrast,
+    cosine,
+    pure_labels,
+    resize_labels,
+    resize_logits,
+)
 from tests.losses.maps import patches
 
 K = 6  # class 4 never occurs
@@ -213,3 +222,37 @@ def test_a_cell_has_a_pure_label_where_enough_of_it_carries_it():
     cells = pure_labels(labels, (2, 2))
     assert cells[0, 0, 0] == IGNORE and cells[0, 1, 1] == 0 and cells[0, 0, 1] == 0
     assert pure_labels(labels, (2, 2), share=0.5)[0, 0, 0] != IGNORE
+
+
+# --- contrast ----------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+@pytest.mark.parametrize("per_image", [False, True])
+def test_contrast_is_cross_entropy_of_cosines_with_its_numerical_gradient(per_image, layout):
+    features = torch.randn(2, 6, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    vectors = torch.randn(*[2] * per_image, 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 4, 1, IGNORE])[torch.randint(4, (2, 3, 4))]
+    labels[0, 0, 0], features[1, :, 2, 3] = IGNORE, 0  # a pixel without direction
+    features.requires_grad_()
+    losses, scores = contrast(features, vectors, labels, 0.3)
+    expected = cosine(features, vectors)
+    torch.testing.assert_close(scores, expected.detach())
+    usual = F.cross_entropy(expected / 0.3, labels, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, usual)
+    weights = torch.rand(2, 3, 4, dtype=torch.float64)
+    actual, wanted = (
+        torch.autograd.grad((each * weights).sum(), (features, vectors)) for each in (losses, usual)
+    )
+    torch.testing.assert_close(actual, wanted)
+    assert actual[0].is_contiguous(memory_format=layout)
+    moved = (features.detach() + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *both: contrast(*both, labels, 0.3)[0], (moved, vectors))
+
+
+def test_contrast_without_a_label_is_zero_and_half_precision_is_scored_in_float32():
+    features = torch.randn(1, 4, 2, 2, dtype=torch.bfloat16, requires_grad=True)
+    losses, scores = contrast(features, torch.randn(3, 4), torch.full((1, 2, 2), IGNORE), 0.1)
+    losses.sum().backward()
+    assert losses.dtype == scores.dtype == torch.float32 and not scores.requires_grad
+    assert (losses == 0).all() and (features.grad == 0).all()
