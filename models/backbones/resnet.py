@@ -84,7 +84,7 @@ class ResNet(Backbone):
     Args:
         depth: 18, 34, 50, 101 or 152.
         output_stride: 8, 16 or 32; later stages are dilated instead of strided.
-        stages: 4, or 3 to stop before layer4.
+        stages: 4, or fewer to stop before layer4 or layer3.
         deep_stem: three 3x3 convolutions of 32, 32 and 64 channels in place of the 7x7 one
             (ResNetV1c), named as in MMSegmentation: torchvision has no weights of it.
         stem: "shared", or "per_domain" for a second stem and layer1 that images of the domain
@@ -108,7 +108,7 @@ class ResNet(Backbone):
         *,
         depth: Literal[18, 34, 50, 101, 152] = 50,
         output_stride: Literal[8, 16, 32] = 32,
-        stages: Literal[3, 4] = 4,
+        stages: Literal[2, 3, 4] = 4,
         deep_stem: bool = False,
         stem: Literal["shared", "per_domain"] = "shared",
         ibn: Literal["none", "a"] = "none",

@@ -92,7 +92,7 @@ def test_the_size_of_a_network_is_told_part_by_part():
     assert torch.equal(state, torch.get_rng_state()) and network.training
     count = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.decoder.parameters())
-    assert "backbone ResNet 2.78 M" in text and "classifier CBP 0.00 M" in text
+    assert "backbone ResNet 0.68 M" in text and "classifier CBP 0.00 M" in text
     assert f"all {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained" in text
     # The first convolution alone: 64 filters of 3 x 7 x 7 at half the size.
     least = 64 * 3 * 7 * 7 * 16 * 32
