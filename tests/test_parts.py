@@ -1303,6 +1303,7 @@ ASKED = {
     ("engine/log.py", "progress"),  # a record of logging
     ("engine/reading.py", "problem"),  # an error of PyYAML
     ("engine/reading.py", "problem_mark"),
+    ("datasets/reading.py", "decode_image"),  # torchvision, which will drop it
     ("datasets/reading.py", "is_animated"),  # an image of Pillow
     ("datasets/reading.py", "tag_v2"),
     ("models/backbones/timm.py", "pretrained_cfg"),

@@ -209,7 +209,7 @@ class Mixtures(Prototypes):
             ).isfinite()
             valid = valid if weights is None else valid & (weights > 0)
             valid = valid & (labels >= 0) & (labels < len(pools))
-            classes = torch.where(valid, labels, len(pools)).flatten()
+            classes = torch.where(valid, labels, len(pools)).flatten().long()
             places = torch.unravel_index(classes.argsort(stable=True), labels.shape)
             # One wait for a GPU, not one of each class.
             counts = torch.bincount(classes, minlength=len(pools) + 1).tolist()
