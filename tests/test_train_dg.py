@@ -182,7 +182,7 @@ def test_prototypes_learn_from_the_teacher_where_it_is_right():
         logits[0, guess, row, column] = 1
     embedding, features = torch.randn(1, 4, 2, 2), torch.randn(1, 5, 2, 2)
     output = an_output(logits, features, embedding=embedding)
-    teacher = SimpleNamespace(network=SimpleNamespace(segment=lambda image, heads: output))
+    teacher = SimpleNamespace(segment=lambda image, heads: output)
     step = a_step({"source": an_output(-logits, -features, embedding=-embedding)}, labels)
     step.source = a_batch(torch.zeros(1, 3, 2, 2), labels)
 

@@ -513,6 +513,7 @@ def test_two_processes_agree_that_one_of_them_was_not_finite(tmp_path):
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
     """A gradient that is finite, times a learning rate that is not sensible."""
     options = ("optimizer={name: SGD, lr: 1e38}", "schedule.warmup=0", "train.iters=1")
+    options += ("losses.cross_entropy.weight=1000",)
     with pytest.raises(UserError, match=r"step 1: model\.\S+ is not finite.*optimizer\.lr"):
         train(tmp_path / "run", *options)
     assert not checkpoint.list_steps(tmp_path / "run") and not (tmp_path / "run/best.pt").exists()

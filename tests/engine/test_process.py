@@ -117,17 +117,17 @@ class Started:
             return
         self.output += text
 
-    def wait_for(self, text, within=30):
+    def wait_for(self, text, within=120):
         deadline = time.time() + within
         while text not in self.output:
             assert time.time() < deadline and self.process.is_alive(), self.output
             self.read()
             time.sleep(0.01)
 
-    def ends(self, within=30):
+    def ends(self, within=120):
         """-> code and output; nothing of its process group is left."""
         self.process.join(within)
-        deadline = time.time() + 15  # the server of a forkserver takes its time
+        deadline = time.time() + 60  # the server of a forkserver takes its time
         while (left := alive(self.pid)) and time.time() < deadline:
             time.sleep(0.02)
         self.read()

@@ -123,7 +123,7 @@ def test_a_network_keeps_the_classifier_of_the_same_classes_alone(tmp_path, capl
 
 def test_what_has_another_shape_is_listed_and_the_backbone_must_fit(tmp_path, caplog):
     caplog.set_level("INFO", logger="engine")
-    head = "model.heads.auxiliary={name: auxiliary.Auxiliary, stage: 3, width: 8}"
+    head = "model.heads.auxiliary={name: auxiliary.Auxiliary, stage: 2, width: 8}"
     network = started(tmp_path, "abc", "model.decoder.width=24", head)
     assert (network.backbone.conv1.weight == 1).all()
     assert not (network.decoder.convs[0][0].weight == 1).any()
