@@ -19,7 +19,7 @@ from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, 
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
 WITH_HEAD = (
-    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 3}}}}}}}}"
+    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 2}}}}}}}}"
 )
 METHODS = {  # overrides of the smallest adaptation
     "self-training": (),
