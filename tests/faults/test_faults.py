@@ -30,7 +30,9 @@ KINDS = (
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_that_fails_ends_and_leaves_what_it_should(name, tmp_path):
+def test_a_run_that_fails_ends_and_leaves_what_it_should(name, tmp_path, monkeypatch):
+    # The suite meets machines that take five times as long; `python -m tests.soak` holds the 10 s.
+    monkeypatch.setattr(soak, "LIMIT", 30.0)
     try:
         soak.cause(name, tmp_path)
     except soak.Skip as reason:

@@ -15,7 +15,8 @@ from tests.runs import ROOT
 
 def with_auxiliary(**options):
     heads = {"auxiliary": {"name": "auxiliary.Auxiliary", **options}} if options else {}
-    model = load(ROOT / "tests" / "tiny.yaml", [f"model.heads={heads}"]).model
+    options = [f"model.heads={heads}", "model.backbone.stages=3"]
+    model = load(ROOT / "tests" / "tiny.yaml", options).model
     torch.manual_seed(0)
     return build_segmentor(model, "abcde")
 
