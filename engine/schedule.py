@@ -71,7 +71,8 @@ def make_optimizer(model, options):
     (precision.step)."""
     groups = parameter_groups(model, options)
     if options.name == "AdamW":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas), fused=True)
+        betas = tuple(map(float, options.betas))  # of 0 and 0.9 PyTorch refuses the 0
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
     optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
     for group in optimizer.param_groups if options.momentum else ():
         for parameter in group["params"]:

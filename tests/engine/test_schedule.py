@@ -119,6 +119,11 @@ def test_optimisers_get_their_options(name, kind, expected):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
 
 
+def test_a_beta_may_be_a_whole_number():
+    optimizer = schedule.make_optimizer(Net(), options(name="AdamW", betas=[0, 0.9]))
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.9)
+
+
 def rates(backbone, decay=0.5):
     """{parameter: rate} with lr 1 and heads at 10."""
     model = torch.nn.Module()
