@@ -18,7 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data, count_classes
-from engine import config, distributed
+from engine import accepted, config, distributed
 from engine.build import build_any
 from engine.ema import Teacher
 from engine.prepare import images
@@ -63,7 +63,7 @@ def evidence(steps, view, space, teacher, tower, autocast):
 
 @record
 def main(arguments):
-    cfg = config.of_script("train_dg", arguments)
+    cfg = accepted.of_script("train_dg", arguments)
     run = Run(cfg, distributed.setup(cfg))
 
     # --- build ---

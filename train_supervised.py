@@ -11,7 +11,7 @@ options and their units.
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data, count_classes
-from engine import config, distributed
+from engine import accepted, distributed
 from engine.ema import Teacher
 from engine.process import run as run_script
 from engine.report import draw_step, final_report, validate
@@ -24,7 +24,7 @@ from models.build import build_prototypes, build_segmentor
 
 @record
 def main(arguments):
-    cfg = config.of_script("train_supervised", arguments)
+    cfg = accepted.of_script("train_supervised", arguments)
     run = Run(cfg, distributed.setup(cfg))
 
     # --- build ---

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data, count_classes
-from engine import config, distributed, precision
+from engine import accepted, config, distributed, precision
 from engine.ema import Teacher
 from engine.prepare import Preparation
 from engine.process import run as run_script
@@ -184,7 +184,7 @@ def train_stage(run, cfg, number, offset, data, before, previous):
 
 @record
 def main(arguments):
-    cfg = config.of_script("train_uda", arguments)
+    cfg = accepted.of_script("train_uda", arguments)
     run = Run(cfg, distributed.setup(cfg))
     stages = config.stages(cfg)
     # All of them first: a mistake should not show up only after hours.

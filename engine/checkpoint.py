@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from engine import contents, distributed, weights
-from engine.config import check_resume, difference, plain
+from engine.accepted import check_resume
+from engine.config import difference, plain
 from engine.errors import NonFinite, UserError
 from engine.process import signals
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from benchmarks import reproduce
 from datasets.base import DataError
+from engine.accepted import check_sections
 from engine.build import build, build_any
-from engine.config import check_sections, load, stages
+from engine.config import load, stages
 from engine.schedule import make_optimizer
 from losses.build import build_adaptation, build_losses
 from models.build import build_prototypes, build_segmentor, build_tower, joint_channels

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from engine.config import ConfigError, check_sections, defaults, load, override, read_yaml
+from engine.accepted import check_sections
+from engine.config import ConfigError, defaults, load, override, read_yaml
 from eval import OWN
 from models.build import build_segmentor
 from tests.runs import ROOT

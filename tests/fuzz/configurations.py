@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from datasets.build import Stream, build_data
-from engine import config, distributed, precision, schedule
+from engine import accepted, config, distributed, precision, schedule
 from engine.build import PACKAGES, build_any
 from engine.errors import UserError
 from losses.build import build_adaptation, build_losses
@@ -69,7 +69,7 @@ PARTS = [
     ("train_uda", "uda.labelers", "[{name: self_training.StoredConfidence, threshold: 0.9, scales: [0.5, 1.0]}]"),
     ("train_uda", "uda.source_weights", "{name: bismap.Transferability, clusters: 3, size: [32, 64], grid: [2, 2]}"),
     ("train_uda", "uda.style", "{name: style.FDA, beta: 0.01}"),
-    ("train_uda", "uda.style", "{name: style.ColorStats, strength: 0.5}"),
+    ("train_uda", "uda.style", "{name: style.ColorStats}"),
     ("train_uda", "uda.mixer", "{name: mixers.Strong, operations: 2, p: 0.5, cutout: 0.2}"),
     ("train_uda", "uda.mixer", "{name: masked.Masked, block: 16, mixer: {name: mixers.ClassMix}}"),
     ("train_uda", "uda.mixer", "{name: mixers.ClassMix, color: [0.2, 0.2, 0.2, 0.2], color_p: 0.5, target: true}"),
@@ -79,7 +79,7 @@ PARTS = [
     ("train_uda", "model.heads.region", "{name: region.Region, stage: -1, variant: none, cell: 2, kappa: 5.0,"
      " rounds: 1}"),
     ("train_dg", "dg.reweight", "{name: ppar.Reweight, alpha: 1.0, low: 0.5, high: 2.0, temperature: 1, warmup: 0.5}"),
-    ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], sigma: [0.1, 1.0]}"),
+    ("train_dg", "dg.strong", "{name: mixers.ColorBlur, color: [0.5, 0.5, 0.5, 0.3], blur_p: 0.5}"),
     ("train_dg", "losses", "[{name: ppar.Alignment, start: 0.1, samples: 100}, {name: ppar.TextFidelity}]"),
     ("train_dg", "model.heads.text_attention", "{name: text_attention.TextAttention, layers: 1}"),
 ]  # fmt: skip
@@ -287,8 +287,8 @@ def mutation(seed, number, marker):
 def attempt(script, path, overrides):
     """What a script does with a configuration before its first step, without weights and loader processes."""
     cfg = config.load(path, overrides)
-    config.check_sections(cfg, script)
-    config.check_resume(config.plain(cfg), cfg)
+    accepted.check_sections(cfg, script)
+    accepted.check_resume(config.plain(cfg), cfg)
     device = distributed.init(cfg.device, cfg.timeout)
     precision.autocast(device, cfg.precision)
     for stage in config.stages(cfg)[:2]:
