@@ -20,10 +20,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from datasets.build import Stream, build_data, count_classes
 from engine import accepted, config, distributed
 from engine.build import build_any
+from engine.drawing import draw_step
 from engine.ema import Teacher
 from engine.prepare import images
 from engine.process import run as run_script
-from engine.report import draw_step, final_report, selected_on_target, validate
+from engine.report import final_report, selected_on_target, validate
 from engine.run import Run
 from engine.statistics import IGNORE, pure_labels, unit
 from engine.step import Batch, Step, View, withheld

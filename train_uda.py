@@ -16,10 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data, count_classes
 from engine import accepted, config, distributed, precision
+from engine.drawing import draw_step
 from engine.ema import Teacher
 from engine.prepare import Preparation
 from engine.process import run as run_script
-from engine.report import draw_step, final_report, log_pseudo_labels, validate
+from engine.report import final_report, log_pseudo_labels, validate
 from engine.run import Run
 from engine.statistics import IGNORE
 from engine.step import Batch, Step, evidence

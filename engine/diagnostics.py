@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import distributed, pictures
+from engine.drawing import similarity
 from engine.errors import UserError
 from engine.files import write, write_picture
-from engine.report import similarity
 
 logger = logging.getLogger("engine")
 
