@@ -42,7 +42,7 @@ def classes_of(spec):
     return getattr(importlib.import_module(f"datasets.{module}"), name).CLASSES or spec["classes"]
 
 
-TEXTS = ("text.Text", "text.Mapped")
+TEXTS = ("text.Text", "mapped.Mapped")
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ SMALL = {
     "timm.Timm": {"model": "test_resnet"},
     "vit.ViT": {"size": "t"},
     "text.Text": {"file": str(CLIPS / "text.pt"), "classes": list("abcde")},
-    "text.Mapped": {"file": str(CLIPS / "text.pt"), "classes": list("abcde")},
+    "mapped.Mapped": {"file": str(CLIPS / "text.pt"), "classes": list("abcde")},
     "visual_text.VisualText": {"center": False},  # the centre is that of all classes
     "auxiliary.Auxiliary": {"stage": 1, "width": 8},
     "projector.Projector": {"channels": 12},

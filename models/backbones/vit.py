@@ -264,7 +264,7 @@ class ViT(Backbone):
 
     def dense(self, image):
         """The last map, of unit vectors: for a frozen tower of `train_dg.py`. No text lies in its
-        space; text.Mapped brings some there."""
+        space; mapped.Mapped brings some there."""
         return unit(self(image)[-1])
 
     def _map(self, x, grid):

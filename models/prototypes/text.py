@@ -33,8 +33,6 @@ import yaml
 from engine.errors import UserError
 from engine.files import read_array, read_text, replacing
 from engine.process import run
-from engine.ranges import Count
-from engine.statistics import class_means
 from engine.weights import check_hub, load_into, read, reason, unwrap
 from models.prototypes.base import Prototypes
 
@@ -182,6 +180,27 @@ def choose(names, classes, mapped, file):
     return [[names.index(str(row).lower()) for row in mapped.get(name, [name])] for name in classes]
 
 
+def class_rows(file, rows, mapped, classes, num_classes, center):
+    """A file of text vectors and the options of Text -> unit rows of the classes (K, D) float64, and
+    the same as they are used: centred, if so asked.
+
+    Raises:
+        ValueError: a class without a row, or rows that are zero, not finite, or the same.
+    """
+    vectors, names = read_rows(file, rows)
+    if len(classes) != num_classes:
+        raise ValueError(f"there are {num_classes} classes and {len(classes)} names of classes")
+    vectors, taken = F.normalize(vectors, dim=1), choose(names, classes, mapped, file)
+    text = F.normalize(torch.stack([vectors[chosen].mean(0) for chosen in taken]), dim=1)
+    centred = text - text.mean(0)
+    if not (text.norm(dim=1) > 0.5).all() or (center and centred.norm(dim=1).min() < 1e-4):
+        raise ValueError(
+            f"{file} has rows that are zero, not finite, or the same, which center does not "
+            "work with"
+        )
+    return text, F.normalize(centred, dim=1) if center else text
+
+
 class Text(Prototypes):
     """A frozen member of the prototype family.
 
@@ -210,77 +229,19 @@ class Text(Prototypes):
         center: bool = True,
     ):
         super().__init__()
-        vectors, names = read_rows(file, rows)
-        if len(classes) != num_classes:
-            raise ValueError(f"there are {num_classes} classes and {len(classes)} names of classes")
-        if vectors.shape[1] != in_channels:
+        text, vectors = class_rows(file, rows, map or {}, classes, num_classes, center)
+        if text.shape[1] != in_channels:
             raise ValueError(
-                f"{file} has rows of {vectors.shape[1]} channels and the features have "
+                f"{file} has rows of {text.shape[1]} channels and the features have "
                 f"{in_channels}: set "
                 "model.heads.projector={name: projector.Projector, channels: "
-                f"{vectors.shape[1]}}} and space: joint, or take text of another model"
-            )
-        vectors, taken = F.normalize(vectors, dim=1), choose(names, classes, map or {}, file)
-        text = F.normalize(torch.stack([vectors[rows].mean(0) for rows in taken]), dim=1)
-        centred = text - text.mean(0)
-        if not (text.norm(dim=1) > 0.5).all() or (center and centred.norm(dim=1).min() < 1e-4):
-            raise ValueError(
-                f"{file} has rows that are zero, not finite, or the same, which center does not "
-                "work with"
+                f"{text.shape[1]}}} and space: joint, or take text of another model"
             )
         self.keep(
-            vectors=(F.normalize(centred, dim=1) if center else text).float(),
+            vectors=vectors.float(),
             text=text.float(),
             seen=torch.ones(num_classes, dtype=torch.bool),
         )
-
-
-class Mapped(Text):
-    """Text in the space of an image tower that has never met text, such as DINOv2's.
-
-        dg.tower: {name: vit.ViT, size: s, patch: 14, positions: 518, layer_scale: true, weights: PATH}
-        prototypes.text: {name: text.Mapped, space: joint, view: tower, file: PATH}
-
-    Before the first step the centred rows of the text are turned and scaled as they come nearest to
-    the centred class means of the tower's features (orthogonal Procrustes; Schoenemann, 1966): what
-    the text says of how alike classes are stays, the axes are the tower's. **This is ours**: PPAR
-    takes CLIP, whose space has both.
-
-    Args:
-        offline: training images whose cells of one class give the class means.
-        file, rows, map, center: as in Text. With center: false the rows lie around the mean of the
-            class means.
-    """
-
-    def __init__(
-        self, *, num_classes, in_channels, file, rows=None, offline: Count = 1000, **options
-    ):
-        super().__init__(
-            num_classes=num_classes,
-            in_channels=read_rows(file, rows)[0].shape[1],
-            file=file,
-            rows=rows,
-            **options,
-        )
-        self.offline, self.center = offline, options.get("center", True)
-        self.vectors = torch.zeros(num_classes, in_channels)
-        self.seen = torch.zeros_like(self.seen)
-
-    @torch.no_grad()
-    def fit(self, batches, prototypes):
-        means, present = class_means(batches(), self.vectors)
-        if present.sum() < 2:
-            raise UserError("text.Mapped has seen cells of fewer than two classes: raise offline")
-        means, text = F.normalize(means.double(), dim=1), self.text.double()
-        offset, known = means[present].mean(0), text[present].mean(0)
-        u, lengths, v = torch.linalg.svd(
-            (text[present] - known).T @ (means[present] - offset), full_matrices=False
-        )
-        rank = int((lengths > 1e-6 * lengths.max()).sum())
-        scale = lengths.sum() / (text[present] - known).square().sum()
-        mapped = scale * (text - known) @ u[:, :rank] @ v[:rank]
-        self.vectors.copy_(F.normalize(mapped if self.center else mapped + offset, dim=1))
-        self.seen.fill_(True)
 
 
 def text_vectors(model, tokenizer, prompts):
