@@ -65,12 +65,8 @@ from losses.build import build_adaptation
 from models.build import build_prototypes, joint_channels, restore, trained_with
 
 logger = logging.getLogger("engine")
-OWN = (
-    "export=",
-    "diagnostics=",
-    "pairs=",
-    "domains=",
-)  # arguments that are no keys of the configuration
+# Arguments that are no keys of the configuration.
+OWN = ("export=", "diagnostics=", "pairs=", "domains=")
 # Keys that change nothing of a result.
 NEUTRAL = (
     "folder",
@@ -195,11 +191,8 @@ def main(arguments):
     rest = [a for a in arguments if Path(a) not in paths]
     overrides = [a for a in rest if not a.startswith(OWN)]
     own = {key: value for key, _, value in (a.partition("=") for a in rest if a.startswith(OWN))}
-    for key, only in (
-        ("export", "pseudo_labels"),
-        ("diagnostics", "true"),
-        ("domains", "true"),
-    ):
+    only_values = {"export": "pseudo_labels", "diagnostics": "true", "domains": "true"}
+    for key, only in only_values.items():
         if own.get(key, only) != only:
             raise ConfigError(f"{key} must be {only}, not {own[key]}")
     if "pairs" in own and "diagnostics" not in own:

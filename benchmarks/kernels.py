@@ -262,7 +262,7 @@ def time_step(_, precision, rounds, num_classes=11):
     views = {"source": torch.rand(8, 3, 256, 320)}
     labels = {"source": patches(8, 256, 320, num_classes).clamp_max(IGNORE)}
     members = {"classifier": model.classifier}
-    pixel, contrast = CrossEntropy(), OCCL(num_classes=num_classes, split="random")
+    pixel, occl = CrossEntropy(), OCCL(num_classes=num_classes, split="random")
     autocast = (
         torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     )
@@ -285,9 +285,9 @@ def time_step(_, precision, rounds, num_classes=11):
         x.detach().requires_grad_() for x in (output.logits, output.features)
     )
     variants = {"step without OCCL": lambda: train(pixel)}
-    variants["step with OCCL"] = lambda: train(pixel, contrast)
+    variants["step with OCCL"] = lambda: train(pixel, occl)
     variants["of it cross-entropy"] = lambda: pixel(leaves).backward()
-    variants["of it OCCL"] = lambda: contrast(leaves).backward()
+    variants["of it OCCL"] = lambda: occl(leaves).backward()
     return compare(variants, rounds)
 
 

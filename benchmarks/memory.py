@@ -3,8 +3,9 @@
     python -m benchmarks.memory [--classes 150] [--size 1024 2048] [--stride 16] [--modes flip]
 
 Logits are random and have the stride of a ResNet-18 without dilation of its last stage; the network
-itself is left out, so that nothing of it hides in the peak. That is the high-water mark of a process
-of its own (Linux), less its size before the picture. Seconds are those of resizing and choosing.
+itself is left out, so that nothing of it hides in the peak. That is the high-water mark of a
+process of its own (Linux), less its size before the picture. Seconds are those of resizing and
+choosing.
 """
 
 import json

@@ -19,8 +19,8 @@ from engine.step import View
 
 class Masked(Mixer):
     """The views of another mixer, and "masked": the target image, changed in colour and blurred,
-    square patches of it replaced by its mean colour. Its labels and weights are those of the target,
-    of the hidden pixels too.
+    square patches of it replaced by its mean colour. Its labels and weights are those of the
+    target, of the hidden pixels too.
 
     Blocks, ratio, colours and blur are those of MIC's released configurations for crops of 512x512;
     there a hidden pixel has the mean colour of ImageNet. Which patches are hidden depends on the

@@ -88,8 +88,8 @@ def turn(images, shift):
 
 
 def blur(images, sigma):
-    """Images (B, 3, H, W), each with a Gaussian of its own sigma (B, 1, 1, 1) in pixels, over BLUR x
-    BLUR pixels. As `gaussian_blur` of torchvision."""
+    """Images (B, 3, H, W), each with a Gaussian of its own sigma (B, 1, 1, 1) in pixels, over
+    BLUR x BLUR pixels. As `gaussian_blur` of torchvision."""
     reach = (BLUR - 1) / 8**0.5
     places = torch.linspace(-reach, reach, BLUR, dtype=images.dtype, device=images.device)
     rows = (places / sigma).pow(2).neg().softmax(3)  # (B, 1, 1, BLUR)

@@ -1,4 +1,4 @@
-"""How far apart domains are to a network: terms of the bound that domain generalisation argues with.
+"""How far apart domains are to a network: terms of the bound on the error on an unseen domain.
 
     python eval.py CHECKPOINT domains=true
 

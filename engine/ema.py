@@ -6,7 +6,6 @@ weights.
 """
 
 import copy
-import functools
 
 import torch
 from torch import nn
@@ -79,13 +78,4 @@ def lighter(network, dtype):
                 wholes.append(whole)
                 halves.append(nn.Parameter(whole.to(dtype), requires_grad=False))
                 setattr(module, name, halves[-1])
-        if type(module) is nn.Linear and module.bias is not None:
-            # F.linear transposes its weight anew at every call.
-            module.forward = functools.partial(product, module.weight.t(), module.bias)
     return copied, halves, wholes
-
-
-def product(transposed, bias, x):
-    """F.linear of x (..., C), for a weight (C, C') that is transposed already."""
-    rows = torch.addmm(bias, x.flatten(0, -2), transposed)
-    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], -1)

@@ -300,8 +300,8 @@ class Log:
 def profiled(numbers, steps, folder, device):
     """The numbers of steps; meanwhile the main process profiles `steps` of them, 0: none.
 
-    The profile, profile.pt.trace.json in the run folder, is a Chrome trace. A run that has one makes
-    no other.
+    The profile, profile.pt.trace.json in the run folder, is a Chrome trace. A run that has one
+    makes no other.
     """
     path, numbers = folder / "profile.pt.trace.json", iter(numbers)
     if steps and distributed.is_main() and not path.exists():

@@ -5,8 +5,8 @@ and prototypes.
     means = sums / counts[:, None].clamp_min(1)
 
 The features stay as they lie in memory: copying maps (B, D, h, w) to rows (B h w, D) or back costs
-more than the sums. So does a loop over classes, or a boolean mask, which also makes a GPU wait. Rows
-(channels_last) are added to their class's row. Maps of few classes take a product with one-hot
+more than the sums. So does a loop over classes, or a boolean mask, which also makes a GPU wait.
+Rows (channels_last) are added to their class's row. Maps of few classes take a product with one-hot
 labels, whose cost grows with K; others are scattered. A GPU always takes the product. Measure with
 `python -m benchmarks.kernels`.
 """

@@ -329,7 +329,8 @@ def build_tower(spec, joint, device=None):
         return None
     if not tower.joint:
         raise ConfigError(
-            f"dg.tower: {spec['name']} has no dense features; clip.ViT, clip.ResNet and vit.ViT have"
+            f"dg.tower: {spec['name']} has no dense features; clip.ViT, clip.ResNet and vit.ViT "
+            "have"
         )
     if joint != tower.joint:
         raise ConfigError(

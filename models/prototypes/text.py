@@ -181,8 +181,8 @@ def choose(names, classes, mapped, file):
 
 
 def class_rows(file, rows, mapped, classes, num_classes, center):
-    """A file of text vectors and the options of Text -> unit rows of the classes (K, D) float64, and
-    the same as they are used: centred, if so asked.
+    """A file of text vectors and the options of Text -> unit rows of the classes (K, D) float64,
+    and the same as they are used: centred, if so asked.
 
     Raises:
         ValueError: a class without a row, or rows that are zero, not finite, or the same.
