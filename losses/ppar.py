@@ -52,8 +52,8 @@ option; so is the reading that a pixel's own difficulty says which of the two it
 **U is the paper's VTP only where CLIP's image tower makes it** (`view: tower`). Another frozen
 tower (vit.ViT with mapped.Mapped) makes visual-text prototypes too, in its own space: ours. With
 `view: teacher` it is what the abstract warns of, running means of the student over the source:
-teacher prototypes. Text is centred before it is used (models/prototypes/text.py), which the paper may not
-do.
+teacher prototypes. Text is centred before it is used (models/prototypes/text.py), which the paper
+may not do.
 
 The weights w say which pixels of a class count, not how much a class counts; the factors f say how
 much an image or a source counts, whatever its classes are. Difficulty and reliability look at

@@ -66,11 +66,12 @@ def stand_in(words, folder):
     """The words of a command with files of the reader replaced; checkpoints that it names are made."""
     made = []
     for word in words:
-        if re.search(r"^runs/.*\.pt$", word):
-            path = folder / word.replace("*", "a")
+        key, _, file = word.rpartition("=")  # model.init=runs/... too
+        if re.search(r"^runs/.*\.pt$", file):
+            path = folder / file.replace("*", "a")
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / "CHECKPOINT", path)
-            word = str(path.relative_to(folder))
+            word = f"{key}={path.relative_to(folder)}" if key else str(path.relative_to(folder))
         found = sorted(glob.glob(word, root_dir=folder)) if word.startswith("runs/") else []
         made += found or ([] if word == "..." else [word.replace("CONFIG", "configs/CONFIG")])
     return made

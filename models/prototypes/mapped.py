@@ -5,8 +5,8 @@
 
 Before the first step the centred rows of the text are turned and scaled as they come nearest to the
 centred class means of the tower's features (orthogonal Procrustes; Schoenemann, 1966): what the
-text says of how alike classes are stays, the axes are the tower's. Of a class that the tower has not
-seen that part stays which lies in the span of the others. **This is ours**: PPAR (Zhang et al.,
+text says of how alike classes are stays, the axes are the tower's. Of a class that the tower has
+not seen that part stays which lies in the span of the others. **This is ours**: PPAR (Zhang et al.,
 IEEE T-ITS 2025) takes CLIP, whose space has both.
 """
 
