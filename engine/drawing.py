@@ -11,7 +11,7 @@ def draw_step(run, step, dataset, network=None):
     """TensorBoard: what a training step saw, where the prototypes are, and per cent of the target's
     labels that each class has; what the heads of a network show of its first target image. Where
     pictures are due, at the first step of the process and every log.images_every."""
-    every, number = run.cfg.log.images_every, run.offset + run.done
+    every, number = run.stage.log.images_every, run.offset + run.done
     due = every > 0 and (run.done == run.first + 1 or run.done % every == 0)
     if not (due and distributed.is_main()):
         return

@@ -262,8 +262,7 @@ class Log:
             f"{memory:.2f} GiB  eta {eta}",
             extra={"progress": True},
         )
-        figures = {"train/images_per_sec": speed, "train/max_mem_gb": memory}
-        self.scalars(values | figures | {"train/samples": step * batch_size}, step)
+        self.scalars(values | {"train/images_per_sec": speed, "train/max_mem_gb": memory}, step)
         return eta
 
     def text(self, tag, text, step):

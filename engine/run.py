@@ -139,7 +139,7 @@ class Run:
             self.best, self.waited, self.pending = (
                 self.saved.get(key, 0) for key in ("best", "waited", "pending")
             )
-        self.guard = Guard(self.parts["model"], self.device, self.cfg.precision == "fp16")
+        self.guard = Guard(self.parts["model"], self.device, self.stage.precision == "fp16")
         self.first, self.averages, self.losses, self.laps = self.done, Averages(), {}, []
 
     def seconds(self):
@@ -170,7 +170,7 @@ class Run:
         )
         signals.gentle = True
         try:
-            for number in profiled(self.bar, self.cfg.log.profile, self.folder, self.device):
+            for number in profiled(self.bar, self.stage.log.profile, self.folder, self.device):
                 self.started = time.monotonic()
                 self.guard.begin(number)
                 self.rates = schedule.set_rates(
@@ -200,7 +200,7 @@ class Run:
         Returns:
             0-dim bool: the step was skipped, and nothing may learn from it.
         """
-        self.norm = precision.clip(self.optimizer, self.scaler, self.cfg.optimizer.clip)
+        self.norm = precision.clip(self.optimizer, self.scaler, self.stage.optimizer.clip)
         skipped = self.guard.judge(self.done, self.losses, self.norm)
         precision.step(self.optimizer, self.scaler, skipped)
         self.losses = {}
@@ -217,12 +217,12 @@ class Run:
         signals.slowest = max(signals.slowest, self.laps[-1])
         self.stopped = signals.requested()
         self.final = self.done == self.iters
-        due = self.final or self._every(self.cfg.eval.every)
-        self.saves = self.final or self.stopped or self._every(self.cfg.checkpoint.every)
+        due = self.final or self._every(self.stage.eval.every)
+        self.saves = self.final or self.stopped or self._every(self.stage.checkpoint.every)
         self.validates = due and not self.stopped
         # After a signal it is left to the process that goes on.
         self.pending = self.pending or (due and self.stopped)
-        if not (due or self.saves or self._every(self.cfg.log.every)):
+        if not (due or self.saves or self._every(self.stage.log.every)):
             return
         if failure := self.guard.check():
             self.done, self.pending = failure[0], False
@@ -241,7 +241,7 @@ class Run:
             self.total,
             values,
             self.laps,
-            self.cfg.train.batch_size,
+            self.stage.train.batch_size,
             self.device,
         )
         self.bar.set_postfix_str(f"loss {values['train/loss']:.3f}, all done in {eta}")
@@ -271,7 +271,7 @@ class Run:
             checkpoint.save_step(
                 self.folder,
                 self.saved | {"best": self.best, "waited": self.waited, "pending": False},
-                self.cfg.checkpoint.keep,
+                self.stage.checkpoint.keep,
             )
 
     def save(self):
@@ -281,7 +281,7 @@ class Run:
             # First: a run that goes on at the end of the stage would never make it.
             if self.final and self.keep:
                 checkpoint.save_light(self.folder / self.keep, content, required=True)
-            checkpoint.save_step(self.folder, content, self.cfg.checkpoint.keep, last)
+            checkpoint.save_step(self.folder, content, self.stage.checkpoint.keep, last)
 
     def _content(self):
         return checkpoint.content(

@@ -1,6 +1,7 @@
 """train_uda.py: resume in each of its stages, several processes, what it needs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -155,6 +156,29 @@ def test_the_second_stage_starts_from_the_first_and_moves_the_teacher(tmp_path):
     weights = {k: v for k, v in first["model"].items() if "running" not in k and "tracked" not in k}
     for name, value in weights.items():
         torch.testing.assert_close(second["model"][name], value, rtol=0, atol=1e-20)
+
+
+def test_a_stage_has_its_own_clipping_batch_log_and_checkpoints(tmp_path):
+    own = "optimizer: {name: SGD, lr: 1.0, clip: 1e-30, weight_decay: 0.0}, train: {batch_size: 2}"
+    own += ", log: {every: 3}, checkpoint: {every: 2}, eval: {every: 0}"
+    found = train(
+        tmp_path / "run",
+        f"stages=[{SOURCE}, {{name: adapt, init: previous, {own}}}]",
+        "uda.compare=false",
+        config=TINY_UDA,
+    )
+    assert [*found] == [1, 2, 3, 5, 6]
+    assert [path.stem[-1] for path in checkpoint.list_steps(tmp_path / "run")] == [*"65321"]
+    before, after = (checkpoint.load(tmp_path / "run" / f"step_000000{n}.pt") for n in (3, 6))
+    for name, value in before["model"].items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(after["model"][name], value), name
+    text = (tmp_path / "run" / "log.txt").read_text()
+    for step, size in ((2, 4), (6, 2)):
+        pace, speed = re.search(
+            rf"step {step}/6 .* ([\d.]+) s/step  ([\d.]+) images", text
+        ).groups()
+        assert float(pace) * float(speed) == pytest.approx(size, rel=0.1)
 
 
 def test_target_labels_are_never_read_in_training(tmp_path, monkeypatch):
