@@ -15,7 +15,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import Stream, build_data, count_classes
-from engine import accepted, config, distributed, precision
+from engine import accepted, config, distributed
 from engine.drawing import draw_step
 from engine.ema import Teacher
 from engine.prepare import Preparation
@@ -215,7 +215,7 @@ def main(arguments):
             network,
             data[-1].test or {"val": data[-1].val},
             stages[-1].eval,
-            precision.autocast(run.device, cfg.precision),
+            run.autocast,
             run,
             before_adaptation(cfg, run.folder, run.device),
         )

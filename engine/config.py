@@ -40,8 +40,8 @@ STAGE = {
     "repeat": 1,
     "lr_scale": 1.0,
 }
-
-
+# What a stage cannot have of its own.
+OF_THE_RUN = ("folder", "resume", "device", "threads", "deterministic", "timeout", "stages")
 TARGET, STAGES = 1, 2  # places of `derived_seed`
 
 
@@ -128,7 +128,7 @@ def stages(config):
         its learning rate multiplied by `lr_scale` once more. The first has the seed of the run, and
         each later one its own: nothing is drawn twice.
     """
-    schema = STAGE | {key: value for key, value in defaults().items() if key != "stages"}
+    schema = STAGE | {key: value for key, value in defaults().items() if key not in OF_THE_RUN}
     result = []
     for number, spec in enumerate(plain(config["stages"]) or [{}]):
         _check(spec, schema, STAGE_RANGES | RANGES, f"stages.{number}", "the configuration")

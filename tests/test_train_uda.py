@@ -158,9 +158,11 @@ def test_the_second_stage_starts_from_the_first_and_moves_the_teacher(tmp_path):
         torch.testing.assert_close(second["model"][name], value, rtol=0, atol=1e-20)
 
 
-def test_a_stage_has_its_own_clipping_batch_log_and_checkpoints(tmp_path):
+def test_a_stage_has_its_own_clipping_batch_log_and_checkpoints(tmp_path, monkeypatch):
+    reports, report = [], train_uda.final_report
+    monkeypatch.setattr(train_uda, "final_report", lambda *a: reports.append(a) or report(*a))
     own = "optimizer: {name: SGD, lr: 1.0, clip: 1e-30, weight_decay: 0.0}, train: {batch_size: 2}"
-    own += ", log: {every: 3}, checkpoint: {every: 2}, eval: {every: 0}"
+    own += ", log: {every: 3}, checkpoint: {every: 2}, eval: {every: 0}, precision: bf16"
     found = train(
         tmp_path / "run",
         f"stages=[{SOURCE}, {{name: adapt, init: previous, {own}}}]",
@@ -168,6 +170,7 @@ def test_a_stage_has_its_own_clipping_batch_log_and_checkpoints(tmp_path):
         config=TINY_UDA,
     )
     assert [*found] == [1, 2, 3, 5, 6]
+    assert reports[0][3]._enabled and reports[0][3].fast_dtype == torch.bfloat16
     assert [path.stem[-1] for path in checkpoint.list_steps(tmp_path / "run")] == [*"65321"]
     before, after = (checkpoint.load(tmp_path / "run" / f"step_000000{n}.pt") for n in (3, 6))
     for name, value in before["model"].items():

@@ -422,7 +422,18 @@ def test_names_that_become_files_are_no_paths(write, key, item, name):
         ("stages=[{teacher: emma}]", "must be ema, frozen or none, not 'emma'"),
         ("stages=[{train: {iters: 0}}]", r"stages\.0\.train\.iters must be an int of at least 1"),
         ("stages=[{optimizer: 3}]", r"stages\.0\.optimizer must be a mapping"),
-        ("stages=[{stages: []}]", r"unknown key 'stages\.0\.stages'"),
+        *(
+            (f"stages=[{{{key}: {value}}}]", rf"unknown key 'stages\.0\.{key}'")
+            for key, value in {
+                "stages": [],
+                "folder": "x",
+                "resume": "auto",
+                "device": "cpu",
+                "threads": 2,
+                "deterministic": "true",
+                "timeout": 5,
+            }.items()
+        ),
         ("eval={mode: slide, crop: [64, 64], stride: [64, 65]}", "stride 65 must not be larger"),
         ("data.seen=[real]", r"data\.seen names 'real', which is not in data\.test"),
         (".".join("a" * 99) + "=1", "unknown key|nests deeper than 50 levels"),
