@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing
 
+import losses
 import train_dg
 import train_supervised
 import train_uda
@@ -68,7 +70,7 @@ def command(folder, *overrides, processes=1, config=TINY):
     return [*python, SCRIPTS[config].__file__, config, f"folder={folder}", *overrides]
 
 
-def work(rank, processes, port, double, config, arguments, output):
+def work(rank, processes, port, double, config, arguments, output, before):
     """One process of `run`."""
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -84,13 +86,15 @@ def work(rank, processes, port, double, config, arguments, output):
         os.environ.update({name: str(value) for name, value in (addresses | ranks).items()})
     if double:
         torch.set_default_dtype(torch.float64)
+    if before:
+        before(rank)
     main(config, arguments)
 
 
-def run(folder, *overrides, processes=1, double=False, config=TINY):
+def run(folder, *overrides, processes=1, double=False, config=TINY, before=None):
     """A run in fresh processes, what torchrun would start, without loading PyTorch in each -> (exit code, output).
 
-    `double`: in float64.
+    `double`: in float64. `before(rank)` is called in each process first.
     """
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -100,7 +104,8 @@ def run(folder, *overrides, processes=1, double=False, config=TINY):
     arguments = [config, f"folder={folder}", *overrides]
     started = [
         SERVER.Process(
-            target=work, args=(rank, processes, port, double, config, arguments, str(output))
+            target=work,
+            args=(rank, processes, port, double, config, arguments, str(output), before),
         )
         for rank in range(processes)
     ]
@@ -110,6 +115,39 @@ def run(folder, *overrides, processes=1, double=False, config=TINY):
         process.join(300)
     codes = [process.exitcode for process in started]
     return next((code for code in codes if code != 0), 0), output.read_text()
+
+
+class Forked:
+    """`python SCRIPT ...` with the face of subprocess.Popen, as a process of the server."""
+
+    def __init__(self, arguments, *, stdout, env=os.environ, cwd=ROOT, **_):
+        os.environ["PYTHONPATH"] = str(ROOT)  # for the server
+        own = {name: value for name, value in env.items() if os.environ.get(name) != value}
+        given = ([*map(str, arguments[1:])], stdout.name, own, str(cwd))
+        self.process = SERVER.Process(target=script, args=given)
+        self.process.start()
+        self.pid, self.wait, self.kill = self.process.pid, self.process.join, self.process.kill
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+
+def script(arguments, output, variables, folder):
+    """What a Forked is: a session of its own, parts of `folder` beside those of this repository."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(variables)
+    os.chdir(folder)
+    losses.__path__.append(f"{folder}/losses")
+    if method := variables.get("SOAK_RUN_START"):
+        multiprocessing.set_start_method(method, force=True)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def on_two_processes(function, folder):

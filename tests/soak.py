@@ -146,16 +146,20 @@ def stopped(pid):
 # --- runs and their processes --------------------------------------------------------------------------------------
 
 
+sessions = {}  # of forked runs, whose environment cannot be read from outside: {pid: mark}
+
+
 def processes(mark):
-    """{pid: parent} of the living processes whose environment holds MARK=mark..., zombies left out."""
+    """{pid: parent} of the living processes whose environment holds MARK=mark..., or whose session
+    does, zombies left out."""
     found, wanted = {}, f"{MARK}={mark}".encode()
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                if wanted in (path / "environ").read_bytes():
-                    found[int(path.name)] = int(
-                        (path / "stat").read_text().rpartition(")")[2].split()[1]
-                    )
+                stat = (path / "stat").read_text().rpartition(")")[2].split()
+                mine = sessions.get(int(stat[3]), "").startswith(mark) and stat[0] != "Z"
+                if mine or wanted in (path / "environ").read_bytes():
+                    found[int(path.name)] = int(stat[1])
     return found
 
 
@@ -167,13 +171,14 @@ class Run:
         output: file for what it prints.
         environment: variables added to ours.
         mark: by which its processes are found.
+        popen: what starts it, with the face of subprocess.Popen.
     """
 
-    def __init__(self, arguments, output, environment, mark, cwd):
+    def __init__(self, arguments, output, environment, mark, cwd, popen=subprocess.Popen):
         self.mark, self.output, self.seen, self.looked = mark, output, set(), 0.0
         environment = os.environ | {"OMP_NUM_THREADS": "1", MARK: mark} | environment
         with open(output, "wb") as file:
-            self.process = subprocess.Popen(
+            self.process = popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -182,6 +187,7 @@ class Run:
                 cwd=cwd,
                 start_new_session=True,
             )
+        sessions[self.process.pid] = mark
 
     @property
     def code(self):
@@ -283,10 +289,11 @@ class Place:
 
     Args:
         repository: a copy of this one, by `copy`; made in the folder if none is given.
+        popen: what starts a script by itself, as of Run.
     """
 
-    def __init__(self, folder, repository=None):
-        self.folder, self.runs = Path(folder), []
+    def __init__(self, folder, repository=None, popen=subprocess.Popen):
+        self.folder, self.runs, self.popen = Path(folder), [], popen
         self.folder.mkdir(parents=True, exist_ok=True)
         self.mark = f"{os.getpid()}-{abs(hash(self.folder))}-"
         self.repository = repository or copy(self.folder / "repository")
@@ -301,7 +308,7 @@ class Place:
             stdout: file for its standard output, which `Run.text` then lacks.
         """
         config, small = SCRIPTS[script]
-        launcher = []
+        launcher, popen = [], self.popen if ranks == 1 and not stdout else subprocess.Popen
         if ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
             launcher += [f"--max-restarts={restarts}"]
@@ -313,7 +320,7 @@ class Place:
         environment = {"PYTHONPATH": str(self.repository / "site"), f"{MARK}_START": method}
         output = self.folder / f"output_{number}.txt"
         self.runs.append(
-            Run(arguments, output, environment, f"{self.mark}{number}.", self.repository)
+            Run(arguments, output, environment, f"{self.mark}{number}.", self.repository, popen)
         )
         return self.runs[-1]
 
@@ -594,9 +601,9 @@ def fault(name, **options):
     return register
 
 
-def cause(name, folder):
-    """Cause one fault in a new folder; raises Wrong or Skip."""
-    place = Place(folder)
+def cause(name, folder, **options):
+    """Cause one fault in a new folder, with options of Place; raises Wrong or Skip."""
+    place = Place(folder, **options)
     try:
         FAULTS[name](place)
     finally:

@@ -2,11 +2,13 @@
 mistakes."""
 
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ from tests.runs import (
     TINY,
     TINY_DG,
     TINY_UDA,
+    Forked,
     assert_same_state,
     command,
     last,
@@ -157,55 +160,46 @@ def test_show_prints_the_merged_configuration_and_ends(tmp_path, capsys, config)
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
-def start_and_wait(folder, text, *overrides):
-    """Start a run in the background and wait until its output has the text -> process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command(folder, *overrides),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+def start_and_wait(folder, name, *overrides):
+    """Start a run in the background and wait until its folder has a file -> process, its output."""
+    output = folder.parent / f"{name}.output.txt"
+    with open(output, "w") as file:
+        process = Forked(command(folder, *overrides), stdout=file)
     deadline = time.time() + 120
-    while not (Path(folder) / text).exists() and time.time() < deadline and process.poll() is None:
+    while not (folder / name).exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0]
-    return process
+    assert process.poll() is None, output.read_text()
+    return process, output
 
 
 def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process = start_and_wait(
-        folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000", "data.workers=1"
-    )
+    options = ("train.iters=2000", "checkpoint.every=5000")
+    process, output = start_and_wait(folder, "scalars.jsonl", *options, "data.workers=1")
     while not scalars(folder):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the loader process too
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "saved at step" in output, output
+    process.wait(60)
+    assert process.returncode == 0 and "saved at step" in output.read_text(), output.read_text()
     stopped = last(folder)["step"]
     assert 0 < stopped < 2000 and not (folder / "results.json").exists()
-    process = start_and_wait(folder, "scalars.jsonl", "train.iters=2000", "checkpoint.every=5000")
+    process, _ = start_and_wait(folder, "scalars.jsonl", *options)
     while stopped + 1 not in scalars(folder):
         time.sleep(0.02)
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    process = start_and_wait(
-        folder, "step_0000002.pt", "train.iters=100000", "checkpoint.every=1", "checkpoint.keep=2"
-    )
+    options = ("train.iters=100000", "checkpoint.every=1", "checkpoint.keep=2")
+    process, _ = start_and_wait(folder, "step_0000002.pt", *options)
     for _ in range(2000):  # a save is under way whenever a temporary file lies there
         if list(folder.glob("*.tmp.*")):
             break
         time.sleep(0.0005)
     process.kill()
-    process.communicate()
+    process.wait()
     path, found = checkpoint.find(SimpleNamespace(folder=folder, resume="auto"))
     assert found["step"] >= 2 and path.name == f"step_{found['step']:07d}.pt"
     checkpoint.tidy(folder, found["step"], "auto")
@@ -317,28 +311,24 @@ def test_accumulated_occl_is_the_mean_over_micro_batches(tmp_path):
     assert scalars(tmp_path / "two")[1]["train/loss"] == pytest.approx(mean, rel=0, abs=1e-10)
 
 
+def stop_the_second(log, rank):
+    """In the second process: SIGTERM once the log has a line."""
+
+    def stop():
+        while not (log.exists() and log.stat().st_size):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if rank == 1:
+        threading.Thread(target=stop, daemon=True).start()
+
+
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
     folder = tmp_path / "run"
-    script = tmp_path / "signal_one.py"
-    script.write_text(
-        "import os, signal, sys, threading, time\n"
-        "import train_supervised\n"
-        "def stop():\n"
-        f"    log = {str(folder / 'scalars.jsonl')!r}\n"
-        "    while not os.path.exists(log) or not os.path.getsize(log):\n"
-        "        time.sleep(0.05)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    threading.Thread(target=stop, daemon=True).start()\n"
-        "train_supervised.main(sys.argv[1:])\n"
-    )
-    arguments = command(folder, "train.iters=100000", "checkpoint.every=100000", processes=2)
-    arguments[arguments.index(str(ROOT / "train_supervised.py"))] = str(script)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    before = functools.partial(stop_the_second, folder / "scalars.jsonl")
+    options = ("train.iters=100000", "checkpoint.every=100000")
+    code, output = run(folder, *options, processes=2, before=before)
+    assert code == 0, output
     assert last(folder)["step"] > 0 and len(last(folder)["rng"]) == 2
 
 
@@ -485,28 +475,22 @@ def plant(monkeypatch, where, step):
         monkeypatch.setattr(train_supervised.Batch, "load", poisoned)
 
 
+def poison_the_second(rank):
+    """In the second process: OCCL is infinite in the second step."""
+    forward = OCCL.forward
+
+    def planted(self, step):
+        loss = forward(self, step)
+        bad = step.number == 1 and rank == 1
+        return (loss * 0 + torch.tensor(torch.inf)).detach() + loss * 0 if bad else loss
+
+    OCCL.forward = planted
+
+
 def test_two_processes_agree_that_one_of_them_was_not_finite(tmp_path):
-    script = tmp_path / "poison_one.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        "import train_supervised\n"
-        "from losses.occl import OCCL\n"
-        "from engine.process import run\n"
-        "forward = OCCL.forward\n"
-        "def planted(self, step):\n"
-        "    loss = forward(self, step)\n"
-        "    bad = step.number == 1 and os.environ['RANK'] == '1'\n"
-        "    return (loss * 0 + torch.tensor(torch.inf)).detach() + loss * 0 if bad else loss\n"
-        "OCCL.forward = planted\n"
-        "run(train_supervised.main, 'usage')\n"
-    )
-    arguments = command(tmp_path / "run", "checkpoint.every=1", "log.every=3", processes=2)
-    arguments[arguments.index(str(ROOT / "train_supervised.py"))] = str(script)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert result.returncode == 1 and "step 2: loss_occl is inf" in result.stderr, result.stderr
+    options = ("checkpoint.every=1", "log.every=3")
+    code, output = run(tmp_path / "run", *options, processes=2, before=poison_the_second)
+    assert code == 1 and output.count("NonFinite: step 2: loss_occl is inf") == 2, output
     assert finite(last(tmp_path / "run")["model"]) and last(tmp_path / "run")["step"] == 1
 
 

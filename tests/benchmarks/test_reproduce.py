@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import reproduce
 from engine.errors import UserError
-from tests.runs import TINY
+from tests.runs import TINY, Forked
 
 GRID = """
 name: small
@@ -27,6 +27,7 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch, ca
     grid.write_text(GRID.format(tiny=TINY))
     options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "runs=2", "threads=1"]
     monkeypatch.chdir(Path(TINY).parent.parent)
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Forked)
     reproduce.main([str(grid), *options])
     content = json.loads((tmp_path / "out" / "small.json").read_text())
     assert [(run["row"], run["seed"]) for run in content["runs"]] == [
@@ -87,6 +88,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, capsys, monkeyp
         f"  wrong: {{config: {TINY}, set: [optimizer.lrr=1]}}\n  right: {{config: {TINY}}}\n"
     )
     monkeypatch.chdir(Path(TINY).parent.parent)
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Forked)
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
         reproduce.main(
             [str(grid), f"folder={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "threads=1"]

@@ -10,6 +10,7 @@ import pytest
 from engine.errors import UserError
 from engine.log import Log
 from tests import soak
+from tests.runs import Forked
 
 KINDS = (
     "truncated picture, 2 workers",
@@ -29,12 +30,17 @@ KINDS = (
 )
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return soak.copy(tmp_path_factory.mktemp("faults") / "repository")
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_that_fails_ends_and_leaves_what_it_should(name, tmp_path, monkeypatch):
+def test_a_run_that_fails_ends_and_leaves_what_it_should(name, tmp_path, repository, monkeypatch):
     # The suite meets machines that take five times as long; `python -m tests.soak` holds the 10 s.
     monkeypatch.setattr(soak, "LIMIT", 30.0)
     try:
-        soak.cause(name, tmp_path)
+        soak.cause(name, tmp_path, repository=repository, popen=Forked)
     except soak.Skip as reason:
         pytest.skip(str(reason))
 
