@@ -28,6 +28,7 @@ SEQUENTIAL = (
 )
 DIVERGING = ((24, 66, 140), (92, 152, 204), (248, 248, 248), (232, 124, 98), (150, 20, 42))
 GAP, FONT = 8, 14  # pixels: the space between things, the size of most text
+CARD = 40  # sizes of text that fit into a strip's width at least: TensorBoard shows it 350 wide
 MAX_NAME = (
     200  # pixels: a longer name is shortened, so that one name cannot push a picture out of shape
 )
@@ -37,6 +38,11 @@ MAX_NUMBERED = 20  # classes: a heatmap with more of them has no room for number
 @functools.cache
 def _font(size):
     return ImageFont.load_default(size=size)
+
+
+def _readable(width):
+    """Size of text in a picture so many pixels wide."""
+    return max(FONT, round(width / CARD))
 
 
 def _shorten(text, font, width):
@@ -86,8 +92,10 @@ def strip(panels, height=None):
     that of the tallest."""
     height = height or max(picture.shape[0] for _, picture in panels)
     widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for _, picture in panels]
-    bar = FONT + GAP
-    page, draw = _page(bar + height, sum(widths) + GAP * (len(panels) - 1))
+    whole = sum(widths) + GAP * (len(panels) - 1)
+    font = _font(_readable(whole))
+    bar = font.size + GAP
+    page, draw = _page(bar + height, whole)
     left = 0
     for (caption, picture), width in zip(panels, widths):
         # enlarging by the nearest pixel invents no colours, which in a label map would be colours
@@ -97,11 +105,7 @@ def strip(panels, height=None):
             Image.fromarray(cv2.resize(picture, (width, height), interpolation=method)), (left, bar)
         )
         draw.text(
-            (left + width / 2, bar / 2),
-            _shorten(caption, _font(FONT), width),
-            INK,
-            _font(FONT),
-            anchor="mm",
+            (left + width / 2, bar / 2), _shorten(caption, font, width), INK, font, anchor="mm"
         )
         left += width + GAP
     return np.array(page)
@@ -119,8 +123,9 @@ def stack(rows):
 
 def legend(names, palette, width):
     """A box of colour before each of the K names, palette (K, 3), wrapped to `width` pixels."""
-    font, box, line = _font(FONT), FONT, FONT + GAP
-    longest = min(MAX_NAME, math.ceil(max(map(font.getlength, names))))
+    box = _readable(width)
+    font, line = _font(box), box + GAP
+    longest = min(MAX_NAME * box // FONT, math.ceil(max(map(font.getlength, names))))
     step = min(width, box + longest + 3 * GAP)
     lines = math.ceil(len(names) / (width // step))
     columns = math.ceil(

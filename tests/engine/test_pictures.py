@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from engine.pictures import (
+    FONT,
+    GAP,
     GREY,
     SMALLEST,
     WHITE,
@@ -74,10 +76,19 @@ def test_stack_pads_with_white():
 
 
 def test_legend_wraps_and_shows_every_colour():
-    wide, narrow = legend(NAMES, PALETTE, 600), legend(NAMES, PALETTE, 110)
-    assert wide.shape[1] == 600 and narrow.shape[1] == 110
+    wide, narrow = legend(NAMES, PALETTE, 560), legend(NAMES, PALETTE, 110)
+    assert wide.shape[1] == 560 and narrow.shape[1] == 110
     assert narrow.shape[0] == 3 * wide.shape[0]
     assert all(has(picture, color) for picture in (wide, narrow) for color in PALETTE)
+
+
+def test_text_grows_with_the_picture():
+    """TensorBoard shows wide and narrow pictures equally wide."""
+    narrow, wide = (
+        strip([("image", np.zeros((100, width, 3), np.uint8))]).shape[0] for width in (560, 1120)
+    )
+    assert (narrow - 100 - GAP, wide - 100 - GAP) == (FONT, 2 * FONT)
+    assert legend(NAMES, PALETTE, 1120).shape[0] == 2 * FONT + GAP
 
 
 def test_heatmap_shows_low_high_and_missing_values():
