@@ -12,6 +12,8 @@ from engine.errors import UserError
 from engine.step import Output
 from engine.weights import reason
 
+# PyTorch 2.6 cannot tell an export from a compilation.
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 SMALL = 32  # pixels; up to here maps may have one cell, or attention no key
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,7 +48,7 @@ def pad_to(x, multiple):
     multiples."""
     bottom, right = (-side % multiple for side in x.shape[-2:])
     # An export is for any size: there nothing is asked of it.
-    padded = torch.compiler.is_exporting() or bottom or right
+    padded = exporting() or bottom or right
     return F.pad(x, (0, right, 0, bottom)) if padded else x
 
 

@@ -29,7 +29,7 @@ from engine.ranges import Natural
 from engine.statistics import unit
 from engine.weights import WeightsError, check_hub, load_into, read, reason, unwrap
 from models.backbones.base import Backbone
-from models.blocks import Normalize
+from models.blocks import Normalize, exporting
 
 logger = logging.getLogger("engine")
 
@@ -127,10 +127,10 @@ def whole_patches(image, patch):
     """Images enlarged, by less than a patch, to whole patches: every cell is then the same share of
     the image."""
     size = [-(-n // patch) * patch for n in image.shape[-2:]]
-    exported = torch.compiler.is_exporting()  # for any size: there nothing is asked of it
+    # An export is for any size: there nothing is asked of it.
     return (
         image
-        if not exported and size == [*image.shape[-2:]]
+        if not exporting() and size == [*image.shape[-2:]]
         else F.interpolate(image, size, mode="bilinear", align_corners=False)
     )
 
