@@ -82,7 +82,7 @@ def main(arguments):
     members, view_of, space_of = build_prototypes(cfg.prototypes, joint, **context)
     members = members.to(run.device)
     prototypes = {"classifier": model.classifier, **members}
-    losses, factors = build_losses(cfg.losses, **context)
+    losses, factors = build_losses(cfg.losses, model.heads, **context)
     tower = build_tower(cfg.dg.tower, joint, run.device)
     reweight = build_any("losses", cfg.dg.reweight, "Labeler", **context)
     style = build_any("datasets", cfg.dg.style, "Style", **context)

@@ -43,7 +43,7 @@ def main(arguments):
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
     members = members.to(run.device)
     prototypes = {"classifier": model.classifier, **members}
-    losses, factors = build_losses(cfg.losses, **context)
+    losses, factors = build_losses(cfg.losses, model.heads, **context)
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     student = run.equip(model, cfg)

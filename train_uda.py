@@ -49,7 +49,7 @@ def build_parts(cfg, model, train, first=False):
         "counts": lambda: count_classes(train, cfg),
     }
     members, view_of, _ = build_prototypes(cfg.prototypes, **context)
-    losses, factors = build_losses(cfg.losses, **context)
+    losses, factors = build_losses(cfg.losses, model.heads, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
     labeling = [source_weights, *labelers] if source_weights else [*labelers]
     taught = needs_teacher(cfg, labeling, losses, first)

@@ -5,6 +5,8 @@ fp16 means a live gradient scaler, everything else a disabled one, whose calls t
 
 import torch
 
+from engine.schedule import APART
+
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,16 +22,23 @@ def make_scaler(device, precision):
 
 
 def clip(optimizer, scaler, largest):
-    """Unscale the gradients and clip their norm -> the norm before clipping, 0-dim.
+    """Unscale the gradients and clip their norm -> the norm before clipping, 0-dim; not finite
+    where one of those apart is not (schedule.APART), which are clipped by themselves.
 
     Args:
         largest: gradient norm; 0 measures the norm and leaves the gradients alone.
     """
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if largest > 0:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norms = []
+    for apart in (False, True):
+        groups = [g["params"] for g in optimizer.param_groups if (g.get("label") in APART) == apart]
+        parameters = [p for group in groups for p in group]
+        if parameters and largest > 0:
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, largest))
+        elif parameters:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients))
+    return norms[0] + sum(0 * norm for norm in norms[1:])
 
 
 def figures(scaler):

@@ -35,6 +35,9 @@ UNDECAYED = (
     "classifier.queries",
     "classifier.names",
 )
+# What learns beside the network, from features that it does not move: its gradient is clipped by
+# itself (precision.clip).
+APART = ("probe",)
 
 
 def parameter_groups(model, options):
@@ -43,6 +46,7 @@ def parameter_groups(model, options):
     Norms, biases (all tensors of at most one dimension) and what UNDECAYED names get no decay.
     With `layer_decay`, each layer of the backbone is a part: its rate is lr * layer_decay^n with n
     layers above it (`layers_above` of models/backbones/base.py).
+    What APART names is a part of its own, with the rate of a head and no decay.
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
     names = [name.removeprefix("backbone.") for name, _ in model.named_parameters()]
@@ -53,16 +57,18 @@ def parameter_groups(model, options):
             continue
         part, _, own = name.partition("backbone.")
         factor = options.layer_decay ** above.get(own, 0) if not part else options.head_lr_factor
-        decay = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
-        groups.setdefault((part == "", factor, decay), []).append(parameter)
+        label = "head" if part else "backbone"
+        label = next((kind for kind in APART if f".{kind}." in name), label)
+        decay = parameter.ndim > 1 and not any(word in name for word in (*UNDECAYED, *APART))
+        groups.setdefault((label, factor, decay), []).append(parameter)
     return [
         {
             "params": parameters,
-            "label": "backbone" if own else "head",
+            "label": label,
             "base_lr": options.lr * factor,
             "weight_decay": options.weight_decay if decay else 0.0,
         }
-        for (own, factor, decay), parameters in groups.items()
+        for (label, factor, decay), parameters in groups.items()
     ]
 
 

@@ -24,10 +24,12 @@ class Loss(nn.Module):
     Attributes:
         needs_teacher: it reads `step.teacher`, which is computed only if a part needs it.
         needs_tower: it reads `step.tower`, likewise.
+        trains: what of the heads it trains (`needs` of models/heads/base.py).
     """
 
     needs_teacher = False
     needs_tower = False
+    trains: tuple[str, ...] = ()
 
     def forward(self, step: Step) -> Tensor:
         raise NotImplementedError

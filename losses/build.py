@@ -7,12 +7,15 @@ from engine.config import ConfigError, module_names
 from engine.ranges import is_a, show
 
 
-def build_losses(specs, **context):
+def build_losses(specs, heads=None, **context):
     """The `losses` of a configuration -> ({name: Loss}, {name: factor}), named as by
     `config.module_names`.
 
+    Args:
+        heads: {name: Head} of the network.
     Raises:
-        ConfigError: a weight that is no number; a loss with parameters or buffers.
+        ConfigError: a weight that is no number; a loss with parameters or buffers; a head that no
+            loss trains, which would do something all the same.
     """
     terms, factors = {}, {}
     for name, spec in zip(module_names(specs), specs):
@@ -28,6 +31,13 @@ def build_losses(specs, **context):
                 "head (models/heads), a running state to a member of models/prototypes"
             )
         terms[name], factors[name] = term, factor
+    trained = {what for name, term in terms.items() if factors[name] for what in term.trains}
+    for name, head in (heads or {}).items():
+        for what, loss in head.needs:
+            if what not in trained:
+                raise ConfigError(
+                    f"model.heads.{name}: no loss trains its part '{what}': add {loss} to losses"
+                )
     return terms, factors
 
 

@@ -107,6 +107,7 @@ class CrossEntropy(Loss):
     ):
         super().__init__()
         self.view, self.head, self.by_weights = view, head, by_weights
+        self.trains = (head,)
         self.ohem, self.ohem_min, self.stride = ohem, ohem_min, stride
         self.class_weights = label_weights(class_weights, classes, counts)
 

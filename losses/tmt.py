@@ -7,6 +7,7 @@ prevent it.
       - {name: cross_entropy.CrossEntropy, view: mixed}
       - {name: tmt.RegionAdversarial, weight: 0.1}           # mixers.ClassMix with target: true
       - {name: cross_entropy.CrossEntropy, view: source, head: region, weight: 0.4}
+      - {name: tmt.RegionProbe}                              # with estimator: probe
 
 "TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
 al., arXiv 2504.05774); weights and forms are reconstructions [R], as is most of
@@ -29,17 +30,30 @@ class RegionAdversarial(Loss):
         source, target: views of the two domains; their labels are not used.
     """
 
+    trains = ("discriminator",)
+    logits = "domain"  # which field of models.heads.region.Regions
+
     def __init__(self, *, source: str = "source", target: str = "target"):
         super().__init__()
         self.source, self.target = source, target
 
     def forward(self, step):
         regions = [step.outputs[view].regions for view in (self.source, self.target)]
-        if None in regions:
+        found = [part and getattr(part, self.logits) for part in regions]
+        if None in found:
             raise UserError(
-                "tmt.RegionAdversarial needs regions: set model.heads.region={name: region.Region, "
-                "stage: ...}, a stage of mit or vit, or -1"
+                f"tmt.{type(self).__name__} needs regions: set model.heads.region={{name: "
+                "region.Region, stage: ...}, a stage of mit or vit, or -1; for RegionProbe with "
+                "estimator: probe"
             )
-        with torch.autocast(regions[0].domain.device.type, enabled=False):
-            source, target = (precise(found.domain) for found in regions)
+        with torch.autocast(found[0].device.type, enabled=False):
+            source, target = map(precise, found)
             return (F.softplus(-source).mean() + F.softplus(target).mean()) / 2
+
+
+class RegionProbe(RegionAdversarial):
+    """The same of the probe, which learns to tell the domains and moves no feature. A probe that
+    finds no difference stays at log 2 = 0.693."""
+
+    trains = ("probe",)
+    logits = "probe"

@@ -71,6 +71,7 @@ def build_segmentor(model, classes, pretrained=True, start=None):
     spec = model.classifier if drawn else {**model.classifier, "init": "random"}
     classifier = build("models.classifiers", spec, "Classifier", **context)
     context |= {"map_channels": backbone.channels, "depths": backbone.depths}
+    context["reductions"] = backbone.reductions
     context |= {"joint": joint_channels(model), "classifier": classifier}
     specs = present(model.heads)
     names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]

@@ -991,7 +991,7 @@ def step_of(classes, dtype, needs):
             text=logits[:, :, :4, :5].flatten(2),
             auxiliary=logits[:, :, ::2, ::2],
             components=logits[:, :, None] * logits.new_tensor([1, -1])[:, None, None],
-            regions=Regions(None, logits[:, 0, :2, :3], None),
+            regions=Regions(None, logits[:, 0, 0], None, probe=logits[:, 1, 0]),
         )
         labels[view] = ids
         leaves += [logits, features]

@@ -59,13 +59,15 @@ METHODS = {  # overrides of the smallest adaptation
     "TMT": (
         "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
         " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
-        " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 4, dropout: 0.0}}}",
+        " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 4, dropout: 0.0, cells: [1],"
+        " variant: nats, queries: own, estimator: probe, order: rank, semantic: 1.0, coordinates: 0.1}}}",
         f"stages=[{SOURCE[:-1]}, model: {{heads: {{region: {{name: none}}}}}},"
         "losses: [{name: cross_entropy.CrossEntropy}]},"
         "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
         "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
         "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
-        "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial}]}]",
+        "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial},"
+        "{name: tmt.RegionProbe}]}]",
     ),
 }
 ONE_STEP = ("train.iters=1", "uda.compare=false")

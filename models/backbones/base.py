@@ -20,6 +20,7 @@ class Backbone(nn.Module):
         depths: blocks of each stage of a transformer that takes a `bias`:
             `forward(image, bias=None)` then calls `bias(stage, block, x, keys)` before every block
             (mit.MiT, vit.ViT).
+        reductions: of each such stage, how many tokens a key has along each side.
         joins: no image of a batch changes the maps of another, so all views of a step may go
             through it as one batch. Batch norm forbids it.
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
     channels: list[int]
     strides: list[int]
     depths: list[int] = ()
+    reductions: list[int] = ()
     joins = False
     per_domain = False
     joint = 0

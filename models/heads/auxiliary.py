@@ -22,6 +22,8 @@ class Auxiliary(Head):
         ValueError: there is no such map.
     """
 
+    needs = (("auxiliary", "{name: cross_entropy.CrossEntropy, head: auxiliary, weight: 0.4}"),)
+
     def __init__(
         self,
         *,

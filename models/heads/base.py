@@ -11,13 +11,16 @@ from engine.step import Output, View
 class Head(nn.Module):
     """Constructors get what they ask for by name: `in_channels` (D of the features), `map_channels`
     and `depths` of the backbone, `num_classes`, `joint` (channels of heads.projector, 0: none),
-    `classifier`.
+    `classifier`, `reductions` (tokens per key and side, of each stage of a transformer).
 
     Attributes:
         at_test: it runs at test too; otherwise in training alone.
+        needs: pairs of what of it must be trained and a loss that does so; losses say what they
+            train (`Loss.trains`).
     """
 
     at_test = False
+    needs: tuple[tuple[str, str], ...] = ()
 
     def bias(self, output: Output, step: int) -> Callable | None:
         """What a transformer calls before each of its blocks for a bias of its attention

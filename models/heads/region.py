@@ -7,6 +7,10 @@ those that do not.
     model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}
     losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
              {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]          # not with mask
+    # Guided by nats, from a probe of its own.
+    model.heads.region: {name: region.Region, stage: 1, blocks: 12, variant: nats, strength: 2,
+                         queries: own, estimator: probe, order: rank, cell: 2, cells: [4]}
+    losses: [..., {name: tmt.RegionProbe}]
 
 "TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
 al., arXiv 2504.05774). No code is public, and of its text only the abstract and digests of others
@@ -32,6 +36,20 @@ which is the same as multiplying attention by (1/2 + pi/2)^strength and normalis
 equal pi changes nothing. The sign is TMT's: LOW transferability gains. TVT's gains with HIGH
 transferability: `variant: tvt` multiplies the attention by T without normalising, in the last
 block.
+
+With this bias a key gains 0.11 nats at most where T is 0.88, and at the optimum of the adversary T
+is 1 everywhere. The other way to read the abstract [R], "focus attention on areas with lower
+transferability and higher semantic uncertainty", takes the comparatives for an order within the
+image: `estimator: probe` is a second discriminator that never moves the features, `order: rank`
+makes pi = sqrt(rank(1 - T) rank(U)) of ranks in 0..1, and `variant: nats` adds
+
+    strength (pi(m) - mean pi)                 `queries: all`
+    strength pi(n) (pi(m) - mean pi)           `queries: own`: query n as much as its own pi says
+
+to the logits of key m. Grouping "by structural and semantic similarity": `semantic` and
+`coordinates` append class probabilities and places to the unit features. `benchmarks/places.py` has
+an oracle in the place of pi: on a planted shift the second form helps, the first one harms what is
+outside of the shift.
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
@@ -179,6 +197,15 @@ def uncertainty(logits):
     return (-(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])).clamp(0, 1)
 
 
+def ranks(values):
+    """(B, h, w) -> each value's mean rank within its image, in 0..1; equal values share one, 0.5
+    where all are equal."""
+    flat = values.flatten(1)
+    ordered = flat.sort(1).values
+    places = [torch.searchsorted(ordered, flat, right=right) for right in (False, True)]
+    return (sum(places) / (2 * flat.shape[1])).to(values.dtype).view_as(values)
+
+
 @dataclass(eq=False)
 class Regions(Record):
     """What is found on one view, `output.regions`: R x C regions of a map (h, w)."""
@@ -186,14 +213,29 @@ class Regions(Record):
     assignment: (
         Tensor  # (B, R, C, 9, c c): how much each pixel of a cell belongs to the 3 x 3 cells around
     )
-    domain: Tensor  # (B, R, C): logits of "source" behind the gradient reversal
+    domain: Tensor  # (B, N): logits of "source" of all regions, behind the gradient reversal
     transferability: Tensor  # (B, h, w) in 0..1
     logits: Tensor | None = None  # (B, K, h, w) of the region's own classifier
     uncertainty: Tensor | None = None  # (B, h, w) in 0..1
-    priority: Tensor | None = None  # (B, h, w) in 0..1: (1 - transferability) uncertainty
+    priority: Tensor | None = None  # (B, h, w) in 0..1: what attention is to look at
+    probe: Tensor | None = None  # (B, N): as `domain`, of the probe, which no feature follows
     keys: tuple | None = None  # grid of the keys of the guided attention
     opens: Callable | None = (
         None  # logits (B, K, h, w) -> pixels (B, h, w) bool that all queries may see
+    )
+
+
+def discriminator(channels, dropout):
+    """Rows (..., D) -> logits (..., 1) of "source"."""
+    width = max(channels // 4, 1)
+    return nn.Sequential(
+        nn.Linear(channels, width),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, 1),
     )
 
 
@@ -204,14 +246,22 @@ class Region(Head):
     Args:
         stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them
             is grouped. -1: the features of the decoder, for mask and none.
-        variant: "bias" (TMA), "tvt" (its ancestor), "mask" (TMA on a query decoder), or "none":
-            regions and their adversarial loss, attention as it is.
-        strength: lambda; 0 leaves attention as it is.
+        variant: "bias" (TMA), "nats" (the same, stronger), "tvt" (its ancestor), "mask" (TMA on a
+            query decoder), or "none": regions and their adversarial loss, attention as it is.
+        strength: lambda, or nats; 0 leaves attention as it is.
+        queries: which of them `nats` guides: "all", or each by its "own" priority.
+        estimator: whose doubt is T: the "adversary" that the features fool, or a "probe" beside it.
+        order: pi of "value", (1 - T) U, or of "rank".
+        favour: pi of regions of "low" transferability (TMT), or of "high" (TVT's sign).
+        shuffle: a control: the priorities of an image change places, the same ones at all times.
         opened: share of the pixels, of highest priority, that `mask` opens to all queries; 0 leaves
             the masks as they are.
         regions: "adaptive", or "patches" for the cells themselves (no round).
         cell, kappa, rounds: c, side of a cell in tokens at the start; sharpness of the assignment;
             L.
+        cells: sides of further, coarser or finer, cells; T is the mean over all of them.
+        semantic, coordinates: how much class probabilities, and places in -1..1, count in the
+            grouping beside unit features.
         detach: the segmentation loss does not train the discriminator.
         ramp: steps over which the reversal grows; 0: 1 at all times.
         dropout: of the discriminator.
@@ -230,13 +280,22 @@ class Region(Head):
         depths,
         num_classes,
         classifier,
+        reductions=(),
         stage: int,
         blocks: Few = 1,
-        variant: Literal["bias", "tvt", "mask", "none"] = "bias",
+        variant: Literal["bias", "nats", "tvt", "mask", "none"] = "bias",
         strength: NonNegative = 1.0,
+        queries: Literal["all", "own"] = "all",
+        estimator: Literal["adversary", "probe"] = "adversary",
+        order: Literal["value", "rank"] = "value",
+        favour: Literal["low", "high"] = "low",
+        shuffle: bool = False,
         opened: Share = 0.1,
         regions: Literal["adaptive", "patches"] = "adaptive",
         cell: Few = 4,
+        cells: list[Few] = (),
+        semantic: NonNegative = 0.0,
+        coordinates: NonNegative = 0.0,
         kappa: Positive = 10.0,
         rounds: Natural = 3,
         detach: bool = True,
@@ -253,7 +312,7 @@ class Region(Head):
         on_decoder = stage == -1
         channels = in_channels if on_decoder else map_channels[stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
-        allowed = "none or mask" if on_decoder else "none, bias or tvt"
+        allowed = "none or mask" if on_decoder else "none, bias, nats or tvt"
         if variant not in allowed:
             raise ValueError(f"on stage {stage} variant must be {allowed}, not {variant}")
         if variant == "mask" and not classifier.takes_masks:
@@ -262,22 +321,26 @@ class Region(Head):
             )
         if blocks > depth:
             raise ValueError(f"blocks={blocks} must be 1 to {depth}")
-        self.variant, self.stage, self.cell, self.kappa = variant, stage, cell, kappa
+        if on_decoder and semantic:
+            raise ValueError("semantic needs the head of a stage, which stage=-1 has not")
+        self.variant, self.stage, self.cells, self.kappa = variant, stage, [cell, *cells], kappa
+        self.queries, self.order, self.favour = queries, order, favour
+        self.shuffle, self.semantic, self.coordinates = shuffle, semantic, coordinates
+        self.reduction = 1 if on_decoder or not reductions else reductions[stage - 1]
         self.first, self.last = depth - blocks, depth - 1
         self.rounds = rounds if regions == "adaptive" else 0
         self.strength, self.opened, self.detach = strength, opened, detach
         self.ramp, self.reverse = ramp, reverse
-        width = max(channels // 4, 1)
-        self.discriminator = nn.Sequential(
-            nn.Linear(channels, width),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, 1),
-        )
+        self.discriminator = discriminator(channels, dropout)
+        self.probe = discriminator(channels, dropout) if estimator == "probe" else None
         self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
+        adversarial = "{name: tmt.RegionAdversarial, weight: 0.1}"
+        entropy = "{name: cross_entropy.CrossEntropy, head: region, weight: 0.4}"
+        self.needs = (
+            ("discriminator", adversarial),
+            *((("probe", "{name: tmt.RegionProbe}"),) if self.probe else ()),
+            *((("region", entropy),) if self.head else ()),
+        )
 
     def bias(self, output, step):
         """The function that a transformer calls before each of its blocks; the first guided one
@@ -289,8 +352,10 @@ class Region(Head):
             if block == self.first:
                 output.regions = self.find(x, step)
                 output.regions.keys = keys
-            guided = self.variant == "bias" or (self.variant == "tvt" and block == self.last)
-            return self.guide(output.regions, keys) if guided and self.strength else None
+            guided = self.variant in ("bias", "nats") or (
+                self.variant == "tvt" and block == self.last
+            )
+            return self.guide(output.regions) if guided and self.strength else None
 
         return None if self.stage == -1 else before
 
@@ -303,34 +368,75 @@ class Region(Head):
     def transferability(self, means):
         """tau (B, R, C) without dropout, so that it does not depend on chance."""
         rows = means.permute(0, 2, 3, 1)
-        rows = rows.detach() if self.detach else rows
-        for layer in self.discriminator:
+        rows = rows.detach() if self.detach or self.probe else rows
+        for layer in self.probe or self.discriminator:
             rows = rows if isinstance(layer, nn.Dropout) else layer(rows)
         return doubt(rows[..., 0])
+
+    def grouped(self, maps, logits):
+        """What pixels are compared by: the map (B, D, h, w), or its unit features and more."""
+        if not (self.semantic or self.coordinates):
+            return maps
+        parts = [F.normalize(maps.detach(), dim=1, eps=EPSILON)]
+        if self.semantic:
+            parts.append(self.semantic * logits.detach().softmax(1))
+        if self.coordinates:
+            axes = [torch.linspace(-1, 1, n, device=maps.device) for n in maps.shape[2:]]
+            places = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(maps.dtype)
+            parts.append(self.coordinates * places.expand(len(maps), -1, -1, -1))
+        return torch.cat(parts, 1)
 
     def find(self, maps, step):
         """The map that is grouped, (B, D, h, w) -> Regions for losses, pictures and attention."""
         with torch.autocast(maps.device.type, enabled=False):
             maps = precise(maps)
-            assignment, means = group(maps, self.cell, self.kappa, self.rounds)
-            dense = spread(assignment, self.transferability(means), self.cell, maps.shape[-2:])
+            logits, found, dense = self.head(maps) if self.head else None, [], 0
+            compared = self.grouped(maps, logits)
+            for cell in self.cells:
+                assignment, means = group(compared, cell, self.kappa, self.rounds)
+                if compared is not maps:
+                    means = region_means(assignment, to_cells(maps, cell))
+                tau = self.transferability(means)
+                dense = dense + spread(assignment, tau, cell, maps.shape[-2:]) / len(self.cells)
+                found.append((assignment, means.flatten(2).mT))  # (B, R C, D)
             dense = dense.detach() if self.detach else dense
-            rows = means.permute(0, 2, 3, 1)
-            rows = (
+            rows = torch.cat([rows for _, rows in found], 1)
+            turned = (
                 Reversal.apply(rows, reversal(step, self.ramp)) if self.reverse else rows.detach()
             )
-            regions = Regions(assignment, self.discriminator(rows)[..., 0], dense)
+            regions = Regions(found[0][0], self.discriminator(turned)[..., 0], dense)
+            if self.probe:
+                regions.probe = self.probe(rows.detach())[..., 0]
             if self.head:
-                regions.logits = self.head(maps)
-                prioritise(regions, regions.logits)
+                regions.logits = logits
+                self.prioritise(regions, logits)
             return regions
 
-    def guide(self, regions, keys):
-        """Regions and the grid of the keys -> Guide."""
+    def prioritise(self, regions, logits):
+        """Fill in uncertainty, of logits (B, K, h, w), and priority."""
+        found = uncertainty(logits.detach().to(regions.transferability.dtype))
+        wanted = regions.transferability
+        wanted = wanted if self.favour == "high" else 1 - wanted
+        regions.uncertainty, regions.priority = found, wanted * found
+        if self.order == "rank":
+            regions.priority = (ranks(wanted) * ranks(found)).sqrt()
+        if self.shuffle:
+            size = regions.priority[0].numel()
+            places = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+            moved = regions.priority.flatten(1)[:, places.to(logits.device)]
+            regions.priority = moved.view_as(regions.priority)
+
+    def guide(self, regions):
+        """Regions -> Guide."""
         values = regions.transferability if self.variant == "tvt" else regions.priority
-        small = F.adaptive_avg_pool2d(values[:, None], keys).flatten(2)  # (B, 1, M)
+        # A key is made of reduction x reduction tokens; what is left over at the end enters none.
+        small = F.avg_pool2d(values[:, None], self.reduction).flatten(2)  # (B, 1, M)
         if self.variant == "tvt":
             return Guide(values=small[..., None])
+        if self.variant == "nats":
+            bias = self.strength * (small - small.mean(2, keepdim=True))[:, :, None]
+            own = values.flatten(1)[:, None, :, None]  # (B, 1, N, 1)
+            return Guide(bias=bias * own if self.queries == "own" else bias)
         bias = self.strength * torch.log(EPSILON + 0.5 + 0.5 * small)
         # Relative to the mean factor, so that an equal priority is 0 for tokens without one too
         # (the class token).
@@ -340,10 +446,9 @@ class Region(Head):
 
     def opening(self, regions, logits):
         """Which pixels all queries may see: logits (B, K, h, w) of the layer before -> (B, h, w)
-        bool."""
-        prioritise(regions, logits)
-        level = regions.priority.flatten(1).quantile(1 - self.opened, dim=1)
-        return regions.priority >= level[:, None, None]
+        bool. Pixels that tie are opened together, or not at all."""
+        self.prioritise(regions, logits)
+        return ranks(regions.priority) > 1 - self.opened
 
     @torch.no_grad()
     def draw(self, log, number, network, image):
@@ -371,16 +476,10 @@ class Region(Head):
                 shown[name] = values.view(1, rows, columns) / values.amax()
         size = image.shape[-2:]
         shown = {name: resize_logits(v[:, None].float(), size)[0, 0] for name, v in shown.items()}
-        labels = labels_of(regions.assignment, self.cell, regions.transferability.shape[-2:])
+        labels = labels_of(regions.assignment, self.cells[0], regions.transferability.shape[-2:])
         labels = F.interpolate(labels[None].double(), size)[0, 0]
         border = torch.zeros(size, dtype=torch.bool, device=image.device)
         border[:-1] |= labels.diff(dim=0) != 0
         border[:, :-1] |= labels.diff(dim=1) != 0
         picture = side_by_side(torch.where(border, 1.0, image[0].float()), (), **shown)
         log.picture("regions", picture, number)
-
-
-def prioritise(regions, logits):
-    """Fill in uncertainty, of logits (B, K, h, w), and priority."""
-    regions.uncertainty = uncertainty(logits.detach().to(regions.transferability.dtype))
-    regions.priority = (1 - regions.transferability) * regions.uncertainty

@@ -52,6 +52,19 @@ def test_clip_limits_the_norm_of_the_unscaled_gradients(word, clip, moved):
     assert float(norm) == 5 and (1 - weight).tolist() == pytest.approx(moved, rel=1e-5)
 
 
+def test_what_learns_apart_is_clipped_by_itself_and_must_be_finite():
+    own, probe = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [probe], "label": "probe"}, {"params": [own], "label": "head"}]
+    optimizer, scaler = torch.optim.SGD(groups, lr=1.0), precision.make_scaler(CPU, "fp32")
+    for clip, expected in ((1.0, [0.6, 0.8]), (0.0, [3.0, 4.0])):
+        own.grad, probe.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])
+        assert float(precision.clip(optimizer, scaler, clip)) == 5
+        assert own.grad.tolist() == pytest.approx(expected, rel=1e-5)
+        assert probe.grad.tolist() == pytest.approx([0, clip or 100], rel=1e-5)
+    probe.grad = torch.tensor([torch.inf, 0.0])
+    assert not precision.clip(optimizer, scaler, 0.0).isfinite()
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_an_overflow_under_fp16_lowers_the_scale(bad, clip):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from engine import schedule
 from engine.config import Config, load
@@ -70,6 +71,13 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay():
         "classifier.weight": ("head", 0.1, 0.5),
         "classifier.bias": ("head", 0.1, 0.0),
     }
+
+
+def test_a_probe_has_a_group_of_its_own():
+    net = Net()
+    net.head = nn.ModuleDict({"probe": nn.Linear(2, 3)})
+    groups = [g for g in schedule.parameter_groups(net, options()) if g["label"] == "probe"]
+    assert [(g["base_lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 0, 2)]
 
 
 def test_set_lr_scales_every_group_from_its_base_and_reports_it():

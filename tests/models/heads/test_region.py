@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from benchmarks.planted_shift import area_under_curve
 from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
 from engine.step import Output
+from losses.build import build_losses
 from losses.cross_entropy import CrossEntropy
-from losses.tmt import RegionAdversarial
+from losses.tmt import RegionAdversarial, RegionProbe
 from models.build import build_segmentor
 from models.heads.region import (
     Region,
@@ -23,6 +25,7 @@ from models.heads.region import (
     from_cells,
     group,
     labels_of,
+    ranks,
     region_means,
     reversal,
     spread,
@@ -42,7 +45,7 @@ def maps(height=16, width=20, batch=2):
 def region(channels=D, depth=3, **options):
     """On the second stage of a transformer, without a ramp unless it is asked for."""
     context = {"in_channels": 1, "map_channels": [1, channels], "depths": [9, depth]}
-    context |= {"num_classes": K, "classifier": None, "stage": 2, "ramp": 0}
+    context |= {"num_classes": K, "classifier": None, "stage": 2, "ramp": 0, "reductions": [9, 2]}
     return Region(**context | options).double()
 
 
@@ -243,7 +246,7 @@ def test_swapping_the_domains_changes_no_transferability():
 def test_the_segmentation_loss_trains_the_discriminator_only_if_it_may(detach):
     part = region(detach=detach).eval()
     found = part.find(maps(), 0)
-    guide = part.guide(found, (2, 3))
+    guide = part.guide(found)
     loss = guide.bias.square().sum() + 0 * found.domain.sum()
     loss.backward()
     moved = sum(float(p.grad.abs().sum()) for p in part.discriminator.parameters())
@@ -276,13 +279,13 @@ def attention(guide, queries=7, keys=6, dim=8):
 
 def guided(priority, **options):
     found = Regions(None, None, transferability=priority, priority=priority)
-    return region(**options).guide(found, (2, 3))
+    return region(reductions=[9, 1], **options).guide(found)
 
 
 def test_equal_priorities_and_no_strength_leave_attention_as_it_is():
-    plain = attention(guided(torch.zeros(2, 4, 6).double(), strength=0.0))[0]
+    plain = attention(guided(torch.zeros(2, 2, 3).double(), strength=0.0))[0]
     for value in (0.0, 0.3, 1.0):
-        same = attention(guided(torch.full((2, 4, 6), value).double()))[0]
+        same = attention(guided(torch.full((2, 2, 3), value).double()))[0]
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
     output = Output()
     bias = region(strength=0.0).bias(output, 0)
@@ -328,19 +331,158 @@ def test_only_the_last_blocks_are_guided():
     x = maps()
     assert bias(1, 3, x, (4, 5)) is None and bias(2, 1, x, (4, 5)) is None
     assert output.regions is None
-    assert bias(2, 2, x, (4, 5)).bias.shape == (2, 1, 1, 20)
+    assert bias(2, 2, x, (8, 10)).bias.shape == (2, 1, 1, 80)
     first = dict(vars(output.regions))
-    assert first["keys"] == (4, 5)
-    assert bias(2, 3, maps(), (2, 2)).bias.shape == (2, 1, 1, 4)
+    assert first["keys"] == (8, 10)
+    assert bias(2, 3, maps(), (8, 10)).bias.shape == (2, 1, 1, 80)
     assert all(vars(output.regions)[name] is first[name] for name in first)  # grouped once
     tvt = region(variant="tvt", blocks=2, depth=4).bias(Output(), 0)
-    assert tvt(2, 2, x, (4, 5)) is None and tvt(2, 3, x, (4, 5)).values.shape == (2, 1, 20, 1)
+    assert tvt(2, 2, x, (8, 10)) is None and tvt(2, 3, x, (8, 10)).values.shape == (2, 1, 80, 1)
+
+
+def test_ranks_are_shares_of_the_image_and_ties_share_one():
+    values = torch.tensor([[[3.0, 1.0], [1.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])
+    expected = [[[0.625, 0.25], [0.25, 0.875]], [[0.5, 0.5], [0.5, 0.5]]]
+    torch.testing.assert_close(ranks(values), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("queries", ["all", "own"])
+def test_nats_are_added_to_the_logits_of_keys_above_the_mean(queries):
+    priority = torch.rand(2, 2, 3).double()
+    bias = guided(priority, variant="nats", strength=3.0, queries=queries).bias
+    flat = priority.flatten(1)
+    expected = 3.0 * (flat - flat.mean(1, keepdim=True))[:, None, None]
+    if queries == "own":
+        expected = expected * flat[:, None, :, None]
+    torch.testing.assert_close(bias, expected)
+    same = guided(torch.full((2, 2, 3), 0.7), variant="nats", strength=3.0, queries=queries)
+    assert same.bias.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["bias", "nats"])
+def test_the_bias_is_on_the_keys_of_its_tokens(variant):
+    """Where the tokens are no multiple of the reduction, the last of them are in no key."""
+    priority = torch.rand(1, 9, 7).double()
+    found = Regions(None, None, transferability=priority, priority=priority)
+    part = region(variant=variant, reductions=[9, 4])
+    keys = priority[:, :8, :4].unflatten(1, (2, 4)).mean((2, 3))  # (1, 2)
+    bias = part.guide(found).bias.flatten(1)
+    assert bias.shape == (1, 2)
+    expected = torch.log(0.5 + 0.5 * keys) if variant == "bias" else keys
+    torch.testing.assert_close(bias.diff(), expected.diff(), rtol=1e-4, atol=1e-6)
+
+
+def test_pixels_that_tie_do_not_open_every_mask():
+    part = region(opened=0.25)
+    tied = Regions(None, None, transferability=torch.ones(2, 4, 6).double())
+    assert not part.opening(tied, torch.randn(2, K, 4, 6)).any()
+    some = Regions(None, None, transferability=torch.rand(2, 4, 6).double())
+    assert part.opening(some, torch.randn(2, K, 4, 6)).flatten(1).sum(1).tolist() == [6, 6]
+
+
+def test_a_probe_learns_moves_no_feature_and_says_how_regions_transfer():
+    part = region(channels=32, estimator="probe").eval()
+    x, other = torch.randn(2, 2, 32, 16, 20).double().requires_grad_()
+    both = {"source": part.find(x, 5), "target": part.find(other, 5)}
+    step = a_step({view: Output(regions=r) for view, r in both.items()})
+    weights = [*part.probe.parameters()]
+    others = [x, *part.discriminator.parameters()]
+    grads = torch.autograd.grad(RegionProbe()(step), [*weights, *others], allow_unused=True)
+    assert all(g.abs().sum() > 0 for g in grads[: len(weights)])
+    assert all(g is None for g in grads[len(weights) :])
+    grads = torch.autograd.grad(RegionAdversarial()(step), [*others, *weights], allow_unused=True)
+    assert all(g is not None for g in grads[: len(others)])
+    assert all(g is None for g in grads[len(others) :])
+    before = both["source"].transferability
+    with torch.no_grad():
+        part.discriminator[-1].bias += 3
+    torch.testing.assert_close(part.find(x, 5).transferability, before)
+    with torch.no_grad():
+        part.probe[-1].bias += 3
+    assert (part.find(x, 5).transferability < before).all()
+
+
+def test_transferability_is_the_mean_over_cells_of_several_sizes():
+    x, both = maps(), region(cells=[2]).eval()
+    found = both.find(x, 0)
+    singles = []
+    for cell in (4, 2):
+        single = region(cell=cell).eval()
+        single.load_state_dict(both.state_dict())
+        singles.append(single.find(x, 0))
+    torch.testing.assert_close(
+        found.transferability, sum(part.transferability for part in singles) / 2
+    )
+    torch.testing.assert_close(
+        found.domain, torch.cat([part.domain for part in singles], 1), rtol=0, atol=1e-12
+    )
+
+
+def test_regions_follow_classes_and_places_where_they_are_asked_to():
+    """Equal features: what is left is the class, or the place."""
+    flat = torch.ones(1, D, 8, 8).double()
+    logits = torch.zeros(1, K, 8, 8).double()
+    logits[:, 1, :, 3:] = 30.0  # an edge off the grid of 4
+    logits[:, 0, :, :3] = 30.0
+    part = region(semantic=1.0, coordinates=0.0, kappa=500.0)
+    assignment, _ = group(part.grouped(flat, logits), 4, part.kappa, 3)
+    labels = labels_of(assignment, 4, (8, 8))[0]
+    assert not {*labels[:, :3].flatten().tolist()} & {*labels[:, 3:].flatten().tolist()}
+    part = region(coordinates=0.1, kappa=1e5)
+    assignment, _ = group(part.grouped(flat, None), 4, part.kappa, 3)
+    rows, columns = torch.arange(8)[:, None] // 4, torch.arange(8) // 4
+    assert torch.equal(labels_of(assignment, 4, (8, 8))[0], rows * 2 + columns)
+    means = region(semantic=1.0).eval().find(maps(), 0)
+    assert means.domain.shape == (2, 20)  # of the features alone
+
+
+def test_controls_turn_the_sign_and_shuffle_the_places():
+    part = region(order="rank")
+    found = Regions(None, None, transferability=torch.rand(2, 4, 6).double())
+    logits = torch.randn(2, K, 4, 6).double()
+    part.prioritise(found, logits)
+    u = ranks(uncertainty(logits))
+    torch.testing.assert_close(found.priority, (ranks(1 - found.transferability) * u).sqrt())
+    straight = found.priority
+    region(order="rank", favour="high").prioritise(found, logits)
+    torch.testing.assert_close(found.priority, (ranks(found.transferability) * u).sqrt())
+    for _ in range(2):
+        region(order="rank", shuffle=True).prioritise(found, logits)
+        shuffled = found.priority
+        assert not torch.equal(shuffled, straight)
+        assert torch.equal(shuffled.flatten(1).sort(1)[0], straight.flatten(1).sort(1)[0])
+    region(order="rank", shuffle=True).prioritise(found, logits)
+    assert torch.equal(found.priority, shuffled)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (["{name: cross_entropy.CrossEntropy, head: region}"], "'discriminator': add {name: tmt"),
+        (["{name: tmt.RegionAdversarial}"], "'probe': add {name: tmt.RegionProbe}"),
+        (
+            ["{name: tmt.RegionAdversarial}", "{name: tmt.RegionProbe}"],
+            "'region': add {name: cross_entropy.CrossEntropy, head: region",
+        ),
+        (
+            ["{name: tmt.RegionAdversarial, weight: 0.0}", "{name: tmt.RegionProbe}"],
+            "'discriminator'",
+        ),
+    ],
+)
+def test_a_region_that_no_loss_trains_is_refused(given, missing):
+    heads = {"region": region(estimator="probe")}
+    with pytest.raises(ConfigError, match=rf"model\.heads\.region: no loss trains .*{missing}"):
+        build_losses([yaml.safe_load(text) for text in given], heads, num_classes=K)
+    everything = ["{name: tmt.RegionAdversarial}", "{name: tmt.RegionProbe}"]
+    everything.append("{name: cross_entropy.CrossEntropy, head: region}")
+    build_losses([yaml.safe_load(text) for text in everything], heads, num_classes=K)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"variant": "mask"}, "variant must be none, bias or tvt, not mask"),
+        ({"variant": "mask"}, "variant must be none, bias, nats or tvt, not mask"),
         ({"blocks": 4}, "blocks=4 must be 1 to 3"),
         ({"cell": 0}, "'cell' must be an int in"),
         ({"rounds": -1}, "'rounds' must be an int of at least 0"),
