@@ -198,8 +198,7 @@ def main(arguments):
     }.values():
         network = build_segmentor(stage.model, tuple(train.CLASSES), False)
         build_parts(stage, network, train, number == 0)
-    total = sum(stage.train.iters for stage in stages)
-    run.open(network, total, train=train, target=data[0].target)
+    run.open(network, sum(s.train.iters for s in stages), train=train, target=data[0].target)
     logger.info(f"stages {', '.join(f'{s.stage.name} ({s.train.iters} steps)' for s in stages)}")
 
     offset, network = 0, None
