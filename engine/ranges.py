@@ -54,6 +54,7 @@ RANGES = {
         "heads": dict[Name, dict],
         "frozen_bn": list[Part],
         "frozen": list[str],
+        "lora": Annotated[int, "[0, 1024]"],
         "cache": Text,
         "bn_views": list[str],
     },

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine import checkpoint, distributed, weights
 from engine.build import build, build_any, present
 from engine.config import ConfigError, listing, override, stages
-from models import foreign
+from models import foreign, lora
 from models.cache import FeatureCache
 from models.segmentor import Segmentor
 
@@ -60,6 +60,13 @@ def build_segmentor(model, classes, pretrained=True, start=None):
     alone = pretrained and not start  # without the weights of a file of the whole
     spec = model.backbone if alone else {**model.backbone, "weights": "none"}
     backbone = build("models.backbones", spec, "Backbone")
+    if model.lora:
+        if "backbone" in model.frozen:
+            raise ConfigError(
+                "model.lora trains adapters in a backbone that is otherwise frozen: take the "
+                "backbone out of model.frozen"
+            )
+        lora.adapt(backbone, model.lora)
     sizes = {"in_channels": backbone.channels, "strides": backbone.strides}
     decoder = build("models.decoders", model.decoder, **sizes)
     context = {
@@ -117,7 +124,7 @@ def begin(network, start, classes):
     body = {k: v for k, v in given.items() if k in own and k.startswith("backbone.")}
     body = {key.removeprefix("backbone."): value for key, value in body.items()}
     *_, may_lack = network.backbone.foreign
-    if how := weights.compare(network.backbone, body, may_lack)[1]:
+    if how := weights.compare(network.backbone, body, [*may_lack, "*.lora_?"])[1]:
         raise weights.WeightsError(
             f"{start.path} does not fit the backbone {type(network.backbone).__name__}: {how}. "
             "Wrong backbone or options?"

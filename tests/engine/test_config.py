@@ -34,7 +34,7 @@ eval.patience eval.subsets eval.weights folder log.every log.images_every log.pr
 model.channels_last
 model.compile
 model.classifier.name model.bn_views model.decoder.name model.frozen_bn model.heads
-model.cache model.frozen model.init model.sync_bn optimizer.betas optimizer.clip
+model.cache model.frozen model.init model.lora model.sync_bn optimizer.betas optimizer.clip
 optimizer.head_lr_factor optimizer.layer_decay optimizer.lr optimizer.momentum optimizer.name optimizer.weight_decay
 precision prototypes
 resume schedule.min_lr schedule.min_ratio schedule.power schedule.warmup schedule.warmup_ratio

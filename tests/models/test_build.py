@@ -5,6 +5,7 @@ import torch
 
 from engine import checkpoint
 from engine.config import ConfigError, load, plain, stages
+from engine.errors import UserError
 from engine.weights import WeightsError
 from models.build import build_prototypes, build_segmentor, initial_network, restore
 from tests.runs import ROOT, TINY, TINY_UDA
@@ -21,11 +22,13 @@ def test_a_member_cannot_have_a_name_that_is_taken(name):
     [
         ("model.frozen=[head]", "may name backbone, decoder, not head"),
         ("model.cache=maps", r"frozen backbone: model\.frozen=\[backbone\]"),
+        ("model={lora: 4, frozen: [backbone]}", r"take the backbone out of model\.frozen"),
+        ("model.lora=4", "of which ResNet has none"),
     ],
 )
 def test_what_cannot_be_frozen_or_stored_is_one_sentence(override, sentence):
     cfg = load(TINY, [override])
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         build_segmentor(cfg.model, ("a", "b"))
 
 

@@ -1,0 +1,172 @@
+"""Where can attention be told something? An oracle says which part of a picture is of the target.
+
+    python -m benchmarks.places --checkpoint PATH --rows none "all 2" "all 2 inside" --steps 0
+    python -m benchmarks.places --checkpoint PATH [--labels true] [--images 60] [--seeds 0 1]
+
+PATH: a vision transformer (vit.ViT) that train_uda.py has trained on CamVid by day, such as the
+source model of benchmarks/grids/camvid_dusk_vit_t.yaml. Source: its training images. Target: the
+same images, in each of which one box, half as high and wide, is dark, blue and noisy. The network
+learns from both for some steps, from labels of an averaged teacher or from true ones. An oracle
+tells the attention where the box is: keys in it gain so many nats in the last blocks, in training
+and at test. Printed: mIoU inside and outside of the boxes of unseen images, before and after.
+
+A row is "none", or "<blocks> <nats>", such as "all 2" or "4 -2"; with " inside" only the queries in
+the box are guided, with " control" the oracle sees the box of another image.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels import arguments
+from datasets.camvid import CamVid
+from engine import schedule
+from engine.ema import Teacher
+from engine.metrics import ConfusionMatrix
+from engine.statistics import IGNORE, resize_logits
+from models.blocks import Guide
+from models.build import restore
+from models.heads.base import Head
+
+CROP, BATCH = (144, 192), 4
+OPTIMIZER = SimpleNamespace(
+    name="AdamW",
+    lr=5e-5,
+    head_lr_factor=5.0,
+    layer_decay=1.0,
+    weight_decay=0.01,
+    betas=(0.9, 0.999),
+)
+SCHEDULE = SimpleNamespace(warmup=25, warmup_ratio=0.0, power=0.9, min_ratio=0.0, min_lr=0.0)
+ROWS = ["none", "all 2", "all -2", "4 2", "4 4", "4 -2", "1 4", "all 2 inside", "all -2 inside"]
+
+
+class Oracle(Head):
+    """Keys in the box gain so many nats in the last blocks, relative to the mean key."""
+
+    at_test = True
+
+    def __init__(self, depth, row):
+        super().__init__()
+        blocks, nats, *self.options = (row if row != "none" else "all 0").split()
+        self.first = 0 if blocks == "all" else depth - int(blocks)
+        self.nats, self.box = float(nats), None
+
+    def bias(self, output, step):
+        def before(stage, block, x, keys):
+            if self.box is None or block < self.first or not self.nats:
+                return None
+            box = self.box.roll(1, 0) if "control" in self.options else self.box
+            small = F.adaptive_avg_pool2d(box[:, None].float(), keys).flatten(1)
+            bias = self.nats * (small - small.mean(1, keepdim=True))[:, None, None]
+            return Guide(bias * small[:, None, :, None] if "inside" in self.options else bias)
+
+        return before
+
+
+def planted(images, generator):
+    """Images (B, 3, H, W), each with a box of another look -> them, and the boxes (B, H, W)."""
+    boxes = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool)
+    for box in boxes:
+        h, w = box.shape
+        top, left = (int(torch.randint(n // 2 + 1, (), generator=generator)) for n in (h, w))
+        box[top : top + h // 2, left : left + w // 2] = True
+    tint = torch.tensor([0.4, 0.45, 0.55]).view(3, 1, 1)
+    noise = 0.03 * torch.randn(images.shape, generator=generator)
+    dark = (images**1.2 * tint + noise).clamp(0, 1)
+    return torch.where(boxes[:, None], dark, images), boxes
+
+
+def crops(images, labels, generator):
+    """BATCH random crops, half of them mirrored."""
+    picked = []
+    for n in torch.randint(len(images), (BATCH,), generator=generator).tolist():
+        top, left = (
+            int(torch.randint(whole - side + 1, (), generator=generator))
+            for whole, side in zip(labels[n].shape, CROP)
+        )
+        window = (..., slice(top, top + CROP[0]), slice(left, left + CROP[1]))
+        pair = images[n][window], labels[n][window]
+        mirrored = torch.rand((), generator=generator) < 0.5
+        picked.append([part.flip(-1) if mirrored else part for part in pair])
+    image, label = (torch.stack(column) for column in zip(*picked))
+    return image.float() / 255, label.long()
+
+
+def look(network, images, boxes):
+    """Logits (B, K, H, W), the oracle knowing the boxes (None: it says nothing)."""
+    network.oracle.box = boxes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network.segment(images).logits
+    return resize_logits(logits.float(), images.shape[2:])
+
+
+@torch.no_grad()
+def score(network, images, labels, classes):
+    """mIoU inside and outside of the boxes of the images."""
+    generator = torch.Generator().manual_seed(9)
+    matrices = [ConfusionMatrix(classes), ConfusionMatrix(classes)]
+    for some, label in zip(images.split(2), labels.split(2)):
+        shown, boxes = planted(some.float() / 255, generator)
+        found = look(network, shown, boxes).argmax(1)
+        for matrix, part in zip(matrices, (boxes, ~boxes)):
+            matrix.update(found, torch.where(part, label.long(), IGNORE))
+    return [matrix.summary()["mIoU"] for matrix in matrices]
+
+
+def run(path, row, seed, options, data, test):
+    """One row -> mIoU inside and outside of the boxes before and after the steps."""
+    torch.manual_seed(seed)
+    network, _, saved = restore(path)
+    network.oracle = Oracle(network.backbone.depths[0], row)
+    network.head_names.append("oracle")
+    before = score(network, *test, saved["classes"])
+    teacher, optimizer = Teacher(network, 0.99), schedule.make_optimizer(network, OPTIMIZER)
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    for number in range(options.steps):
+        schedule.set_rates(optimizer, number, options.steps, SCHEDULE)
+        source, label = crops(*data, generator)
+        target, truth = crops(*data, generator)
+        target, boxes = planted(target, generator)
+        labels, weight = truth, 1.0
+        if options.labels == "teacher":
+            with torch.no_grad():
+                found = look(teacher.network, target, boxes).softmax(1).max(1)
+            labels, weight = found.indices, (found.values > 0.968).float().mean()
+        loss = F.cross_entropy(look(network, source, None), label, ignore_index=IGNORE)
+        loss += weight * F.cross_entropy(look(network, target, boxes), labels, ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update(network, torch.tensor(False))
+    return before + score(network.eval(), *test, saved["classes"])
+
+
+def pictures(split, count=0):
+    """All images (N, 3, H, W) uint8 and labels of a split of CamVid, or `count` evenly spaced."""
+    dataset = CamVid(root="data/camvid", split=split)
+    step = max(len(dataset) // count, 1) if count else 1
+    samples = [dataset[n] for n in range(0, len(dataset), step)]
+    return [torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in ("image", "label")]
+
+
+def main():
+    options = arguments(
+        "places", checkpoint="", steps=250, images=60, seeds=[0], labels="teacher", rows=ROWS
+    )
+    data, test = pictures("train_day"), pictures("test_day", options.images)
+    print("| row | seed | inside, before | outside | inside, after | outside |")
+    print("|---|---|---|---|---|---|")
+    for row in options.rows:
+        for seed in options.seeds:
+            values = run(options.checkpoint, row, seed, options, data, test)
+            print(
+                f"| {row} | {seed} | " + " | ".join(f"{v:.2f}" for v in values) + " |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
