@@ -125,7 +125,7 @@ def make_loader(dataset, sampler, workers=0, pin_memory=False):
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=workers,
+        num_workers=process.loaders(workers),
         pin_memory=pin_memory,
         persistent_workers=False,
         worker_init_fn=process.loader,

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.base import DataError
-from engine import distributed
+from engine import distributed, process
 from engine.errors import UserError
 from engine.files import replacing
 
@@ -89,7 +89,7 @@ def class_counts(dataset, cache, workers=0):
 
     rank, world, main = distributed.rank(), distributed.world_size(), distributed.is_main()
     mine = range(rank, len(dataset), world)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, process.loaders(workers))) as pool:
         bar = tqdm(
             pool.map(count, mine),
             "count classes",

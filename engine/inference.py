@@ -166,7 +166,7 @@ def read(dataset, indices, workers=0, pin=False):
     return DataLoader(
         Subset(dataset, indices),
         batch_size=None,
-        num_workers=workers,
+        num_workers=process.loaders(workers),
         worker_init_fn=process.loader,
         pin_memory=pin,
         generator=torch.Generator(),  # none of the process's random numbers

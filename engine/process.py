@@ -109,6 +109,16 @@ def kill_loaders():
         child.kill()
 
 
+def loaders(workers):
+    """The option `data.workers` -> loader processes of this process. "auto": its share of the CPUs,
+    one left for itself, from 1 to 8."""
+    if workers != "auto":
+        return workers
+    able = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # on Linux alone
+    share = len(able(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, share - 1))
+
+
 def loader(worker):
     """`worker_init_fn` of every DataLoader."""
     for number in Signals.NUMBERS:

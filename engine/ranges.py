@@ -47,7 +47,7 @@ RANGES = {
         "seen": list[str],
         "rare_classes": {"temperature": NonNegative, "min_pixels": Natural},
         "cache": Text,
-        "workers": Annotated[int, "[0, 256]"],
+        "workers": Literal["auto"] | Annotated[int, "[0, 256]"],
     },
     "model": {
         "init": Text,

@@ -230,3 +230,15 @@ def test_an_error_keeps_its_sentence_through_a_loader():
     assert str(DataError(text)) == "a.png: 3.5 is no id"
     assert str(DataError("a sentence about b: c")) == "a sentence about b: c"
     assert torch is not None  # the statements above name it
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "ranks", "expected"),
+    [(0, 16, 1, 0), (3, 16, 1, 3), ("auto", 16, 1, 8), ("auto", 16, 4, 3), ("auto", 2, 2, 1)],
+)
+def test_loaders_are_a_process_s_share_of_the_cpus(monkeypatch, workers, cpus, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cpus))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert process.loaders(workers) == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert process.loaders("auto") == min(8, max(1, cpus - 1))
