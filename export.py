@@ -2,6 +2,7 @@
 
     python export.py runs/camvid/resnet18_cbp_occl/seed0/best.pt model.pt2 PICTURES device=cpu
     python export.py CHECKPOINT model.onnx PICTURES
+    python export.py CHECKPOINT model.pt2 PICTURES size=1024x2048     for such pictures alone
 
 The file takes pictures (B, H, W, 3) uint8 RGB of any size, as Pillow and OpenCV (after BGR to RGB)
 hold them: scaling and normalisation are inside. It returns class ids (B, H, W) uint8 and logits
@@ -14,10 +15,15 @@ Before it is called written, the file is read again and labels PICTURES, a pictu
 pattern in quotes: in a .pt2 every label must be the checkpoint's, in ONNX, whose kernels round
 otherwise, 99.9 per cent. Size, seconds a picture and agreement are printed. It is fp32, one view of
 the whole picture. A classifier of prototypes with one per class becomes a plain 1x1 convolution.
+
+With `size=HEIGHTxWIDTH` the file takes pictures of this size only, and those of PICTURES that have
+another one are left out. swin.Swin needs it: how its windows fill up depends on the size in so many
+ways that PyTorch does not come to an end with a free one.
 """
 
 import copy
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -65,15 +71,16 @@ class PlainConvolution(nn.Conv2d):
         return super().forward(features)
 
 
-def to_export(whole, example, path, about):
-    """Write a program of torch.export -> a function of one picture (1, H, W, 3)."""
-    free = (dict.fromkeys(range(3), torch.export.Dim.DYNAMIC),)
+def to_export(whole, example, free, path, about):
+    """Write a program of torch.export -> a function of one picture (1, H, W, 3). `free` are the
+    dimensions (B, H, W, 3) of any size."""
+    free = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),)
     program = torch.export.export(whole, (example,), dynamic_shapes=free, strict=False)
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return torch.export.load(path).module()
 
 
-def to_onnx(whole, example, path, about):
+def to_onnx(whole, example, free, path, about):
     """Write an ONNX file -> the same, by onnxruntime."""
     try:
         import onnx
@@ -84,7 +91,7 @@ def to_onnx(whole, example, path, about):
             "a file of ONNX needs three packages: pip install onnx onnxscript onnxruntime "
             f"({error}); a file .pt2 needs none"
         ) from None
-    free = (dict.fromkeys(range(3), torch.export.Dim.DYNAMIC),)
+    free = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),)
     torch.onnx.export(
         whole,
         (example,),
@@ -123,20 +130,38 @@ def main(arguments):
     out = Path(arguments[1])
     if out.suffix not in FORMATS:
         raise ConfigError(f"{out} must end in {' or '.join(FORMATS)}")
-    paths = [*find_pictures(Path(arguments[2]), out)]
-    model = load(arguments[0], *arguments[3:], "precision=fp32")
+    pictures = [*find_pictures(Path(arguments[2]), out)]
+    sizes = [text.removeprefix("size=") for text in arguments[3:] if text.startswith("size=")]
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", sizes[-1]) if sizes else None
+    if sizes and not size:
+        raise ConfigError(f"size={sizes[-1]} must be HEIGHTxWIDTH in pixels, such as 1024x2048")
+    size = tuple(map(int, size.groups())) if size else None
+    paths = [path for path in pictures if not size or read_image(path).shape[:2] == size]
+    if not paths:
+        raise ConfigError(
+            f"{arguments[2]} has no picture of {sizes[-1]}, by which to check the file"
+        )
+    rest = [text for text in arguments[3:] if not text.startswith("size=")]
+    model = load(arguments[0], *rest, "precision=fp32")
+    if not size and not model.network.backbone.any_size:
+        raise ConfigError(
+            f"a file of {type(model.network.backbone).__name__} is for pictures of one size: add "
+            "size=HEIGHTxWIDTH, in pixels"
+        )
     views = model.cfg.eval
     if views.mode != "whole" or views.flip or views.scales != [1.0] or views.short_side:
         raise ConfigError(
             "a file takes one view of the whole picture: add eval.mode=whole eval.flip=false "
             "eval.scales=[1.0] eval.short_side=0"
         )
-    example = torch.randint(0, 256, (2, 97, 131, 3), dtype=torch.uint8, device=model.device)
+    shape = (2, *(size or (97, 131)), 3)
+    example = torch.randint(0, 256, shape, dtype=torch.uint8, device=model.device)
+    network, free = Whole(model.network).eval(), range(1 if size else 3)
     about = {"classes": model.classes, "palette": model.palette}
     same, pixels, before, after = 0, 0, 0.0, 0.0
     with replacing(out) as temporary:
         try:
-            program = FORMATS[out.suffix](Whole(model.network).eval(), example, temporary, about)
+            program = FORMATS[out.suffix](network, example, free, temporary, about)
             for path in paths:
                 picture = read_image(path)
                 expected, spent = seconds(model, picture)

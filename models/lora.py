@@ -41,7 +41,7 @@ def adapt(backbone, rank):
         (parent, name, child)
         for parent in backbone.modules()
         for name, child in parent.named_children()
-        # No subclasses, whose users read the weights themselves; no layers that the maps do not need.
+        # No subclasses, whose users read the weights; no layers that the maps do not need.
         if type(child) is nn.Linear and child.weight.requires_grad
     ]
     backbone.requires_grad_(False)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import export
 from engine.errors import UserError
+from models.backbones.resnet import ResNet
 from predict import load
 from tests.runs import TINY, train
 
@@ -45,6 +46,26 @@ def test_a_file_labels_as_the_checkpoint_does_bit_for_bit(run, tmp_path, capsys)
     assert torch.equal(kernel, vectors[:, :, None, None]) and "components" not in str(program.graph)
 
 
+@pytest.mark.parametrize("name", ["vit.ViT", "swin.Swin"])
+def test_transformers_are_exported(name, tmp_path, capsys):
+    small = {
+        "vit.ViT": "size: t, taps: [0, 1]",
+        "swin.Swin": "width: 32, depths: [1, 1, 2, 1]",
+    }[name]
+    model = f"backbone: {{name: {name}, {small}, weights: none}}, classifier: {{name: cbp.CBP}}"
+    model += ", decoder: {name: segformer_mlp.SegFormerMLP, width: 16}"
+    options = (f"model={{{model}}}", "train.iters=1", "eval.pictures=0", "losses.occl.weight=0")
+    train(tmp_path / "run", *options)
+    for number, size in enumerate(((48, 64), (65, 51), (48, 64))):
+        pixels = np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    arguments = [str(tmp_path / "run" / "best.pt"), str(tmp_path / "model.pt2")]
+    arguments += [str(tmp_path / "*.png"), *(["size=48x64"] if name == "swin.Swin" else [])]
+    export.main(arguments)
+    count = 2 if name == "swin.Swin" else 3
+    assert f"100.0000% of the labels in {count} pictures" in capsys.readouterr().out
+
+
 def test_no_file_is_written_whose_labels_are_others(run, tmp_path, monkeypatch):
     class Other(export.PlainConvolution):
         def __init__(self, vectors):
@@ -62,6 +83,15 @@ def test_what_cannot_be_exported_is_one_sentence(run, tmp_path, monkeypatch):
     for option in ("eval.mode=slide", "eval.flip=true", "eval.scales=[0.5]", "eval.short_side=64"):
         with pytest.raises(UserError, match=r"one view of the whole picture: add eval\.mode=whole"):
             export.main([*arguments, option])
+    for size in ("12", "0x5", "64x48x3", "ax5"):
+        with pytest.raises(UserError, match=rf"size={size} must be HEIGHTxWIDTH"):
+            export.main([*arguments, f"size={size}"])
+    with pytest.raises(UserError, match=r"in has no picture of 64x48"):
+        export.main([*arguments, "size=64x48"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ResNet, "any_size", False)
+        with pytest.raises(UserError, match=r"a file of ResNet is for pictures of one size: add"):
+            export.main(arguments)
     with pytest.raises(UserError, match=r"model\.tflite must end in \.pt2 or \.onnx"):
         export.main([arguments[0], "model.tflite", arguments[2]])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -23,6 +23,7 @@ class Backbone(nn.Module):
         reductions: of each such stage, how many tokens a key has along each side.
         joins: no image of a batch changes the maps of another, so all views of a step may go
             through it as one batch. Batch norm forbids it.
+        any_size: an export may be for pictures of any size (export.py).
         per_domain: it has a stem per domain: `forward(image, domain="target")` (resnet.ResNet).
         joint: channels of `dense`, which towers of `train_dg.py` have: of image and text (clip.ViT,
             clip.ResNet), or of images alone (vit.ViT); 0: none.
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
     depths: list[int] = ()
     reductions: list[int] = ()
     joins = False
+    any_size = True
     per_domain = False
     joint = 0
     foreign = same_names, (), ()

@@ -75,7 +75,7 @@ class Swin(Backbone):
     and on the right.
     """
 
-    joins = True
+    joins, any_size = True, False
 
     def __init__(
         self,

@@ -47,9 +47,9 @@ makes pi = sqrt(rank(1 - T) rank(U)) of ranks in 0..1, and `variant: nats` adds
     strength pi(n) (pi(m) - mean pi)           `queries: own`: query n as much as its own pi says
 
 to the logits of key m. Grouping "by structural and semantic similarity": `semantic` and
-`coordinates` append class probabilities and places to the unit features. With an oracle in the place
-of pi (`benchmarks/places.py`) `own` helps on both sides of a planted shift, in all blocks rather than
-the last ones; `all` harms what lies outside.
+`coordinates` append class probabilities and places to the unit features. With an oracle in the
+place of pi (`benchmarks/places.py`) `own` helps on both sides of a planted shift, in all blocks
+rather than the last ones; `all` harms what lies outside.
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
