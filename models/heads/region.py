@@ -74,6 +74,7 @@ from models.blocks import Guide, received
 from models.heads.base import Head
 
 EPSILON = 1e-6
+PRIME = 7919  # n -> n PRIME modulo the number of places is a permutation of them
 ABSENT = -1e9  # similarity to a cell outside of the map: finite, so that nothing becomes NaN
 
 
@@ -421,10 +422,9 @@ class Region(Head):
         if self.order == "rank":
             regions.priority = (ranks(wanted) * ranks(found)).sqrt()
         if self.shuffle:
-            size = regions.priority[0].numel()
-            places = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-            moved = regions.priority.flatten(1)[:, places.to(logits.device)]
-            regions.priority = moved.view_as(regions.priority)
+            flat = regions.priority.flatten(1)
+            places = torch.arange(flat.shape[1], device=flat.device) * PRIME % flat.shape[1]
+            regions.priority = flat[:, places].view_as(regions.priority)
 
     def guide(self, regions):
         """Regions -> Guide."""
