@@ -505,7 +505,7 @@ class Drawn(dict):
         self[name] = picture
 
 
-@pytest.mark.parametrize("variant", ["bias", "nats, queries: own", "tvt", "none"])
+@pytest.mark.parametrize("variant", ["bias", "nats, order: rank, queries: own", "tvt", "none"])
 @pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
 def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     spec = {"mit.MiT": {"size": "b0"}, "vit.ViT": {"size": "t"}}[backbone]
