@@ -50,7 +50,6 @@ class Whole(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network = copy.deepcopy(network)
-        self.network.cache = None
         if isinstance(network.classifier, CBP) and network.classifier.per_class == 1:
             self.network.classifier = PlainConvolution(network.classifier.means())
 

@@ -67,6 +67,7 @@ class Predictor:
 
     def __init__(self, network, cfg, device, saved):
         self.network, self.cfg, self.device = network, cfg, device
+        network.cache = None  # which is for the pictures of data sets, in half precision
         self.classes, self.palette = saved["classes"], saved["palette"]
 
     def __call__(self, picture, what="the picture"):

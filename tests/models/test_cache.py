@@ -1,11 +1,13 @@
 """Maps of a frozen backbone that are computed once."""
 
+import numpy as np
 import pytest
 import torch
 
 from engine.config import ConfigError
 from engine.errors import UserError
 from models.cache import FeatureCache
+from predict import load
 from tests.runs import TINY, run, scalars, train
 
 WHOLE = "data.augment={name: transforms.Whole, size: [48, 64], flip: 0.5}"
@@ -78,6 +80,12 @@ def test_training_on_stored_maps_is_training_on_the_frozen_backbone(tmp_path):
         assert first[step]["train/loss"] == pytest.approx(line["train/loss"], rel=rounding)
         assert again[step]["train/loss"] == first[step]["train/loss"]
     assert first != plain  # it did read: float16 shows
+    best, picture = tmp_path / "first" / "best.pt", np.zeros((48, 64, 3), np.uint8)
+    probabilities = [
+        load(best, option).probabilities(picture) for option in ("seed=0", "model.cache=none")
+    ]
+    assert np.array_equal(*probabilities)  # of whole precision
+    assert len([*(tmp_path / "maps").rglob("*.npy")]) == count  # nothing of a user's picture
 
 
 def test_a_resumed_run_on_stored_maps_ends_bit_for_bit_equal(tmp_path):
