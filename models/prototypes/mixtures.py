@@ -47,6 +47,8 @@ class Mixtures(Prototypes):
         components: M per class.
         pool: most vectors of a class that a process keeps in `fit`, on the device of the buffers:
             19 classes x 300,000 x 256 channels take 5.8 GB.
+        memory: GiB of the pools of all classes together, which make `pool` smaller where classes
+            are many.
         iterations: most iterations of k-means, and of EM.
         tolerance: EM stops when the mean log-likelihood gains less, in nats.
         start: variance at the start of EM; 0 takes the one within the k-means clusters [R], for
@@ -64,6 +66,7 @@ class Mixtures(Prototypes):
         seed=0,
         components: Few = 8,
         pool: Count = 300_000,
+        memory: Positive = 8.0,
         iterations: Count = 100,
         tolerance: NonNegative = 1e-3,
         start: NonNegative = 1.0,
@@ -72,7 +75,8 @@ class Mixtures(Prototypes):
         chunk: Count = 8192,
     ):
         super().__init__()
-        self.seed, self.pool, self.iterations = seed, pool, iterations
+        most = int(memory * 2**30 / (4 * num_classes * in_channels))
+        self.seed, self.pool, self.iterations = seed, max(1, min(pool, most)), iterations
         self.tolerance, self.start, self.momentum = tolerance, start, momentum
         self.floor, self.chunk = floor, chunk
         shape = num_classes, components, in_channels

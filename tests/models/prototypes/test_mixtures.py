@@ -457,6 +457,13 @@ print(size()[1] - before)
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="measures memory as Linux counts it"
 )
+def test_the_pools_of_many_classes_fit_into_the_memory():
+    sizes = {19: 300_000, 150: 55_924}
+    for num_classes, pool in sizes.items():
+        assert Mixtures(num_classes=num_classes, in_channels=256).pool == pool
+    assert Mixtures(num_classes=4, in_channels=2**20, memory=1e-6).pool == 1
+
+
 def test_working_memory_is_a_few_chunks():
     """8192 vectors x 128 are 4 MiB; a tensor N x M x D of them 32 MiB."""
     command = [sys.executable, "-c", MEMORY]
