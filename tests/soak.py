@@ -472,8 +472,11 @@ def replace_by_folder(path, rng):
 
 
 def cut_line(path, rng):
-    size, last = path.stat().st_size, len(path.read_bytes().rstrip(b"\n").rpartition(b"\n")[2])
-    os.truncate(path, size - rng.randint(1, last))
+    """What a kill in the middle of a line leaves. The lines before it are older than a checkpoint,
+    or will be written again."""
+    last = path.read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+    with open(path, "ab") as file:
+        file.write(last[: rng.randint(1, len(last) - 1)])
 
 
 def stale_lock(path, rng):
@@ -486,7 +489,7 @@ DAMAGES = {  # kind: (file in the run folder, "": the newest checkpoint; what ha
     "newest checkpoint cut": ("", cut),
     "newest checkpoint empty": ("", lambda path, rng: os.truncate(path, 0)),
     "folder in place of the newest checkpoint": ("", replace_by_folder),
-    "last line of scalars.jsonl cut": ("scalars.jsonl", cut_line),
+    "a line of scalars.jsonl cut": ("scalars.jsonl", cut_line),
     "stale lock": (".lock", stale_lock),
 }
 SIGHTS = {  # kind: files, and the largest number of seconds from their sight to the kill
