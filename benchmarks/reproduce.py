@@ -297,17 +297,18 @@ def markdown(grid, runs):
     rows = []
     for row in grid["rows"]:
         columns = table.get(row, {})
+        empty = "-" if columns else "not yet run"  # of a set that the row is not tested on
         cells = []
         for name, metric in shown:
             values = [s.get(metric) for s in columns.get(name, {}).values()]
             values = [value for value in values if value is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "not yet run")
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else empty)
         for name in grid["scalars"]:
             scalars = [facts.get("scalars", {}) for facts in runs if facts["row"] == row]
             ends = zip(*(values[name] for values in scalars if name in values))
             means = [f"{statistics.mean(values):.3g}" for values in ends]
-            cells.append(" to ".join(means) or "not yet run")
+            cells.append(" to ".join(means) or empty)
         seeds = max((len(by_seed) for by_seed in columns.values()), default=0)
         rows.append((row, [str(seeds), *cells]))
     lines = pairs_table(grid, table) if grid["pairs"] else table_of(["seeds", *heads], rows)
