@@ -41,8 +41,8 @@ def _font(size):
 
 
 def _readable(width):
-    """Size of text in a picture so many pixels wide."""
-    return max(FONT, round(width / CARD))
+    """Size of text in a picture so many pixels wide, at most twice the usual one."""
+    return min(2 * FONT, max(FONT, round(width / CARD)))
 
 
 def _shorten(text, font, width):

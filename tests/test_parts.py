@@ -1231,6 +1231,7 @@ EXTRA = {  # beside its own folder and the leaves
     "models.build": (
         "models.cache",
         "models.foreign",
+        "models.lora",
         "models.segmentor",
         "engine.build",
         "engine.checkpoint",
@@ -1306,6 +1307,8 @@ ASKED = {
     ("datasets/reading.py", "decode_image"),  # torchvision, which will drop it
     ("datasets/reading.py", "is_animated"),  # an image of Pillow
     ("datasets/reading.py", "tag_v2"),
+    ("engine/process.py", "sched_getaffinity"),  # os, on Linux
+    ("models/blocks.py", "is_exporting"),  # PyTorch, newer than 2.6
     ("models/backbones/timm.py", "pretrained_cfg"),
 }
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))

@@ -20,7 +20,8 @@ from tests.runs import TINY_UDA, assert_same_state, last, leaves, run, scalars, 
 
 SOURCE = "{name: source, teacher: none, train: {teacher: 0.0}}"
 WITH_HEAD = (
-    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 2}}}}}}}}"
+    f"{SOURCE[:-1]}, model: {{heads: {{auxiliary: {{name: auxiliary.Auxiliary, stage: 2}}}}}},"
+    "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, head: auxiliary}]}"
 )
 METHODS = {  # overrides of the smallest adaptation
     "self-training": (),

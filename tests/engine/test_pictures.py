@@ -84,10 +84,11 @@ def test_legend_wraps_and_shows_every_colour():
 
 def test_text_grows_with_the_picture():
     """TensorBoard shows wide and narrow pictures equally wide."""
-    narrow, wide = (
-        strip([("image", np.zeros((100, width, 3), np.uint8))]).shape[0] for width in (560, 1120)
+    narrow, wide, widest = (
+        strip([("image", np.zeros((100, width, 3), np.uint8))]).shape[0] - 100 - GAP
+        for width in (560, 1120, 5000)
     )
-    assert (narrow - 100 - GAP, wide - 100 - GAP) == (FONT, 2 * FONT)
+    assert (narrow, wide, widest) == (FONT, 2 * FONT, 2 * FONT)
     assert legend(NAMES, PALETTE, 1120).shape[0] == 2 * FONT + GAP
 
 

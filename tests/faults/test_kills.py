@@ -44,7 +44,7 @@ def copied(folder, copies, arguments, output):
 
     for name in CALLS:
         wrap(name, getattr(os, name))
-    work(0, 1, "0", False, TINY_UDA, arguments, output)
+    work(0, 1, "0", False, TINY_UDA, arguments, output, None)
     (Path(copies) / "changes.txt").write_text("\n".join(changes))
 
 

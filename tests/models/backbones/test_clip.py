@@ -487,6 +487,7 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
         frozen_bn=[],
         frozen=[],
         cache="none",
+        lora=0,
         bn_views=[],
         channels_last=True,
         heads=Config(),
