@@ -31,16 +31,19 @@ class RegionAdversarial(Loss):
     """
 
     trains = ("discriminator",)
-    logits = "domain"  # which field of models.heads.region.Regions
 
     def __init__(self, *, source: str = "source", target: str = "target"):
         super().__init__()
         self.source, self.target = source, target
 
+    def logits(self, regions):
+        """Which logits (B, N) of the regions are scored, None where there are none."""
+        return regions.domain
+
     def forward(self, step):
         regions = [step.outputs[view].regions for view in (self.source, self.target)]
-        found = [part and getattr(part, self.logits) for part in regions]
-        if None in found:
+        found = [part and self.logits(part) for part in regions]
+        if any(part is None for part in found):
             raise UserError(
                 f"tmt.{type(self).__name__} needs regions: set model.heads.region={{name: "
                 "region.Region, stage: ...}, a stage of mit or vit, or -1; for RegionProbe with "
@@ -56,4 +59,6 @@ class RegionProbe(RegionAdversarial):
     finds no difference stays at log 2 = 0.693."""
 
     trains = ("probe",)
-    logits = "probe"
+
+    def logits(self, regions):
+        return regions.probe

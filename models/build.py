@@ -77,9 +77,12 @@ def build_segmentor(model, classes, pretrained=True, start=None):
     drawn = pretrained or "init" not in model.classifier
     spec = model.classifier if drawn else {**model.classifier, "init": "random"}
     classifier = build("models.classifiers", spec, "Classifier", **context)
-    context |= {"map_channels": backbone.channels, "depths": backbone.depths}
-    context["reductions"] = backbone.reductions
     context |= {"joint": joint_channels(model), "classifier": classifier}
+    context |= {
+        "map_channels": backbone.channels,
+        "depths": backbone.depths,
+        "reductions": backbone.reductions,
+    }
     specs = present(model.heads)
     names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}

@@ -23,7 +23,7 @@ numbers per pixel. `rounds` times:
 
     (1) f(r)   = sum_p a(p, r) chi(p) / sum_p a(p, r)
     (2) s(p,r) = exp(kappa cos(f(r), chi(p)))     for the nine cells r around p, otherwise 0
-    (3) a(p,r) = s(p, r) / sum_r' s(p, r')
+    (3) a(p,r) = s(p, r) / sum_r' s(p, r')                          models/heads/_grouping.py
 
 A discriminator D tells the domain of f(r) behind a gradient reversal; transferability is its doubt,
 in bits, as in TVT (Yang et al., WACV 2023): tau = H2(D(f(r))), T(p) = sum_r a(p, r) tau(r). TMA,
@@ -71,97 +71,10 @@ from engine.ranges import Few, Momentum, Natural, NonNegative, Positive, Share
 from engine.statistics import precise, resize_logits
 from engine.step import Record
 from models.blocks import Guide, received
+from models.heads._grouping import EPSILON, group, labels_of, region_means, spread, to_cells
 from models.heads.base import Head
 
-EPSILON = 1e-6
 PRIME = 7919  # n -> n PRIME modulo the number of places is a permutation of them
-ABSENT = -1e9  # similarity to a cell outside of the map: finite, so that nothing becomes NaN
-
-
-# --- ACTE: soft regions ---------------------------------------------------------------------------
-
-
-def to_cells(maps, cell):
-    """(B, D, h, w) -> (B, R, C, D, c c); sides that are no multiple of the cell are filled up with
-    their last row."""
-    bottom, right = (-side % cell for side in maps.shape[-2:])
-    maps = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
-    return (
-        maps.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).permute(0, 2, 4, 1, 3, 5).flatten(4)
-    )
-
-
-def from_cells(values, cell, size):
-    """(B, R, C, D, c c) -> (B, D, h, w), without what was filled up."""
-    maps = values.unflatten(4, (cell, cell)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    return maps[..., : size[0], : size[1]]
-
-
-def neighbours(regions):
-    """Values of the regions (B, D, R, C) -> of the 3 x 3 around each (B, R, C, 9, D), zero
-    outside."""
-    b, d, rows, columns = regions.shape
-    return F.unfold(regions, 3, padding=1).view(b, d, 9, rows, columns).permute(0, 3, 4, 2, 1)
-
-
-def gather(values):
-    """The opposite: what each cell gives to the 3 x 3 around it (B, R, C, 9, D) -> sums at the
-    regions (B, D, R, C)."""
-    b, rows, columns, _, d = values.shape
-    return F.fold(
-        values.permute(0, 4, 3, 1, 2).reshape(b, 9 * d, -1), (rows, columns), 3, padding=1
-    )
-
-
-def region_means(assignment, cells):
-    """Equation 1: assignment (B, R, C, 9, c c), cells (B, R, C, D, c c) -> f (B, D, R, C)."""
-    sums = gather(assignment @ cells.transpose(3, 4))
-    return sums / gather(assignment.sum(4, keepdim=True)).clamp_min(EPSILON)
-
-
-def assign(means, cells, kappa):
-    """Equations 2 and 3: f (B, D, R, C) and unit features (B, R, C, D, c c) -> a (B, R, C, 9, c c),
-    of sum 1."""
-    inside = neighbours(torch.ones_like(means[:1, :1]))[..., 0]  # (1, R, C, 9)
-    similar = (
-        neighbours(F.normalize(means, dim=1, eps=EPSILON)) @ cells
-    )  # cosines (B, R, C, 9, c c)
-    return torch.where(inside[..., None] > 0, kappa * similar, ABSENT).softmax(3)
-
-
-def group(maps, cell, kappa, rounds):
-    """Soft regions of a map (B, D, h, w) -> (assignment (B, R, C, 9, c c), f (B, D, R, C)).
-
-    With no round every pixel belongs to its own cell. Gradients reach the features through f alone,
-    with the assignment
-    as it is: nine times the cost for what changes little [R].
-    """
-    cells = to_cells(maps, cell)
-    own = (torch.arange(9, device=maps.device) == 4).to(maps.dtype)  # the middle of the 3 x 3
-    assignment = own[:, None].expand(*cells.shape[:3], 9, cell * cell)
-    with torch.no_grad():
-        unit = F.normalize(cells, dim=3, eps=EPSILON)
-        for _ in range(rounds):
-            assignment = assign(region_means(assignment, cells), unit, kappa)
-    return assignment, region_means(assignment, cells)
-
-
-def spread(assignment, values, cell, size):
-    """Values of the regions (B, R, C) -> of the pixels, sum_r a(p, r) value(r): (B, h, w)."""
-    around = neighbours(values[:, None]).transpose(3, 4)  # (B, R, C, 1, 9)
-    return from_cells(around @ assignment, cell, size)[:, 0]
-
-
-def labels_of(assignment, cell, size):
-    """Number of the region that each pixel belongs to most, for pictures: (B, h, w)."""
-    b, rows, columns = assignment.shape[:3]
-    numbers = torch.arange(rows * columns, device=assignment.device, dtype=assignment.dtype).view(
-        1, 1, rows, columns
-    )
-    numbers = neighbours(numbers).expand(b, -1, -1, -1, -1)[..., 0]  # (B, R, C, 9)
-    return from_cells(numbers.gather(3, assignment.argmax(3))[:, :, :, None], cell, size)[
-        :, 0
-    ].long()
 
 
 # --- domain and transferability -------------------------------------------------------------------
@@ -335,13 +248,12 @@ class Region(Head):
         self.discriminator = discriminator(channels, dropout)
         self.probe = discriminator(channels, dropout) if estimator == "probe" else None
         self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
-        adversarial = "{name: tmt.RegionAdversarial, weight: 0.1}"
-        entropy = "{name: cross_entropy.CrossEntropy, head: region, weight: 0.4}"
-        self.needs = (
-            ("discriminator", adversarial),
-            *((("probe", "{name: tmt.RegionProbe}"),) if self.probe else ()),
-            *((("region", entropy),) if self.head else ()),
-        )
+        self.needs = (("discriminator", "{name: tmt.RegionAdversarial, weight: 0.1}"),)
+        if self.probe:
+            self.needs += (("probe", "{name: tmt.RegionProbe}"),)
+        if self.head:
+            entropy = "{name: cross_entropy.CrossEntropy, head: region, weight: 0.4}"
+            self.needs += (("region", entropy),)
 
     def bias(self, output, step):
         """The function that a transformer calls before each of its blocks; the first guided one
@@ -461,11 +373,9 @@ class Region(Head):
             hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given))
         regions = network.eval().segment(image, step=number).regions
         network.train(mode)
-        shown = {
-            name: values
-            for name in ("transferability", "uncertainty", "priority")
-            if (values := getattr(regions, name)) is not None
-        }
+        shown = {"transferability": regions.transferability}
+        if regions.priority is not None:
+            shown |= {"uncertainty": regions.uncertainty, "priority": regions.priority}
         if inputs:
             hook.remove()
             x, guide = inputs[0]
