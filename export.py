@@ -131,10 +131,10 @@ def main(arguments):
         raise ConfigError(f"{out} must end in {' or '.join(FORMATS)}")
     pictures = [*find_pictures(Path(arguments[2]), out)]
     sizes = [text.removeprefix("size=") for text in arguments[3:] if text.startswith("size=")]
-    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", sizes[-1]) if sizes else None
-    if sizes and not size:
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", sizes[-1]) if sizes else None
+    if sizes and not match:
         raise ConfigError(f"size={sizes[-1]} must be HEIGHTxWIDTH in pixels, such as 1024x2048")
-    size = tuple(map(int, size.groups())) if size else None
+    size = tuple(map(int, match.groups())) if match else None
     paths = [path for path in pictures if not size or read_image(path).shape[:2] == size]
     if not paths:
         raise ConfigError(

@@ -59,7 +59,8 @@ def parameter_groups(model, options):
         factor = options.layer_decay ** above.get(own, 0) if not part else options.head_lr_factor
         label = "head" if part else "backbone"
         label = next((kind for kind in APART if f".{kind}." in name), label)
-        decay = parameter.ndim > 1 and not any(word in name for word in (*UNDECAYED, *APART))
+        decay = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
+        decay = decay and label not in APART
         groups.setdefault((label, factor, decay), []).append(parameter)
     return [
         {
