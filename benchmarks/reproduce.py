@@ -72,6 +72,7 @@ DEFAULTS = {
     "rows": {},
 }
 KEYS = ("name", *DEFAULTS)
+LOCAL = ("runs", "threads", "folder", "out")  # how and where, and no part of what was measured
 
 
 def load_grid(path, overrides):
@@ -184,7 +185,8 @@ def ends_of(path, name):
 def collect(grid):
     """The facts of every finished run."""
     runs = []
-    for row, seed, folder, command in jobs(grid):
+    anywhere = grid | {key: DEFAULTS[key] for key in LOCAL}
+    for (row, seed, folder, _), (*_, command) in zip(jobs(grid), jobs(anywhere)):
         path = folder / "results.json"
         if not path.exists():
             continue
@@ -330,8 +332,7 @@ def markdown(grid, runs):
 def main(arguments):
     only_table = "table" in arguments
     settings = [argument for argument in arguments[1:] if argument != "table"]
-    local = ("runs=", "threads=", "folder=", "out=")
-    told = [text for text in settings if not text.startswith(local)]
+    told = [text for text in settings if text.partition("=")[0] not in LOCAL]
     grid = load_grid(arguments[0], settings) | {"file": " ".join([arguments[0], *told])}
     todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
     after = {row: spec["after"] for row, spec in grid["rows"].items() if "after" in spec}
@@ -343,7 +344,8 @@ def main(arguments):
     print(f"\n{text}")
     if new:
         write(path.with_suffix(".md"), text)
-        write(path, json.dumps({"grid": grid, "runs": runs}, indent=1))
+        measured = {key: value for key, value in grid.items() if key not in LOCAL}
+        write(path, json.dumps({"grid": measured, "runs": runs}, indent=1))
         kept = len(runs) - len(new)
         print(f"written to {path} and .md{f', {kept} earlier runs kept' if kept else ''}")
     else:
