@@ -35,6 +35,9 @@ def test_a_grid_runs_resumes_skips_and_ends_in_a_table(tmp_path, monkeypatch, ca
         ("plain", 1),
         ("CBP + OCCL", 1),
     ]
+    # Where and how it ran is no part of what was measured: no path of a machine is published.
+    assert {"folder", "out", "runs", "threads"}.isdisjoint(content["grid"])
+    assert content["runs"][1]["command"].endswith("folder=runs/small/plain/seed1 resume=auto")
     table = (tmp_path / "out" / "small.md").read_text()
     assert (
         "| plain | 2 |" in table
