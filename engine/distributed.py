@@ -88,15 +88,8 @@ def place(network, device, sync_bn=False):
     return network
 
 
-def parallel(network, device, compiled=False):
-    """What to call in training: the network, or DDP around it where there are several processes.
-
-    With `compiled` its backbone and decoder are compiled in place: the names of their tensors stay,
-    and what looks into them (regions) still can. Each new size of images compiles again, up to
-    PyTorch's limit.
-    """
-    for part in (network.backbone, network.decoder) if compiled else ():
-        part.compile()
+def parallel(network, device):
+    """What to call in training: the network, or DDP around it where there are several processes."""
     if world_size() == 1:
         return network
     devices = [device.index] if device.type == "cuda" else None

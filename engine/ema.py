@@ -57,12 +57,12 @@ class Teacher(nn.Module):
         """
         kind = image.device.type
         if not torch.is_autocast_enabled(kind) or self.network.cache:
-            return self.network.segment(image, **options)
+            return self.network.segment(image, compiled=True, **options)
         if not self.cast:
             self.cast = lighter(self.network, torch.get_autocast_dtype(kind))
         network, halves, wholes = self.cast
         torch._foreach_copy_(halves, wholes)
-        return network.segment(image, **options)
+        return network.segment(image, compiled=True, **options)
 
 
 def lighter(network, dtype):

@@ -57,6 +57,7 @@ RANGES = {
         "lora": Annotated[int, "[0, 1024]"],
         "cache": Text,
         "bn_views": list[str],
+        "compile": Literal[False, True, "reduce-overhead"],
     },
     "uda": {"labelers": list[dict], "source_short_side": OptionalWidth},
     "stages": list[dict],

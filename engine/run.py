@@ -23,6 +23,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
@@ -110,7 +111,7 @@ class Run:
         self.stage, self.optimizer = stage, schedule.make_optimizer(model, stage.optimizer)
         self.scaler = precision.make_scaler(self.device, stage.precision)
         self.autocast = precision.autocast(self.device, stage.precision)
-        return distributed.parallel(model, self.device, stage.model.compile)
+        return distributed.parallel(model, self.device)
 
     def begin(self, parts, dataset, *, seed, name="train", number=0, offset=0, keep=None, **more):
         """Start a stage, or go on in it.
@@ -173,6 +174,9 @@ class Run:
             for number in profiled(self.bar, self.stage.log.profile, self.folder, self.device):
                 self.started = time.monotonic()
                 self.guard.begin(number)
+                if self.stage.model.compile == "reduce-overhead":
+                    # What the step before left in the memory of CUDA graphs is free.
+                    torch.compiler.cudagraph_mark_step_begin()
                 self.rates = schedule.set_rates(
                     self.optimizer, number, self.iters, self.stage.schedule
                 )

@@ -103,7 +103,15 @@ def build_segmentor(model, classes, pretrained=True, start=None):
             )
         cache = FeatureCache(backbone, model.backbone, model.cache)
     network = Segmentor(
-        backbone, decoder, classifier, heads, model.frozen_bn, model.bn_views, model.frozen, cache
+        backbone,
+        decoder,
+        classifier,
+        heads,
+        model.frozen_bn,
+        model.bn_views,
+        model.frozen,
+        cache,
+        model.compile,
     )
     if start:
         begin(network, start, classes)

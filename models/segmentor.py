@@ -12,7 +12,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from models.blocks import joined, sizes_named, still
+from models.blocks import compiling, joined, rates_as_tensors, run, sizes_named, still
 
 
 class Segmentor(nn.Module):
@@ -28,6 +28,8 @@ class Segmentor(nn.Module):
         frozen: names of parts that are not trained: no gradient, no state of the optimiser,
             evaluation mode.
         cache: models.cache.FeatureCache of a frozen backbone; None computes its maps each time.
+        compiled: `model.compile`: how the blocks of the backbone and the decoder are compiled in
+            training; evaluation, with pictures of many sizes, is not compiled.
     """
 
     def __init__(
@@ -40,16 +42,19 @@ class Segmentor(nn.Module):
         bn_views=(),
         frozen=(),
         cache=None,
+        compiled=False,
     ):
         super().__init__()
         self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
         self.frozen_bn, self.bn_views = list(frozen_bn), list(bn_views)
-        self.frozen, self.cache = list(frozen), cache
+        self.frozen, self.cache, self.compiled = list(frozen), cache, compiled
         self.head_names = list(heads or {})
         for name, head in (heads or {}).items():
             self.add_module(name, head)
         for part in self._frozen():
             part.requires_grad_(False)
+        if compiled:
+            rates_as_tensors(self)
 
     @property
     def heads(self):
@@ -73,14 +78,16 @@ class Segmentor(nn.Module):
             part.eval()
         return self
 
-    def segment(self, image, domain="target", heads=False, step=0):
+    def segment(self, image, domain="target", heads=False, step=0, compiled=False):
         """One image batch (B, 3, H, W) -> Output. Logits stay at feature size.
 
         Args:
             heads: run those heads too that otherwise run in training alone.
             step: for parts that ramp.
+            compiled: call compiled blocks where training does, for images of training's size.
         """
-        return self.look(View(image, domain), step, heads)
+        with compiling(compiled and self.compiled):
+            return self.look(View(image, domain), step, heads)
 
     def look(self, view, step=0, heads=False, maps=None):
         """View -> Output, as `segment`; `maps` are those of the backbone, if they are there."""
@@ -91,7 +98,7 @@ class Segmentor(nn.Module):
         given |= {"bias": biases[-1]} if biases else {}
         with sizes_named(view.image):
             maps = maps or (self.cache or self.backbone)(view.image, **given)
-            output.features = self.decoder(maps)
+            output.features = run(self.decoder, False, maps)
         for head in running:
             head(view, maps, output, step)
         output.logits = self.classifier(output.features, output)
@@ -111,8 +118,11 @@ class Segmentor(nn.Module):
             raise UserError(
                 "stem: per_domain on several processes needs views of both domains in every step"
             )
-        outputs, maps = ByView(), joined(self, views, step)
-        for name, view in views.items():
-            with still(self) if name not in (self.bn_views or views) else contextlib.nullcontext():
-                outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
+        outputs = ByView()
+        with compiling(self.compiled):
+            maps = joined(self, views, step)
+            for name, view in views.items():
+                moves = name in (self.bn_views or views)
+                with contextlib.nullcontext() if moves else still(self):
+                    outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
         return outputs

@@ -1,6 +1,5 @@
-"""Processes: one needs no group, compiled networks, devices, seeds, memory."""
+"""Processes: one needs no group, devices, seeds, memory."""
 
-import copy
 import platform
 import subprocess
 import sys
@@ -45,33 +44,6 @@ def test_collectives_of_one_process_are_identities():
         False,
     ]
     assert distributed.gather({"a": 1}) == [{"a": 1}]
-
-
-def test_compiling_keeps_results_and_names(monkeypatch):
-    compiler, compiled = torch.compile, []
-
-    def without_code(
-        function, **options
-    ):  # the whole way but for the code generator, which takes a minute
-        compiled.append(function)
-        return compiler(function, backend="eager", **options)
-
-    monkeypatch.setattr(torch, "compile", without_code)
-    network = nn.ModuleDict(
-        {
-            "backbone": nn.Conv2d(3, 4, 3),
-            "decoder": nn.BatchNorm2d(4),
-            "classifier": nn.Conv2d(4, 2, 1),
-        }
-    )
-    plain, x = copy.deepcopy(network), torch.rand(2, 3, 8, 8)
-    expected = plain.decoder(plain.backbone(x))
-    assert distributed.parallel(network, torch.device("cpu")) is network and not compiled
-    student = distributed.parallel(network, torch.device("cpu"), compiled=True)
-    torch.testing.assert_close(student.decoder(student.backbone(x)), expected)
-    assert len(compiled) == 2
-    assert list(student.state_dict()) == list(plain.state_dict())
-    copy.deepcopy(student)  # as for a teacher
 
 
 def test_more_processes_than_devices_is_an_error_with_the_way_out(monkeypatch):
