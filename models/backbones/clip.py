@@ -29,7 +29,7 @@ from engine.ranges import Natural
 from engine.statistics import unit
 from engine.weights import WeightsError, check_hub, load_into, read, reason, unwrap
 from models.backbones.base import Backbone
-from models.blocks import Normalize, exporting
+from models.blocks import Normalize, exporting, run
 
 logger = logging.getLogger("engine")
 
@@ -194,7 +194,7 @@ class ResNet(Backbone):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up."""
         x, maps = self.visual.stem(self.normalize(image)), []
         for i in range(1, 5):
-            x = getattr(self.visual, f"layer{i}")(x)
+            x = run(getattr(self.visual, f"layer{i}"), False, x)
             maps.append(x)
         return maps
 
@@ -247,7 +247,7 @@ class ViT(Backbone):
         table = self.visual.positional_embedding[None]
         x = self.visual.ln_pre(x + positions_at(table, self.visual.grid_size, grid))
         for i, block in enumerate(self.visual.transformer.resblocks[: blocks[-1] + 1]):
-            x = block(x)
+            x = run(block, False, x)
             if i in blocks:
                 outputs.append(x)
         return outputs, grid

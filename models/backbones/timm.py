@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.weights import backbone_of, check_hub, join_qkv, load_into, read, reason, rename, unwrap
 from models.backbones.base import Backbone
 from models.backbones.clip import whole_patches
-from models.blocks import Normalize
+from models.blocks import Normalize, run
 
 # Of DINOv3, what timm has not: zeros in the release, and what only its own training needs.
 UNUSED = ("q_bias", "v_bias", "bias_mask", "mask_token", "periods")
@@ -137,4 +137,4 @@ class Timm(Backbone):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]."""
         if len({*self.strides}) == 1:
             image = whole_patches(image, self.strides[0])
-        return list(self.net(self.normalize(image)))
+        return list(run(self.net, False, self.normalize(image)))

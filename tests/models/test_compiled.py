@@ -4,6 +4,7 @@ The code generator, which takes a minute, is left out: graphs are counted and ru
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ def test_compiled_blocks_give_the_same_gradients_with_checkpointing(graphs, back
     same_as_plain(network, views(2, 64, 96))
     assert graphs and complete()
     assert names == list(a_network(backbone(), compiled=False).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "options", "expected"),
+    [
+        ("open_clip", "ViT", {"model": "ViT-B-32-quickgelu"}, 1),  # a block
+        ("open_clip", "ResNet", {"model": "RN50"}, 4),  # the stages
+        ("timm", "Timm", {"model": "vit_tiny_patch16_224"}, 1),  # all of it
+    ],
+)
+def test_networks_of_other_packages_are_compiled(graphs, package, name, options, expected):
+    pytest.importorskip(package)
+    module = importlib.import_module(f"models.backbones.{'clip' if 'clip' in package else package}")
+    backbone = getattr(module, name)(weights="none", **options).train()
+    image = torch.rand(1, 3, 64, 64)
+    with models.blocks.compiling(True):
+        found = backbone(image)
+    assert len(graphs) == expected and complete()
+    torch.testing.assert_close(found, backbone(image))
 
 
 def test_attention_that_a_head_guides_is_compiled(graphs):
