@@ -57,7 +57,8 @@ def check_resume(old, new):
             explicitly.
     """
     old = override(old, [])  # keys that are new since then have their defaults
-    free = [re.escape(key) for key in FREE]
+    # What a stage says of eval may also decide how it labels the target.
+    free = [*map(re.escape, FREE), r"stages\.[^.]+\.(log|checkpoint)"]
     before, after = ([stage["train"]["iters"] for stage in stages(cfg)] for cfg in (old, new))
     if longer := before[:-1] == after[:-1] and before[-1] <= after[-1]:
         free += [r"train\.iters", r"stages\.[^.]+\.iters", r"stages\.[^.]+\.train\.iters"]

@@ -45,6 +45,14 @@ def test_what_differs_in_a_list_is_named_alone_and_only_the_end_may_move(
         check_resume(plain(load(path, before)), load(path, after))
 
 
+@pytest.mark.parametrize("given", ["log: {every: 7}", "checkpoint: {keep: 1}"])
+def test_how_a_stage_logs_and_saves_may_change(write, given):
+    check_resume(
+        plain(load(write(""), ["stages=[{iters: 5}]"])),
+        load(write(""), [f"stages=[{{iters: 5, {given}}}]"]),
+    )
+
+
 @pytest.mark.parametrize(
     "before, after",
     [
