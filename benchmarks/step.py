@@ -9,9 +9,9 @@ each; the last one is measured, or `--stage NAME`.
 An operator is a call that PyTorch dispatches, on a CPU too: what a GPU is launched by, and views.
 A part has what runs in it and in no part within it. "losses" has their backward pass up to the
 network's outputs, "student" the rest of it; "teacher" its update. Host time is of `--steps` steps
-without any instrument, then as many are counted, then on a GPU as many profiled. The loss is the
-mean of the timed steps: on two trees it must agree, with `model.backbone.drop_path=0` where they
-draw in another order.
+without any instrument; then one is counted, and on a GPU one profiled. The loss is the mean of the
+timed steps: on two trees it must agree, with `model.backbone.drop_path=0` where they draw in
+another order.
 """
 
 import argparse
@@ -248,8 +248,8 @@ def measure(path, script, options, stack):
         losses.append(values["loss"].detach())
         return add(run, values, **more)
 
-    def per_step(counter, factor=1.0):
-        return {part: counter[part] * factor / options.steps for part in PARTS}
+    def by_part(counter, factor=1.0):
+        return {part: counter[part] * factor for part in PARTS}
 
     def measured(run, **streams):
         numbers, gpu = steps(run, **streams), run.device.type == "cuda"
@@ -261,7 +261,7 @@ def measure(path, script, options, stack):
             return itertools.islice(numbers, count)
 
         wait = torch.cuda.synchronize if gpu else lambda: None
-        yield from several(2)  # allocators and libraries warm up
+        yield from several(4)  # allocators, libraries and CUDA graphs warm up
         wait()
         if gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -273,20 +273,20 @@ def measure(path, script, options, stack):
         meter.enter("rest")
         wait()
         result["wall"] = 1e3 * (time.perf_counter() - began) / options.steps
-        result["host, ms"] = per_step(meter.seconds, 1e3)
+        result["host, ms"] = by_part(meter.seconds, 1e3 / options.steps)
         result["memory"] = peak_memory(run.device)
         result["loss"] = float(torch.stack(losses).mean())
         result["run"] = run
         with meter:
-            yield from several(options.steps)
-        result["operators"] = per_step(meter.operators)
+            yield from several(1)
+        result["operators"] = by_part(meter.operators)
         if gpu:
             meter.profiled = True
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                yield from several(options.steps)
+                yield from several(1)
                 wait()
             number, seconds = kernels_of(profiler)
-            result["kernels"], result["kernels, ms"] = per_step(number), per_step(seconds, 1e3)
+            result["kernels"], result["kernels, ms"] = by_part(number), by_part(seconds, 1e3)
         run.stopped = True
 
     for owner, name, new in (
