@@ -1,23 +1,20 @@
 """Small pieces that several networks share."""
 
 import contextlib
-import contextvars
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 from engine.errors import UserError
 from engine.step import Output
 from engine.weights import reason
+from models.compiled import caller
 
 # PyTorch 2.6 cannot tell an export from a compilation.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-CODES = 64  # forms of blocks that may be compiled; PyTorch's 8 are few, and others run as they are
 SMALL = 32  # pixels; up to here maps may have one cell, or attention no key
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -130,69 +127,11 @@ def joined(network, views, step):
     return dict(zip(views, parts))
 
 
-mode = contextvars.ContextVar("mode", default=False)  # `model.compile` of the pass that runs
-
-
-@contextlib.contextmanager
-def compiling(value):
-    """Within it, `run` calls compiled code, in the mode that `model.compile` names."""
-    before = mode.set(value)
-    try:
-        yield
-    finally:
-        mode.reset(before)
-
-
-def called(block, *inputs):
-    return block(*inputs)
-
-
-@functools.cache
-def compiled(mode):
-    """`called`, compiled: blocks of one class and width share its code, for each size of maps.
-
-    Code for any size takes longer to compile, and of MiT's blocks PyTorch 2.14 makes none.
-    """
-    torch._dynamo.config.cache_size_limit = CODES
-    # Random numbers as without compilation.
-    options = {"triton.cudagraphs": mode == "reduce-overhead", "fallback_random": True}
-    return torch.compile(called, dynamic=False, options=options)
-
-
-class DropPath(StochasticDepth):
-    """Leaves a residual out for some images of a batch, by a rate that compiled code reads.
-
-    A number would become a part of the code, and each block, with its own rate, had its own.
-    """
-
-    def __init__(self, rate):
-        super().__init__(rate, "row")
-        self.register_buffer("kept", torch.tensor(1 - rate), persistent=False)
-
-    def forward(self, x):
-        if not (self.training and torch.compiler.is_compiling()):
-            return super().forward(x) if self.training else x  # not compiled with the number either
-        kept = torch.bernoulli(self.kept.expand(len(x), *[1] * (x.ndim - 1))) / self.kept
-        return x * kept.to(x.dtype)
-
-
-def rates_as_tensors(network):
-    """Make every StochasticDepth of a network a DropPath, unless all rates are 0."""
-    found = [
-        (parent, name, child.p)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if type(child) is StochasticDepth and child.mode == "row"
-    ]
-    for parent, name, rate in found if any(rate for *_, rate in found) else ():
-        setattr(parent, name, DropPath(rate))
-
-
 def run(block, checkpointing, *inputs):
     """block(*inputs), by compiled code within `compiling`. With checkpointing, in training, only
     the inputs are kept: the backward pass computes the block again, with the same random numbers,
     and without moving running statistics a second time."""
-    call = compiled(mode.get()) if mode.get() else called
+    call = caller()
     if not (checkpointing and block.training and torch.is_grad_enabled()):
         return call(block, *inputs)
     contexts = {"context_fn": lambda: (contextlib.nullcontext(), still(block))}

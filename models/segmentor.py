@@ -12,7 +12,8 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from models.blocks import compiling, joined, rates_as_tensors, run, sizes_named, still
+from models.blocks import joined, run, sizes_named, still
+from models.compiled import compiling, rates_as_tensors
 
 
 class Segmentor(nn.Module):

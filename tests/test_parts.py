@@ -1219,7 +1219,7 @@ LEAVES = tuple(
     )
 )
 EXTRA = {  # beside its own folder and the leaves
-    "models": ("models.blocks",),
+    "models": ("models.blocks", "models.compiled"),
     "models.classifiers": ("models.prototypes",),
     "models.prototypes.text": ("models.backbones.clip",),  # the command that makes its file
     "models.prototypes.masked": (  # a command too

@@ -9,16 +9,17 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
-import models.blocks
 from engine.config import ConfigError, load
 from engine.ema import Teacher
 from engine.step import View
 from models.backbones.mit import MiT
 from models.backbones.resnet import ResNet
 from models.backbones.vit import ViT
-from models.blocks import DropPath, rates_as_tensors
+from models.blocks import run
 from models.classifiers.linear import Linear
+from models.compiled import DropPath, compiled, compiling, rates_as_tensors
 from models.decoders.deeplabv3plus import DeepLabV3Plus
 from models.decoders.segformer_mlp import SegFormerMLP
 from models.heads.region import Region
@@ -45,12 +46,12 @@ def graphs(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", without_code)
-    models.blocks.compiled.cache_clear()
+    compiled.cache_clear()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(cache_size_limit=8):  # PyTorch's, and back to it
         yield found
-    models.blocks.compiled.cache_clear()
+    compiled.cache_clear()
     torch._dynamo.reset()
 
 
@@ -166,7 +167,7 @@ def test_networks_of_other_packages_are_compiled(graphs, package, name, options,
     module = importlib.import_module(f"models.backbones.{'clip' if 'clip' in package else package}")
     backbone = getattr(module, name)(weights="none", **options).train()
     image = torch.rand(1, 3, 64, 64)
-    with models.blocks.compiling(True):
+    with compiling(True):
         found = backbone(image)
     assert len(graphs) == expected and complete()
     torch.testing.assert_close(found, backbone(image))
@@ -197,17 +198,17 @@ def test_attention_that_a_head_guides_is_compiled(graphs):
 
 
 def test_a_compiled_drop_path_leaves_out_whole_images_and_keeps_the_mean(graphs):
-    layers = nn.Sequential(*(models.blocks.StochasticDepth(p, "row") for p in (0.0, 0.5, 0.75)))
+    layers = nn.Sequential(*(StochasticDepth(p, "row") for p in (0.0, 0.5, 0.75)))
     rates_as_tensors(layers)
     assert all(type(layer) is DropPath for layer in layers) and not layers.state_dict()
     torch.manual_seed(0)
     for layer, kept in zip(layers, (1.0, 0.5, 0.25)):
-        with models.blocks.compiling(True):
-            y = models.blocks.run(layer, False, torch.ones(4096, 2, 3))
+        with compiling(True):
+            y = run(layer, False, torch.ones(4096, 2, 3))
         assert (y == y[:, :1, :1]).all() and set(y.unique().tolist()) <= {0.0, 1 / kept}
         assert abs(y.mean() - 1) < 0.1 and (y.std() > 0 or kept == 1)
     assert len(graphs) == 1
-    assert torch.equal(models.blocks.run(layers[1].eval(), False, y), y)
+    assert torch.equal(run(layers[1].eval(), False, y), y)
 
 
 def test_cuda_graphs_begin_anew_with_each_step(graphs, tmp_path, monkeypatch):
