@@ -57,3 +57,12 @@ def step(optimizer, scaler, skipped):
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+
+
+def marked(numbers, compiled):
+    """The numbers of steps. With `model.compile: reduce-overhead` each tells CUDA graphs that what
+    the step before left in their memory is free."""
+    for number in numbers:
+        if compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        yield number

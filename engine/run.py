@@ -23,7 +23,6 @@ import signal
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
@@ -171,12 +170,12 @@ class Run:
         )
         signals.gentle = True
         try:
-            for number in profiled(self.bar, self.stage.log.profile, self.folder, self.device):
+            for number in precision.marked(
+                profiled(self.bar, self.stage.log.profile, self.folder, self.device),
+                self.stage.model.compile,
+            ):
                 self.started = time.monotonic()
                 self.guard.begin(number)
-                if self.stage.model.compile == "reduce-overhead":
-                    # What the step before left in the memory of CUDA graphs is free.
-                    torch.compiler.cudagraph_mark_step_begin()
                 self.rates = schedule.set_rates(
                     self.optimizer, number, self.iters, self.stage.schedule
                 )

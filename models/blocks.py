@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 from engine.step import Output
 from engine.weights import reason
-from models.compiled import caller
+from models.compiled import caller, compiles  # noqa: F401 (for the network)
 
 # PyTorch 2.6 cannot tell an export from a compilation.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

@@ -13,6 +13,7 @@ from engine.build import build, build_any, present
 from engine.config import ConfigError, listing, override, stages
 from models import foreign, lora
 from models.cache import FeatureCache
+from models.compiled import rates_as_tensors
 from models.segmentor import Segmentor
 
 logger = logging.getLogger("engine")
@@ -113,6 +114,8 @@ def build_segmentor(model, classes, pretrained=True, start=None):
         cache,
         model.compile,
     )
+    if model.compile:
+        rates_as_tensors(network)
     if start:
         begin(network, start, classes)
     return network.to(memory_format=torch.channels_last) if model.channels_last else network

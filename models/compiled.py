@@ -25,6 +25,21 @@ def compiling(value):
         mode.reset(before)
 
 
+def compiles(by_default):
+    """Decorator of a network's method: its blocks are compiled as its attribute `compiled` says, if the
+    caller says so too (the keyword `compiled`) or it is the default."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def inner(network, *arguments, compiled=by_default, **options):
+            with compiling(compiled and network.compiled):
+                return method(network, *arguments, **options)
+
+        return inner
+
+    return decorate
+
+
 def called(block, *inputs):
     return block(*inputs)
 

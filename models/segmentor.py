@@ -12,8 +12,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from models.blocks import joined, run, sizes_named, still
-from models.compiled import compiling, rates_as_tensors
+from models.blocks import compiles, joined, run, sizes_named, still
 
 
 class Segmentor(nn.Module):
@@ -54,8 +53,6 @@ class Segmentor(nn.Module):
             self.add_module(name, head)
         for part in self._frozen():
             part.requires_grad_(False)
-        if compiled:
-            rates_as_tensors(self)
 
     @property
     def heads(self):
@@ -79,16 +76,16 @@ class Segmentor(nn.Module):
             part.eval()
         return self
 
-    def segment(self, image, domain="target", heads=False, step=0, compiled=False):
+    @compiles(False)
+    def segment(self, image, domain="target", heads=False, step=0):
         """One image batch (B, 3, H, W) -> Output. Logits stay at feature size.
 
         Args:
             heads: run those heads too that otherwise run in training alone.
             step: for parts that ramp.
-            compiled: call compiled blocks where training does, for images of training's size.
+            compiled: call compiled blocks, as training does, on images of training's size.
         """
-        with compiling(compiled and self.compiled):
-            return self.look(View(image, domain), step, heads)
+        return self.look(View(image, domain), step, heads)
 
     def look(self, view, step=0, heads=False, maps=None):
         """View -> Output, as `segment`; `maps` are those of the backbone, if they are there."""
@@ -105,6 +102,7 @@ class Segmentor(nn.Module):
         output.logits = self.classifier(output.features, output)
         return output
 
+    @compiles(True)
     def forward(self, views, step=0):
         """All views of a training step: {name: View} -> {name: Output}."""
         if self.bn_views and not {*self.bn_views} & {*views}:
@@ -119,11 +117,8 @@ class Segmentor(nn.Module):
             raise UserError(
                 "stem: per_domain on several processes needs views of both domains in every step"
             )
-        outputs = ByView()
-        with compiling(self.compiled):
-            maps = joined(self, views, step)
-            for name, view in views.items():
-                moves = name in (self.bn_views or views)
-                with contextlib.nullcontext() if moves else still(self):
-                    outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
+        outputs, maps = ByView(), joined(self, views, step)
+        for name, view in views.items():
+            with still(self) if name not in (self.bn_views or views) else contextlib.nullcontext():
+                outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
         return outputs

@@ -71,7 +71,10 @@ def a_network(backbone, compiled=True, heads=None, **options):
         decoder = SegFormerMLP(in_channels=backbone.channels, width=8, dropout=0.0)
     classifier = Linear(in_channels=8, num_classes=3)
     made = heads(classifier) if heads else None
-    return Segmentor(backbone, decoder, classifier, made, compiled=compiled, **options).train()
+    network = Segmentor(backbone, decoder, classifier, made, compiled=compiled, **options).train()
+    if compiled:
+        rates_as_tensors(network)
+    return network
 
 
 def views(images, height, width):
