@@ -490,6 +490,7 @@ def test_a_segmentor_comes_back_from_its_state_dict_alone(spec, tmp_path):
         lora=0,
         bn_views=[],
         channels_last=True,
+        compile=False,
         heads=Config(),
     )
     first, second = (build_segmentor(model, "abc").eval() for _ in range(2))
