@@ -57,7 +57,7 @@ def read(path):
         WeightsError: no such file, an incomplete or damaged file, one that holds more than tensors
             and plain values, or whose content claims more than the file holds.
     """
-    path = Path(path)
+    path, sizes = Path(path), None
     if not os.path.isfile(path):
         raise WeightsError(f"there is no file {path}")
     try:
@@ -69,17 +69,18 @@ def read(path):
         content = read_safetensors(path)
     else:
         if start == b"PK\3\4":
-            check_archive(path)
+            sizes = check_archive(path)
         elif start:
             with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
                 check_pickle(data, path)
         content = read_pytorch(path, start)
-    check_content(content, path)
+    check_content(content, path, sizes)
     return content
 
 
 def check_archive(path):
-    """Raise WeightsError for a zip archive that claims more than it holds or fails a checksum.
+    """Raise WeightsError for a zip archive that claims more than it holds or fails a checksum ->
+    {sizes of its members, bytes}.
 
     PyTorch checks neither. It takes 0.3 s per GB, less than the reading that follows.
     """
@@ -122,6 +123,7 @@ def check_archive(path):
         for member in members:
             if member.filename.endswith("/data.pkl"):
                 check_pickle(archive.read(member), path)
+    return {member.file_size for member in members}
 
 
 def check_pickle(data, path):
@@ -182,10 +184,13 @@ def read_safetensors(path):
         ) from None
 
 
-def check_content(content, path):
+def check_content(content, path, sizes):
     """Raise WeightsError unless what was read stays as large as its file when it is used.
 
     A tensor may repeat one stored number, and a list another list, a billion times.
+
+    Args:
+        sizes: bytes of each member of an archive; torch 2.6 reads on behind the end of one.
     """
     size, known = path.stat().st_size, {}
 
@@ -193,7 +198,7 @@ def check_content(content, path):
         """How many values a nested dict or list has when it is written out, and how deep it is."""
         count, height = 1, 0
         if isinstance(value, torch.Tensor):
-            check_tensor(value, size, path)
+            check_tensor(value, size, path, sizes)
         elif isinstance(value, (dict, list, tuple)) and depth <= DEPTH:
             if id(value) not in known:
                 items = value.values() if isinstance(value, dict) else value
@@ -207,12 +212,14 @@ def check_content(content, path):
     measure(content)
 
 
-def check_tensor(tensor, size, path):
+def check_tensor(tensor, size, path, sizes):
     """Raise WeightsError unless a file of so many bytes can hold every number of a tensor."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise WeightsError(f"{path} holds a tensor without its numbers")
     needed = tensor.numel() * tensor.element_size()
     stored = min(tensor.untyped_storage().nbytes(), size)
+    if sizes and tensor.untyped_storage().nbytes() not in sizes:
+        raise WeightsError(f"{path} is damaged: none of its members is a tensor's {needed} bytes")
     if needed > stored:
         raise WeightsError(
             f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: "
