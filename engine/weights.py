@@ -190,7 +190,8 @@ def check_content(content, path, sizes):
     A tensor may repeat one stored number, and a list another list, a billion times.
 
     Args:
-        sizes: bytes of each member of an archive; torch 2.6 reads on behind the end of one.
+        sizes: bytes of each member of an archive, None for other files. torch 2.6 reads on
+            behind the end of a member.
     """
     size, known = path.stat().st_size, {}
 
@@ -213,13 +214,17 @@ def check_content(content, path, sizes):
 
 
 def check_tensor(tensor, size, path, sizes):
-    """Raise WeightsError unless a file of so many bytes can hold every number of a tensor."""
+    """Raise WeightsError unless a file of so many bytes, and one member of it if it is an archive,
+    can hold every number of a tensor."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise WeightsError(f"{path} holds a tensor without its numbers")
-    needed = tensor.numel() * tensor.element_size()
-    stored = min(tensor.untyped_storage().nbytes(), size)
-    if sizes and tensor.untyped_storage().nbytes() not in sizes:
-        raise WeightsError(f"{path} is damaged: none of its members is a tensor's {needed} bytes")
+    held, needed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    if sizes and held not in sizes:
+        raise WeightsError(
+            f"{path} is damaged: a tensor {tuple(tensor.shape)} takes {held} bytes, and no member "
+            "of the archive has as many"
+        )
+    stored = min(held, size)
     if needed > stored:
         raise WeightsError(
             f"{path} holds {stored} bytes of a tensor {tuple(tensor.shape)} of {needed} bytes: "

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 from engine.step import Output
 from engine.weights import reason
-from models.compiled import caller, compiles  # noqa: F401 (for the network)
+from models.compiled import caller
 
 # PyTorch 2.6 cannot tell an export from a compilation.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -72,12 +72,11 @@ def dilate(stage, dilation):
 
 
 @contextlib.contextmanager
-def still(module):
+def still(module, when=True):
     """Within it, batch norms in training mode normalise by their batch and keep their running
-    statistics."""
-    norms = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-    ]
+    statistics; if `when` is false, they move as usual."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in module.modules() if when and isinstance(m, kind) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, (_, counter) in zip(norms, before):
         # A counter to throw away: nn.SyncBatchNorm refuses to do without one.
@@ -128,7 +127,7 @@ def joined(network, views, step):
 
 
 def run(block, checkpointing, *inputs):
-    """block(*inputs), by compiled code within `compiling`. With checkpointing, in training, only
+    """block(*inputs), by compiled code within `compiled.compiling`. With checkpointing, in training, only
     the inputs are kept: the backward pass computes the block again, with the same random numbers,
     and without moving running statistics a second time."""
     call = caller()

@@ -26,8 +26,8 @@ def compiling(value):
 
 
 def compiles(by_default):
-    """Decorator of a network's method: its blocks are compiled as its attribute `compiled` says, if the
-    caller says so too (the keyword `compiled`) or it is the default."""
+    """Decorator of a network's method: its blocks are compiled as the network's `compiled` says, if
+    the caller says so too (the keyword `compiled`) or it is the default."""
 
     def decorate(method):
         @functools.wraps(method)

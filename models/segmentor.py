@@ -5,14 +5,13 @@ parameter of a run lives in the Segmentor, and views (source, target, strongly a
 are entries of one dict.
 """
 
-import contextlib
-
 from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
 from engine.step import ByView, Output, View
-from models.blocks import compiles, joined, run, sizes_named, still
+from models.blocks import joined, run, sizes_named, still
+from models.compiled import compiles
 
 
 class Segmentor(nn.Module):
@@ -119,6 +118,6 @@ class Segmentor(nn.Module):
             )
         outputs, maps = ByView(), joined(self, views, step)
         for name, view in views.items():
-            with still(self) if name not in (self.bn_views or views) else contextlib.nullcontext():
+            with still(self, when=name not in (self.bn_views or views)):
                 outputs[name] = self.look(view, step, heads=True, maps=maps.get(name))
         return outputs
