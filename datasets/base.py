@@ -342,8 +342,8 @@ class SegmentationData(Dataset):
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
             with drawing(int(state[0])):
                 image, *maps = self.augment(image, *maps)
-        image, label, *maps = (
-            values.as_subclass(torch.Tensor).contiguous() for values in (image, *maps)
+        image, label, *maps = (  # NumPy packs what is interleaved in half the time
+            torch.from_numpy(np.ascontiguousarray(values.numpy())) for values in (image, *maps)
         )
         extra = dict(zip(self.extra, maps, strict=True))
         item = {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}

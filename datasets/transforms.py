@@ -62,7 +62,7 @@ def distort(image):
     bright, contrast, saturation, hue, late = (torch.rand(5) < 0.5).tolist()
     shift, factor = uniform(-BRIGHTNESS, BRIGHTNESS), uniform(*FACTORS)
     color_factor, turn = uniform(*FACTORS), uniform(-HUE, HUE)
-    x = image.permute(1, 2, 0).numpy().astype(np.float32, order="C") / 255  # (H, W, 3)
+    x = pixels_of(image).astype(np.float32, order="C") / 255
     if bright:
         x = (x + np.float32(shift)).clip(0, 1)
     if contrast and not late:
@@ -74,8 +74,7 @@ def distort(image):
         x = cv2.cvtColor(cv2.merge([h, s, v]), cv2.COLOR_HSV2RGB)
     if contrast and late:
         x = (x * np.float32(factor)).clip(0, 1)
-    pixels = torch.from_numpy((x * 255).round().clip(0, 255).astype(np.uint8))
-    return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
+    return image_of((x * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def jitter(image, order, brightness, contrast, saturation, hue):
@@ -90,7 +89,7 @@ def jitter(image, order, brightness, contrast, saturation, hue):
     Returns:
         The same.
     """
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (H, W, 3)
+    pixels = np.ascontiguousarray(pixels_of(image))
     matrix, mean = np.eye(3, 4), np.array(cv2.mean(pixels)[:3])
     for change in order:
         step, offset = np.eye(3), 0.0
@@ -108,8 +107,29 @@ def jitter(image, order, brightness, contrast, saturation, hue):
             matrix, mean = np.eye(3, 4), np.array(cv2.mean(pixels)[:3])
         matrix = step @ matrix
         matrix[:, 3] += offset
-    pixels = torch.from_numpy(cv2.transform(pixels, matrix))
-    return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
+    return image_of(cv2.transform(pixels, matrix))
+
+
+def pixels_of(image):
+    """(3, H, W) uint8 -> an array (H, W, 3), a view: what OpenCV reads, and quick to resize."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def image_of(pixels):
+    """The inverse of `pixels_of`."""
+    return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+
+
+def cut(values, start, window, fill):
+    """A window of values (H, W, ...), which may reach beyond them: there is `fill`."""
+    ends = [a + w for a, w in zip(start, window)]
+    before = [max(0, -a) for a in start]
+    after = [max(0, end - side) for end, side in zip(ends, values.shape)]
+    inner = values[max(0, start[0]) : ends[0], max(0, start[1]) : ends[1]]
+    if not any(before + after):
+        return inner
+    borders = before[0], after[0], before[1], after[1]
+    return cv2.copyMakeBorder(inner, *borders, cv2.BORDER_CONSTANT, value=fill)
 
 
 def resize_map(values, size):
@@ -195,16 +215,8 @@ class Augment:
                 if self.varied(maps[0], start, window):
                     break
                 start = self.place(size, window)
-        before = [max(0, -a) for a in start]
-        after = [max(0, a + w - s) for a, w, s in zip(start, window, size)]
-        if any(before + after):
-            padding = [before[1], before[0], after[1], after[0]]  # left, top, right, bottom
-            image, maps = (
-                F.pad(image, padding, fill=FILL),
-                [F.pad(values, padding, fill=IGNORE) for values in maps],
-            )
-        box = [a + b for a, b in zip(start, before)] + window  # top, left, height, width
-        image, *maps = (F.crop(values, *box) for values in (image, *maps))
+        image = image_of(cut(pixels_of(image), start, window, FILL))
+        maps = [tv_tensors.Mask(cut(values.numpy(), start, window, IGNORE)) for values in maps]
         if window != self.crop:
             image, maps = (
                 F.resize(image, self.crop, antialias=True),

@@ -48,6 +48,7 @@ def test_a_sample_is_image_label_and_numbers(tmp_path):
     assert sample["label"].shape == SIZE and column(sample["label"])[:4] == [0, 1, 2, 255]
     assert sample["image"].dtype == sample["label"].dtype == torch.uint8
     assert type(sample["image"]) is type(sample["label"]) is torch.Tensor
+    assert sample["image"].is_contiguous()  # as the loader stacks and sends it
     assert (sample["index"], sample["sample"]) == (1, 17)
 
 
