@@ -26,6 +26,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -75,7 +76,9 @@ def to_export(whole, example, free, path, about):
     dimensions (B, H, W, 3) of any size."""
     free = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),)
     program = torch.export.export(whole, (example,), dynamic_shapes=free, strict=False)
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+    with warnings.catch_warnings():  # of weights in channels_last, which it stores as they are
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return torch.export.load(path).module()
 
 
