@@ -31,10 +31,11 @@ per pair, a column per method and the mean over pairs.
 
 Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists is skipped; one that
 was interrupted goes on from its last checkpoint. Where `python eval.py
-runs/<name>/*/seed*/step_*.pt diagnostics=true` has looked at the class vectors of the runs, the
-table shows what it found. Grid keys (`seeds=[0]`, `common=[...]`) and `runs` (at a time),
-`threads` (of each run), `folder`, `out` can be set on the command line, and `common+=[...]` adds to
-a list. A failed run is reported with the end of its output, and the others go on.
+runs/<name>/*/seed*/step_*.pt diagnostics=true` (class vectors) or `domains=true` (distances between
+domains) has looked at the runs, the table shows what it found. Grid keys (`seeds=[0]`,
+`common=[...]`) and `runs` (at a time), `threads` (of each run), `folder`, `out` can be set on the
+command line, and `common+=[...]` adds to a list. A failed run is reported with the end of its
+output, and the others go on.
 
 The grids need their data: most read `data/camvid`, a folder or a link;
 `common+=[data.root=PATH]` names another one.
@@ -72,6 +73,7 @@ DEFAULTS = {
     "rows": {},
 }
 KEYS = ("name", *DEFAULTS)
+LOOKS = ("diagnostics", "domains")  # modes of eval.py whose findings the tables show
 LOCAL = ("runs", "threads", "folder", "out")  # how and where, and no part of what was measured
 
 
@@ -195,9 +197,10 @@ def collect(grid):
         runs.append(
             {"row": row, "seed": seed, **result, "command": " ".join(command[1:]), "scalars": ends}
         )
-        path = folder / f"eval_step_{result['step']:07d}" / "diagnostics.json"
-        if path.exists():
-            runs[-1]["diagnostics"] = read_json(path)
+        looked = folder / f"eval_step_{result['step']:07d}"
+        for name in LOOKS:
+            if (looked / f"{name}.json").exists():
+                runs[-1][name] = read_json(looked / f"{name}.json")
     return runs
 
 
@@ -287,6 +290,27 @@ def diagnosed(grid, runs):
     ]
 
 
+def gaps(grid, runs):
+    """One table per space of what eval.py has measured between the domains, mean over seeds."""
+    found = [(facts["row"], facts["domains"]) for facts in runs if "domains" in facts]
+    lines, source = [], found[0][1]["source"] if found else None
+    for space in dict.fromkeys(space for _, look in found for space in look["spaces"]):
+        looks = [(owner, look["spaces"][space]) for owner, look in found if space in look["spaces"]]
+        heads = [f"{name}: {key}" for name, terms in looks[0][1].items() for key in terms]
+        rows = []
+        for row in grid["rows"]:
+            values = [
+                [terms[name][key] for name, key in (head.split(": ") for head in heads)]
+                for owner, terms in looks
+                if owner == row
+            ]
+            rows += [(row, [str(len(values)), *means_of(values, 3)])] if values else []
+        title = f"Domains in the space {space}, as seen from {source}, mean over seeds "
+        title += "(`eval.py ... domains=true`, engine/domains.py):"
+        lines += ["", title, "", *table_of(["seeds", *heads], rows)]
+    return lines
+
+
 def markdown(grid, runs):
     """One line per row, one column per test set: mean and standard deviation over seeds."""
     runs = [facts for facts in runs if facts["row"] in grid["rows"]]
@@ -326,7 +350,8 @@ def markdown(grid, runs):
         f"seeds {distinct('seed')}; {minutes[0]:.1f} to {minutes[-1]:.1f} minutes a run. "
         "Last checkpoint. ± is the standard deviation over seeds.",
     ]
-    return "\n".join([*lines, *per_class(grid, runs), *diagnosed(grid, runs)]) + "\n"
+    lines += [*per_class(grid, runs), *diagnosed(grid, runs), *gaps(grid, runs)]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments):

@@ -242,6 +242,34 @@ def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_pa
     assert "| unseen | 0 |" in text and "Rarest in training: Pole; commonest: Sky, Road" in text
 
 
+def test_the_table_shows_how_far_eval_py_found_the_domains_apart(tmp_path):
+    from benchmarks.reproduce import collect, markdown
+
+    grid = {"name": "g", "script": "train_dg.py", "seeds": [0, 1], "metric": "mIoU", "common": []}
+    grid |= {"folder": tmp_path, "file": "g.yaml", "threads": 0, "scalars": [], "pairs": None}
+    grid["rows"] = {row: {"config": "c.yaml"} for row in ("control", "aligned")}
+    facts = {"step": 3, "seconds": 60, "commit": "c", "device": "d", "torch": "t", "iters": 3}
+
+    def write(row, seed, **spaces):
+        folder = tmp_path / "g" / row / f"seed{seed}"
+        (folder / "eval_step_0000003").mkdir(parents=True)
+        content = facts | {"seed": seed, "results": {"toy": {"mIoU": 50.0}}}
+        (folder / "results.json").write_text(json.dumps(content))
+        spaces = {
+            space: {"dusk": {"distance": value, "error": 0.5}} for space, value in spaces.items()
+        }
+        found = json.dumps({"source": "day", "spaces": spaces})
+        (folder / "eval_step_0000003" / "domains.json").write_text(found)
+
+    write("control", 0, features=1.5), write("control", 1, features=0.5)
+    write("aligned", 0, features=0.25, joint=0.125)
+    text = markdown(grid, collect(grid))
+    assert "| row | seeds | dusk: distance | dusk: error |" in text
+    assert "| control | 2 | 1.000 | 0.500 |" in text and "| aligned | 1 | 0.250 | 0.500 |" in text
+    joint = text.split("in the space joint, as seen from day")[1]
+    assert "| aligned | 1 | 0.125 | 0.500 |" in joint and "control" not in joint
+
+
 def test_pairs_make_a_row_for_every_ordered_pair_and_method_and_a_table_of_them(tmp_path):
     from benchmarks.reproduce import jobs, load_grid, markdown
 
