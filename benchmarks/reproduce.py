@@ -296,11 +296,12 @@ def gaps(grid, runs):
     lines, source = [], found[0][1]["source"] if found else None
     for space in dict.fromkeys(space for _, look in found for space in look["spaces"]):
         looks = [(owner, look["spaces"][space]) for owner, look in found if space in look["spaces"]]
-        heads = [f"{name}: {key}" for name, terms in looks[0][1].items() for key in terms]
+        terms = {name: values for _, look in looks for name, values in look.items()}
+        heads = [f"{name}: {key}" for name, values in terms.items() for key in values]
         rows = []
         for row in grid["rows"]:
             values = [
-                [terms[name][key] for name, key in (head.split(": ") for head in heads)]
+                [terms.get(name, {}).get(key) for name, key in (head.split(": ") for head in heads)]
                 for owner, terms in looks
                 if owner == row
             ]

@@ -263,9 +263,15 @@ def test_the_table_shows_how_far_eval_py_found_the_domains_apart(tmp_path):
 
     write("control", 0, features=1.5), write("control", 1, features=0.5)
     write("aligned", 0, features=0.25, joint=0.125)
+    other = tmp_path / "g" / "aligned" / "seed1"  # tested on another domain
+    (other / "eval_step_0000003").mkdir(parents=True)
+    (other / "results.json").write_text(json.dumps(facts | {"seed": 1, "results": {"toy": {}}}))
+    look = {"source": "day", "spaces": {"features": {"fog": {"distance": 2.0}}}}
+    (other / "eval_step_0000003" / "domains.json").write_text(json.dumps(look))
     text = markdown(grid, collect(grid))
-    assert "| row | seeds | dusk: distance | dusk: error |" in text
-    assert "| control | 2 | 1.000 | 0.500 |" in text and "| aligned | 1 | 0.250 | 0.500 |" in text
+    assert "| row | seeds | dusk: distance | dusk: error | fog: distance |" in text
+    assert "| control | 2 | 1.000 | 0.500 | - |" in text
+    assert "| aligned | 2 | 0.250 | 0.500 | 2.000 |" in text
     joint = text.split("in the space joint, as seen from day")[1]
     assert "| aligned | 1 | 0.125 | 0.500 |" in joint and "control" not in joint
 
