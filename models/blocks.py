@@ -127,9 +127,9 @@ def joined(network, views, step):
 
 
 def run(block, checkpointing, *inputs):
-    """block(*inputs), by compiled code within `compiled.compiling`. With checkpointing, in training, only
-    the inputs are kept: the backward pass computes the block again, with the same random numbers,
-    and without moving running statistics a second time."""
+    """block(*inputs), by compiled code within `compiled.compiling`. With checkpointing, in
+    training, only the inputs are kept: the backward pass computes the block again, with the same
+    random numbers, and without moving running statistics a second time."""
     call = caller()
     if not (checkpointing and block.training and torch.is_grad_enabled()):
         return call(block, *inputs)
