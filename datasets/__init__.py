@@ -19,7 +19,6 @@ dict
 
     image (3, H, W) uint8 RGB    label (H, W) uint8, 255 = ignore
     index in the data set        sample: its stream number
-    pixels (K + 1) int64: of each class, and last ignored ones; only where there are labels
     extra {name: (H, W) uint8}: maps that a run has stored, such as pseudo labels
 
 A set without files, such as toy.Toy, fills `samples`, `extra`, `stylised` and `left_out` itself and

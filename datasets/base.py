@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from datasets.reading import (
     PICTURES,
@@ -333,28 +332,19 @@ class SegmentationData(Dataset):
         """item: an index, or (index, sample) from the sampler."""
         index, sample = item if isinstance(item, tuple) else (item, item)
         image, label = self.load(index)
-        maps = [label, *self.load_maps(index, image)]
-        image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-        maps = [tv_tensors.Mask(torch.from_numpy(values)) for values in maps]
+        maps = self.load_maps(index, image)
         if self.augment is not None:
             # A pure function of (seed, sample): neither workers nor processes nor resuming change
             # what is drawn.
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
             with drawing(int(state[0])):
-                image, *maps = self.augment(image, *maps)
-        image, label, *maps = (  # NumPy packs what is interleaved in half the time
-            torch.from_numpy(np.ascontiguousarray(values.numpy())) for values in (image, *maps)
-        )
+                image, label, *maps = self.augment(image, label, *maps)
+        planes = np.empty((3, *label.shape), np.uint8)
+        cv2.split(np.ascontiguousarray(image), [*planes])  # NumPy takes five times as long
+        label, *maps = (torch.from_numpy(np.ascontiguousarray(values)) for values in (label, *maps))
         extra = dict(zip(self.extra, maps, strict=True))
-        item = {"image": image, "label": label, "index": index, "sample": sample, "extra": extra}
-        return item | ({"pixels": count_pixels(label, len(self.CLASSES))} if self.labels else {})
-
-
-def count_pixels(label, classes):
-    """Pixels of each class, and last of those that are ignored, in a label (H, W) uint8 -> (classes
-    + 1) int64."""
-    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
-    return torch.cat([counts[:classes], counts[classes:].sum(0, keepdim=True)])
+        item = {"image": torch.from_numpy(planes), "label": label, "extra": extra}
+        return item | {"index": index, "sample": sample}
 
 
 def check_scored(name, dataset):

@@ -14,7 +14,7 @@ from datasets.statistics import class_counts
 from engine import distributed
 from engine.build import build, build_any, present
 from engine.config import TARGET, ConfigError, derived_seed
-from engine.metrics import ConfusionMatrix, warnings_about
+from engine.metrics import ConfusionMatrix, count_pixels, warnings_about
 
 logger = logging.getLogger("engine")
 
@@ -143,9 +143,9 @@ class Stream:
         began = time.monotonic()
         batch = next(self.batches)
         self.waits += time.monotonic() - began
-        if self.unseen > 0 and "pixels" in batch:
-            self.pixels += batch["pixels"].sum(0)
-            self.unseen -= len(batch["pixels"])
+        if self.unseen > 0 and self.dataset.labels:
+            self.pixels += count_pixels(batch["label"], len(self.dataset.CLASSES))
+            self.unseen -= len(batch["label"])
             if self.unseen <= 0:
                 self.warn()
         return batch

@@ -2,8 +2,9 @@
 that names it.
 
 Pillow says what a file holds, and decodes it, because OpenCV returns truncated JPEGs half filled,
-silently, and turns palette indices into colours. Plain colour and grey of 8 bits is decoded by
-torchvision, to the same pixels in two thirds of the time; what it refuses is Pillow's again.
+silently, and turns palette indices into colours. A JPEG or PNG whose header says plain colour or
+grey of 8 bits is decoded by torchvision, to the same pixels in two thirds of the time; what it
+refuses is Pillow's again.
 """
 
 import logging
@@ -196,36 +197,67 @@ def depths(picture):
 
 
 def plain_png(data):
-    """Whether each chunk of a PNG is as it was written and none may turn it or make it transparent.
-    torchvision looks at neither, and `Image.open` not behind the pixels."""
-    start, name = 8, b""
+    """(H, W, channels) of a PNG of 8 bits, grey or RGB, of which each chunk is as it was written and
+    none may turn it or make it transparent; None for any other. torchvision looks at neither."""
+    start, name, shape = 8, b"", None
     while name != b"IEND":
         length, name = struct.unpack_from(">I4s", data, start)
         body, end = data[start + 8 : start + 8 + length], start + 8 + length
         if name not in PLAIN or body[:11] == b"Raw profile":  # in which tEXt may hold EXIF
-            return False
+            return None
         if zlib.crc32(body, zlib.crc32(name)) != struct.unpack_from(">I", data, end)[0]:
-            return False
+            return None
+        if name == b"IHDR":
+            width, height, bits, kind = struct.unpack_from(">IIBB", body)
+            shape = (height, width, {0: 1, 2: 3}.get(kind)) if bits == 8 else None
         start = end + 4
-    return True
+    return shape
 
 
-def plain(path, picture, own):
+def plain_jpeg(data):
+    """The same of a JPEG, by the segments before its pixels."""
+    start, shape = 2, None
+    while True:
+        mark, code, length = struct.unpack_from(">BBH", data, start)
+        body, start = data[start + 4 : start + 2 + length], start + 2 + length
+        if mark != 0xFF or code in (0xD8, 0xD9, 0xFF):
+            return None
+        if code in (0xC0, 0xC1, 0xC2):  # Huffman codes, sequential or progressive
+            bits, height, width, channels = struct.unpack_from(">BHHB", body)
+            shape = (height, width, channels) if bits == 8 else None
+        several = code == 0xE2 and body[:4] == b"MPF\0"
+        if several or (code == 0xE1 and not upright(bytes(body))):
+            return None
+        if code == 0xDA:  # pixels follow
+            return shape
+
+
+def upright(segment):
+    """Whether an application segment of a JPEG, EXIF or XMP, leaves the picture as it is."""
+    if not segment.startswith(b"Exif\0\0"):
+        return b"Orientation" not in segment
+    exif = Image.Exif()
+    exif.load(segment)
+    return exif.get(ExifTags.Base.Orientation, 1) == 1
+
+
+def plain(path, rgb=False):
     """Pixels of a JPEG or PNG whose header says grey or RGB of 8 bits and the right way up, (H, W)
-    or (H, W, 3); None for any other file, and for one that torchvision cannot read."""
-    known = picture.format in ("JPEG", "PNG") and picture.mode in ("L", "RGB") and own == 255
-    if decode_image is None or not known:
+    or (H, W, 3); None for any other file, and for one that torchvision cannot read.
+
+    `rgb`: none of grey.
+    """
+    if decode_image is None:
         return None
     with suppress(*BROKEN):
         data = np.fromfile(path, np.uint8)
-        if picture.format == "PNG":  # whose `getexif` would decode it
-            fits = plain_png(memoryview(data))
-        else:
-            fits = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if fits:
-            pixels = decode_image(torch.from_numpy(data))
-            if (pixels.shape[0], *pixels.shape[:0:-1]) == (len(picture.getbands()), *picture.size):
-                return pixels.permute(1, 2, 0).squeeze(2).numpy()
+        view = memoryview(data)
+        shape = (plain_png if view[:4] == b"\x89PNG" else plain_jpeg)(view)
+        height, width, channels = shape or (0, 0, 0)
+        if channels in (3, 1)[: 2 - rgb] and height * width * PIXEL_BYTES <= LARGE:
+            pixels = decode_image(torch.from_numpy(data)).permute(1, 2, 0)
+            if tuple(pixels.shape) == shape:
+                return pixels.squeeze(2).numpy()
     return None
 
 
@@ -235,11 +267,10 @@ def decode(path, kind, rgb=False):
 
     `rgb`: (H, W, 3) uint8, but for grey of more than 8 bits, which stays (H, W).
     """
+    if (pixels := plain(path, rgb)) is not None:
+        return pixels, 255, 255
     with opened(path, kind) as picture:
         top, own = depths(picture)
-        pixels = plain(path, picture, own) if picture.mode == "RGB" or not rgb else None
-        if pixels is not None:
-            return pixels, top, own
         picture.load()
         with suppress(*BROKEN):  # damaged tags say nothing, and do no harm
             ImageOps.exif_transpose(picture, in_place=True)

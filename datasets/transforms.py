@@ -25,7 +25,6 @@ from typing import Annotated
 import cv2
 import numpy as np
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -44,7 +43,7 @@ def uniform(low, high):
     return low + (high - low) * float(torch.rand(()))
 
 
-def distort(image):
+def distort(pixels):
     """Photometric distortion of SSD (Liu et al., ECCV 2016), in the strength that is usual in
     segmentation.
 
@@ -55,14 +54,14 @@ def distort(image):
     two degrees each; the models compared with here were trained with the latter.
 
     Args:
-        image: (3, H, W) uint8.
+        pixels: (H, W, 3) uint8.
     Returns:
         The same.
     """
     bright, contrast, saturation, hue, late = (torch.rand(5) < 0.5).tolist()
     shift, factor = uniform(-BRIGHTNESS, BRIGHTNESS), uniform(*FACTORS)
     color_factor, turn = uniform(*FACTORS), uniform(-HUE, HUE)
-    x = pixels_of(image).astype(np.float32, order="C") / 255
+    x = pixels.astype(np.float32) / 255
     if bright:
         x = (x + np.float32(shift)).clip(0, 1)
     if contrast and not late:
@@ -74,22 +73,21 @@ def distort(image):
         x = cv2.cvtColor(cv2.merge([h, s, v]), cv2.COLOR_HSV2RGB)
     if contrast and late:
         x = (x * np.float32(factor)).clip(0, 1)
-    return image_of((x * 255).round().clip(0, 255).astype(np.uint8))
+    return (x * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def jitter(image, order, brightness, contrast, saturation, hue):
+def jitter(pixels, order, brightness, contrast, saturation, hue):
     """v2.ColorJitter, rounded and cut to the range before and after hue alone, where it rounds down
     after each of its four changes: those between are one matrix, in a fraction of the time.
 
     Args:
-        image: (3, H, W) uint8.
+        pixels: (H, W, 3) uint8.
         order: 0 to 3 in the order of the changes: brightness, contrast, saturation, hue.
         brightness, contrast, saturation: factors.
         hue: in turns; None for a change that is not made.
     Returns:
         The same.
     """
-    pixels = np.ascontiguousarray(pixels_of(image))
     matrix, mean = np.eye(3, 4), np.array(cv2.mean(pixels)[:3])
     for change in order:
         step, offset = np.eye(3), 0.0
@@ -107,17 +105,7 @@ def jitter(image, order, brightness, contrast, saturation, hue):
             matrix, mean = np.eye(3, 4), np.array(cv2.mean(pixels)[:3])
         matrix = step @ matrix
         matrix[:, 3] += offset
-    return image_of(cv2.transform(pixels, matrix))
-
-
-def pixels_of(image):
-    """(3, H, W) uint8 -> an array (H, W, 3), a view: what OpenCV reads, and quick to resize."""
-    return image.permute(1, 2, 0).numpy()
-
-
-def image_of(pixels):
-    """The inverse of `pixels_of`."""
-    return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+    return cv2.transform(pixels, matrix)
 
 
 def cut(values, start, window, fill):
@@ -132,10 +120,20 @@ def cut(values, start, window, fill):
     return cv2.copyMakeBorder(inner, *borders, cv2.BORDER_CONSTANT, value=fill)
 
 
+def resize(pixels, size):
+    """(H, W, 3) uint8 -> `size`, smoothed where it shrinks: PyTorch's kernel is quick where channels
+    lie side by side, as here."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return F.resize_image(image, size, antialias=True).permute(1, 2, 0).numpy()
+
+
 def resize_map(values, size):
-    """(H, W) -> `size`. v2 resizes masks by `nearest`, which shifts them by half a pixel."""
-    exact = F.resize_image(values[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
-    return type(values)(exact[0])
+    """(H, W) uint8 -> `size`. Plain `nearest` would shift it by half a pixel."""
+    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def mirrored(parts):
+    return (cv2.flip(values, 1) for values in parts)
 
 
 class Augment:
@@ -186,7 +184,7 @@ class Augment:
         self.color = v2.ColorJitter(*color) if color else None
 
     def __call__(self, image, *maps):
-        """Image (3, H, W) and maps (H, W) uint8 as tv_tensors -> the same at the size of the crop.
+        """Image (H, W, 3) and maps (H, W), arrays of uint8 -> the same at the size of the crop.
 
         The label and whatever else belongs to the pixels get one treatment: no value is made up
         where they are scaled, and padding is 255, which is `ignore` in labels; in stored weights it
@@ -194,9 +192,9 @@ class Augment:
         """
         image, *maps = self.scale_and_crop(image, *maps)
         if uniform(0, 1) < self.flip:
-            image, *maps = (F.horizontal_flip(values) for values in (image, *maps))
+            image, *maps = mirrored([image, *maps])
         if self.color is not None:
-            drawn = self.color.make_params([image])
+            drawn = self.color.make_params([])
             names = ("brightness", "contrast", "saturation", "hue")
             image = jitter(image, drawn["fn_idx"], *(drawn[f"{name}_factor"] for name in names))
         if self.photometric:
@@ -205,7 +203,7 @@ class Augment:
 
     def scale_and_crop(self, image, *maps):
         """Choose a window of crop / scale pixels; where it is larger than the image, pad."""
-        scale, size = uniform(*self.scale), image.shape[-2:]
+        scale, size = uniform(*self.scale), image.shape[:2]
         if self.short_side:
             scale *= self.short_side / min(size)
         window = [max(1, round(side / scale)) for side in self.crop]
@@ -215,13 +213,9 @@ class Augment:
                 if self.varied(maps[0], start, window):
                     break
                 start = self.place(size, window)
-        image = image_of(cut(pixels_of(image), start, window, FILL))
-        maps = [tv_tensors.Mask(cut(values.numpy(), start, window, IGNORE)) for values in maps]
+        image, maps = cut(image, start, window, FILL), [cut(m, start, window, IGNORE) for m in maps]
         if window != self.crop:
-            image, maps = (
-                F.resize(image, self.crop, antialias=True),
-                [resize_map(values, self.crop) for values in maps],
-            )
+            image, maps = resize(image, self.crop), [resize_map(m, self.crop) for m in maps]
         return image, *maps
 
     def place(self, size, window):
@@ -233,7 +227,7 @@ class Augment:
         """Whether a window of the label (H, W) holds labelled pixels, and no class more than its
         share of them."""
         rows, columns = (slice(max(0, a), a + w) for a, w in zip(start, window))
-        counts = torch.bincount(label[rows, columns].flatten(), minlength=IGNORE + 1)[:IGNORE]
+        counts = np.bincount(label[rows, columns].ravel(), minlength=IGNORE + 1)[:IGNORE]
         return bool(0 < counts.max() <= self.cat_max_ratio * counts.sum())
 
 
@@ -255,11 +249,10 @@ class Whole(Augment):
 
     def __call__(self, image, *maps):
         """As Augment."""
-        scale = min(new / old for new, old in zip(self.size, image.shape[-2:]))
-        inner = [round(side * scale) for side in image.shape[-2:]]
-        padding = [0, 0, self.size[1] - inner[1], self.size[0] - inner[0]]
-        image = F.pad(F.resize(image, inner, antialias=True), padding, fill=FILL)
-        maps = [F.pad(resize_map(values, inner), padding, fill=IGNORE) for values in maps]
+        scale = min(new / old for new, old in zip(self.size, image.shape[:2]))
+        inner = [round(side * scale) for side in image.shape[:2]]
+        image = cut(resize(image, inner), (0, 0), self.size, FILL)
+        maps = [cut(resize_map(values, inner), (0, 0), self.size, IGNORE) for values in maps]
         if uniform(0, 1) < self.flip:
-            image, *maps = (F.horizontal_flip(values) for values in (image, *maps))
+            image, *maps = mirrored([image, *maps])
         return image, *maps

@@ -10,6 +10,7 @@ import torch
 
 from engine import distributed
 from engine.errors import UserError
+from engine.statistics import IGNORE
 
 
 class ConfusionMatrix:
@@ -121,6 +122,13 @@ class ConfusionMatrix:
             **values,
             "matrix": self.matrix.tolist(),
         }
+
+
+def count_pixels(label, classes):
+    """Pixels of each class, and last of those that are ignored, in labels (...) uint8 -> (classes +
+    1) int64."""
+    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
+    return torch.cat([counts[:classes], counts[classes:].sum(0, keepdim=True)])
 
 
 def warnings_about(pixels, classes, where, expected=None):

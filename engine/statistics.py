@@ -164,14 +164,13 @@ class Contrast(torch.autograd.Function):
     def forward(ctx, maps, vectors, ids, temperature):
         """Maps (B, D, N), unit vectors (K, D) or (B, K, D), ids (B, N), K for none -> losses (B, N)
         and cosines (B, K, N)."""
-        rows = maps.mT.is_contiguous()  # the products lie as the maps do
-        scores = (maps.mT @ vectors.mT).mT if rows else vectors @ maps
+        scores = vectors @ maps
         # Across the maps `norm` takes more than twice as long as two passes.
+        rows = maps.mT.is_contiguous()
         norms = maps.norm(dim=1) if rows else maps.square().sum(1).sqrt()
         norms = norms.clamp_min(1e-6)[:, None]
         scores /= norms
-        logits = scores / temperature
-        log_p = logits.mT.log_softmax(2).mT if rows else logits.log_softmax(1)
+        log_p = (scores / temperature).log_softmax(1)
         known = ids < scores.shape[1]
         own = ids.where(known, 0)[:, None]
         ctx.save_for_backward(maps, vectors, own, known, norms, log_p)
@@ -189,7 +188,7 @@ class Contrast(torch.autograd.Function):
         length = (shares * log_p).sum(1, keepdim=True) * (ctx.temperature / norms) * (norms > 1e-6)
         to_maps = to_vectors = None
         if ctx.needs_input_grad[0]:
-            rows = maps.mT.is_contiguous()
+            rows = maps.mT.is_contiguous()  # the gradient lies as the maps do
             to_maps = (shares.mT @ vectors).mT if rows else vectors.mT @ shares
             to_maps.addcmul_(maps, length, value=-1)
         if ctx.needs_input_grad[1]:

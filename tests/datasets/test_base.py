@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from datasets.base import DataError, read_ids, read_image, read_map
-from datasets.build import build_data
+from datasets.build import Stream, build_data
 from datasets.folder import Folder
 from datasets.sampler import StreamSampler, make_loader
 from datasets.several import Several
@@ -297,20 +297,24 @@ def test_augmentation_leaves_the_generators_of_gpus_alone(tmp_path, monkeypatch)
 # --- pixels of each class, and what is suspicious about them --------------------------------------------------------
 
 
-def test_a_labelled_sample_counts_its_pixels_after_the_augmentation(tmp_path):
+def test_a_stream_counts_each_label_once_as_it_was_augmented(tmp_path, caplog):
     files(tmp_path, ids=(0, 1, 0, 255))
-    assert Files(root=tmp_path)[0]["pixels"].tolist() == [48, 24, 0, 24]
+    cfg = load(TINY, ["train.batch_size=3", "train.iters=9", "data.workers=0"])
     data = Files(root=tmp_path, augment=Augment(crop=[20, 30], scale=[1, 1]))
-    counts = data[(0, 3)]["pixels"]  # padded
-    assert counts.tolist() == [48, 24, 0, 24 + 600 - 96] and counts.dtype == torch.int64
-    assert "pixels" not in Files(root=tmp_path, labels=False)[0]
-    space = {"x": ["b", "c"], "w": ["a"]}
-    assert Files(root=tmp_path, label_space=space)[0]["pixels"].tolist() == [24, 48, 24]
+    stream = Stream(data, cfg, 0, 0, torch.device("cpu"))
+    while stream.unseen > 0:
+        assert not caplog.messages
+        batch = next(stream)
+    counted = len(data) * torch.tensor([48, 24, 0, 24 + 600 - 96])
+    assert torch.equal(stream.pixels, counted) and stream.pixels.dtype == torch.int64
+    assert "never occur: c (1 of 3)" in caplog.text and "of the pixels are ignored" in caplog.text
+    assert next(stream) and torch.equal(stream.pixels, counted) and "pixels" not in batch
+    bare = Stream(Files(root=tmp_path, labels=False), cfg, 0, 0, torch.device("cpu"))
+    assert next(bare) and not bare.pixels.any()
 
 
-def test_samples_count_their_pixels(tmp_path):
+def test_a_batch_keeps_its_numbers_on_the_host(tmp_path):
     batch = default_collate([Files(root=files(tmp_path))[i] for i in range(2)])
-    assert batch["pixels"].tolist() == [[24] * 4] * 2
     loaded = Batch.load(batch, torch.device("meta"))
     assert loaded.label.device.type == "meta" and loaded.numbers == [0, 1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from datasets import reading
 from datasets.base import DataError
@@ -328,7 +328,7 @@ def test_whatever_the_decoder_raises_names_the_file(tmp_path, reader):
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 2**21, zip=True)  # more than Pillow unpacks: ValueError
     Image.fromarray(GREY).save(tmp_path / "text.png", pnginfo=text)
-    written(tmp_path / "chunk.png", png(4, 4, 8, 0, b"\0" * 20, (b"gAMA", b"1")))  # struct.error
+    written(tmp_path / "chunk.png", png(4, 4, 8, 4, b"\0" * 36, (b"gAMA", b"1")))  # struct.error
     Image.fromarray(GREY).save(tmp_path / "cut.tif")
     (tmp_path / "cut.tif").write_bytes((tmp_path / "cut.tif").read_bytes()[:-40])
     for path in tmp_path.iterdir():
@@ -522,7 +522,7 @@ def test_plain_pictures_are_decoded_by_torchvision_to_the_pixels_of_pillow(
         patch.setattr(reading, "plain", lambda *_: None)
         expected = read_image(path)
     assert fast.dtype == np.uint8 and np.array_equal(fast, expected)
-    monkeypatch.setattr(Image.Image, "load", None)  # Pillow decodes nothing
+    monkeypatch.setattr(Image, "open", None)  # Pillow reads nothing
     assert np.array_equal(read_image(path), expected)
 
 
@@ -536,8 +536,50 @@ def test_what_torchvision_would_not_see_is_left_to_pillow(tmp_path):
         "raw profile": content[:33] + chunk(b"tEXt", b"Raw profile type exif\0") + content[33:],
         "text": content[:33] + chunk(b"tEXt", b"Software\0x") + content[33:],
     }
-    assert [reading.plain_png(memoryview(data)) for data in cases.values()] == [False] * 4 + [True]
+    shapes = [reading.plain_png(memoryview(data)) for data in cases.values()]
+    assert shapes == [None] * 4 + [COLORS.shape]
     with pytest.raises(DataError, match="cannot read the image"):
         read_image(
             written(tmp_path / "b.png", content[: end - 40] + bytes(30) + content[end - 10 :])
         )
+
+
+def segment(code, body):
+    return b"\xff" + bytes([code]) + (len(body) + 2).to_bytes(2, "big") + body
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("added, fast", [
+    (b"", True), (segment(0xE1, turned(1)), True), (segment(0xE1, turned(6)), False),
+    (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0 <a/>"), True),
+    (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0 tiff:Orientation=6"), False),
+    (segment(0xE2, b"MPF\0"), False), (segment(0xE2, b"ICC_PROFILE\0"), True), (b"\xff", False),
+    (segment(0xFE, b"a comment"), True),
+])  # fmt: skip
+def test_jpegs_that_are_turned_or_hold_more_are_left_to_pillow(added, fast, tmp_path):
+    content = saved(tmp_path / "a.jpg", progressive=True).read_bytes()
+    path = written(tmp_path / "b.jpg", content[:2] + added + content[2:])
+    assert (reading.plain(path) is not None) == fast
+    pixels = read_image(path)
+    assert sorted(pixels.shape) == sorted(COLORS.shape)
+    if fast:
+        assert np.array_equal(pixels, read_image(tmp_path / "a.jpg"))
+
+
+def test_grey_is_plain_for_ids_alone_and_other_modes_and_large_pictures_never(tmp_path, monkeypatch):
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(GREY).save(tmp_path / name)
+        assert reading.plain(tmp_path / name).shape == GREY.shape
+        assert reading.plain(tmp_path / name, rgb=True) is None
+        assert read_image(tmp_path / name).shape == (*GREY.shape, 3)
+    for mode, name in (("CMYK", "b.jpg"), ("P", "b.png"), ("RGBA", "c.png"), ("1", "d.png")):
+        Image.fromarray(COLORS).convert(mode).save(tmp_path / name)
+        assert reading.plain(tmp_path / name) is None
+    monkeypatch.setattr(reading, "LARGE", 8 * COLORS[..., 0].size - 1)
+    assert reading.plain(saved(tmp_path / "e.png")) is None
+    assert np.array_equal(read_image(tmp_path / "e.png"), COLORS)

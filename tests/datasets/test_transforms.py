@@ -6,13 +6,35 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from datasets.transforms import FILL, Augment, Whole, distort, jitter
+from datasets import transforms
+from datasets.transforms import FILL, distort, jitter
 from engine.build import build
 
 COLORS = torch.tensor([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
+
+
+def with_tensors(augment):
+    """Tensors (3, H, W) and (H, W) through an augmentation of arrays (H, W, 3) and (H, W)."""
+
+    def call(image, *rest):
+        arrays = [part.numpy() if torch.is_tensor(part) else part for part in rest]
+        result = augment(image.permute(1, 2, 0).numpy(), *arrays)
+        image, *maps = result if isinstance(result, tuple) else (result,)
+        assert all(type(values) is np.ndarray for values in (image, *maps))
+        image, *maps = (torch.from_numpy(np.ascontiguousarray(values)) for values in (image, *maps))
+        return image.permute(2, 0, 1), *maps
+
+    return call
+
+
+def Augment(**options):
+    return with_tensors(transforms.Augment(**options))
+
+
+def Whole(**options):
+    return with_tensors(transforms.Whole(**options))
 
 
 def blocks(height, width, side=24):
@@ -21,14 +43,14 @@ def blocks(height, width, side=24):
         torch.arange(height) // side, torch.arange(width) // side, indexing="ij"
     )
     label = ((rows * 5 + columns * 3 + rows * columns) % 4).to(torch.uint8)
-    return tv_tensors.Image(COLORS[label.long()].permute(2, 0, 1)), tv_tensors.Mask(label)
+    return COLORS[label.long()].permute(2, 0, 1), label
 
 
 def noise(height, width):
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, 200, (height, width), generator=generator, dtype=torch.uint8)
     image = torch.stack([label, 200 - label, label // 2])  # each pixel of the image names its label
-    return tv_tensors.Image(image), tv_tensors.Mask(label)
+    return image, label
 
 
 def inside(label):
@@ -62,7 +84,7 @@ def test_borders_of_image_and_label_do_not_shift_when_resized(scale):
         )
         image[..., edge:], label[:, edge:] = 250, 1
         augment = Augment(crop=crop, scale=[scale, scale], flip=0.0)
-        resized, ids = augment(tv_tensors.Image(image), tv_tensors.Mask(label))
+        resized, ids = augment(image, label)
         assert torch.equal(resized[0] > 125, ids == 1), edge
 
 
@@ -113,7 +135,7 @@ def test_flip_one_mirrors_both_and_flip_zero_never():
 @pytest.mark.parametrize("seed", range(8))
 def test_all_maps_get_the_treatment_of_the_label_and_change_nothing_about_it(seed):
     image, label = noise(40, 60)
-    other = tv_tensors.Mask(200 - label)
+    other = 200 - label
     augment = Augment(crop=[33, 47], scale=[0.4, 2.5], color=[0.3, 0.3, 0.3, 0.05])
     torch.manual_seed(seed)
     alone = augment(image, label)
@@ -138,11 +160,11 @@ def test_jitter_is_that_of_torchvision_but_for_rounding(order):
     amounts, expected = [1.1, 0.8, 1.2, 0.03], image
     for change in order:
         expected = changes[change](expected, amounts[change])
-    result = jitter(tv_tensors.Image(image), order, *amounts)
-    assert isinstance(result, tv_tensors.Image) and result.dtype == torch.uint8
+    (result,) = with_tensors(jitter)(image, order, *amounts)
+    assert result.dtype == torch.uint8
     assert (result.int() - expected.int()).abs().max() <= 6
     assert (result.int() - expected.int()).abs().float().mean() < 2.5  # torchvision rounds down
-    same = jitter(tv_tensors.Image(image), order, None, None, None, None)
+    (same,) = with_tensors(jitter)(image, order, None, None, None, None)
     assert torch.equal(same, image)
 
 
@@ -224,7 +246,7 @@ def stripe(width=200, border=160):
     """Class 0 on the left, class 1 right of the border; each column of the image has its own colour."""
     label = (torch.arange(width) >= border).to(torch.uint8).repeat(40, 1)
     image = torch.stack([torch.arange(width).to(torch.uint8).repeat(40, 1)] * 3)
-    return tv_tensors.Image(image), tv_tensors.Mask(label)
+    return image, label
 
 
 def share(label):
@@ -280,7 +302,7 @@ def test_ignored_pixels_have_no_share_and_crops_without_labelled_ones_are_drawn_
         crops = []
         for seed in range(100):
             torch.manual_seed(seed)
-            crops.append(augment(image, tv_tensors.Mask(label))[1])
+            crops.append(augment(image, label)[1])
         empty[ratio] = sum(bool((crop == 255).all()) for crop in crops)
     assert empty[1.0] > 60 and empty[0.75] < 20
 
@@ -337,12 +359,8 @@ def test_photometric_distortion_is_that_of_its_definition():
     image = torch.randint(0, 256, (3, 4, 6), generator=generator, dtype=torch.uint8)
     for seed in range(120):
         torch.manual_seed(seed)
-        result = distort(tv_tensors.Image(image))
-        assert (
-            type(result) is tv_tensors.Image
-            and result.dtype == torch.uint8
-            and result.shape == image.shape
-        )
+        (result,) = with_tensors(distort)(image)
+        assert result.dtype == torch.uint8 and result.shape == image.shape
         for y, x in ((0, 0), (1, 3), (3, 5)):
             expected, applied = distorted(image[:, y, x].tolist(), seed)
             assert np.abs(result[:, y, x].numpy() - np.array(expected)).max() < 0.51 + 0.1
@@ -372,7 +390,6 @@ def test_photometric_distortion_leaves_label_and_window_alone_and_depends_on_the
 def test_whole_fits_the_picture_in_and_ignores_what_is_left():
     image = torch.full((3, 40, 20), 200, dtype=torch.uint8)
     label = torch.arange(40, dtype=torch.uint8)[:, None].expand(40, 20)
-    image, label = tv_tensors.Image(image), tv_tensors.Mask(label)
     picture, mask = Whole(size=[80, 60], flip=0.0)(image, label)
     assert picture.shape == (3, 80, 60) and mask.shape == (80, 60)
     assert (picture[:, :, :40] == 200).all() and (mask[:, 40:] == 255).all()
