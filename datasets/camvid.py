@@ -8,14 +8,16 @@ video from Cambridge.
 
 Three layouts are recognised by what lies in the folder:
 
-    images/<split>/*  labels/<split>/*.png  lists/*.txt     ids 0-10, 255 void; a split may be the
-                                                            name of a list
+    images/<split>/*  labels/<split>/*.png                  ids 0-10, 255 void; a split may be the
+                                                            name of a list, lists/<split>.txt
     <split>/*.png  <split>annot/*.png                       the SegNet release: ids 0-10, 11 void
     701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours,
                                                             grouped into 11 classes
 
 The original release has no lists; frames are assigned to splits by sequence and frame number, which
-gives SegNet's split. Its grouping of 32 classes (COLORS) is the usual one, from general knowledge.
+gives SegNet's split. One sequence, 0001TP, was taken at dusk: train_day has 305 frames, train_dusk
+62, val_day 101, test_day 171, test_dusk 62. The grouping of 32 classes (COLORS) is the usual one,
+from general knowledge.
 """
 
 from pathlib import Path
@@ -85,6 +87,9 @@ COLORS = {
 }
 
 
+DUSK = "0001TP"  # the sequence that was taken at dusk
+
+
 def split_of(stem):
     """SegNet's split of a frame of the original release, such as 0016E5_07959."""
     sequence, frame = stem.split("_")[0], int(stem.split("_")[1].lstrip("f"))
@@ -96,33 +101,43 @@ def split_of(stem):
 
 
 class CamVid(SegmentationData):
-    """Args: split: train | val | test, or the stem of a file in `lists/`."""
+    """Args: split: train | val | test; of each, the frames of one light, such as train_dusk and
+    test_day; or the stem of a file in `lists/`."""
 
     CLASSES, PALETTE = CLASSES, PALETTE
     ID_MAP = {**{i: i for i in range(11)}, 11: 255, 255: 255}  # noqa: RUF012
 
     def pairs(self):
+        listing = self.root / "lists" / f"{self.split}.txt"
+        if listing.is_file() and (self.root / "images").is_dir():
+            return self.of_stems(read_list(listing))
+        part, _, light = self.split.partition("_")
+        if light not in ("day", "dusk"):
+            return self.of_part(self.split)
+        dusk = light == "dusk"
+        return [p for p in self.of_part(part) if p[0].stem.startswith(DUSK) == dusk]
+
+    def of_part(self, part):
+        """[(image, label)] of train, val or test, or of another folder of images."""
         if (self.root / "701_StillsRaw_full").is_dir():
             images = files_below(self.root / "701_StillsRaw_full", [".png"], depth=1)
             labels = self.root / "LabeledApproved_full"
-            return [
-                (p, labels / f"{p.stem}_L.png") for p in images if split_of(p.stem) == self.split
-            ]
-        if (self.root / f"{self.split}annot").is_dir():
-            images = files_below(self.root / self.split, [".png"], depth=1)
-            return [(p, self.root / f"{self.split}annot" / p.name) for p in images]
-        images, listing = self.root / "images", self.root / "lists" / f"{self.split}.txt"
-        if listing.is_file():
-            stems = read_list(listing)
-        elif (images / self.split).is_dir():
-            files = files_below(images / self.split, [""], depth=1)
-            stems = [f"{self.split}/{p.stem}" for p in files]
-        else:
+            return [(p, labels / f"{p.stem}_L.png") for p in images if split_of(p.stem) == part]
+        if (self.root / f"{part}annot").is_dir():
+            images = files_below(self.root / part, [".png"], depth=1)
+            return [(p, self.root / f"{part}annot" / p.name) for p in images]
+        if not (self.root / "images" / part).is_dir():
             lists = sorted(p.stem for p in (self.root / "lists").glob("*.txt"))
             raise DataError(
-                f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test "
-                f"and the lists {lists}"
+                f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test, "
+                f"each also with _day or _dusk, and the lists {lists}"
             )
+        files = files_below(self.root / "images" / part, [""], depth=1)
+        return self.of_stems(f"{part}/{p.stem}" for p in files)
+
+    def of_stems(self, stems):
+        """[(image, label)] of stems such as train/0001TP_006690."""
+        images = self.root / "images"
         suffixes = {
             p.relative_to(images).with_suffix("").as_posix(): p.suffix
             for p in files_below(images, [""], depth=2)

@@ -1,6 +1,6 @@
 """Pixels of every class in every label of a data set: what rare class sampling draws by.
 
-    counts = class_counts(dataset, cache="runs/cache", workers=4)        (n, K) int64
+    counts = class_counts(dataset, cache="runs/statistics", workers=4)        (n, K) int64
 
 Only labels are read, once: the counts are kept in a file whose name is a hash of what they depend
 on, so that other labels, or other options of the reader, are counted anew.

@@ -69,10 +69,26 @@ def test_camvid_lists_are_splits(tmp_path):
     assert column(dusk[0]["label"])[:3] == [0, 10, 255]
 
 
+@pytest.mark.parametrize("layout", ["images/train", "train", "701_StillsRaw_full"])
+def test_camvid_knows_the_frames_of_each_light_without_lists(layout, tmp_path):
+    frames = ("0001TP_006690", "0006R0_f00930", "0016E5_00390")
+    for stem in frames:
+        save(tmp_path / layout / f"{stem}.png", picture())
+        place = {"images/train": "labels/train", "train": "trainannot"}.get(layout)
+        label = f"{place}/{stem}.png" if place else f"LabeledApproved_full/{stem}_L.png"
+        save(tmp_path / label, rows(0) if place else rows((0, 0, 0)))
+    for split, stems in (("train_dusk", frames[:1]), ("train_day", frames[1:]), ("train", frames)):
+        assert [i.stem for i, _ in CamVid(root=tmp_path, split=split).samples] == [*stems]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/train_dusk.txt").write_text(f"train/{frames[2]}")
+    (image, _), = CamVid(root=tmp_path, split="train_dusk", labels=False).samples
+    assert image.stem == frames[2 if layout == "images/train" else 0]  # there a list goes first
+
+
 def test_camvid_unknown_split_names_those_that_there_are(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"no split 'dusk'; there are train, val, test and the lists \['train_dusk'\]",
+        match=r"no split 'dusk'; there are .*_dusk, and the lists \['train_dusk'\]",
     ):
         CamVid(root=with_lists(tmp_path), split="dusk")
 
