@@ -339,8 +339,12 @@ class SegmentationData(Dataset):
             state = np.random.SeedSequence((self.seed, sample)).generate_state(1, np.uint64)
             with drawing(int(state[0])):
                 image, label, *maps = self.augment(image, label, *maps)
+        if image.dtype != np.uint8 or image.shape != (*label.shape, 3):  # a set's own `load`
+            raise DataError(
+                f"sample {index}: the image is {image.shape} {image.dtype}, its label {label.shape}"
+            )
         planes = np.empty((3, *label.shape), np.uint8)
-        cv2.split(np.ascontiguousarray(image), [*planes])  # NumPy takes five times as long
+        cv2.split(image, [*planes])  # NumPy takes five times as long
         label, *maps = (torch.from_numpy(np.ascontiguousarray(values)) for values in (label, *maps))
         extra = dict(zip(self.extra, maps, strict=True))
         item = {"image": torch.from_numpy(planes), "label": label, "extra": extra}

@@ -2,9 +2,9 @@
 that names it.
 
 Pillow says what a file holds, and decodes it, because OpenCV returns truncated JPEGs half filled,
-silently, and turns palette indices into colours. A JPEG or PNG whose header says plain colour or
-grey of 8 bits is decoded by torchvision, to the same pixels in two thirds of the time; what it
-refuses is Pillow's again.
+silently, and turns palette indices into colours. Where the header says that there is nothing to know,
+a JPEG of 8 bits is decoded by torchvision and a grey PNG by OpenCV, to the same pixels in two thirds
+of the time; what they refuse is Pillow's again.
 """
 
 import logging
@@ -15,6 +15,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -34,7 +35,7 @@ GREY_DEPTHS = ("I", "I;16", "I;16B", "I;16L", "F")  # modes of Pillow for grey o
 DARK = 4096  # 16 bits with no value above are data of 12 bits or fewer
 PIXEL_BYTES = 8  # while a picture is decoded: Pillow's four, the array's three, a grey original
 decode_image = getattr(io, "decode_image", None)  # gone some day: Pillow stays
-PLAIN = b"IHDR IDAT IEND gAMA cHRM sRGB iCCP sBIT pHYs bKGD tIME tEXt".split()  # chunks of PNG
+PLAIN = b"IHDR IDAT IEND gAMA cHRM sRGB iCCP sBIT pHYs bKGD tIME".split()  # chunks of PNG
 LARGE = 2**28  # bytes; below, memory is not asked for
 
 Image.MAX_IMAGE_PIXELS = None  # `check_header` has a limit that depends on the machine
@@ -197,30 +198,34 @@ def depths(picture):
 
 
 def plain_png(data):
-    """(H, W, channels) of a PNG of 8 bits, grey or RGB, of which each chunk is as it was written and
-    none may turn it or make it transparent; None for any other. torchvision looks at neither."""
+    """(H, W, 1) of a PNG of 8 bits and grey, of which each chunk is as it was written and none may
+    turn it or make it transparent; None for any other. OpenCV looks at neither."""
     start, name, shape = 8, b"", None
     while name != b"IEND":
         length, name = struct.unpack_from(">I4s", data, start)
         body, end = data[start + 8 : start + 8 + length], start + 8 + length
-        if name not in PLAIN or body[:11] == b"Raw profile":  # in which tEXt may hold EXIF
-            return None
-        if zlib.crc32(body, zlib.crc32(name)) != struct.unpack_from(">I", data, end)[0]:
+        if (
+            name not in PLAIN
+            or zlib.crc32(body, zlib.crc32(name)) != struct.unpack_from(">I", data, end)[0]
+        ):
             return None
         if name == b"IHDR":
             width, height, bits, kind = struct.unpack_from(">IIBB", body)
-            shape = (height, width, {0: 1, 2: 3}.get(kind)) if bits == 8 else None
+            if (bits, kind) != (8, 0):
+                return None
+            shape = height, width, 1
         start = end + 4
     return shape
 
 
 def plain_jpeg(data):
-    """The same of a JPEG, by the segments before its pixels."""
+    """(H, W, channels) of a JPEG of 8 bits by the segments before its pixels, of which none may turn
+    it or hold another picture; None for any other."""
     start, shape = 2, None
     while True:
         mark, code, length = struct.unpack_from(">BBH", data, start)
         body, start = data[start + 4 : start + 2 + length], start + 2 + length
-        if mark != 0xFF or code in (0xD8, 0xD9, 0xFF):
+        if mark != 0xFF or code in (0x00, 0x01, 0xFF) or 0xD0 <= code <= 0xD9:  # have no length
             return None
         if code in (0xC0, 0xC1, 0xC2):  # Huffman codes, sequential or progressive
             bits, height, width, channels = struct.unpack_from(">BHHB", body)
@@ -242,22 +247,30 @@ def upright(segment):
 
 
 def plain(path, rgb=False):
-    """Pixels of a JPEG or PNG whose header says grey or RGB of 8 bits and the right way up, (H, W)
-    or (H, W, 3); None for any other file, and for one that torchvision cannot read.
+    """Pixels of a JPEG of 8 bits, (H, W) or (H, W, 3), or of a grey PNG, (H, W), the right way up;
+    None for any other file, and for one that torchvision or OpenCV cannot read.
 
     `rgb`: none of grey.
     """
-    if decode_image is None:
-        return None
-    with suppress(*BROKEN):
-        data = np.fromfile(path, np.uint8)
-        view = memoryview(data)
-        shape = (plain_png if view[:4] == b"\x89PNG" else plain_jpeg)(view)
+    with suppress(*BROKEN), open(path, "rb") as file:
+        look = {b"\xff\xd8\xff": plain_jpeg, b"\x89PN": None if rgb else plain_png}.get(
+            file.read(3)
+        )
+        if look is None or os.path.getsize(path) > LARGE:
+            return None
+        file.seek(0)
+        data = np.fromfile(file, np.uint8)
+        shape = look(memoryview(data))
         height, width, channels = shape or (0, 0, 0)
-        if channels in (3, 1)[: 2 - rgb] and height * width * PIXEL_BYTES <= LARGE:
-            pixels = decode_image(torch.from_numpy(data)).permute(1, 2, 0)
-            if tuple(pixels.shape) == shape:
-                return pixels.squeeze(2).numpy()
+        if channels not in (3, 1)[: 2 - rgb] or height * width * PIXEL_BYTES > LARGE:
+            return None
+        if look is plain_png:  # torchvision would end the process at a broken stream
+            pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+        elif decode_image:
+            pixels = decode_image(torch.from_numpy(data)).permute(1, 2, 0).squeeze(2).numpy()
+        else:
+            return None
+        return pixels if pixels is not None and pixels.shape[:2] == shape[:2] else None
     return None
 
 

@@ -250,7 +250,7 @@ class Whole(Augment):
     def __call__(self, image, *maps):
         """As Augment."""
         scale = min(new / old for new, old in zip(self.size, image.shape[:2]))
-        inner = [round(side * scale) for side in image.shape[:2]]
+        inner = [max(1, round(side * scale)) for side in image.shape[:2]]
         image = cut(resize(image, inner), (0, 0), self.size, FILL)
         maps = [cut(resize_map(values, inner), (0, 0), self.size, IGNORE) for values in maps]
         if uniform(0, 1) < self.flip:

@@ -572,3 +572,12 @@ def test_a_stylised_copy_of_another_size_is_named(tmp_path):
     with_maps(unlabelled, tmp_path / "maps", numbered())
     with pytest.raises(DataError, match=r"styled/images/1.png is 6x4, .*maps/images/1.png is 12x8"):
         unlabelled[1]
+
+
+@pytest.mark.parametrize("size, kind", [((10, 10, 3), "uint8"), ((8, 12, 3), "float32"), ((8, 12, 4), "uint8")])
+def test_a_set_whose_own_load_gives_something_else_is_named(tmp_path, monkeypatch, size, kind):
+    data = Files(root=files(tmp_path))
+    wrong = np.zeros(size, kind), np.zeros((8, 12), np.uint8)
+    monkeypatch.setattr(data, "load", lambda index: wrong)
+    with pytest.raises(DataError, match=rf"sample 1: the image is \({size[0]}, .* {kind}, its label"):
+        data[1]

@@ -511,9 +511,9 @@ def chunk(name, body):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("a.png", {}), ("a.jpg", {"quality": 80}), ("b.jpg", {"subsampling": 2, "progressive": True}),
+    ("a.jpg", {"quality": 80}), ("b.jpg", {"subsampling": 2, "progressive": True}),
 ])  # fmt: skip
-def test_plain_pictures_are_decoded_by_torchvision_to_the_pixels_of_pillow(
+def test_plain_jpegs_are_decoded_by_torchvision_to_the_pixels_of_pillow(
     name, options, tmp_path, monkeypatch
 ):
     path = saved(tmp_path / name, **options)
@@ -526,22 +526,41 @@ def test_plain_pictures_are_decoded_by_torchvision_to_the_pixels_of_pillow(
     assert np.array_equal(read_image(path), expected)
 
 
-def test_what_torchvision_would_not_see_is_left_to_pillow(tmp_path):
-    content = saved(tmp_path / "a.png").read_bytes()
+def test_a_png_that_opencv_would_not_see_through_is_left_to_pillow(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
     end = content.index(b"IEND") - 4
     cases = {
         "a sum": content[: end - 6] + b"\0\1" + content[end - 4 :],
         "turned": content[:end] + chunk(b"eXIf", b"") + content[end:],
-        "transparent": content[:33] + chunk(b"tRNS", bytes(6)) + content[33:],
-        "raw profile": content[:33] + chunk(b"tEXt", b"Raw profile type exif\0") + content[33:],
-        "text": content[:33] + chunk(b"tEXt", b"Software\0x") + content[33:],
+        "transparent": content[:33] + chunk(b"tRNS", bytes(2)) + content[33:],
+        "text that may be EXIF": content[:33] + chunk(b"tEXt", b"exif\0") + content[33:],
+        "physical size": content[:33] + chunk(b"pHYs", bytes(9)) + content[33:],
     }
     shapes = [reading.plain_png(memoryview(data)) for data in cases.values()]
-    assert shapes == [None] * 4 + [COLORS.shape]
-    with pytest.raises(DataError, match="cannot read the image"):
-        read_image(
-            written(tmp_path / "b.png", content[: end - 40] + bytes(30) + content[end - 10 :])
-        )
+    assert shapes == [None] * 4 + [(*GREY.shape, 1)]
+
+
+@pytest.mark.parametrize("kind, reader", [(0, read_ids), (2, read_image)])
+def test_a_png_with_a_broken_stream_is_named(kind, reader, tmp_path):
+    """Its sums are right. torchvision ends the process on it."""
+    raw = zlib.compress(bytes(8 * (1 + 12 * (1 + kind))))
+    path = written(tmp_path / "a.png", png(12, 8, 8, kind, b""))
+    content = path.read_bytes()
+    end = content.index(b"IEND") - 4
+    for stream in (raw[: len(raw) // 2], b"\0\0" + raw[2:]):
+        start = content.index(b"IDAT") - 4
+        written(path, content[:start] + chunk(b"IDAT", stream) + content[end:])
+        with pytest.raises(DataError, match=rf"cannot read the (image|label) {path}"):
+            reader(path)
+
+
+def test_a_file_of_another_kind_is_not_read_twice(tmp_path, monkeypatch):
+    Image.fromarray(COLORS).save(tmp_path / "a.tif")
+    monkeypatch.setattr(np, "fromfile", None)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), COLORS)
+    monkeypatch.setattr(reading, "LARGE", 99)
+    assert read_image(saved(tmp_path / "a.jpg")).shape == COLORS.shape
 
 
 def segment(code, body):
@@ -559,7 +578,7 @@ def turned(orientation):
     (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0 <a/>"), True),
     (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0 tiff:Orientation=6"), False),
     (segment(0xE2, b"MPF\0"), False), (segment(0xE2, b"ICC_PROFILE\0"), True), (b"\xff", False),
-    (segment(0xFE, b"a comment"), True),
+    (segment(0xFE, b"a comment"), True), (segment(0xD0, b""), False), (segment(0xD7, b""), False),
 ])  # fmt: skip
 def test_jpegs_that_are_turned_or_hold_more_are_left_to_pillow(added, fast, tmp_path):
     content = saved(tmp_path / "a.jpg", progressive=True).read_bytes()
@@ -572,14 +591,19 @@ def test_jpegs_that_are_turned_or_hold_more_are_left_to_pillow(added, fast, tmp_
 
 
 def test_grey_is_plain_for_ids_alone_and_other_modes_and_large_pictures_never(tmp_path, monkeypatch):
-    for name in ("a.png", "a.jpg"):
-        Image.fromarray(GREY).save(tmp_path / name)
-        assert reading.plain(tmp_path / name).shape == GREY.shape
-        assert reading.plain(tmp_path / name, rgb=True) is None
-        assert read_image(tmp_path / name).shape == (*GREY.shape, 3)
-    for mode, name in (("CMYK", "b.jpg"), ("P", "b.png"), ("RGBA", "c.png"), ("1", "d.png")):
+    Image.fromarray(GREY).save(tmp_path / "a.jpg")
+    assert reading.plain(tmp_path / "a.jpg").shape == GREY.shape
+    assert reading.plain(tmp_path / "a.jpg", rgb=True) is None
+    assert read_image(tmp_path / "a.jpg").shape == (*GREY.shape, 3)
+    Image.fromarray(COLORS).convert("CMYK").save(tmp_path / "b.jpg")
+    assert reading.plain(tmp_path / "b.jpg") is None
+    Image.fromarray(GREY).save(tmp_path / "d.png")
+    assert np.array_equal(reading.plain(tmp_path / "d.png"), GREY)
+    assert reading.plain(tmp_path / "d.png", rgb=True) is None
+    for mode, name in (("RGB", "a.png"), ("P", "b.png"), ("LA", "c.png"), ("1", "d.png")):
         Image.fromarray(COLORS).convert(mode).save(tmp_path / name)
         assert reading.plain(tmp_path / name) is None
+    path = saved(tmp_path / "e.jpg")
+    assert reading.plain(path) is not None
     monkeypatch.setattr(reading, "LARGE", 8 * COLORS[..., 0].size - 1)
-    assert reading.plain(saved(tmp_path / "e.png")) is None
-    assert np.array_equal(read_image(tmp_path / "e.png"), COLORS)
+    assert path.stat().st_size <= reading.LARGE and reading.plain(path) is None

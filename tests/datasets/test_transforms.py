@@ -394,5 +394,7 @@ def test_whole_fits_the_picture_in_and_ignores_what_is_left():
     assert picture.shape == (3, 80, 60) and mask.shape == (80, 60)
     assert (picture[:, :, :40] == 200).all() and (mask[:, 40:] == 255).all()
     assert torch.equal(mask[:, 0], torch.arange(40, dtype=torch.uint8).repeat_interleave(2))
+    thin, _ = Whole(size=[64, 64])(image[:, :1], label[:1].repeat(1, 10))
+    assert thin.shape == (3, 64, 64)
     mirrored, flipped = Whole(size=[80, 60], flip=1.0)(image, label)
     assert torch.equal(mirrored, picture.flip(-1)) and torch.equal(flipped, mask.flip(-1))
