@@ -13,7 +13,8 @@ What is measured was fixed before the first run. No result has chosen any of it:
 
     cells           of the features that enter the classifier, and of the joint space where there is
                     a projector; unit vectors; of each class at most 5 of an image and 200 of a set,
-                    and of two sets as many: how often a class occurs is no gap
+                    100 each of images of even and of odd number, and of two sets as many: how often
+                    a class occurs is no gap
     probe           logistic regression on standardised features, weight decay 1e-3, fitted to the
                     images of even number and tested on those of odd number, and the reverse
     distance        proxy A-distance, 2 (1 - 2 probe error), at least 0: 0 for domains that cannot
@@ -39,6 +40,12 @@ PER_IMAGE, PER_SET, DECAY = 5, 200, 1e-3
 COLUMNS = ("source error", "probe error", "distance", "class distance", "bound", "error")
 
 
+def halves(rows):
+    """Rows (N, 1 + D) of images of even and of odd number."""
+    odd = rows[:, 0] % 2 == 1
+    return rows[~odd], rows[odd]
+
+
 def thinned(rows, count):
     """At most so many rows, evenly spaced."""
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
@@ -62,7 +69,10 @@ def cells(network, dataset, device, autocast, workers, short_side):
                 kept = found.setdefault(space, {}).setdefault(k, [])
                 kept.append(torch.cat([number, chosen], 1))
     return {
-        space: {k: thinned(torch.cat(rows), PER_SET) for k, rows in classes.items()}
+        space: {
+            k: torch.cat([thinned(half, PER_SET // 2) for half in halves(torch.cat(rows))])
+            for k, rows in classes.items()
+        }
         for space, classes in found.items()
     }
 
@@ -97,12 +107,18 @@ def probe_error(rows, domains):
 
 
 def gap(source, domain):
-    """Cells {class: rows} of two sets -> (probe error, class distance)."""
+    """Cells {class: rows} of two sets -> (probe error, class distance); None where they share no
+    class in images of both kinds of number."""
     pairs = []
     for k in sorted(source.keys() & domain.keys()):
-        count = min(len(source[k]), len(domain[k]))
-        pairs.append((thinned(source[k], count), thinned(domain[k], count)))
-    a, b = (torch.cat(side) for side in zip(*pairs))
+        # As many of each fold, in which the probe is fitted or tested.
+        folds = [*zip(halves(source[k]), halves(domain[k]))]
+        chosen = [[thinned(rows, min(map(len, fold))) for rows in fold] for fold in folds]
+        pairs.append([torch.cat(side) for side in zip(*chosen)])
+    pairs = [pair for pair in pairs if len(pair[0])]
+    a, b = (torch.cat(side) for side in zip(*pairs)) if pairs else (torch.empty(0, 1),) * 2
+    if not all(map(len, halves(a))):
+        return None
     domains = torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).double()
     between = [(s[:, 1:].mean(0) - d[:, 1:].mean(0)).norm() for s, d in pairs]
     return probe_error(torch.cat([a, b]), domains), float(sum(between) / len(between))
@@ -124,9 +140,10 @@ def measure(network, datasets, source, matrices, folder, device, autocast, worke
         raise UserError(
             f"domains=true needs a set beside that of the training domain, {source}: add data.test"
         )
-    error = {
-        name: 1 - matrix.as_dict()["summary"]["mAcc"] / 100 for name, matrix in matrices.items()
-    }
+    accuracy = {name: matrix.as_dict()["summary"]["mAcc"] for name, matrix in matrices.items()}
+    if empty := [name for name, value in accuracy.items() if value is None]:
+        raise UserError(f"domains=true: no pixel of {empty[0]} has a label")
+    error = {name: 1 - value / 100 for name, value in accuracy.items()}
     found = {
         name: cells(network, dataset, device, autocast, workers, short_side)
         for name, dataset in datasets.items()
@@ -135,9 +152,13 @@ def measure(network, datasets, source, matrices, folder, device, autocast, worke
     for space, classes in found[source].items():
         content["spaces"][space] = terms = {}
         for name in others:
-            if not classes.keys() & found[name][space].keys():
-                raise UserError(f"data.test.{name} shares no class with {source}")
-            wrong, between = gap(classes, found[name][space])
+            gaps = gap(classes, found[name].get(space, {}))
+            if gaps is None:
+                raise UserError(
+                    f"data.test.{name} shares no class with {source} in images of even and of odd "
+                    "number, by which the probe is tested"
+                )
+            wrong, between = gaps
             distance = max(0.0, 2 * (1 - 2 * wrong))
             values = (error[source], wrong, distance, between)
             terms[name] = dict(zip(COLUMNS, (*values, error[source] + distance / 2, error[name])))

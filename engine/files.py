@@ -121,10 +121,16 @@ def replacing(path):
 
 
 def tidy(folder):
-    """Remove what `replacing` leaves in a folder when its process is killed."""
+    """Remove what `replacing` leaves in a folder when its process is killed, not what one that is
+    alive on this machine is writing."""
     for path in Path(folder).glob(".*.tmp.*"):
-        if re.fullmatch(r"\..+\.\d+\.tmp\.\w+", path.name):
-            path.unlink(missing_ok=True)
+        if match := re.fullmatch(r"\..+\.(\d+)\.tmp\.\w+", path.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:  # it is another user's
+                continue
 
 
 def write(path, text):

@@ -14,6 +14,8 @@ from engine.errors import UserError
 from engine.statistics import resize_labels
 from tests.runs import TINY_DG, train
 
+LABEL = torch.zeros(1, 6, 6, dtype=torch.uint8)
+
 
 def rows(classes, shift=0.0, images=20, dim=4):
     """Cells {class: rows} whose first coordinate is moved by `shift`."""
@@ -38,6 +40,25 @@ def test_classes_of_one_set_alone_and_their_frequency_are_no_gap():
     error, between = domains.gap(source, domain)
     assert 0.4 < error < 0.6 and between < 0.8
     assert domains.gap(domain, source)[1] == pytest.approx(between)
+
+
+@pytest.mark.parametrize("images", [398, 399, 400])
+def test_thinning_takes_images_of_both_folds(images, monkeypatch):
+    """Five cells of each image: every tenth of 1995 rows would be of an even one."""
+    monkeypatch.setattr(domains, "images", lambda *_, **__: [(i, None, LABEL) for i in range(images)])
+    network = SimpleNamespace(
+        segment=lambda *_, **__: SimpleNamespace(features=torch.randn(1, 4, 3, 3), embedding=None)
+    )
+    found = domains.cells(network, None, None, torch.no_grad(), 0, 0)["features"][0]
+    assert len(found) == domains.PER_SET and (found[:, 0] % 2).mean() == 0.5
+    moved = found + torch.tensor([0, 50, 0, 0, 0])
+    assert domains.gap({0: found}, {0: moved})[0] == 0
+
+
+def test_sets_without_a_class_in_both_folds_have_no_gap():
+    one, several = rows([0], images=1), rows([0, 1], images=20)
+    assert domains.gap(one, several) is domains.gap(several, one) is None
+    assert domains.gap(rows([0]), rows([1])) is domains.gap(several, {}) is None
 
 
 def test_the_probe_is_tested_on_images_that_it_has_not_seen():
@@ -70,8 +91,8 @@ def test_cells_are_unit_features_of_their_class_at_most_five_of_an_image(monkeyp
             features = torch.nn.functional.normalize(torch.cat([image, image.square()]), dim=0)
             of_class = features[:, resize_labels(sample["label"][None], (12, 16))[0] == k]
             assert (of_class - row[1:, None]).abs().sum(0).min() < 1e-6
-    monkeypatch.setattr(domains, "PER_SET", 3)
-    assert max(map(len, domains.cells(*given)["features"].values())) == 3
+    monkeypatch.setattr(domains, "PER_SET", 4)
+    assert max(map(len, domains.cells(*given)["features"].values())) == 4
 
 
 def test_eval_writes_the_terms_of_both_spaces(tmp_path, capsys):

@@ -18,6 +18,7 @@ from engine.files import (
     read_json_lines,
     read_text,
     replacing,
+    tidy,
     write,
     write_picture,
 )
@@ -128,6 +129,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text("utf-8") == "ä" and [*path.parent.iterdir()] == [path]
     with pytest.raises(UserError, match=r"could not write .*c\.png"):
         write_picture(path / "c.png", torch.zeros(2, 2, 3, dtype=torch.uint8).numpy())
+
+
+def test_only_what_killed_processes_have_left_is_removed(tmp_path):
+    with replacing(tmp_path / "b.csv") as temporary:
+        temporary.write_text("half")
+        (tmp_path / ".a.999999999.tmp.csv").write_text("of no process")
+        tidy(tmp_path)
+        assert [*tmp_path.iterdir()] == [temporary]
+    assert (tmp_path / "b.csv").read_text() == "half"
 
 
 def test_a_name_stays_inside_its_folder(tmp_path):
