@@ -91,6 +91,11 @@ def main(arguments):
     text = "text_attention" in model.heads
     needs_tower = any(part.needs_tower for part in [*losses.values(), reweight] if part)
     check_parts(view_of, members, teacher, tower, needs_tower, text)
+    if style and cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size()) < 2:
+        raise config.ConfigError(
+            "dg.style takes the style of another image of the micro-batch: it needs two or more in "
+            "each process and micro-batch, so raise train.batch_size"
+        )
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     student = run.equip(model, cfg)
 

@@ -96,6 +96,15 @@ def member(prototypes, name, who, remedy=""):
     return prototypes[name]
 
 
+def check_space(chosen, name, who):
+    """Raise UserError unless the vectors of a member can be compared with features."""
+    if chosen.space != "features":
+        raise UserError(
+            f"{who} compares features, and the vectors of '{name}' lie in an embedding of its own: "
+            "take another member, another classifier, or protoseg.Contrast or gmmseg.Contrast"
+        )
+
+
 def output_of(step, view, who):
     """The output of a view that shows its images as they come.
 

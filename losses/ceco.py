@@ -17,7 +17,8 @@ channels with batch norm, a linear layer to 512, a ReLU, and after its normalisa
 dropout. None of these layers is trained.
 
 Reconstructed [R]: centres of the features themselves, without those layers, at the size of the
-features; with `space: joint` of the embedding of model.heads.projector, which is trained. `sync`
+features; with `space: joint` of the embedding of model.heads.projector, which is trained. Every
+labelled cell counts alike, whatever weight its pixels have in the cross-entropy. `sync`
 takes the centres over all processes. `prior` is off by default, because it reads every label of the
 training set once. The paper's text was not at hand.
 """

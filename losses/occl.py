@@ -27,7 +27,7 @@ and half of the objects. `split` says what is dealt out, over the whole batch:
     checkerboard    cells too, by whether row + column is even
 
 Of a class that is one object, or lies in one image, the cells are dealt out instead, so that it is
-not lost.
+not lost. Every labelled cell counts alike, whatever weight its pixels have in the cross-entropy.
 
 Two things differ from the paper, or may. `sync` takes the centroids of all processes' images. The
 paper has 2 images on each of 8 GPUs, and does not say that they share centroids. And `features` lie
@@ -41,11 +41,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from engine.errors import UserError
 from engine.ranges import Count, NonNegative, Positive
 from engine.statistics import class_sums, precise, resize_labels
 from losses._views import halve
-from losses.base import Loss, member
+from losses.base import Loss, check_space, member
 
 # Logit of a class without pixels: finite, so that fully masked rows have finite gradients.
 ABSENT = -1e9
@@ -100,12 +99,7 @@ class OCCL(Loss):
 
     def forward(self, step):
         prototypes = member(step.prototypes, self.prototypes, "occl.OCCL")
-        if prototypes.space != "features":
-            raise UserError(
-                "occl.OCCL compares class means of the features, and this classifier's vectors lie "
-                "in an embedding of "
-                "its own: take protoseg.Contrast or gmmseg.Contrast, or another classifier"
-            )
+        check_space(prototypes, self.prototypes, "occl.OCCL")
         features = step.outputs[self.view].features
         labels = resize_labels(step.labels[self.view], features.shape[-2:])
         samples = step.batch(self.view).sample

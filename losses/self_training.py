@@ -63,7 +63,7 @@ class TeacherConfidence(Labeler):
         share = distributed.mean((confidence > self.threshold).to(image.dtype).mean())
         weights = share.expand_as(confidence).clone()
         weights[:, : self.ignore_top] = 0
-        weights[:, confidence.shape[1] - self.ignore_bottom :] = 0
+        weights[:, max(0, confidence.shape[1] - self.ignore_bottom) :] = 0
         step.labels["target"], step.weights["target"] = labels, weights
 
     def label(self, network, image, prototypes):

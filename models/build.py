@@ -336,6 +336,11 @@ def build_prototypes(specs, joint=0, **context):
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
         context["in_channels"] = joint if spaces[name] == "joint" else features
         members[name] = build("models.prototypes", options, "Prototypes", **context)
+        if members[name].offline and views[name] != "tower":
+            raise ConfigError(
+                f"prototypes.{name}: {spec['name']} is fitted to {members[name].offline} images of "
+                f"the frozen tower (offline): set view: tower and dg.tower, not view: {views[name]}"
+            )
     views = {name: view for name, view in views.items() if view != "none"}
     return members, views | {"classifier": "source"}, spaces | {"classifier": "features"}
 

@@ -457,3 +457,10 @@ def test_the_toy_configuration_is_one_of_six_domains():
         "rain",
         "snow",
     ] and cfg.data.seen == ["synthetic"]
+
+
+def test_a_style_needs_another_image_in_the_micro_batch(tmp_path):
+    style = "dg.style={name: style.ColorStats}"
+    for options in (("train.batch_size=1",), ("train.batch_size=4", "train.accumulate=4")):
+        with pytest.raises(UserError, match=r"needs two or more in each process and micro-batch"):
+            train(tmp_path / "run", style, *options, config=TINY_DG)

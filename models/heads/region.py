@@ -58,6 +58,7 @@ the masks of the layer before.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -274,9 +275,10 @@ class Region(Head):
 
     def forward(self, view, maps, output, step):
         if self.stage == -1:
-            output.regions = self.find(output.features, step)
+            regions = output.regions = self.find(output.features, step)
             if self.variant == "mask" and self.opened:
-                output.regions.opens = lambda logits: self.opening(output.regions, logits)
+                found = weakref.ref(regions)  # a cycle would keep the maps of many steps
+                regions.opens = lambda logits: self.opening(found(), logits)
 
     def transferability(self, means):
         """tau (B, R, C) without dropout, so that it does not depend on chance."""

@@ -17,6 +17,14 @@ def test_a_member_cannot_have_a_name_that_is_taken(name):
         build_prototypes({name: {"name": "centroids.Centroids"}}, num_classes=3, in_channels=4)
 
 
+@pytest.mark.parametrize("view", ["source", "teacher", "none"])
+def test_a_member_of_the_tower_with_another_view_would_never_be_fitted(view):
+    spec = {"name": "visual_text.VisualText", "offline": 5, "view": view}
+    with pytest.raises(ConfigError, match=rf"offline\): set view: tower .*, not view: {view}"):
+        build_prototypes({"visual": spec}, num_classes=3, in_channels=4)
+    build_prototypes({"visual": spec | {"view": "tower"}}, num_classes=3, in_channels=4)
+
+
 @pytest.mark.parametrize(
     "override, sentence",
     [

@@ -8,7 +8,9 @@ import torch
 
 from engine.build import build as build_part
 from engine.errors import UserError
+from losses import bcl
 from losses.occl import OCCL
+from losses.proda import Denoise
 from models.classifiers._components import Ring, spread
 from tests.models.classifiers.peers import (
     PEERS,
@@ -70,11 +72,16 @@ def test_no_gradient_reaches_prototypes_and_losses_reach_the_embedding_alone():
 
 
 @EVERY
-def test_occl_refuses_vectors_of_another_space(name):
+def test_what_compares_features_refuses_vectors_of_another_space(name):
     features, labels = scene()
-    term = OCCL(num_classes=K)
+    step = a_step(an_output(features=features), labels, prototypes=build(name))
+    contrast = bcl.Contrast(num_classes=K)
     with pytest.raises(UserError, match="embedding of its own"):
-        term(a_step(an_output(features=features), labels, prototypes=build(name)))
+        OCCL(num_classes=K)(step)
+    with pytest.raises(UserError, match="embedding of its own"):
+        contrast.vectors("classifier", step.prototypes, features, labels, None)
+    with pytest.raises(UserError, match="embedding of its own"):
+        Denoise(prototypes="classifier").member(step.prototypes)
 
 
 # --- what all of them keep -------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """TMT: the reversal, transferability, and attention with priorities."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,6 +263,22 @@ def test_pixels_that_tie_do_not_open_every_mask():
     assert not part.opening(tied, torch.randn(2, K, 4, 6)).any()
     some = Regions(None, None, transferability=torch.rand(2, 4, 6).double())
     assert part.opening(some, torch.randn(2, K, 4, 6)).flatten(1).sum(1).tolist() == [6, 6]
+
+
+def test_opened_masks_keep_no_features_alive():
+    """Without the collector of cycles, which does not see how large maps are."""
+    queries = SimpleNamespace(takes_masks=True)
+    part = region(stage=-1, variant="mask", opened=0.25, in_channels=D, classifier=queries)
+    output = Output(features=maps(), logits=torch.randn(2, K, 16, 20).double())
+    kept = weakref.ref(output.features)
+    gc.disable()
+    try:
+        part(None, None, output, 0)
+        assert output.regions.opens(torch.randn(2, K, 16, 20)).any()
+        del output
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_probe_learns_moves_no_feature_and_says_how_regions_transfer():
