@@ -10,6 +10,7 @@ stage.
 """
 
 import logging
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -191,6 +192,10 @@ def main(arguments):
     # All of them first: a mistake should not show up only after hours.
     data = [build_data(stage) for stage in stages]
     train = data[0].train
+    for number, stage in enumerate(stages):
+        begun, start = run.saved and number <= run.saved.get("stage", 0), stage.stage.init
+        if not begun and start not in ("imagenet", "previous") and not Path(start).is_file():
+            raise config.ConfigError(f"stage {stage.stage.name}: init: there is no file {start}")
     alike = {"optimizer": 0, "seed": 0}
     for number, stage in {
         str(stage | alike | {"stage": [stage.stage.teacher, not number]}): (number, stage)

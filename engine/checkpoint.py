@@ -19,7 +19,7 @@ import torch
 
 from engine import contents, distributed, weights
 from engine.accepted import check_resume
-from engine.config import difference, plain
+from engine.config import difference, plain, stages
 from engine.errors import NonFinite, UserError
 from engine.process import signals
 
@@ -37,6 +37,7 @@ def save(path, content, required=True):
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    signals.writing = True
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **content}, file)
@@ -52,6 +53,8 @@ def save(path, content, required=True):
         if required:
             raise UserError(message) from None
         logger.warning(f"{message}; training continues")
+    finally:
+        signals.writing = False
 
 
 def content(stateful, dataset, **about):
@@ -121,14 +124,15 @@ def restore(part, name, saved, path):
     Raises:
         UserError: it has none, or that of another network, optimizer or scaler.
     """
-    # An optimizer replaces its options by those of the state that it loads.
+    # An optimizer takes the options of the state that it loads; those of the configuration count.
     groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else ()
-    options = {key for group in groups for key in group}
+    options = [{key: group[key] for key in group if key != "params"} for group in groups]
     try:
         part.load_state_dict(saved[name])
-        groups = part.param_groups if groups else ()
-        lost = options - {key for group in groups for key in group}
-        how = "its options are others" if lost else ""
+        how = ""
+        for group, own in zip(part.param_groups if groups else (), options):
+            how = how or ("" if own.keys() <= group.keys() else "its options are others")
+            group.update(own)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         how = weights.reason(error) if name in saved else "there is none"
         if name in saved and isinstance(part, torch.nn.Module):
@@ -165,6 +169,14 @@ def check_same(path, saved, cfg, data):
             f"{'train_uda.py' if 'stage' in saved else 'another script'} wrote it"
         )
     check_resume(saved["config"], cfg)
+    parts, number = stages(cfg), saved.get("stage", 0)
+    lengths, done = [part.train.iters for part in parts], saved.get("stage_step", saved["step"])
+    reached = number < len(parts) and done <= lengths[number]
+    if not reached or sum(lengths[:number]) + done != saved["step"]:
+        raise UserError(
+            f"{path} is at step {saved['step']}, in stage {number + 1}: stages and train.iters of "
+            "this configuration do not lead there, or end before"
+        )
     for name, before in saved.get("data", {}).items():
         if data.get(name) != before:
             message = (
@@ -237,15 +249,27 @@ def find(cfg):
     return (None, None) if resume == "auto" else (Path(resume), load(resume, contents.RESUMED))
 
 
-def tidy(folder, start, resume):
-    """Remove what a killed save left behind. Where a run goes on from a named checkpoint, later
-    ones move to `abandoned/`: they are neither lost nor taken for those of this run."""
-    for path in Path(folder).glob("*.tmp.*"):
+def tidy(folder, start, named=None):
+    """Remove what a killed save left behind, and move later checkpoints to `abandoned/`: they are
+    neither lost nor taken for those of this run.
+
+    Args:
+        start: step from which the run goes on. Later ones are damaged, or there is a `named` one.
+        named: path of the checkpoint of another run, or of an earlier step of this one. best.pt is
+            then of the steps that are abandoned, and the networks of earlier stages, which are
+            compared at the end, lie beside that checkpoint.
+    """
+    folder = Path(folder)
+    for path in folder.glob("*.tmp.*"):
         path.unlink(missing_ok=True)
-    for path in list_steps(folder) if resume not in ("auto", "none") else []:
-        if int(path.stem[5:]) > start:
-            (Path(folder) / "abandoned").mkdir(exist_ok=True)
-            os.replace(path, Path(folder) / "abandoned" / path.name)
+    later = [path for path in list_steps(folder) if int(path.stem[5:]) > start]
+    later += [folder / "best.pt"] if named and (folder / "best.pt").is_file() else []
+    for path in later:
+        (folder / "abandoned").mkdir(exist_ok=True)
+        os.replace(path, folder / "abandoned" / path.name)
+    if named and named.parent.resolve() != folder.resolve():
+        for kept in named.parent.glob("stage_*.pt"):
+            shutil.copy2(kept, folder)
 
 
 def rng_state():

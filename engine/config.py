@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from engine.files import write
 from engine.ranges import RANGES, STAGE_RANGES, brief, describe, is_a, mismatch, show
 from engine.reading import LEVELS, ConfigError, Dumper, read_file, read_yaml
 
@@ -149,7 +150,7 @@ def stages(config):
 
 def save(config, path):
     """Write a configuration as YAML; `load(path)` gives it back."""
-    Path(path).write_text(text(config), "utf-8")
+    write(path, text(config))
 
 
 def text(config):

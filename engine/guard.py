@@ -127,6 +127,7 @@ def end_at(step, rng, reason, content, streams, folder):
         batches = {name: stream.whole(step) for name, stream in streams.items()}
         content = content | {"rng": rng, "reason": reason, "batch": batches}
         checkpoint.save(path, content, required=False)
+    distributed.barrier()  # torchrun ends all processes with the first that leaves
     raise NonFinite(
         f"step {number}: {reason}. It was not taken, nor was one after it, and the checkpoints "
         "before are intact. Lower optimizer.lr, set optimizer.clip=1, or use precision=fp32. To "

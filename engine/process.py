@@ -139,6 +139,7 @@ class Signals:
         received: number of the first one, 0 for none.
         gentle: steps are running; the first signal lets the current one finish.
         slowest: seconds of the slowest step so far.
+        writing: a checkpoint is being written, however long a slow disk takes.
         code: with which the process is leaving; None: it is not.
     """
 
@@ -146,7 +147,7 @@ class Signals:
 
     def __init__(self):
         self.received, self.gentle, self.slowest, self.process = 0, False, 0.0, 0
-        self.code = None
+        self.code, self.writing = None, False
 
     def install(self):
         """Handle them from now on; those that are ignored (nohup) stay so. Only the main thread
@@ -186,13 +187,12 @@ class Signals:
         handler or to the end of its step."""
         while os.read(reader, 1)[0] not in self.NUMBERS:
             pass
-        deadline = time.monotonic() + GRACE + 3 * self.slowest
-        while time.monotonic() < deadline:
+        moved = time.monotonic()
+        while time.monotonic() < moved + GRACE + 3 * self.slowest:
             time.sleep(0.2)
-            if (
-                self.received and not self.gentle
-            ):  # the last step is done, and what is left is saving
+            if self.received and not self.gentle:  # the last step is done and saved
                 return
+            moved = time.monotonic() if self.writing else moved
         leave(
             128 + (self.received or signal.SIGTERM),
             f"a signal was received{_process()}, and nothing moved since",

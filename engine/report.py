@@ -18,6 +18,7 @@ from engine.files import inside, replacing, tidy, write, write_picture
 from engine.inference import NonFiniteScores, classify, evaluate
 from engine.metrics import ConfusionMatrix
 from engine.prepare import images
+from engine.process import signals
 from engine.statistics import IGNORE, resize_labels
 
 logger = logging.getLogger("engine")
@@ -104,7 +105,7 @@ def validate(network, dataset, options, autocast, run):
 
     nan where scores are not finite, None where a signal cut it short.
     """
-    log, step = run.writer, run.offset + run.done
+    log, step, run.known = run.writer, run.offset + run.done, {}
     try:
         matrix = evaluate(
             network, dataset, options, run.device, autocast, "val", run.stage.data.workers
@@ -203,7 +204,8 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     comes last.
     """
     device, folder, workers = run.device, run.folder, run.stage.data.workers
-    step = take_best(run) if run.exhausted() and run.best >= 0 else run.total
+    chosen = run.exhausted() and (folder / "best.pt").is_file()  # a full disk may have none
+    step = take_best(run) if chosen else run.offset + run.done
     about = run.about | {"step": step, "seconds": round(run.seconds()), "best_val": run.best}
     matrices = report(
         network, datasets, options, device, autocast, folder / "eval", about, run.known, workers
@@ -326,19 +328,24 @@ def pseudo_label_quality(network, labeler, prototypes, dataset, device, autocast
 
     Returns:
         {tag: percent}, the same on every process: how much of each class, and of all, has a pseudo
-        label, and how many of the labels of each class, and of all, are right.
+        label, and how many of the labels of each class, and of all, are right. None if a signal has
+        cut it short.
     """
     mode = network.training
     network.eval()
     matrix = ConfusionMatrix(dataset.CLASSES, {}, device)
     truth = torch.zeros(len(dataset.CLASSES), dtype=torch.int64, device=device)
     for _, image, real in images(dataset, device, short_side=short_side):
+        if signals.received:
+            break
         with autocast:
             pseudo = labeler.label(network, image, prototypes)
         pseudo = resize_labels(pseudo, real.shape[-2:])
         truth += torch.bincount(real.flatten(), minlength=256)[: len(truth)]
         matrix.update(pseudo.where(pseudo != IGNORE, 0), real.where(pseudo != IGNORE, IGNORE))
     network.train(mode)
+    if signals.requested():
+        return None
     counts, truth = matrix.all_reduce().matrix.double(), distributed.all_reduce(truth)
     right, values = counts.diagonal(), {}
     shares = {"share": (counts.sum(1), truth), "accuracy": (right, counts.sum(0))}
@@ -369,6 +376,8 @@ def log_pseudo_labels(network, labelers, prototypes, dataset, run, step, stored=
             run.autocast,
             run.stage.eval.short_side,
         )
+        if values is None:
+            return
         run.writer.scalars(values, step)
         found = (values.get(f"pseudo/{kind}") for kind in ("share", "accuracy"))
         share, right = ("-" if value is None else f"{value:.1f} %" for value in found)

@@ -47,7 +47,9 @@ class Run:
     """A run folder and where the run in it stands.
 
     Attributes:
-        saved: the checkpoint that the run goes on from, None at a fresh start.
+        saved: the checkpoint that the run goes on from, None at a fresh start; its parts are
+            dropped once steps begin.
+        named: its path, if the user has named it.
         at: number of the stage that it is in.
         resumed: the current stage goes on from it.
         done, iters: steps of the current stage that are done, and that it has.
@@ -68,6 +70,7 @@ class Run:
         if self.folder.is_dir():
             claim(self.folder)
         self.path, self.saved = checkpoint.find(cfg)
+        self.named = self.path if self.path == Path(cfg.resume) else None
         self.spent, self.began = self.saved["seconds"] if self.saved else 0.0, time.monotonic()
         self.stopped, self.known, self.at = False, {}, self.saved and self.saved.get("stage", 0)
 
@@ -88,7 +91,7 @@ class Run:
             checkpoint.check_same(self.path, self.saved, self.cfg, self.data)
         start, self.total = self.saved["step"] if self.saved else 0, total
         if distributed.is_main():
-            checkpoint.tidy(self.folder, start, self.cfg.resume)
+            checkpoint.tidy(self.folder, start, self.named)
             config.save(self.cfg, self.folder / "config.yaml")
         self.writer = Log(self.folder, start)
         self.about = facts(self.device) | {"seed": self.cfg.seed, "iters": total}
@@ -136,9 +139,9 @@ class Run:
             for name, part in self.parts.items():
                 checkpoint.restore(part, name, self.saved, self.path)
             self.done = self.saved.get("stage_step", self.saved["step"])
-            self.best, self.waited, self.pending = (
-                self.saved.get(key, 0) for key in ("best", "waited", "pending")
-            )
+            self.pending = self.saved.get("pending", False)
+            if not self.named:  # the best network of another run is not in this folder
+                self.best, self.waited = self.saved["best"], self.saved.get("waited", 0)
         self.guard = Guard(self.parts["model"], self.device, self.stage.precision == "fp16")
         self.first, self.averages, self.losses, self.laps = self.done, Averages(), {}, []
 
@@ -161,6 +164,8 @@ class Run:
         distributed.seed_everything(self.seed + distributed.rank())
         if self.resumed:
             checkpoint.set_rng_state(self.saved["rng"])
+            for name in self.parts:  # twice the network's memory, and more
+                self.saved.pop(name, None)
         self.bar = tqdm(
             range(self.done, self.done if self.exhausted() else self.iters),
             self.name,

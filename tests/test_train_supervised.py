@@ -19,7 +19,7 @@ from PIL import Image
 
 import train_supervised
 from datasets.build import build_data, count_classes
-from engine import checkpoint, precision, report
+from engine import checkpoint, distributed, precision, report
 from engine.config import ConfigError, load
 from engine.errors import UserError
 from engine.log import claim, release
@@ -202,7 +202,7 @@ def test_kill_in_the_middle_of_saving_leaves_the_earlier_checkpoint(tmp_path):
     process.wait()
     path, found = checkpoint.find(SimpleNamespace(folder=folder, resume="auto"))
     assert found["step"] >= 2 and path.name == f"step_{found['step']:07d}.pt"
-    checkpoint.tidy(folder, found["step"], "auto")
+    checkpoint.tidy(folder, found["step"])
     assert not list(folder.glob("*.tmp.*"))
 
 
@@ -418,8 +418,12 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(
     options = (f"precision={precision}", f"log.every={every}", f"checkpoint.every={every}")
     options += ("checkpoint.keep=10", "eval.every=0")
     plant(monkeypatch, where, 2)
+    met = []  # torchrun ends all processes with the first that leaves
+    file = tmp_path / "run" / "debug_step_0000003.pt"
+    monkeypatch.setattr(distributed, "barrier", lambda: met.append(file.is_file()))
     with pytest.raises(UserError, match=r"step 3: .* is (nan|inf)\. It was not taken") as failure:
         train(tmp_path / "run", *options)
+    assert met[-1]
     assert "checkpoints before are intact" in str(failure.value)
     debug = checkpoint.load(tmp_path / "run" / "debug_step_0000003.pt")
     assert finite(debug["model"]) and finite(debug["teacher"]) and finite(debug["prototypes"])
@@ -512,14 +516,63 @@ def test_a_named_checkpoint_goes_on_and_nothing_that_is_there_is_lost(tmp_path):
     train(folder)
     old = last(folder)
     other = (f"resume={path}", "optimizer.lr=1e-4", "checkpoint.keep=1", "checkpoint.every=100")
+    other += ("optimizer.weight_decay=0.5",)
     train(folder, *other)
     assert last(folder)["config"]["optimizer"]["lr"] == 1e-4 and last(folder)["step"] == 6
+    groups = last(folder)["optimizer"]["param_groups"]  # trained with, not only told
+    assert {group["base_lr"] for group in groups} == {1e-4, 2e-4}
+    assert max(group["weight_decay"] for group in groups) == 0.5
     assert_same_state(checkpoint.load(folder / "abandoned" / "step_0000006.pt"), old)
     # The queue starts the same command again: it goes on from what it wrote, though PATH is gone by now.
     assert not path.exists()
     before = last(folder)
     train(folder, *other)
     assert_same_state(last(folder), before)
+
+
+def test_the_best_network_of_the_run_that_was_left_is_not_that_of_the_new_one(tmp_path):
+    """Neither in its folder nor in another one."""
+    folder = tmp_path / "run"
+    train(folder, "eval.every=1", "checkpoint.every=1")
+    path, best = folder / "step_0000003.pt", checkpoint.load(folder / "best.pt")
+    torch.save(checkpoint.load(path) | {"best": 100.0}, path)
+    again = (f"resume={path}", "eval.every=1", "eval.patience=1", "optimizer.lr=1e-12")
+    train(tmp_path / "other", *again)
+    train(folder, *again)
+    assert checkpoint.load(folder / "abandoned" / "best.pt")["step"] == best["step"]
+    for place in (tmp_path / "other", folder):
+        own = checkpoint.load(place / "best.pt")
+        assert own["step"] >= 4 and own["best"] < 100
+        results = json.loads((place / "results.json").read_text())
+        assert results["step"] >= 4 and results["best_val"] == own["best"]
+
+
+def test_a_run_without_best_pt_reports_its_last_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_light", lambda *_: None)  # the disk was full
+    train(tmp_path, *PATIENT)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == last(tmp_path)["step"] < 9
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_UDA])
+def test_a_named_checkpoint_that_the_stages_do_not_lead_to_is_one_sentence(tmp_path, config):
+    train(tmp_path / "run", "eval.pictures=0", config=config)
+    path = checkpoint.list_steps(tmp_path / "run")[0]
+    shorter = ["train.iters=2"]
+    if config == TINY_UDA:
+        shorter += ["stages=[{name: adapt}]", "stages=[{name: source, iters: 4}, {name: adapt}]"]
+    for override in shorter:
+        with pytest.raises(UserError, match=r"is at step 6, in stage [12]: .* do not lead there"):
+            train(tmp_path / "again", override, f"resume={path}", config=config)
+        assert not (tmp_path / "again" / "results.json").exists()
+
+
+def test_a_damaged_newest_checkpoint_costs_no_good_one(tmp_path):
+    train(tmp_path, "train.iters=3")
+    (tmp_path / "step_0000005.pt").write_bytes(b"damaged")
+    train(tmp_path, "train.iters=4", "checkpoint.keep=1")
+    assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step_0000004.pt"]
+    assert (tmp_path / "abandoned" / "step_0000005.pt").read_bytes() == b"damaged"
 
 
 def test_a_longer_run_goes_on_also_when_the_queue_asks_again(tmp_path):

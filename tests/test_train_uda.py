@@ -349,3 +349,26 @@ def test_what_is_drawn_differs_between_domains_stages_and_runs(tmp_path, monkeyp
         train(tmp_path / str(seed), *few, config=TINY_UDA)
     assert len(orders) == 8 and len({*orders}) == 8  # source, target of two stages of two runs
     assert len({*seeds}) == 8 and len({*mixed}) == 4
+
+
+def test_a_named_checkpoint_in_another_folder_brings_the_network_before_adaptation(tmp_path):
+    train(tmp_path / "run", config=TINY_UDA)
+    path = tmp_path / "run" / "step_0000005.pt"
+    train(tmp_path / "other", f"resume={path}", config=TINY_UDA)
+    assert_same_state(last(tmp_path / "other"), last(tmp_path / "run"))
+    old, new = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "other")
+    )
+    assert old["before"] == new["before"]
+
+
+def test_a_start_of_a_later_stage_that_is_not_there_is_found_before_the_first(tmp_path):
+    stages = "stages=[{name: source, teacher: none, train: {teacher: 0.0}}, {name: adapt, init: %s}]"
+    with pytest.raises(UserError, match=r"stage adapt: init: there is no file \S+/none\.pt"):
+        train(tmp_path / "run", stages % (tmp_path / "none.pt"), config=TINY_UDA)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "start", "train.iters=1", config=TINY_UDA)
+    start = tmp_path / "start" / "stage_source.pt"
+    train(tmp_path / "run", stages % start, "eval.pictures=0", config=TINY_UDA)
+    start.unlink()  # no longer needed
+    train(tmp_path / "run", stages % start, "eval.pictures=0", config=TINY_UDA)

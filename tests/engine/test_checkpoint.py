@@ -141,7 +141,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_checkpoint(tmp_path, 
     monkeypatch.undo()
     assert len(list(tmp_path.glob("*.tmp.*"))) == 1 and steps(tmp_path) == [1]
     assert find(tmp_path, "auto")["step"] == 1
-    checkpoint.tidy(tmp_path, 1, "auto")
+    checkpoint.tidy(tmp_path, 1)
     assert not list(tmp_path.glob("*.tmp.*"))
 
 

@@ -86,6 +86,17 @@ def hang_in_a_library(_):
     sleep(0)
 
 
+def save_for_long(_):
+    process.GRACE, signals.gentle = 0.5, True
+    print("busy", flush=True)
+    signals.writing = True
+    deadline = time.monotonic() + 5.0  # longer than GRACE and what `leave` waits
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+    signals.writing = False
+    print("saved", flush=True)
+
+
 def child(write, function, argument):
     os.setsid()
     for stream in (1, 2):
@@ -212,6 +223,14 @@ def test_a_process_that_does_not_get_to_the_end_of_its_step_is_ended():
     os.kill(started.pid, signal.SIGTERM)
     code, output = started.ends(15)
     assert code == 143 and "nothing moved since" in output
+
+
+def test_a_process_that_writes_a_checkpoint_for_long_is_let_alone():
+    started = Started(save_for_long)
+    started.wait_for("busy")
+    os.kill(started.pid, signal.SIGTERM)
+    code, output = started.ends(15)
+    assert code == 0 and output.endswith("saved\n"), output
 
 
 @pytest.mark.parametrize("context", ["fork", "forkserver"])

@@ -3,9 +3,12 @@
 import contextlib
 import json
 import logging
+import math
 import re
+import signal
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -109,6 +112,29 @@ def test_of_no_pseudo_labels_none_is_right_or_wrong(said, labelled, text):
 
     report.log_pseudo_labels(Constant(), [Labeler()], {}, toys(), a_run(Path()), 0)
     assert re.search(f"pseudo labels: {text}", said())
+
+
+def test_a_signal_cuts_the_look_at_pseudo_labels_short(said, monkeypatch):
+    class Labeler:
+        labels_images, stored, seen = True, False, 0
+
+        def label(self, network, image, prototypes):
+            self.seen += 1
+            monkeypatch.setattr(report.signals, "received", signal.SIGTERM)
+            return torch.full((1, *image.shape[-2:]), 3)
+
+    labelers = [Labeler(), Labeler()]
+    report.log_pseudo_labels(Constant(), labelers, {}, toys(), a_run(Path()), 0)
+    assert len(toys()) > 1 and [labeler.seen for labeler in labelers] == [1, 0]
+    assert "pseudo labels" not in said()
+
+
+def test_a_validation_that_is_not_finite_leaves_no_older_one(monkeypatch, tmp_path):
+    data, run = toys(), a_run(tmp_path)
+    report.validate(Constant(), data, options(), PLAIN, run)
+    assert run.known
+    monkeypatch.setattr(report, "evaluate", mock.Mock(side_effect=NonFiniteScores("val")))
+    assert math.isnan(report.validate(Constant(), data, options(), PLAIN, run)) and not run.known
 
 
 def test_a_row_is_named_by_its_run():
