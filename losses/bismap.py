@@ -63,7 +63,6 @@ from losses.base import Labeler, Loss, member
 
 # --- source -> target: labels by likelihood -------------------------------------------------------
 
-LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)  # quantiles of the source that the labeler keeps, to look at
 SAMPLE = (
     20_000  # pixels of a class that quantiles are taken from, where a member has no `quantiles`
 )
@@ -95,8 +94,7 @@ class LikelihoodLabels(Labeler):
         ValueError: not exactly one of the two thresholds, or no number.
         UserError, from `prepare` or `label`: there is no such member.
 
-    State: threshold (K), and source_quantiles (K, LEVELS) of the true class's score over correct
-    source pixels; both infinite for classes without a prototype.
+    State: threshold (K), infinite for classes without a prototype.
     """
 
     stored = learned = True
@@ -125,7 +123,6 @@ class LikelihoodLabels(Labeler):
         self.seed, self.prototypes, self.rule, self.fit = seed, prototypes, dict(threshold), fit
         self.agree = agree
         self.register_buffer("threshold", torch.full((num_classes,), torch.inf))
-        self.register_buffer("source_quantiles", torch.full((num_classes, len(LEVELS)), torch.inf))
 
     def member(self, prototypes):
         remedy = "Add prototypes.mixtures={name: mixtures.Mixtures, view: none}"
@@ -158,16 +155,14 @@ class LikelihoodLabels(Labeler):
             fitted.fit(
                 lambda: ((out.features, label, None) for _, out, label in correct()), prototypes
             )
-        levels = [*LEVELS, self.rule.get("source_quantile", 0.5)]
-        quantiles = [fitted.quantiles(q) if self.fit and fitted else None for q in levels]
-        if any(values is None for values in quantiles):
-            quantiles = self.measure(correct(), prototypes, levels).unbind(1)
-        *quantiles, bound = quantiles
         if "nats" in self.rule:
             bound = torch.full_like(self.threshold, self.rule["nats"])
+        else:
+            level = self.rule["source_quantile"]
+            bound = fitted.quantiles(level) if self.fit and fitted else None
+            bound = self.measure(correct(), prototypes, level) if bound is None else bound
         seen = fitted.seen if fitted else torch.ones_like(self.threshold, dtype=torch.bool)
-        for state, found in zip((self.threshold, *self.source_quantiles.T), (bound, *quantiles)):
-            state.copy_(torch.where(seen, found.to(state), torch.inf))
+        self.threshold.copy_(torch.where(seen, bound.to(self.threshold), torch.inf))
 
         def make(index, image, label):
             return self.choose(preparation.segment(image), image.shape[-2:], prototypes)[0]
@@ -182,9 +177,8 @@ class LikelihoodLabels(Labeler):
         }
         preparation.store("pseudo_labels", preparation.target, make, settings, palette=True)
 
-    def measure(self, correct, prototypes, levels):
-        """Quantiles (K, levels) of the true class's score, infinite for classes without a correct
-        pixel.
+    def measure(self, correct, prototypes, level):
+        """A quantile (K) of the true class's score, infinite for classes without a correct pixel.
 
         Of each class the SAMPLE pixels with the smallest hashes count: a uniform sample, the same
         on any number of processes.
@@ -205,8 +199,8 @@ class LikelihoodLabels(Labeler):
         lots, place = lots.topk(SAMPLE, largest=False)
         values = values.gather(1, place).masked_fill(lots == NEVER, torch.inf).sort(1).values
         counts = (lots != NEVER).sum(1, keepdim=True)
-        ranks = (counts * torch.tensor(levels, dtype=torch.float64)).ceil().long() - 1
-        return values.gather(1, ranks.clamp_min(0))
+        ranks = (counts.double() * level).ceil().long() - 1
+        return values.gather(1, ranks.clamp_min(0))[:, 0]
 
     def choose(self, output, size, prototypes):
         """Output -> labels (B, H, W)."""
