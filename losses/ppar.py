@@ -59,6 +59,10 @@ The weights w say which pixels of a class count, not how much a class counts; th
 much an image or a source counts, whatever its classes are. Difficulty and reliability look at
 nearly the same thing (their correlation is 0.94 in a toy), so look at them one by one before
 stacking them.
+
+What it did (docs/results.md, CamVid by day to dusk and facades, two backbones, three seeds): it
+gains on the domain of the source and nothing on unseen ones, and the distance between the domains
+stays. The weights do both: rare classes are predicted more often.
 """
 
 from typing import Annotated, Literal
