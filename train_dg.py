@@ -90,12 +90,8 @@ def main(arguments):
     teacher = Teacher(model, cfg.train.teacher) if cfg.train.teacher else None
     text = "text_attention" in model.heads
     needs_tower = any(part.needs_tower for part in [*losses.values(), reweight] if part)
-    check_parts(view_of, members, teacher, tower, needs_tower, text)
-    if style and cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size()) < 2:
-        raise config.ConfigError(
-            "dg.style takes the style of another image of the micro-batch: it needs two or more in "
-            "each process and micro-batch, so raise train.batch_size"
-        )
+    alone = cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size()) < 2
+    check_parts(view_of, members, teacher, tower, needs_tower, text, style and alone)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     student = run.equip(model, cfg)
 
@@ -186,7 +182,7 @@ def main(arguments):
     return run.close()
 
 
-def check_parts(view_of, members, teacher, tower, needs_tower, text):
+def check_parts(view_of, members, teacher, tower, needs_tower, text, styled_alone=False):
     """Raise ConfigError where a part needs another one that is not configured."""
     needed = {
         f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or "
@@ -197,6 +193,8 @@ def check_parts(view_of, members, teacher, tower, needs_tower, text):
         }.get(view)
         for name, view in view_of.items()
     } | {
+        "dg.style takes the style of another image of the micro-batch: it needs two or more in "
+        "each process and micro-batch, so raise train.batch_size": not styled_alone,
         "a loss or dg.reweight needs the features of the frozen image tower: set dg.tower": (
             tower or not needs_tower
         ),

@@ -193,7 +193,7 @@ def main(arguments):
     data = [build_data(stage) for stage in stages]
     train = data[0].train
     for number, stage in enumerate(stages):
-        begun, start = run.saved and number <= run.saved.get("stage", 0), stage.stage.init
+        begun, start = run.saved and number <= run.at, stage.stage.init
         if not begun and start not in ("imagenet", "previous") and not Path(start).is_file():
             raise config.ConfigError(f"stage {stage.stage.name}: init: there is no file {start}")
     alike = {"optimizer": 0, "seed": 0}

@@ -2,9 +2,9 @@
 that names it.
 
 Pillow says what a file holds, and decodes it, because OpenCV returns truncated JPEGs half filled,
-silently, and turns palette indices into colours. Where the header says that there is nothing to know,
-a JPEG of 8 bits is decoded by torchvision and a grey PNG by OpenCV, to the same pixels in two thirds
-of the time; what they refuse is Pillow's again.
+silently, and turns palette indices into colours. Where the header says that there is nothing to
+know, a JPEG of 8 bits is decoded by torchvision and a grey PNG by OpenCV, to the same pixels in two
+thirds of the time; what they refuse is Pillow's again.
 """
 
 import logging
@@ -219,8 +219,8 @@ def plain_png(data):
 
 
 def plain_jpeg(data):
-    """(H, W, channels) of a JPEG of 8 bits by the segments before its pixels, of which none may turn
-    it or hold another picture; None for any other."""
+    """(H, W, channels) of a JPEG of 8 bits by the segments before its pixels, of which none may
+    turn it or hold another picture; None for any other."""
     start, shape = 2, None
     while True:
         mark, code, length = struct.unpack_from(">BBH", data, start)
@@ -252,7 +252,7 @@ def plain(path, rgb=False):
 
     `rgb`: none of grey.
     """
-    with suppress(*BROKEN), open(path, "rb") as file:
+    with suppress(*BROKEN, MemoryError), open(path, "rb") as file:
         look = {b"\xff\xd8\xff": plain_jpeg, b"\x89PN": None if rgb else plain_png}.get(
             file.read(3)
         )

@@ -121,8 +121,8 @@ def cut(values, start, window, fill):
 
 
 def resize(pixels, size):
-    """(H, W, 3) uint8 -> `size`, smoothed where it shrinks: PyTorch's kernel is quick where channels
-    lie side by side, as here."""
+    """(H, W, 3) uint8 -> `size`, smoothed where it shrinks: PyTorch's kernel is quick where
+    channels lie side by side, as here."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     return F.resize_image(image, size, antialias=True).permute(1, 2, 0).numpy()
 

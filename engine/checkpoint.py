@@ -160,7 +160,8 @@ def check_same(path, saved, cfg, data):
         data: {name of a training set: fingerprint} of the run.
     Raises:
         ConfigError: the configurations differ.
-        UserError: another script wrote it; or the training sets differ, and the checkpoint was not
+        UserError: another script wrote it; the stages and steps of the run do not lead to it; or
+            the training sets differ, and the checkpoint was not
             named explicitly; otherwise that is a warning.
     """
     if ("stage" in saved) != ("target" in data):

@@ -96,13 +96,19 @@ def member(prototypes, name, who, remedy=""):
     return prototypes[name]
 
 
-def check_space(chosen, name, who):
-    """Raise UserError unless the vectors of a member can be compared with features."""
+def comparable(prototypes, name, who, remedy=""):
+    """The same, of vectors that can be compared with features.
+
+    Raises:
+        UserError: they lie in an embedding of their own; otherwise as `member`.
+    """
+    chosen = member(prototypes, name, who, remedy)
     if chosen.space != "features":
         raise UserError(
             f"{who} compares features, and the vectors of '{name}' lie in an embedding of its own: "
             "take another member, another classifier, or protoseg.Contrast or gmmseg.Contrast"
         )
+    return chosen
 
 
 def output_of(step, view, who):

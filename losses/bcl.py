@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from engine import distributed
 from engine.ranges import Momentum, Positive, Share
 from engine.statistics import IGNORE, class_sums, precise, resize_labels, resize_logits
-from losses.base import Labeler, Loss, check_space, member, output_of
+from losses.base import Labeler, Loss, comparable, output_of
 
 EPS = 1e-6  # vectors shorter than this have no direction
 # Range of the histograms of log-odds, and bins per unit: a power of 2 has exact edges.
@@ -337,8 +337,7 @@ class Contrast(Loss):
             # Sums stand for means, since a cosine divides by the length.
             means, present = image_sums(features, labels, self.num_classes, weights)
         else:
-            chosen = member(prototypes, name, "bcl.Contrast")
-            check_space(chosen, name, "bcl.Contrast")
+            chosen = comparable(prototypes, name, "bcl.Contrast")
             means, present = chosen.pair_means(*on_cells(features, labels, weights))
         means = means.detach() if self.detach_prototypes else means
         return means.to(features.dtype), present

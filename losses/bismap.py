@@ -61,6 +61,12 @@ from engine.ranges import Count, Natural, NonNegative, Share, Size
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
 from losses.base import Labeler, Loss, member
 
+
+def resized(logits, size):
+    """Logits (B, K, h, w) -> (B, K, H, W) of at least float32."""
+    return resize_logits(precise(logits), size)
+
+
 # --- source -> target: labels by likelihood -------------------------------------------------------
 
 SAMPLE = (
@@ -206,14 +212,10 @@ class LikelihoodLabels(Labeler):
         """Output -> labels (B, H, W)."""
         scores, seen = self.scores(output, prototypes)
         # Infinite only after the interpolation, where a factor of 0 would make NaN of it.
-        best, classes = (
-            resize_logits(precise(scores), size)
-            .masked_fill(~seen[:, None, None], -torch.inf)
-            .max(1)
-        )
+        best, classes = resized(scores, size).masked_fill(~seen[:, None, None], -torch.inf).max(1)
         accepted = best >= self.threshold.to(best.dtype)[classes]
         if self.agree:
-            confidence, predicted = resize_logits(precise(output.logits), size).softmax(1).max(1)
+            confidence, predicted = resized(output.logits, size).softmax(1).max(1)
             accepted &= (predicted == classes) & (confidence >= self.agree)
         return torch.where(accepted, classes, IGNORE)
 
@@ -477,7 +479,7 @@ class SymmetricCrossEntropy(Loss):
     def forward(self, step):
         logits, labels = step.outputs[self.view].logits, step.labels[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            logits = resize_logits(precise(logits), labels.shape[-2:])
+            logits = resized(logits, labels.shape[-2:])
             # (B, H, W), 0 where ignored
             ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
             rce = math.log(self.floor) * torch.expm1(-ce)  # 0 there too
@@ -521,10 +523,8 @@ class Consistency(Loss):
             )
         logits, kept = step.outputs[self.view].logits, step.weights[self.view]
         with torch.autocast(logits.device.type, enabled=False):
-            student = resize_logits(precise(logits), kept.shape[-2:]).log_softmax(1)
-            guide = resize_logits(
-                precise(step.teacher.logits.detach()), kept.shape[-2:]
-            ).log_softmax(1)
+            student = resized(logits, kept.shape[-2:]).log_softmax(1)
+            guide = resized(step.teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
             divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)
             kept = kept.to(divergence.dtype)
             pixels = distributed.mean(kept.sum()).clamp_min(1)
@@ -552,8 +552,6 @@ class Distillation(Loss):
         logits = step.outputs[self.view].logits
         with torch.autocast(logits.device.type, enabled=False):
             student = precise(logits).log_softmax(1)
-            guide = resize_logits(
-                precise(step.teacher.logits.detach()), logits.shape[-2:]
-            ).log_softmax(1)
+            guide = resized(step.teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)
             student = student.exp() if self.kd == "linear" else student
             return F.kl_div(student, guide, reduction="none", log_target=True).mean()

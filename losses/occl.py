@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from engine.ranges import Count, NonNegative, Positive
 from engine.statistics import class_sums, precise, resize_labels
 from losses._views import halve
-from losses.base import Loss, check_space, member
+from losses.base import Loss, comparable, member
 
 # Logit of a class without pixels: finite, so that fully masked rows have finite gradients.
 ABSENT = -1e9
@@ -98,8 +98,7 @@ class OCCL(Loss):
         self.normalize, self.reduction, self.min_pixels = normalize, reduction, min_pixels
 
     def forward(self, step):
-        prototypes = member(step.prototypes, self.prototypes, "occl.OCCL")
-        check_space(prototypes, self.prototypes, "occl.OCCL")
+        prototypes = comparable(step.prototypes, self.prototypes, "occl.OCCL")
         features = step.outputs[self.view].features
         labels = resize_labels(step.labels[self.view], features.shape[-2:])
         samples = step.batch(self.view).sample

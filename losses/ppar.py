@@ -472,8 +472,8 @@ class TextFidelity(Loss):
 
 class FrozenFeatures(Loss):
     """The student's mean embedding of an image stays near that of the frozen image tower:
-    |norm(mean z) - norm(mean g)|^2, of unit vectors z and g, mean over images. A complement to PPAR,
-    after the regulariser of tqdm (Pak et al., ECCV 2024), which compares CLIP's class tokens.
+    |norm(mean z) - norm(mean g)|^2, of unit vectors z and g, mean over images. A complement to
+    PPAR, after the regulariser of tqdm (Pak et al., ECCV 2024), which compares CLIP's class tokens.
 
     Args:
         view: the view of the student; the tower sees the image without strong changes.

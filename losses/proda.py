@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from engine.ranges import Positive
 from engine.statistics import precise, resize_logits
-from losses.base import Labeler, Loss, check_space, member, output_of
+from losses.base import Labeler, Loss, comparable, output_of
 
 
 class Denoise(Labeler):
@@ -53,9 +53,7 @@ class Denoise(Labeler):
             f"Add prototypes.{self.prototypes}={{name: centroids.Centroids, momentum: 0.9999, "
             f"view: target}}"
         )
-        chosen = member(prototypes, self.prototypes, "proda.Denoise", remedy)
-        check_space(chosen, self.prototypes, "proda.Denoise")
-        return chosen
+        return comparable(prototypes, self.prototypes, "proda.Denoise", remedy)
 
     def prepare(self, preparation):
         """Fit the member on all target pixels, each with its predicted class."""

@@ -13,9 +13,9 @@ prototypes p_j:
 
 Both are means over the labelled pixels, on labels at feature size: a cell stands for the pixels
 that it covers, whatever weight they have in the cross-entropy. The gradient reaches the embedding
-alone; with cbp.CBP whose `update` is gradient or penalty, the vectors too. Assignments are those of all images of a
-micro-batch, on all processes. Any other classifier will do whose output has `components`, cosines:
-cbp.CBP with several prototypes per class.
+alone; with cbp.CBP whose `update` is gradient or penalty, the vectors too. Assignments are those of
+all images of a micro-batch, on all processes. Any other classifier will do whose output has
+`components`, cosines: cbp.CBP with several prototypes per class.
 """
 
 import torch
