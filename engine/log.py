@@ -36,6 +36,7 @@ from engine.step import Output
 
 logger = logging.getLogger("engine")
 SETTLED = 10  # steps before a profile: by then libraries have chosen their algorithms
+FREED = 5.0  # seconds that a killed run may take to leave its folder: its memory goes first
 logging.raiseExceptions = False  # a full disk is said once, by `Log`, not by every line of log.txt
 
 
@@ -155,6 +156,18 @@ LAYOUT = {
 _claims = {}  # {run folder: its lock}, of this process
 
 
+def _lock(file):
+    """Lock an open file against other processes, within FREED seconds; raises OSError."""
+    end = time.monotonic() + FREED
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
 def claim(folder):
     """Lock a run folder against a run of another process, until `release` or the end of this one.
 
@@ -171,7 +184,7 @@ def claim(folder):
             f"cannot write the run folder {folder} ({error}); choose another folder=..."
         ) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
     except BlockingIOError:
         lock.close()
         raise UserError(f"another run is writing to {folder}; choose another folder=...") from None

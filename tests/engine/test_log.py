@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.config import load
-from engine.log import LAYOUT, SETTLED, Averages, Log, profiled, summary
+from engine.log import LAYOUT, SETTLED, Averages, Log, claim, profiled, release, summary
 from models.build import build_segmentor
 from tests.runs import TINY, train
 
@@ -104,3 +106,15 @@ def test_the_size_of_a_network_is_told_part_by_part():
 def test_without_a_known_size_only_parameters_are_told():
     network = build_segmentor(load(TINY).model, list("abc"), pretrained=False)
     assert summary(network, {}).endswith("M trained")
+
+
+def test_a_folder_that_a_killed_run_leaves_a_moment_later_is_taken(tmp_path):
+    # The kernel frees the memory of a killed process before its locks.
+    holds = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    holds += "print(flush=True); time.sleep(0.5)"
+    command = [sys.executable, "-c", holds, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        claim(tmp_path)
+        assert other.wait() == 0
+    release(tmp_path)
