@@ -10,14 +10,22 @@ learns from both for some steps, from labels of an averaged teacher or from true
 tells the attention where the box is: keys in it gain so many nats in the last blocks, in training
 and at test. Printed: mIoU inside and outside of the boxes of unseen images, before and after.
 
+    python -m benchmarks.places --write runs/planted
+
+writes such targets as a data set in CamVid's layout, for train_uda.py: splits train (the images of
+train_day), and inside and outside (those of test_day, labels of the other side ignored; choose
+settings on val_inside and val_outside).
+
 A row is "none", or "<blocks> <nats>", such as "all 2" or "4 -2"; with " inside" only the queries in
 the box are guided, with " control" the oracle sees the box of another image.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from benchmarks.kernels import arguments
 from datasets.camvid import CamVid
@@ -39,6 +47,11 @@ OPTIMIZER = SimpleNamespace(
     betas=(0.9, 0.999),
 )
 SCHEDULE = SimpleNamespace(warmup=25, warmup_ratio=0.0, power=0.9, min_ratio=0.0, min_lr=0.0)
+SPLITS = {
+    "train_day": ["train"],
+    "val_day": ["val_inside", "val_outside"],
+    "test_day": ["inside", "outside"],
+}
 ROWS = ["none", "all 2", "all -2", "4 2", "4 4", "4 -2", "1 4", "all 2 inside", "all -2 inside"]
 
 
@@ -153,10 +166,37 @@ def pictures(split, count=0):
     return [torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in ("image", "label")]
 
 
+def write(folder):
+    """Write the planted targets of three splits of CamVid."""
+    generator = torch.Generator().manual_seed(9)
+    for split, names in SPLITS.items():
+        dataset = CamVid(root="data/camvid", split=split)
+        for index in range(len(dataset)):
+            sample, stem = dataset[index], Path(dataset.stem(index)).name
+            image, label = (torch.as_tensor(sample[key]) for key in ("image", "label"))
+            shown, boxes = planted(image[None].float() / 255, generator)
+            shown = (255 * shown[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            for name, kept in zip(names, (boxes[0], ~boxes[0]) if len(names) > 1 else (True,)):
+                label_there = torch.where(torch.as_tensor(kept), label, IGNORE).numpy()
+                for part, values in ((name, shown), (f"{name}annot", label_there)):
+                    path = Path(folder, part, f"{stem}.png")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(values).save(path)
+
+
 def main():
     options = arguments(
-        "places", checkpoint="", steps=250, images=60, seeds=[0], labels="teacher", rows=ROWS
+        "places",
+        checkpoint="",
+        steps=250,
+        images=60,
+        seeds=[0],
+        labels="teacher",
+        rows=ROWS,
+        write="",
     )
+    if options.write:
+        return write(options.write)
     data, test = pictures("train_day"), pictures("test_day", options.images)
     print("| row | seed | inside, before | outside | inside, after | outside |")
     print("|---|---|---|---|---|---|")
