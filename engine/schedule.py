@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from engine.errors import UserError
+
 
 def factor(step, iters, schedule):
     """Learning rate at a step, relative to the optimiser's: linear warm-up, then decay, polynomial
@@ -49,12 +51,14 @@ def parameter_groups(model, options):
     What APART names is a part of its own, with the rate of a head and no decay.
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
-    names = [name.removeprefix("backbone.") for name, _ in model.named_parameters()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise UserError("nothing is left to train: take a part out of model.frozen")
+    body = [name for name in trained if name.startswith("backbone.")]
+    names = [name.removeprefix("backbone.") for name in body]
     above = model.backbone.layers_above(names) if options.layer_decay < 1 else {}
     groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained.items():
         part, _, own = name.partition("backbone.")
         factor = options.layer_decay ** above.get(own, 0) if not part else options.head_lr_factor
         label = "head" if part else "backbone"

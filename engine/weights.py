@@ -6,6 +6,7 @@ silent `strict=False` is how a network ends up half random.
 
 import contextlib
 import fnmatch
+import inspect
 import logging
 import os
 import pickle
@@ -341,9 +342,11 @@ def load_into(module, state, *, source, allow_missing=(), drop=()):
     state = without(unwrap(state, source), drop)
     fitting, how = compare(module, state, allow_missing)
     if how:
+        hint = " Keys that may stay random are named by allow_missing: ['layer4.*']"
+        known = "allow_missing" in inspect.signature(type(module)).parameters
         raise WeightsError(
-            f"{source} does not fit {type(module).__name__}: {how}. Wrong network or options? Keys "
-            "that may stay random are named by allow_missing: ['layer4.*']"
+            f"{source} does not fit {type(module).__name__}: {how}. Wrong network or options?"
+            f"{hint * known}"
         )
     module.load_state_dict(fitting, strict=False)
     initial = [

@@ -53,10 +53,9 @@ def pad_to(x, multiple):
     return F.pad(x, (0, right, 0, bottom)) if padded else x
 
 
-def dilate(stage, dilation):
-    """Keep a stage at the size of its input: its stride becomes a dilation.
-
-    As in DeepLab, the first block keeps the dilation of the stage before, because its input was not
+def dilate(stage, dilation, first):
+    """Keep a stage at the size of its input: its stride becomes a dilation, of its first block
+    `first`. In DeepLab that is the dilation of the stage before, because the block's input was not
     yet thinned out.
     """
     for i, block in enumerate(stage):
@@ -64,7 +63,7 @@ def dilate(stage, dilation):
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
                 if module.kernel_size != (1, 1):
-                    rate = dilation // 2 if i == 0 else dilation
+                    rate = first if i == 0 else dilation
                     module.dilation, module.padding = (
                         (rate, rate),
                         (rate * (module.kernel_size[0] // 2),) * 2,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine import checkpoint, distributed, weights
 from engine.build import build, build_any, present
 from engine.config import ConfigError, listing, override, stages
+from engine.step import Output
 from models import foreign, lora
 from models.cache import FeatureCache
 from models.compiled import rates_as_tensors
@@ -88,9 +89,15 @@ def build_segmentor(model, classes, pretrained=True, start=None):
     names = [name for name in dict.fromkeys((*HEADS, *specs)) if name in specs]
     heads = {name: build("models.heads", specs[name], "Head", **context) for name in names}
     parts = ("backbone", "decoder", *names)
-    if unknown := {*model.frozen} - {*parts}:
+    for key in ("frozen", "frozen_bn"):
+        if unknown := {*model[key]} - {*parts}:
+            raise ConfigError(
+                f"model.{key} may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
+            )
+    if len(guides := [name for name in names if heads[name].bias(Output(), 0)]) > 1:
         raise ConfigError(
-            f"model.frozen may name {', '.join(parts)}, not {', '.join(sorted(unknown))}"
+            f"model.heads: {', '.join(guides)} all guide the attention of the backbone; keep one, or "
+            "give the others variant=none"
         )
     if taken := {*names} & {*dir(Segmentor(backbone, decoder, classifier))}:
         raise ConfigError(
@@ -108,7 +115,7 @@ def build_segmentor(model, classes, pretrained=True, start=None):
         decoder,
         classifier,
         heads,
-        model.frozen_bn,
+        [*model.frozen_bn, *(["backbone"] if model.lora else [])],
         model.bn_views,
         model.frozen,
         cache,
@@ -124,7 +131,8 @@ def build_segmentor(model, classes, pretrained=True, start=None):
 def begin(network, start, classes):
     """Copy what fits of a Start into a network, and report every key.
 
-    The backbone must fit as a whole. The classifier, and what else has a row per class, is left out
+    The backbone must fit as a whole, but for adapters and a stem of the source, which one of the
+    two may lack. The classifier, and what else has a row per class, is left out
     unless the names of the classes agree.
 
     Raises:
@@ -134,9 +142,12 @@ def begin(network, start, classes):
     if start.backbone is not None:
         inner = network.backbone.own_names(start.backbone)
         given = given | {f"backbone.{key}": value for key, value in inner.items()}
-    given = shared_stems(own, given)
-    body = {k: v for k, v in given.items() if k in own and k.startswith("backbone.")}
-    body = {key.removeprefix("backbone."): value for key, value in body.items()}
+    given = lora.merged(shared_stems(own, given), own)
+    body = {
+        key.removeprefix("backbone."): value
+        for key, value in given.items()
+        if key.startswith("backbone.") and (key in own or not key.startswith("backbone.source."))
+    }
     *_, may_lack = network.backbone.foreign
     if how := weights.compare(network.backbone, body, [*may_lack, "*.lora_?"])[1]:
         raise weights.WeightsError(
@@ -224,7 +235,9 @@ def initial_network(cfg, classes, previous):
     network = build_segmentor(cfg.model, classes, pretrained=False)
     state = previous.state_dict()
     new, unwanted = head_keys(network, state)
-    state = shared_stems(network.state_dict(), state)
+    own = network.state_dict()
+    state = lora.merged(shared_stems(own, state), own)
+    new.append("backbone.*.lora_?")
     weights.load_into(network, state, source=init, allow_missing=new, drop=unwanted)
     return network
 

@@ -55,7 +55,7 @@ class FeatureCache:
         Returns:
             [(B, C_i, h_i, w_i)] of the image's type.
         Raises:
-            UserError: the maps depend on more than the picture.
+            UserError: the maps depend on more than the picture, or are too large for 16 bits.
         """
         if given:
             raise UserError(
@@ -69,6 +69,11 @@ class FeatureCache:
         missing = [i for i, files in enumerate(paths) if not files[-1].is_file()]
         if missing:
             new = [maps.half().cpu().numpy() for maps in self.backbone(image[missing])]
+            if not all(np.isfinite(maps).all() for maps in new):
+                raise UserError(
+                    "model.cache stores maps in 16 bits, and one of these is infinite or no number "
+                    "there: set model.cache=none"
+                )
             for n, i in enumerate(missing):
                 for path, maps in zip(paths[i], new, strict=True):
                     with replacing(path) as temporary:

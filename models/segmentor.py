@@ -91,8 +91,8 @@ class Segmentor(nn.Module):
         output = Output()
         running = [head for head in self.heads.values() if head.at_test or heads or self.training]
         given = {"domain": view.domain} if self.backbone.per_domain else {}
-        biases = [bias for head in running if (bias := head.bias(output, step))]
-        given |= {"bias": biases[-1]} if biases else {}
+        biases = [bias for head in running if (bias := head.bias(output, step))]  # one at most
+        given |= {"bias": biases[0]} if biases else {}
         with sizes_named(view.image):
             maps = maps or (self.cache or self.backbone)(view.image, **given)
             output.features = run(self.decoder, False, maps)

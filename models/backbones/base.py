@@ -4,6 +4,7 @@ import re
 
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.weights import same_names, without
 
 # Where the number of a layer stands in the names of our networks, CLIP's and timm's.
@@ -63,8 +64,16 @@ class Backbone(nn.Module):
         Here a layer is a block of a plain vision transformer or of MobileNet, and a stage of the
         others (of Swin, the merging of patches too). Norms of the maps have none above them, the
         embedding or stem has all. BEiT and DINOv2 count the blocks so.
+
+        Raises:
+            UserError: names without numbers of layers.
         """
         found = {name: LAYER.search(name) for name in names if not TOP.search(name)}
         layers = sorted({int(match[1]) for match in found.values() if match})
+        if names and not layers:
+            raise UserError(
+                f"optimizer.layer_decay: the layers of this {type(self).__name__} are not known by "
+                "their names; set optimizer.layer_decay=1"
+            )
         place = {name: layers.index(int(m[1])) if m else -1 for name, m in found.items()}
         return {name: len(layers) - place.get(name, len(layers)) for name in names}

@@ -28,6 +28,7 @@ DROP_PATH = dict(t=0.4, s=0.3, b=0.4)  # with UPerNet on ADE20K
 OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this order -> torchvision's
     r"^convnext\.": "",
     r"^encoder\.": "",
+    r"^hidden_states_norms\.stage(\d)\.": lambda m: f"norm{int(m[1]) - 1}.",
     r"^embeddings\.patch_embeddings\.": "features.0.0.",
     r"^embeddings\.layernorm\.": "features.0.1.",
     r"^downsample_layers\.(\d)\.": lambda m: f"features.{2 * int(m[1])}.",

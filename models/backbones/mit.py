@@ -254,6 +254,11 @@ class MiT(Backbone):
     def stage_blocks(self, stage):
         return getattr(self, f"block{stage}")
 
+    def layers_above(self, names):
+        """As elsewhere; the next stage reads what the norms of the first three make."""
+        inner = [re.sub(r"^norm(?=[123]\.)", "block", name) for name in names]
+        return dict(zip(names, super().layers_above(inner).values()))
+
     def forward(self, image, bias=None):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)], rounded up.
 

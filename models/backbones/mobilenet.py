@@ -73,7 +73,10 @@ class MobileNet(Backbone):
         )
         for stride, start, end in zip((8, 16, 32), bounds, bounds[1:]):
             if stride > output_stride:
-                dilate(self.features[start:end], stride // output_stride)
+                dilation = stride // output_stride
+                # torchvision's own dilated V3 dilates the first block too.
+                first = dilation if version != "v2" else dilation // 2
+                dilate(self.features[start:end], dilation, first)
         self.channels = []
         for tap in self.taps:
             *_, norm = (m for m in self.features[tap].modules() if isinstance(m, nn.BatchNorm2d))

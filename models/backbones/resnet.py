@@ -139,12 +139,13 @@ class ResNet(Backbone):
         for i, name in enumerate(self.stage_names):
             stage = getattr(net, name)
             if 4 * 2**i > output_stride:
-                dilate(stage, 4 * 2**i // output_stride)
+                dilation = 4 * 2**i // output_stride
+                dilate(stage, dilation, first=dilation // 2)
             for block in stage if ibn == "a" and name != "layer4" else ():
                 block.bn1 = IBN(block.bn1.num_features)
             setattr(self, name, stage)
         url = get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
-        unused = ["fc.*"] + (["layer4.*"] if stages == 3 else [])
+        unused = ["fc.*", *(f"layer{i}.*" for i in range(stages + 1, 5))]
         load_pretrained(self, weights, url, allow_missing=allow_missing, drop=unused, adapt=adapt)
         self.source, self.per_domain = None, stem == "per_domain"
         if self.per_domain:

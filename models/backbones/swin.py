@@ -24,6 +24,7 @@ SIZES = dict(t=(96, (2, 2, 6, 2)), s=(96, (2, 2, 18, 2)), b=(128, (2, 2, 18, 2))
 OTHERS = {  # names of the release, MMSegmentation and Hugging Face, in this order -> torchvision's
     r"^swin\.": "",
     r"^encoder\.": "",
+    r"^hidden_states_norms\.stage(\d)\.": lambda m: f"norm{int(m[1]) - 1}.",
     r"^patch_embed\.proj(?:ection)?\.": "features.0.0.",
     r"^embeddings\.patch_embeddings\.projection\.": "features.0.0.",
     r"^(?:patch_embed|embeddings)\.norm\.": "features.0.2.",

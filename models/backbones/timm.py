@@ -82,7 +82,7 @@ class Timm(Backbone):
         weights: "pretrained" (timm downloads them once), "none", or a path of a state dict or
             safetensors file with timm's keys, whose classifier is dropped; of DINOv3 also with
             those of its release or of Hugging Face.
-        out_indices: stages or blocks; []: the last four.
+        out_indices: stages or blocks, in ascending order; []: the last four.
         options: further ones of the network, such as drop_path_rate, or img_size where it has one
             size only.
 
@@ -99,7 +99,11 @@ class Timm(Backbone):
         options: dict | None = None,
     ):
         super().__init__()
+        if list(out_indices) != sorted({*out_indices}) or min(out_indices, default=0) < 0:
+            raise ValueError(f"out_indices={list(out_indices)} must ascend from 0 on, each once")
         self.model, self.options = model, options or {}
+        if fixed := {"features_only", "out_indices", "pretrained"} & {*self.options}:
+            raise ValueError(f"options may not hold {', '.join(sorted(fixed))}")
         self.out_indices = tuple(out_indices) or 4
         if weights in ("pretrained", "none"):
             self.net = self.features(pretrained=weights != "none")
@@ -137,4 +141,6 @@ class Timm(Backbone):
         """(B, 3, H, W) in [0, 1] -> [(B, C_i, H / stride_i, W / stride_i)]."""
         if len({*self.strides}) == 1:
             image = whole_patches(image, self.strides[0])
-        return list(run(self.net, False, self.normalize(image)))
+        maps = run(self.net, False, self.normalize(image))
+        last = self.net.output_fmt == "NHWC"  # of Swin, MambaOut
+        return [values.movedim(-1, 1) if last else values for values in maps]

@@ -205,7 +205,7 @@ class ViT(Backbone):
         for unused in [*self.blocks[self.taps[-1] + 1 :], *([] if norm else [self.norm])]:
             unused.requires_grad_(False)
         # The mask token is of DINOv2's own training.
-        drop = ["head.*", "heads.*", "pooler.*", "mask_token"]
+        drop = ["head.*", "heads.*", "classifier.*", "pooler.*", "mask_token"]
         load_pretrained(self, weights, URLS.get((size, patch)), drop=drop, adapt=our_names)
 
     def _bias(self, bias):

@@ -8,6 +8,8 @@ from torch import nn
 
 from engine import schedule
 from engine.config import Config, load
+from engine.errors import UserError
+from models.backbones.base import Backbone
 from models.backbones.convnext import ConvNeXt
 from models.backbones.mit import MiT
 from models.backbones.resnet import ResNet
@@ -132,10 +134,10 @@ def test_a_beta_may_be_a_whole_number():
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.9)
 
 
-def rates(backbone, decay=0.5):
+def rates(backbone, decay=0.5, head=None):
     """{parameter: rate} with lr 1 and heads at 10."""
     model = torch.nn.Module()
-    model.backbone, model.classifier = backbone, torch.nn.Linear(2, 2)
+    model.backbone, model.classifier = backbone, head or torch.nn.Linear(2, 2)
     options = Config(lr=1.0, head_lr_factor=10.0, weight_decay=0.1, layer_decay=decay)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = schedule.parameter_groups(model, options)
@@ -152,6 +154,30 @@ def test_rates_of_a_vision_transformer_fall_block_by_block():
     assert found["backbone.pos_embed"] == found["backbone.patch_embed.proj.weight"] == 0.5**13
     assert found["classifier.weight"] == 10
     assert set(rates(ViT(size="t", weights="none"), 1.0).values()) == {1, 10}
+
+
+def test_layers_are_counted_among_those_that_are_trained_and_of_the_backbone():
+    found = rates(ViT(size="t", taps=[1, 3], weights="none"))
+    assert found["backbone.blocks.3.attn.qkv.weight"] == 0.5
+    assert found["backbone.patch_embed.proj.weight"] == 0.5**5
+    mit, head = MiT(weights="none"), torch.nn.ModuleDict({"layers": torch.nn.ModuleList()})
+    head["layers"].extend(torch.nn.Linear(2, 2) for _ in range(9))
+    found = rates(mit, head=head)
+    assert found["backbone.block1.0.norm1.weight"] == found["backbone.norm1.weight"] == 0.5**4
+    assert found["backbone.norm3.weight"] == 0.5**2 and found["backbone.norm4.weight"] == 1
+
+
+def test_a_backbone_without_numbered_layers_has_no_layer_decay():
+    backbone = Backbone()
+    backbone.conv = nn.Conv2d(3, 4, 1)
+    with pytest.raises(UserError, match=r"set optimizer\.layer_decay=1"):
+        rates(backbone)
+
+
+def test_a_model_of_which_nothing_is_trained_is_one_sentence():
+    net = Net().requires_grad_(False)
+    with pytest.raises(UserError, match=r"nothing is left to train: .*model\.frozen"):
+        schedule.make_optimizer(net, options())
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_a_member_of_the_tower_with_another_view_would_never_be_fitted(view):
         ("model.cache=maps", r"frozen backbone: model\.frozen=\[backbone\]"),
         ("model={lora: 4, frozen: [backbone]}", r"take the backbone out of model\.frozen"),
         ("model.lora=4", "of which ResNet has none"),
+        ("model.frozen_bn=[projector]", "model.frozen_bn may name backbone, decoder, not projector"),
+        (
+            "model={backbone: {name: mit.MiT, weights: none}, heads: {region: {name: region.Region, "
+            "stage: 2}, other: {name: region.Region, stage: 3}}}",
+            "region, other all guide the attention",
+        ),
     ],
 )
 def test_what_cannot_be_frozen_or_stored_is_one_sentence(override, sentence):
@@ -142,6 +148,11 @@ def test_what_has_another_shape_is_listed_and_the_backbone_must_fit(tmp_path, ca
         assert part in caplog.text.split("missing")[1].split("left out")[0]
     with pytest.raises(WeightsError, match=r"a\.pt does not fit the backbone ResNet: .* missing"):
         started(tmp_path, "abc", "model.backbone.stages=4")
+    deeper = saved_by("ema", "student")
+    deeper["model"]["backbone.layer3.0.bn1.weight"] = torch.ones(256)
+    torch.save(deeper, tmp_path / "deeper.pt")
+    with pytest.raises(WeightsError, match=r"not fit the backbone .* 1 unexpected \(layer3"):
+        build_segmentor(load(TINY, [f"model.init={tmp_path / 'deeper.pt'}"]).model, "abc")
     with pytest.raises(WeightsError, match="there is no file nowhere"):
         build_segmentor(load(TINY, ["model.init=nowhere.pth"]).model, "abc")
 

@@ -51,6 +51,13 @@ def test_a_picture_is_computed_once_and_read_in_half_precision_ever_after(tmp_pa
     assert torch.equal(mixed[0][0], first[0][0]) and not torch.equal(mixed[0][1], first[0][1])
 
 
+def test_maps_too_large_for_16_bits_are_refused_and_not_stored(tmp_path):
+    cache = FeatureCache(Counting(1e6), {"name": "a.B"}, tmp_path)
+    with pytest.raises(UserError, match=r"16 bits.*set model\.cache=none"):
+        cache(torch.rand(1, 3, 16, 24))
+    assert not [*tmp_path.rglob("*.npy")]
+
+
 def test_other_weights_options_and_precision_have_files_of_their_own(tmp_path):
     image = torch.rand(1, 3, 16, 24)
 

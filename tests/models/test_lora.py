@@ -3,22 +3,24 @@
 import pytest
 import torch
 
-from engine.config import load
-from models.build import build_segmentor, restore
+from engine.config import load, stages
+from models.build import build_segmentor, initial_network, restore
 from models.lora import LoRA
 from tests.runs import TINY, last, run, scalars, train
 
+SWIN = "backbone: {name: swin.Swin, width: 32, depths: [1, 2, 1, 1], weights: none, drop_path: 0.0}"
 VIT = "backbone: {name: vit.ViT, size: t, taps: [1, 3], weights: none, drop_path: 0.0}"
 MIT = "backbone: {name: mit.MiT, size: b0, weights: none, drop_path: 0.0}"
 REST = "decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}"
 
 
-@pytest.mark.parametrize("backbone", [VIT, MIT])
+@pytest.mark.parametrize("backbone", [VIT, MIT, SWIN])
 def test_the_adapters_change_nothing_at_first_and_learn_alone(backbone):
     options = [f"model={{{backbone}, {REST}}}"]
     plain = build_segmentor(load(TINY, options).model, "abc").eval()
     adapted = build_segmentor(load(TINY, [*options, "model.lora=3"]).model, "abc").eval()
     adapted.load_state_dict(plain.state_dict(), strict=False)
+    assert adapted.frozen_bn == ["backbone"]
     image = torch.rand(2, 3, 48, 64)
     assert torch.equal(adapted.segment(image).logits, plain.segment(image).logits)
     adapted.train().segment(image).logits.square().sum().backward()
@@ -66,3 +68,22 @@ def test_a_run_with_adapters_resumes_and_starts_another_from_its_checkpoint(tmp_
         own = begun.state_dict()
         assert torch.equal(own["backbone.norm.weight"], state["backbone.norm.weight"])
         assert (key in own) == (lora == 2) and (lora == 0 or torch.equal(own[key], state[key]))
+        image = torch.rand(1, 3, 48, 64)
+        expected, found = (n.eval().segment(image).features for n in (network, begun))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("before, after", [(0, 2), (2, 0), (2, 2)])
+def test_adapters_may_come_and_go_between_stages(before, after):
+    def stage(lora):
+        chosen = [f"model={{{VIT}, {REST}}}", f"model.lora={lora}", "stages=[{init: previous}]"]
+        return stages(load(TINY, chosen))[0]
+
+    old = build_segmentor(stage(before).model, "abc").eval()
+    for name, parameter in old.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter)
+    new = initial_network(stage(after), "abc", old).eval()
+    assert any("lora" in name for name in new.state_dict()) == bool(after)
+    image = torch.rand(1, 3, 48, 64)
+    torch.testing.assert_close(new.segment(image).logits, old.segment(image).logits)

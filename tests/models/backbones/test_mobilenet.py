@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v2
+from torchvision.models import get_model, mobilenet_v2
 
 from engine.build import build
 from engine.step import View
@@ -62,6 +62,17 @@ def test_output_stride_gives_the_stride_and_keeps_the_weights(version, stride):
         assert x.shape[-2:] == (-(-97 // own), -(-70 // own))
         if version == "v2" or s <= stride:
             torch.testing.assert_close(x[..., :: s // own, :: s // own], y, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", ["v3_large", "v3_small"])
+def test_the_dilated_v3_is_torchvisions(version):
+    network = scrambled(get_model(f"mobilenet_{version}", weights=None, dilated=True))
+    ours = MobileNet(version=version, output_stride=16, weights="none").eval()
+    ours.features.load_state_dict(network.features.state_dict())
+    image = torch.rand(1, 3, 65, 96)
+    expected = network.features(ours.normalize(image))
+    torch.testing.assert_close(ours(image)[-1], expected)
 
 
 def test_a_narrow_mobilenet_has_no_weights_of_imagenet():

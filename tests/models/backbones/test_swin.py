@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from models.backbones import convnext, swin
 from models.backbones.swin import Swin
 from tests.models.networks import SMALL, saved, scrambled, swin_mmsegmentation
 
@@ -24,3 +25,13 @@ def test_merged_patches_of_mmsegmentation_are_unfolded_ones(tmp_path):
     )
     found = other.features[2](x.permute(0, 2, 3, 1))
     torch.testing.assert_close(found, y.unflatten(1, (3, 5)), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_the_maps_have_a_name_of_their_own_on_the_hub():
+    """Of UperNet with Swin or ConvNeXt."""
+    state = {f"hidden_states_norms.stage{i}.weight": torch.full((1,), i) for i in (1, 2, 3, 4)}
+    for module in (swin, convnext):
+        found = module.torchvision_names(state, None)
+        assert {name: int(v) for name, v in found.items()} == {
+            f"norm{i - 1}.weight": i for i in (1, 2, 3, 4)
+        }

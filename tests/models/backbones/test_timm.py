@@ -113,6 +113,28 @@ def test_timm_says_what_is_wrong(monkeypatch):
         build("models.backbones", {"name": "timm.Timm", "model": "test_resnet", "weights": "none"})
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"out_indices": [3, 1]}, r"out_indices=\[3, 1\] must ascend"),
+        ({"out_indices": [1, 1]}, "must ascend"),
+        ({"out_indices": [-1, 0]}, "must ascend from 0"),
+        ({"options": {"features_only": True}}, "options may not hold features_only"),
+        ({"options": {"out_indices": [1]}}, "options may not hold out_indices"),
+    ],
+)
+def test_options_that_would_cross_maps_or_repeat_others_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        timm_backbone("test_resnet", **options)
+
+
+@torch.no_grad()
+def test_channels_come_first_where_timm_has_them_last():
+    backbone = timm_backbone("swin_tiny_patch4_window7_224", out_indices=[0, 1])
+    maps = backbone(torch.rand(1, 3, 224, 224))
+    assert [x.shape for x in maps] == [(1, 96, 56, 56), (1, 192, 28, 28)]
+
+
 def test_every_part_of_a_timm_network_is_trained():
     for model in ("test_resnet", "test_vit"):
         backbone = timm_backbone(model).train()

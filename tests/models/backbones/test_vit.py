@@ -474,3 +474,10 @@ def test_bias_follows_the_precision_of_the_attention(tiny):
     assert (
         gradient.dtype == torch.float64 and gradient.isfinite().all() and gradient.abs().amax() > 0
     )
+
+
+def test_the_classifier_of_a_file_of_the_hub_is_left_out(tmp_path):
+    state = ViT(size="t", weights="none").state_dict()
+    head = {"classifier.weight": torch.zeros(1000, 192), "classifier.bias": torch.zeros(1000)}
+    torch.save(state | head, tmp_path / "deit.pt")
+    ViT(size="t", weights=str(tmp_path / "deit.pt"))
