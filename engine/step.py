@@ -102,6 +102,7 @@ class Output(Record):
     layers: tuple = ()  # (B, K, h, w) logits before each layer of a query decoder, in training
     components: Tensor | None = None  # (B, K, M, h, w) scores of a class's components, in training
     regions: Record | None = None  # of heads.region (models/heads/region.py)
+    first: "Output | None" = None  # of a first pass, for a head that looks twice
 
     def scores(self, head):
         """Class scores (B, K, h, w): "logits", "auxiliary", "region", "query0", "query1" ...

@@ -47,7 +47,7 @@ class RegionAdversarial(Loss):
             raise UserError(
                 f"tmt.{type(self).__name__} needs regions: set model.heads.region={{name: "
                 "region.Region, stage: ...}, a stage of mit or vit, or -1; for RegionProbe with "
-                "estimator: probe"
+                "estimator: probe, for RegionAdversarial with look: once"
             )
         with torch.autocast(found[0].device.type, enabled=False):
             source, target = map(precise, found)

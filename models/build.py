@@ -96,8 +96,7 @@ def build_segmentor(model, classes, pretrained=True, start=None):
             )
     if len(guides := [name for name in names if heads[name].bias(Output(), 0)]) > 1:
         raise ConfigError(
-            f"model.heads: {', '.join(guides)} all guide the attention of the backbone; keep one, or "
-            "give the others variant=none"
+            f"model.heads: {', '.join(guides)} all look into the blocks of the backbone; keep one"
         )
     if taken := {*names} & {*dir(Segmentor(backbone, decoder, classifier))}:
         raise ConfigError(

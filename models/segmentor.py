@@ -5,6 +5,7 @@ parameter of a run lives in the Segmentor, and views (source, target, strongly a
 are entries of one dict.
 """
 
+import torch
 from torch import nn
 
 from engine import distributed
@@ -86,10 +87,14 @@ class Segmentor(nn.Module):
         """
         return self.look(View(image, domain), step, heads)
 
-    def look(self, view, step=0, heads=False, maps=None):
-        """View -> Output, as `segment`; `maps` are those of the backbone, if they are there."""
-        output = Output()
-        running = [head for head in self.heads.values() if head.at_test or heads or self.training]
+    def look(self, view, step=0, heads=False, maps=None, first=False):
+        """View -> Output, as `segment`; `maps` are those of the backbone, if they are there. The
+        first of two looks has no heads."""
+        output, every = Output(), () if first else self.heads.values()
+        running = [head for head in every if head.at_test or heads or self.training]
+        if any(head.twice for head in running):
+            with torch.no_grad(), still(self):
+                output.first = self.look(view, step, first=True)
         given = {"domain": view.domain} if self.backbone.per_domain else {}
         biases = [bias for head in running if (bias := head.bias(output, step))]  # one at most
         given |= {"bias": biases[0]} if biases else {}

@@ -70,6 +70,18 @@ METHODS = {  # overrides of the smallest adaptation
         "{name: cross_entropy.CrossEntropy, head: region}, {name: tmt.RegionAdversarial},"
         "{name: tmt.RegionProbe}]}]",
     ),
+    "TMT, twice": (
+        "model={backbone: {name: mit.MiT, size: b0, drop_path: 0.0, weights: none}, classifier: {name: linear.Linear},"
+        " decoder: {name: segformer_mlp.SegFormerMLP, width: 16, dropout: 0.0}, bn_views: [],"
+        " heads: {region: {name: region.Region, stage: 3, cell: 2, ramp: 4, dropout: 0.0, cells: [1],"
+        " variant: nats, queries: own, estimator: probe, order: rank, look: twice, semantic: 1.0}}}",
+        f"stages=[{SOURCE[:-1]}, model: {{heads: {{region: {{name: none}}}}}},"
+        "losses: [{name: cross_entropy.CrossEntropy}]},"
+        "{name: adapt, init: previous, uda: {mixer: {name: mixers.ClassMix, target: true},"
+        "labelers: [{name: self_training.TeacherConfidence, threshold: 0.2}]},"
+        "losses: [{name: cross_entropy.CrossEntropy}, {name: cross_entropy.CrossEntropy, view: mixed},"
+        "{name: tmt.RegionProbe}]}]",
+    ),
 }
 ONE_STEP = ("train.iters=1", "uda.compare=false")
 KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
@@ -83,6 +95,7 @@ KEYS = ("model", "prototypes", "labelers", "optimizer", "scaler")
         ("BiSMAP", (3, 5)),
         ("rounds", (5,)),
         ("TMT", (4,)),
+        ("TMT, twice", (4,)),
     ],
 )
 def test_resuming_in_any_stage_is_bitwise(tmp_path, method, steps):

@@ -15,11 +15,13 @@ class Head(nn.Module):
 
     Attributes:
         at_test: it runs at test too; otherwise in training alone.
+        twice: a first pass, without heads and gradient, goes before: `output.first`.
         needs: pairs of what of it must be trained and a loss that does so; losses say what they
             train (`Loss.trains`).
     """
 
     at_test = False
+    twice = False
     needs: tuple[tuple[str, str], ...] = ()
 
     def bias(self, output: Output, step: int) -> Callable | None:

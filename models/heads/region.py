@@ -7,9 +7,9 @@ those that do not.
     model.heads.region: {name: region.Region, variant: mask, stage: -1, cell: 8}
     losses: [..., {name: tmt.RegionAdversarial, weight: 0.1},
              {name: cross_entropy.CrossEntropy, head: region, weight: 0.4}]          # not with mask
-    # Guided by nats, from a probe of its own.
+    # Guided by nats, from a probe of its own and a first look at the picture.
     model.heads.region: {name: region.Region, stage: 1, blocks: 12, variant: nats, strength: 2,
-                         queries: own, estimator: probe, order: rank, cell: 2, cells: [4]}
+                         look: twice, estimator: probe, order: rank, cell: 4, cells: [8]}
     losses: [..., {name: tmt.RegionProbe}]
 
 "TMT: Cross-domain Semantic Segmentation with Region-adaptive Transferability Estimation" (Zhang et
@@ -50,6 +50,12 @@ to the logits of key m. Grouping "by structural and semantic similarity": `seman
 `coordinates` append class probabilities and places to the unit features. With an oracle in the
 place of pi (`benchmarks/places.py`) `own` helps on both sides of a planted shift, in all blocks
 rather than the last ones; `all` harms what lies outside.
+
+What enters the first guided block is grouped, which in all blocks of a ViT are embedded patches:
+they tell colours, and hardly classes. `look: twice` [ours] sees the picture without guidance first.
+It groups the features of the decoder, and U is the entropy of the network's own class scores, mean
+over each region. Nothing but the probe is trained beside the network, whose losses stay as they
+are; so with `variant: none` it is the network without this head.
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
@@ -128,13 +134,14 @@ class Regions(Record):
     assignment: (
         Tensor  # (B, R, C, 9, c c): how much each pixel of a cell belongs to the 3 x 3 cells around
     )
-    domain: Tensor  # (B, N): logits of "source" of all regions, behind the gradient reversal
+    domain: Tensor | None  # (B, N): logits of "source" of all regions, behind the reversal
     transferability: Tensor  # (B, h, w) in 0..1
     logits: Tensor | None = None  # (B, K, h, w) of the region's own classifier
     uncertainty: Tensor | None = None  # (B, h, w) in 0..1
     priority: Tensor | None = None  # (B, h, w) in 0..1: what attention is to look at
     probe: Tensor | None = None  # (B, N): as `domain`, of the probe, which no feature follows
-    keys: tuple | None = None  # grid of the keys of the guided attention
+    tokens: tuple | None = None  # grid of the queries of the guided attention
+    keys: tuple | None = None  # and of its keys
     opens: Callable | None = (
         None  # logits (B, K, h, w) -> pixels (B, h, w) bool that all queries may see
     )
@@ -161,6 +168,8 @@ class Region(Head):
     Args:
         stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them
             is grouped. -1: the features of the decoder, for mask and none.
+        look: "twice": a first look without guidance is grouped, with the features of the decoder;
+            the network has no adversary then, and no classifier of the regions.
         variant: "bias" (TMA), "nats" (the same, stronger), "tvt" (its ancestor), "mask" (TMA on a
             query decoder), or "none": regions and their adversarial loss, attention as it is.
         strength: lambda, or nats; 0 leaves attention as it is.
@@ -201,6 +210,7 @@ class Region(Head):
         variant: Literal["bias", "nats", "tvt", "mask", "none"] = "bias",
         strength: NonNegative = 1.0,
         queries: Literal["all", "own"] = "all",
+        look: Literal["once", "twice"] = "once",
         estimator: Literal["adversary", "probe"] = "adversary",
         order: Literal["value", "rank"] = "value",
         favour: Literal["low", "high"] = "low",
@@ -224,8 +234,8 @@ class Region(Head):
                 f"stage={stage} must be a stage of a transformer (mit.MiT: 1 to 4, vit.ViT: 1), or "
                 "-1 for the features of any decoder"
             )
-        on_decoder = stage == -1
-        channels = in_channels if on_decoder else map_channels[stage - 1]
+        on_decoder, self.twice = stage == -1, look == "twice"
+        channels = in_channels if on_decoder or self.twice else map_channels[stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
         allowed = "none or mask" if on_decoder else "none, bias, nats or tvt"
         if variant not in allowed:
@@ -233,6 +243,10 @@ class Region(Head):
         if variant == "mask" and not classifier.takes_masks:
             raise ValueError(
                 "variant=mask opens the masks of model.classifier: {name: queries.Queries}"
+            )
+        if self.twice and (on_decoder or estimator != "probe"):
+            raise ValueError(
+                "look=twice needs estimator: probe, and a stage whose blocks it guides"
             )
         if blocks > depth:
             raise ValueError(f"blocks={blocks} must be 1 to {depth}")
@@ -246,10 +260,13 @@ class Region(Head):
         self.rounds = rounds if regions == "adaptive" else 0
         self.strength, self.opened, self.detach = strength, opened, detach
         self.ramp, self.reverse = ramp, reverse
-        self.discriminator = discriminator(channels, dropout)
+        self.discriminator = None if self.twice else discriminator(channels, dropout)
         self.probe = discriminator(channels, dropout) if estimator == "probe" else None
-        self.head = None if on_decoder else nn.Conv2d(channels, num_classes, 1)
-        self.needs = (("discriminator", "{name: tmt.RegionAdversarial, weight: 0.1}"),)
+        alone = on_decoder or self.twice
+        self.head = None if alone else nn.Conv2d(channels, num_classes, 1)
+        self.needs = ()
+        if self.discriminator:
+            self.needs += (("discriminator", "{name: tmt.RegionAdversarial, weight: 0.1}"),)
         if self.probe:
             self.needs += (("probe", "{name: tmt.RegionProbe}"),)
         if self.head:
@@ -264,8 +281,9 @@ class Region(Head):
             if stage != self.stage or not self.first <= block <= self.last:
                 return None
             if block == self.first:
-                output.regions = self.find(x, step)
-                output.regions.keys = keys
+                seen = (output.first.features, output.first.logits) if self.twice else (x, None)
+                output.regions = self.find(seen[0], step, seen[1])
+                output.regions.tokens, output.regions.keys = x.shape[2:], keys
             guided = self.variant in ("bias", "nats") or (
                 self.variant == "tvt" and block == self.last
             )
@@ -301,11 +319,14 @@ class Region(Head):
             parts.append(self.coordinates * places.expand(len(maps), -1, -1, -1))
         return torch.cat(parts, 1)
 
-    def find(self, maps, step):
-        """The map that is grouped, (B, D, h, w) -> Regions for losses, pictures and attention."""
+    def find(self, maps, step, logits=None):
+        """The map that is grouped, (B, D, h, w), and class scores (B, K, h, w) of a first look ->
+        Regions for losses, pictures and attention."""
         with torch.autocast(maps.device.type, enabled=False):
-            maps = precise(maps)
-            logits, found, dense = self.head(maps) if self.head else None, [], 0
+            maps, found, dense, unsure = precise(maps), [], 0, 0
+            logits = self.head(maps) if self.head else logits
+            if logits is not None:
+                entropy = uncertainty(precise(logits.detach()))[:, None]
             compared = self.grouped(maps, logits)
             for cell in self.cells:
                 assignment, means = group(compared, cell, self.kappa, self.rounds)
@@ -313,23 +334,27 @@ class Region(Head):
                     means = region_means(assignment, to_cells(maps, cell))
                 tau = self.transferability(means)
                 dense = dense + spread(assignment, tau, cell, maps.shape[-2:]) / len(self.cells)
+                if self.twice:
+                    mean = region_means(assignment, to_cells(entropy, cell))[:, 0]
+                    unsure = unsure + spread(assignment, mean, cell, maps.shape[-2:])
                 found.append((assignment, means.flatten(2).mT))  # (B, R C, D)
             dense = dense.detach() if self.detach else dense
             rows = torch.cat([rows for _, rows in found], 1)
-            turned = (
-                Reversal.apply(rows, reversal(step, self.ramp)) if self.reverse else rows.detach()
-            )
-            regions = Regions(found[0][0], self.discriminator(turned)[..., 0], dense)
+            regions = Regions(found[0][0], None, dense)
+            if self.discriminator:
+                factor = reversal(step, self.ramp)
+                turned = Reversal.apply(rows, factor) if self.reverse else rows.detach()
+                regions.domain = self.discriminator(turned)[..., 0]
             if self.probe:
                 regions.probe = self.probe(rows.detach())[..., 0]
             if self.head:
                 regions.logits = logits
-                self.prioritise(regions, logits)
+            if logits is not None:
+                self.prioritise(regions, unsure / len(self.cells) if self.twice else entropy[:, 0])
             return regions
 
-    def prioritise(self, regions, logits):
-        """Fill in uncertainty, of logits (B, K, h, w), and priority."""
-        found = uncertainty(logits.detach().to(regions.transferability.dtype))
+    def prioritise(self, regions, found):
+        """Fill in uncertainty (B, h, w), which was found, and priority."""
         wanted = regions.transferability
         wanted = wanted if self.favour == "high" else 1 - wanted
         regions.uncertainty, regions.priority = found, wanted * found
@@ -343,6 +368,8 @@ class Region(Head):
     def guide(self, regions):
         """Regions -> Guide."""
         values = regions.transferability if self.variant == "tvt" else regions.priority
+        if self.twice:
+            values = F.adaptive_avg_pool2d(values[:, None], regions.tokens)[:, 0]
         # A key is made of reduction x reduction tokens; what is left over at the end enters none.
         small = F.avg_pool2d(values[:, None], self.reduction).flatten(2)  # (B, 1, M)
         if self.variant == "tvt":
@@ -361,7 +388,8 @@ class Region(Head):
     def opening(self, regions, logits):
         """Which pixels all queries may see: logits (B, K, h, w) of the layer before -> (B, h, w)
         bool. Pixels that tie are opened together, or not at all."""
-        self.prioritise(regions, logits)
+        found = uncertainty(logits.detach().to(regions.transferability.dtype))
+        self.prioritise(regions, found)
         return ranks(regions.priority) > 1 - self.opened
 
     @torch.no_grad()

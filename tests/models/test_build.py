@@ -36,7 +36,7 @@ def test_a_member_of_the_tower_with_another_view_would_never_be_fitted(view):
         (
             "model={backbone: {name: mit.MiT, weights: none}, heads: {region: {name: region.Region, "
             "stage: 2}, other: {name: region.Region, stage: 3}}}",
-            "region, other all guide the attention",
+            "region, other all look into the blocks",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from benchmarks.planted_shift import area_under_curve
 from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
-from engine.step import Output
+from engine.step import Output, View
 from losses.build import build_losses
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial, RegionProbe
@@ -340,19 +340,19 @@ def test_regions_follow_classes_and_places_where_they_are_asked_to():
 def test_controls_turn_the_sign_and_shuffle_the_places():
     part = region(order="rank")
     found = Regions(None, None, transferability=torch.rand(2, 4, 6).double())
-    logits = torch.randn(2, K, 4, 6).double()
-    part.prioritise(found, logits)
-    u = ranks(uncertainty(logits))
+    unsure = torch.rand(2, 4, 6).double()
+    part.prioritise(found, unsure)
+    u = ranks(unsure)
     torch.testing.assert_close(found.priority, (ranks(1 - found.transferability) * u).sqrt())
     straight = found.priority
-    region(order="rank", favour="high").prioritise(found, logits)
+    region(order="rank", favour="high").prioritise(found, unsure)
     torch.testing.assert_close(found.priority, (ranks(found.transferability) * u).sqrt())
     for _ in range(2):
-        region(order="rank", shuffle=True).prioritise(found, logits)
+        region(order="rank", shuffle=True).prioritise(found, unsure)
         shuffled = found.priority
         assert not torch.equal(shuffled, straight)
         assert torch.equal(shuffled.flatten(1).sort(1)[0], straight.flatten(1).sort(1)[0])
-    region(order="rank", shuffle=True).prioritise(found, logits)
+    region(order="rank", shuffle=True).prioritise(found, unsure)
     assert torch.equal(found.priority, shuffled)
 
 
@@ -390,6 +390,11 @@ def test_a_region_that_no_loss_trains_is_refused(given, missing):
         ({"opened": 1.5}, r"'opened' must be a float in \[0, 1\]"),
         ({"stage": 3}, "stage=3 must be a stage of a transformer"),
         ({"stage": 0}, "stage=0 must be a stage of a transformer"),
+        ({"look": "twice"}, "look=twice needs estimator: probe"),
+        (
+            {"look": "twice", "estimator": "probe", "stage": -1, "variant": "none"},
+            "and a stage whose blocks it guides",
+        ),
     ],
 )
 def test_a_wrong_option_is_a_clear_error(options, message):
@@ -406,9 +411,13 @@ class Drawn(dict):
         self[name] = picture
 
 
-@pytest.mark.parametrize("variant", ["bias", "nats, order: rank, queries: own", "tvt", "none"])
-@pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
-def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
+TWICE = "look: twice, estimator: probe, order: rank"
+VARIANTS = ["bias", "nats, order: rank, queries: own", "tvt", "none"]
+VARIANTS += [f"{variant}, {TWICE}" for variant in ("nats, queries: own", "bias", "tvt", "none")]
+
+
+def guided_network(backbone, variant, *options):
+    """The smallest network with regions on a transformer, of the tokens 4 x 6 of 64 x 96 pixels."""
     spec = {"mit.MiT": {"size": "b0"}, "vit.ViT": {"size": "t"}}[backbone]
     stage = {"mit.MiT": 3, "vit.ViT": 1}[backbone]
     changes = [
@@ -416,11 +425,20 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
         "model.decoder={name: segformer_mlp.SegFormerMLP, width: 8}",
         "model.classifier={name: linear.Linear}",
         f"model.heads.region={{name: region.Region, cell: 2, stage: {stage}, variant: {variant}}}",
+        *options,
     ]
-    network = build_segmentor(load(TINY_UDA, changes).model, "abcd", pretrained=False).eval()
+    return build_segmentor(load(TINY_UDA, changes).model, "abcd", pretrained=False).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
+def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
+    network = guided_network(backbone, variant)
     image = torch.rand(1, 3, 64, 96)
     guided = network.segment(image)
-    assert guided.regions.priority.shape == guided.regions.transferability.shape == (1, 4, 6)
+    fine = backbone == "mit.MiT" and TWICE in variant  # features of the decoder, at stride 4
+    size = (1, 16, 24) if fine else (1, 4, 6)
+    assert guided.regions.priority.shape == guided.regions.transferability.shape == size
     drawn = Drawn()
     network.region.draw(drawn, 1, network.train(), image)
     assert drawn["regions"].shape[1] > 6 * 96 and drawn["regions"].std() > 10
@@ -428,7 +446,45 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     network.eval().head_names.remove("region")
     plain = network.segment(image)
     assert plain.regions is None
-    assert torch.allclose(plain.logits, guided.logits) == (variant == "none")
+    assert torch.allclose(plain.logits, guided.logits) == variant.startswith("none")
+
+
+@pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
+def test_the_second_look_is_guided_by_what_the_first_has_seen(backbone):
+    network = guided_network(backbone, f"nats, {TWICE}", "model.heads.region.regions=patches")
+    image = torch.rand(2, 3, 64, 96)
+    plain = guided_network(backbone, f"none, {TWICE}")
+    plain.load_state_dict(network.state_dict())
+    plain = plain.segment(image)
+    output = network.segment(image)
+    assert torch.equal(output.first.logits, plain.logits) and output.first.regions is None
+    assert not torch.equal(output.logits, plain.logits)
+    unsure = F.avg_pool2d(uncertainty(plain.logits)[:, None], 2)
+    torch.testing.assert_close(F.interpolate(unsure, scale_factor=2)[:, 0], output.regions.uncertainty)
+    # A key and a query see the mean of their part of the map.
+    small = F.adaptive_avg_pool2d(output.regions.priority[:, None], output.regions.tokens)
+    assert output.regions.tokens == (4, 6)
+    reduction = network.backbone.reductions[network.region.stage - 1]
+    keys = F.avg_pool2d(small, reduction).flatten(1)
+    bias = network.region.guide(output.regions).bias
+    torch.testing.assert_close(bias[:, 0, 0], keys - keys.mean(1, keepdim=True))
+
+
+def test_a_second_look_trains_the_probe_beside_a_network_that_learns_as_before():
+    network = guided_network("mit.MiT", f"none, {TWICE}").train()
+    views = {name: View(torch.rand(2, 3, 64, 96)) for name in ("source", "target")}
+    outputs = network(views)
+    assert not outputs["source"].first.logits.requires_grad
+    step = a_step(outputs)
+    learning = dict(network.named_parameters())
+    probe = {n: p for n, p in learning.items() if n.startswith("region.")}
+    assert all(n.startswith("region.probe.") for n in probe)
+    grads = torch.autograd.grad(RegionProbe()(step), [*learning.values()], allow_unused=True)
+    assert {n for n, g in zip(learning, grads) if g is not None} == {*probe}
+    with pytest.raises(UserError, match="RegionAdversarial with look: once"):
+        RegionAdversarial()(step)
+    losses = [yaml.safe_load("{name: tmt.RegionProbe}")]
+    build_losses(losses, {"region": network.region}, num_classes=4)
 
 
 # --- a planted shift -------------------------------------------------------------------------------------------------
