@@ -50,7 +50,7 @@ from datasets.base import check_scored
 from datasets.build import build_set
 from datasets.statistics import class_counts
 from engine import checkpoint, config, distributed, precision
-from engine.build import build, present
+from engine.build import present
 from engine.config import ConfigError
 from engine.diagnostics import checked_pairs, diagnose
 from engine.domains import measure
@@ -101,7 +101,7 @@ def protocol_name(changes):
         elif isinstance(value, bool):
             words.append(name if value else f"no-{name}")
         else:
-            told = "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+            told = "-".join(v if isinstance(v, str) else f"{v:.15g}" for v in values)
             words.append(told if isinstance(value, str) else f"{name}{told}")
     if others:
         sections = dict.fromkeys(key.split(".")[0] for key in others)
@@ -141,7 +141,7 @@ def export_pseudo_labels(network, cfg, device, saved, datasets, path, folder):
     members, *_ = build_prototypes(
         cfg.prototypes, joint_channels(cfg.model), classes=tuple(saved["classes"]), **context
     )
-    members.load_state_dict(saved["prototypes"])
+    checkpoint.restore(members, "prototypes", saved, path)
     if labelers.state_dict().keys() != saved.get("labelers", {}).keys():
         raise ConfigError(f"uda.labelers is not that of {path}, whose fitted state it needs")
     labelers.load_state_dict(saved.get("labelers", {}))
@@ -197,8 +197,15 @@ def main(arguments):
             raise ConfigError(f"{key} must be {only}, not {own[key]}")
     if "pairs" in own and "diagnostics" not in own:
         raise ConfigError("pairs belongs to diagnostics=true")
+    if "export" in own and len(own) > 1:
+        raise ConfigError("export=pseudo_labels evaluates nothing: leave out the other modes")
+    if any(text.startswith("folder=") for text in overrides):
+        raise ConfigError("eval.py writes beside the checkpoint: leave out folder=")
     if not paths:
         raise ConfigError("name a checkpoint: python eval.py CHECKPOINT")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
     to_console()
     rows, folders, seen = {}, [], []
     for path in paths:
@@ -226,19 +233,23 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None, 
     network, cfg, device, saved = load_network(path, overrides)
     to_console()  # again: only now each process knows its rank
     specs = present(cfg.data.test) or {"val": cfg.data.val}
+    tested = [*specs]
     source = next((name for name in cfg.data.seen if name in specs), "val")
     if domains:
+        if present(cfg.data.test) and source in {*specs} - {*cfg.data.seen}:
+            raise ConfigError("data.test.val has the name of data.val: call it otherwise")
         specs = {source: specs.get(source, cfg.data.val), **specs}
+    if taken := {*specs} & {"diagnostics", "domains"}:
+        raise ConfigError(f"data.test.{min(taken)} has the name of a file of results: rename it")
     if domains and (distributed.world_size() > 1 or specs[source]["name"] == "none"):
         raise ConfigError(
             "domains=true needs one process, and a set of the training domain: data.val, or one of "
             "data.test that data.seen names"
         )
-    datasets = {
-        name: build("datasets", spec, "SegmentationData", root=cfg.data.root)
-        for name, spec in specs.items()
-    }
     where = "data.test." if present(cfg.data.test) else "data."
+    datasets = {
+        name: build_set(f"{where}{name}", spec, root=cfg.data.root) for name, spec in specs.items()
+    }
     for name, dataset in datasets.items():
         if list(dataset.CLASSES) != saved["classes"]:
             raise ConfigError(
@@ -276,7 +287,7 @@ def evaluate_checkpoint(path, overrides, export="", diagnostics="", pairs=None, 
     if domains:
         place = (folder, device, autocast, cfg.data.workers, cfg.eval.short_side)
         measure(network, datasets, source, matrices, *place)
-    return matrices, folder, seen
+    return {name: matrices[name] for name in tested}, folder, seen
 
 
 if __name__ == "__main__":

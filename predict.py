@@ -98,6 +98,7 @@ class Predictor:
             return [self._each(one, what, function) for one in picture]
         if isinstance(picture, (str, Path)):
             picture, what = read_image(picture), picture
+        picture = np.ascontiguousarray(picture)  # also of Pillow, or turned by slices
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise UserError(f"{what} must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
         image = torch.tensor(picture).permute(2, 0, 1)[None]
@@ -126,7 +127,8 @@ def load(checkpoint, *overrides):
     Raises:
         UserError: a file, a key or weights that cannot be used.
     """
-    found = load_network(checkpoint, overrides, lambda cfg: distributed.init(cfg.device))
+    with torch.random.fork_rng(devices=[]):
+        found = load_network(checkpoint, overrides, lambda cfg: distributed.init(cfg.device))
     return Predictor(*found)
 
 

@@ -193,9 +193,13 @@ def main(arguments):
     data = [build_data(stage) for stage in stages]
     train = data[0].train
     for number, stage in enumerate(stages):
-        begun, start = run.saved and number <= run.at, stage.stage.init
-        if not begun and start not in ("imagenet", "previous") and not Path(start).is_file():
-            raise config.ConfigError(f"stage {stage.stage.name}: init: there is no file {start}")
+        begun, start = bool(run.saved) and number <= run.at, stage.stage.init
+        read = not begun or (cfg.uda.compare and len(stages) == 1)
+        if read and start not in ("imagenet", "previous") and not Path(start).is_file():
+            hint = ", which uda.compare=true reports too" * begun
+            raise config.ConfigError(
+                f"stage {stage.stage.name}: init: there is no file {start}{hint}"
+            )
     alike = {"optimizer": 0, "seed": 0}
     for number, stage in {
         str(stage | alike | {"stage": [stage.stage.teacher, not number]}): (number, stage)

@@ -16,6 +16,11 @@ writes such targets as a data set in CamVid's layout, for train_uda.py: splits t
 train_day), and inside and outside (those of test_day, labels of the other side ignored; choose
 settings on val_inside and val_outside).
 
+    python -m benchmarks.places --moved CHECKPOINT [--images 20]
+
+prints which share of its attention a query moves where TMT guides it: half the sum of absolute
+differences, mean over queries, heads, guided blocks, and pictures of test_dusk.
+
 A row is "none", or "<blocks> <nats>", such as "all 2" or "4 -2"; with " inside" only the queries in
 the box are guided, with " control" the oracle sees the box of another image.
 """
@@ -166,6 +171,26 @@ def pictures(split, count=0):
     return [torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in ("image", "label")]
 
 
+@torch.no_grad()
+def moved(path, images):
+    """The share of the attention that the guidance of a checkpoint's network moves."""
+    network, shares = restore(path)[0].eval(), []
+
+    def compare(attention, given):
+        x, guide = given
+        q, k, _ = attention.project(x)
+        logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if guide is not None:
+            change = (logits + guide.bias).softmax(3) - logits.softmax(3)
+            shares.append(change.abs().sum(3).mean() / 2)
+
+    for block in network.backbone.stage_blocks(network.region.stage):
+        block.attn.register_forward_pre_hook(compare)
+    for image in images:
+        network.segment(image[None].float() / 255)
+    return float(torch.stack(shares).mean())
+
+
 def write(folder):
     """Write the planted targets of three splits of CamVid."""
     generator = torch.Generator().manual_seed(9)
@@ -194,7 +219,11 @@ def main():
         labels="teacher",
         rows=ROWS,
         write="",
+        moved="",
     )
+    if options.moved:
+        print(f"{moved(options.moved, pictures('test_dusk', options.images)[0]):.3f}")
+        return
     if options.write:
         return write(options.write)
     data, test = pictures("train_day"), pictures("test_day", options.images)

@@ -38,14 +38,15 @@ def build_set(where, specs, **context):
     list is given.
 
     Raises:
-        DataError: it cannot be read; the message begins with the key.
+        ConfigError, DataError: a wrong option, or files that cannot be read; the message begins
+            with the key.
     """
     sets = []
     for spec in specs if isinstance(specs, list) else [specs]:
         try:
             sets.append(build("datasets", spec, SET, **context))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{where}: {error}") from None
     return sets[0] if len(sets) == 1 else Several(sets)
 
 

@@ -42,6 +42,7 @@ FREE = (
     "model.cache",
     "model.backbone.checkpointing",
     "dg.tower.weights",
+    "uda.compare",
 )
 # But these do in train_uda.py: what labels the target, at which size, and what a stage hands on.
 ADAPTS = ("eval.short_side", "eval.weights")

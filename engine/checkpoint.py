@@ -9,6 +9,7 @@ running any code:
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -257,20 +258,24 @@ def tidy(folder, start, named=None):
     Args:
         start: step from which the run goes on. Later ones are damaged, or there is a `named` one.
         named: path of the checkpoint of another run, or of an earlier step of this one. best.pt is
-            then of the steps that are abandoned, and the networks of earlier stages, which are
-            compared at the end, lie beside that checkpoint.
+            then of the steps that are abandoned. The networks of earlier stages, which are
+            compared at the end, and the maps of the stage lie beside that checkpoint.
     """
     folder = Path(folder)
     for path in folder.glob("*.tmp.*"):
         path.unlink(missing_ok=True)
     later = [path for path in list_steps(folder) if int(path.stem[5:]) > start]
     later += [folder / "best.pt"] if named and (folder / "best.pt").is_file() else []
+    places = (folder / f"abandoned{n or ''}" for n in itertools.count())
+    place = next(place for place in places if not any((place / p.name).exists() for p in later))
     for path in later:
-        (folder / "abandoned").mkdir(exist_ok=True)
-        os.replace(path, folder / "abandoned" / path.name)
+        place.mkdir(exist_ok=True)
+        os.replace(path, place / path.name)
     if named and named.parent.resolve() != folder.resolve():
         for kept in named.parent.glob("stage_*.pt"):
             shutil.copy2(kept, folder)
+        if (named.parent / "maps").is_dir():
+            shutil.copytree(named.parent / "maps", folder / "maps", dirs_exist_ok=True)
 
 
 def rng_state():

@@ -97,13 +97,12 @@ def override(config, overrides):
             raise ConfigError(f"{show(text)} is not of the form key.sub=value")
         if key.count(".") > LEVELS:
             raise ConfigError(f"the override {show(key)} nests deeper than {LEVELS} levels")
+        if re.search(r"^[^'\"\[{].* #", value):
+            raise ConfigError(f"the override {brief(key)}: ' #' begins a comment; quote the value")
         value = read_yaml(value, f"the override {brief(key)}")
         config = _override(config, key.split("."), value, schema, RANGES, key)
     _check(config, schema, RANGES, "", "the configuration", known=False)
-    if config["eval"]["mode"] == "slide":
-        for stride, crop in zip(config["eval"]["stride"], config["eval"]["crop"]):
-            if stride > crop:
-                raise ConfigError(f"eval.stride {stride} must not be larger than eval.crop {crop}")
+    _check_slide(config)
     for name in config["data"]["seen"]:
         if name not in config["data"]["test"]:
             raise ConfigError(
@@ -112,6 +111,13 @@ def override(config, overrides):
             )
     stages(config)
     return _wrap(config)
+
+
+def _check_slide(config):
+    """No pixel lies between the windows."""
+    for stride, crop in zip(config["eval"]["stride"], config["eval"]["crop"]):
+        if config["eval"]["mode"] == "slide" and stride > crop:
+            raise ConfigError(f"eval.stride {stride} must not be larger than eval.crop {crop}")
 
 
 def derived_seed(seed, *place):
@@ -139,6 +145,7 @@ def stages(config):
             raise ConfigError("there are more than 1000 stages")
         for turn in range(stage["repeat"]):
             merged = _merge(plain(config), changes)
+            _check_slide(merged)
             merged["train"]["iters"] = stage["iters"] or merged["train"]["iters"]
             merged["optimizer"]["lr"] *= stage["lr_scale"] ** turn
             if result:

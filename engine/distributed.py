@@ -30,7 +30,8 @@ def init(device="auto", timeout=30):
     Returns:
         torch.device of this process.
     Raises:
-        UserError: no CUDA device, or more processes on this machine than CUDA devices.
+        UserError: no CUDA device, more processes on this machine than CUDA devices, or processes
+            that do not find each other.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -49,7 +50,13 @@ def init(device="auto", timeout=30):
         torch.cuda.set_device(local_rank)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        except (ValueError, RuntimeError) as error:
+            raise errors.UserError(
+                f"the processes cannot join ({str(error).strip().splitlines()[0]}): start them with "
+                "torchrun, or give each RANK, WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT"
+            ) from None
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from engine import distributed, process
 from engine.errors import UserError
+from engine.log import interactive
 from engine.metrics import ConfusionMatrix, warnings_about
 from engine.statistics import resize_logits
 
@@ -196,7 +197,11 @@ def evaluate(network, dataset, options, device, autocast, title="", workers=0):
     mine = range(distributed.rank(), len(dataset), distributed.world_size())
     samples = read(dataset, mine, workers if device.type == "cuda" else 0, device.type == "cuda")
     for sample in tqdm(
-        samples, desc=title, leave=False, disable=not distributed.is_main(), mininterval=1.0
+        samples,
+        desc=title,
+        leave=False,
+        disable=not (distributed.is_main() and interactive()),
+        mininterval=1.0,
     ):
         # Bytes travel, and floats are made on the device.
         image = sample["image"][None].to(device, non_blocking=True)

@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def facts(device):
     name = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": (_git("rev-parse", "--short", "HEAD") or "none")
         + ("+" if _git("status", "--porcelain") else ""),
         "device": f"{distributed.world_size()} x {name} "
@@ -241,7 +242,7 @@ class Log:
         if (self.folder / "config.yaml").is_file():
             self.text("configuration", (self.folder / "config.yaml").read_text("utf-8"), start)
         path = self.folder / "scalars.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         write(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
         self.scalars_file = open(path, "a")  # noqa: SIM115
 
@@ -251,7 +252,8 @@ class Log:
             with self._writing():
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, step)
-                self.scalars_file.write(json.dumps({"step": step, **values}) + "\n")
+                known = {tag: value for tag, value in values.items() if value == value}  # no nan
+                self.scalars_file.write(json.dumps({"step": step, **known}) + "\n")
                 self.scalars_file.flush()
 
     def progress(self, step, total, values, laps, batch_size, device):

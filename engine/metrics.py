@@ -12,6 +12,8 @@ from engine import distributed
 from engine.errors import UserError
 from engine.statistics import IGNORE
 
+MEANS = ("mIoU", "mAcc", "aAcc", "mF1")
+
 
 class ConfusionMatrix:
     """Counts (K, K) of label pixels by predicted class, and the number of ignored ones, which
@@ -25,6 +27,8 @@ class ConfusionMatrix:
 
     def __init__(self, classes, subsets=None, device="cpu", scored=()):
         self.classes = list(classes)
+        if taken := {*MEANS} & {*(subsets or {})}:
+            raise UserError(f"eval.subsets: {min(taken)} is the mean over all classes; rename it")
         self.subsets = {
             name: [self._position(c, f"eval.subsets.{name}") for c in members]
             for name, members in (subsets or {}).items()
@@ -81,7 +85,7 @@ class ConfusionMatrix:
     def summary(self):
         """{"mIoU", "mAcc", "aAcc", "mF1", one per subset}: floats in per cent."""
         values = self.per_class()
-        total = self.matrix.sum().clamp_min(1)
+        total = self.matrix.sum().double()  # nan of none
         result = {
             "mIoU": values["IoU"].nanmean(),
             "mAcc": values["Acc"].nanmean(),

@@ -36,6 +36,7 @@ from engine.checkpoint import fingerprint
 from engine.errors import UserError
 from engine.files import inside, read_json, replacing, write
 from engine.inference import read, scaled
+from engine.log import interactive
 from engine.statistics import resize_labels
 
 logger = logging.getLogger("engine")
@@ -62,7 +63,11 @@ def images(dataset, device, workers=0, count=None, short_side=0):
     mine = chosen[distributed.rank() :: distributed.world_size()]
     samples = read(dataset, mine, workers)
     for sample in tqdm(
-        samples, "prepare", leave=False, disable=not distributed.is_main(), mininterval=1.0
+        samples,
+        "prepare",
+        leave=False,
+        disable=not (distributed.is_main() and interactive()),
+        mininterval=1.0,
     ):
         image = sample["image"][None].to(device, torch.get_default_dtype()) / 255
         label = sample["label"][None].to(device).long()

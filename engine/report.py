@@ -8,6 +8,7 @@
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,16 @@ def validate(network, dataset, options, autocast, run):
     return score["mIoU"]
 
 
+def unseen_of(domains, seen):
+    return [name for name in domains if name not in (seen or ())]
+
+
+def mean_of(scores, names):
+    """Mean of {test set: mIoU} over these sets; None where there is none or one is unknown."""
+    known = [scores.get(name) for name in names]
+    return sum(known) / len(known) if known and None not in known else None
+
+
 def domain_table(rows, seen=None):
     """{run: {test set: mIoU}} -> text: rows runs, columns domains and a mean, unknown where a
     domain is missing.
@@ -136,14 +147,13 @@ def domain_table(rows, seen=None):
     """
     domains = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     title = "mean" if seen is None else "unseen"
-    averaged = [name for name in domains if name not in (seen or ())]
+    averaged = unseen_of(domains, seen)
     heads = [f"{name}*" if name not in averaged else name for name in domains] + [title]
     width, cell = max(map(len, ["mIoU", *rows])), max(7, *map(len, heads))
     lines = [f"{'mIoU':<{width}} " + " ".join(f"{head:>{cell}}" for head in heads)]
     for run, scores in rows.items():
         values = [scores.get(name) for name in domains]
-        known = [scores[name] for name in averaged if scores.get(name) is not None]
-        values.append(sum(known) / len(known) if known and len(known) == len(averaged) else None)
+        values.append(mean_of(scores, averaged))
         cells = (
             f"{value:>{cell}.2f}" if value is not None else f"{'-':>{cell}}" for value in values
         )
@@ -166,21 +176,27 @@ def selected_on_target(cfg, val_set, test_sets):
     checkpoint, which is what a run reports, is free of it.
 
     A validation set is one of the source if it differs from a training set in nothing but its part
-    of it (split, length, size), and shares no image with an unseen test set.
+    of it (split, length, size), and shares no image with an unseen test set. CamVid's splits name
+    a domain, the light after the underscore.
     """
     if not val_set:
         return False
-    part = ("split", "length", "size", "labels", "ignore", "root")
+    part = ("split", "length", "size", "labels", "ignore")
     trains = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
-    own, *known = [
-        {k: v for k, v in spec.items() if k not in part} for spec in (cfg.data.val, *trains)
+    (own, light), *known = [
+        (
+            {"root": cfg.data.root} | {k: v for k, v in spec.items() if k not in part},
+            re.findall("_(day|dusk)$", str(spec.get("split", ""))),
+        )
+        for spec in (cfg.data.val, *trains)
     ]
+    known = any(own == train and of in ([], light) for train, of in known)
     shown = {str(image) for image, _ in val_set.samples}
     unseen = [name for name in test_sets if name not in cfg.data.seen]
     shared = [
         name for name in unseen if shown & {str(image) for image, _ in test_sets[name].samples}
     ]
-    if own in known and not shared:
+    if known and not shared:
         return False
     what = (
         f"shares images with the test domain {shared[0]}"
@@ -206,7 +222,8 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
     device, folder, workers = run.device, run.folder, run.stage.data.workers
     chosen = run.exhausted() and (folder / "best.pt").is_file()  # a full disk may have none
     step = take_best(run) if chosen else run.offset + run.done
-    about = run.about | {"step": step, "seconds": round(run.seconds()), "best_val": run.best}
+    best = None if run.best < 0 else run.best  # not validated
+    about = run.about | {"step": step, "seconds": round(run.seconds()), "best_val": best}
     matrices = report(
         network, datasets, options, device, autocast, folder / "eval", about, run.known, workers
     )
@@ -223,11 +240,9 @@ def final_report(network, datasets, options, autocast, run, before=None, seen=No
         )
         results["before"] = {name: matrix.as_dict()["summary"] for name, matrix in old.items()}
     scores = {name: summary["mIoU"] for name, summary in results["results"].items()}
-    unseen = [
-        score for name, score in scores.items() if name not in (seen or ()) and score is not None
-    ]
+    unseen = unseen_of(scores, seen)
     if seen is not None and unseen:
-        results |= {"seen": list(seen), "unseen_mIoU": sum(unseen) / len(unseen)}
+        results |= {"seen": list(seen), "unseen_mIoU": mean_of(scores, unseen)}
     if distributed.is_main():
         write(folder / "results.json", json.dumps(about | results, indent=1))
     logger.info(f"\nwritten to {folder}; curves and pictures: tensorboard --logdir {folder}")

@@ -124,6 +124,28 @@ def test_each_protocol_has_a_folder_of_its_own_and_says_so(trained):
     assert len([*trained.glob("eval_step_0000002*")]) == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export=pseudo_labels", "diagnostics=true"], "evaluates nothing: leave out the other"),
+        (["folder=elsewhere"], "writes beside the checkpoint: leave out folder="),
+        (["nowhere.pt"], "^there is no file nowhere.pt$"),
+        ([NIGHT.replace("domain: night", "domian: night")], r"^data\.test\.night: toy\.Toy has no"),
+    ],
+)
+def test_what_eval_cannot_do_is_said_before_anything_is_evaluated(
+    trained, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(evaluation, "report", pytest.fail)
+    with pytest.raises(UserError, match=message):
+        evaluation.main([str(trained / "best.pt"), *arguments])
+
+
+def test_numbers_that_differ_late_have_folders_of_their_own():
+    names = {evaluation.protocol_name({"seed": seed}) for seed in (1234567, 1234568)}
+    assert names == {"_seed1234567", "_seed1234568"}
+
+
 def test_diagnostics_add_files_and_leave_the_result_alone(trained, monkeypatch):
     folder, arguments = trained / "eval_step_0000001", [str(trained / "step_0000001.pt")]
     cache = f"data.cache={trained}/cache"
@@ -334,6 +356,9 @@ def test_any_checkpoint_exports_with_a_labeler_without_state(trained):
     evaluation.main([str(trained / "best.pt"), "export=pseudo_labels", labeler])
     folder = next(trained.glob("eval_best_uda-*")) / "pseudo_labels" / "toy"
     assert json.loads((folder / "settings.json").read_text())["pseudo/share"] == 100.0
+    gone = "prototypes.centroids={name: none}"
+    with pytest.raises(UserError, match="prototypes"):
+        evaluation.main([str(trained / "best.pt"), "export=pseudo_labels", gone, labeler])
     with pytest.raises(UserError, match=r"no labeler: set uda\.labelers="):
         evaluation.main([str(trained / "best.pt"), "export=pseudo_labels"])
     with pytest.raises(UserError, match="whose fitted state it needs"):

@@ -192,7 +192,7 @@ def test_a_picture_too_small_for_the_network_is_named_and_skipped(tmp_path, caps
 def model(best):
     before = torch.get_rng_state(), torch.get_num_threads()
     found = predict.load(best, "device=cpu", "threads=3")
-    assert torch.get_num_threads() == before[1]
+    assert torch.get_num_threads() == before[1] and torch.equal(torch.get_rng_state(), before[0])
     return found
 
 
@@ -202,7 +202,8 @@ def test_a_file_an_array_and_lists_of_them_have_the_same_labels(best, model, tmp
     expected = np.array(Image.open(tmp_path / "out" / "ids" / "a.png"))
     path = tmp_path / "in" / "a.png"
     pixels = np.array(Image.open(path))
-    for picture in (path, str(path), pixels):
+    turned = np.ascontiguousarray(pixels[..., ::-1])[..., ::-1]  # as of cv2.imread
+    for picture in (path, str(path), pixels, turned, Image.open(path)):
         labels = model(picture)
         assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
     for several in ([path, pixels], np.stack([pixels, pixels])):
@@ -211,7 +212,7 @@ def test_a_file_an_array_and_lists_of_them_have_the_same_labels(best, model, tmp
     assert model.classes == saved["classes"] and model.palette == saved["palette"]
     colored = model.colored(expected)
     assert colored.mode == "P" and colored.getpalette()[:3] == list(model.palette[0])
-    for wrong in (pixels / 255.0, pixels[..., 0], pixels[..., :2]):
+    for wrong in (pixels / 255.0, pixels[..., 0], pixels[..., :2], None):
         with pytest.raises(UserError, match=r"the picture must be \(H, W, 3\) uint8, not"):
             model(wrong)
     with pytest.raises(UserError, match=r"cannot read the image .*no\.png"):

@@ -528,6 +528,11 @@ def test_a_named_checkpoint_goes_on_and_nothing_that_is_there_is_lost(tmp_path):
     before = last(folder)
     train(folder, *other)
     assert_same_state(last(folder), before)
+    # Who goes back a second time loses nothing either.
+    torch.save(old | {"step": 3}, path)
+    train(folder, *other, "optimizer.lr=1e-5")
+    assert_same_state(checkpoint.load(folder / "abandoned" / "step_0000006.pt"), old)
+    assert_same_state(checkpoint.load(folder / "abandoned1" / "step_0000006.pt"), before)
 
 
 def test_the_best_network_of_the_run_that_was_left_is_not_that_of_the_new_one(tmp_path):

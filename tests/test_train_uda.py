@@ -375,6 +375,17 @@ def test_a_named_checkpoint_in_another_folder_brings_the_network_before_adaptati
     assert old["before"] == new["before"]
 
 
+def test_a_named_checkpoint_in_another_folder_brings_its_stored_labels(tmp_path):
+    stored = (
+        f"stages=[{SOURCE}, {{name: adapt, init: previous, uda: {{labelers: [{{name: "
+        "self_training.StoredConfidence, threshold: 0.2}]}}]",
+    )
+    train(tmp_path / "run", *stored, config=TINY_UDA)
+    path = tmp_path / "run" / "step_0000005.pt"
+    train(tmp_path / "other", *stored, f"resume={path}", config=TINY_UDA)
+    assert_same_state(last(tmp_path / "other"), last(tmp_path / "run"))
+
+
 def test_a_start_of_a_later_stage_that_is_not_there_is_found_before_the_first(tmp_path):
     stages = "stages=[{name: source, teacher: none, train: {teacher: 0.0}}, {name: adapt, init: %s}]"
     with pytest.raises(UserError, match=r"stage adapt: init: there is no file \S+/none\.pt"):
@@ -385,3 +396,10 @@ def test_a_start_of_a_later_stage_that_is_not_there_is_found_before_the_first(tm
     train(tmp_path / "run", stages % start, "eval.pictures=0", config=TINY_UDA)
     start.unlink()  # no longer needed
     train(tmp_path / "run", stages % start, "eval.pictures=0", config=TINY_UDA)
+    # Of a single stage, the report compares it with its start.
+    one = f"stages=[{{name: adapt, init: {tmp_path / 'start' / 'step_0000001.pt'}}}]"
+    train(tmp_path / "one", one, "eval.pictures=0", config=TINY_UDA)
+    (tmp_path / "start" / "step_0000001.pt").unlink()
+    with pytest.raises(UserError, match=r"no file \S+step_0000001\.pt, which uda\.compare=true"):
+        train(tmp_path / "one", one, config=TINY_UDA)
+    train(tmp_path / "one", one, "uda.compare=false", "eval.pictures=0", config=TINY_UDA)

@@ -443,6 +443,7 @@ def test_names_that_become_files_are_no_paths(write, key, item, name):
         ("lr=1e-3", r"unknown key 'lr'; did you mean 'optimizer\.lr'\?"),
         ("train.epochs=10", r"unknown key 'train\.epochs'; did you mean 'train\.iters'\?"),
         ("learning_rate=1", r"did you mean 'optimizer\.lr'\?"),
+        ("folder=runs/try #2", "the override folder: ' #' begins a comment; quote the value"),
         ("batchsize=4", r"did you mean 'train\.batch_size'\?"),
         ("every=4", r"did you mean 'eval\.every' or 'log\.every' or 'checkpoint\.every'\?"),
     ],
@@ -786,6 +787,7 @@ def test_stages_override_repeat_and_scale_the_learning_rate():
         ("[{repaet: 2}]", r"unknown key 'stages\.0\.repaet'"),
         ("[{iters: many}]", r"stages\.0\.iters must be an int"),
         ("[main]", r"stages\.0 must be a mapping"),
+        ("[{eval: {mode: slide, crop: [64, 64], stride: [65, 64]}}]", "stride 65 must not be larger"),
     ],
 )
 def test_mistakes_in_stages_are_named(spec, message):

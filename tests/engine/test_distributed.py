@@ -88,3 +88,11 @@ def test_memory_that_is_freed_is_used_again_without_page_faults():
 
 def test_single_process_helpers_are_identities():
     assert distributed.world_size() == 1 and distributed.gather(3) == [3]
+
+
+def test_processes_that_cannot_join_are_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"cannot join \(.*RANK expected.*start them with torchrun"):
+        distributed.init("cpu")

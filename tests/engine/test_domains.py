@@ -97,6 +97,17 @@ def test_cells_are_unit_features_of_their_class_at_most_five_of_an_image(monkeyp
 
 def test_eval_writes_the_terms_of_both_spaces(tmp_path, capsys):
     train(tmp_path / "run", "train.iters=1", config=TINY_DG)
+    unseen = [str(tmp_path / "run" / "best.pt"), "data.seen=[]", "data.test.synthetic={name: none}"]
+    evaluation.main(unseen)
+    table = next((tmp_path / "run").glob("eval_best_*/domains.txt"))
+    before = table.read_text()
+    evaluation.main([*unseen, "domains=true"])  # as seen from data.val, which is no test set
+    assert table.read_text() == before
+    assert json.loads((table.parent / "domains.json").read_text())["source"] == "val"
+    night = "data.test.{}={{name: toy.Toy, domain: night, split: test, length: 2, size: [48, 64]}}"
+    for name, message in (("val", "has the name of data.val"), ("domains", "has the name of a file of results")):
+        with pytest.raises(ConfigError, match=rf"data\.test\.{name} {message}"):
+            evaluation.main([*unseen, night.format(name), "domains=true"])
     evaluation.main([str(tmp_path / "run" / "best.pt"), "domains=true"])
     folder = tmp_path / "run" / "eval_best"
     content = json.loads((folder / "domains.json").read_text())

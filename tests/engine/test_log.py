@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.config import load
-from engine.log import LAYOUT, SETTLED, Averages, Log, claim, profiled, release, summary
+from engine.log import LAYOUT, SETTLED, Averages, Log, claim, facts, profiled, release, summary
 from models.build import build_segmentor
 from tests.runs import TINY, train
 
@@ -118,3 +119,18 @@ def test_a_folder_that_a_killed_run_leaves_a_moment_later_is_taken(tmp_path):
         claim(tmp_path)
         assert other.wait() == 0
     release(tmp_path)
+
+
+def test_damaged_bytes_in_the_scalars_are_dropped_and_what_is_no_number_is_left_out(tmp_path):
+    path = tmp_path / "scalars.jsonl"
+    path.write_bytes(b'\xff\xfe\n{"step": 1, "val/mIoU": 3.0}\n')
+    log = Log(tmp_path, 1)
+    log.scalars({"val/mIoU": float("nan"), "train/loss": 1.0}, 2)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 1, "val/mIoU": 3.0}, {"step": 2, "train/loss": 1.0}]
+
+
+def test_the_command_of_a_run_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.val={name: none}"])
+    assert shlex.split(facts(CPU)["command"]) == sys.argv

@@ -169,4 +169,9 @@ def test_as_dict_is_strict_json_with_null_for_what_does_not_occur(counts):
     again = json.loads(json.dumps(matrix.as_dict(), allow_nan=False))
     assert again["classes"] == CLASSES and again["matrix"] == counts
     assert again["IoU"][2] is None and again["summary"]["top"] is None
-    assert again["summary"]["aAcc"] == pytest.approx(100 * 7 / 8 if counts[0][0] else 0)
+    assert again["summary"]["aAcc"] == (pytest.approx(100 * 7 / 8) if counts[0][0] else None)
+
+
+def test_a_subset_has_no_name_of_a_mean():
+    with pytest.raises(UserError, match=r"eval\.subsets: aAcc is the mean over all classes"):
+        ConfusionMatrix(CLASSES, {"aAcc": ["sky"]})

@@ -16,7 +16,7 @@ import torch
 from datasets.build import build_data
 from datasets.toy import Toy
 from engine import report
-from engine.config import load
+from engine.config import Config, load
 from engine.errors import UserError
 from engine.inference import NonFiniteScores
 from engine.metrics import ConfusionMatrix
@@ -33,6 +33,28 @@ def said(caplog):
     caplog.set_level(logging.INFO, "engine")
     yield lambda: caplog.text
     logger.propagate = False
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "target"),
+    [
+        ({"split": "train_day"}, {"split": "val_day"}, False),
+        ({"split": "train_day"}, {"split": "train_dusk"}, True),
+        ({"split": "train"}, {"split": "val_day"}, False),
+        ({"root": "/a"}, {"root": "/b"}, True),
+        ({"root": "/a"}, {}, False),  # which is data.root
+    ],
+)
+def test_a_validation_set_is_of_the_source_by_its_root_and_its_light(train, val, target):
+    data = {"root": "/a", "seen": [], "train": {"name": "camvid.CamVid", **train}}
+    cfg = Config(data=Config(data | {"val": {"name": "camvid.CamVid", **val}}))
+    shown = types.SimpleNamespace(samples=[("a.png", None)])
+    assert report.selected_on_target(cfg, shown, {}) == target
+
+
+def test_a_mean_over_unseen_domains_is_unknown_where_one_is():
+    assert report.mean_of({"a": 1.0, "b": 3.0}, ["a", "b"]) == 2.0
+    assert report.mean_of({"a": 1.0, "b": None}, ["a", "b"]) is report.mean_of({}, []) is None
 
 
 class Constant(torch.nn.Module):
