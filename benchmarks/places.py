@@ -18,8 +18,9 @@ settings on val_inside and val_outside).
 
     python -m benchmarks.places --moved CHECKPOINT [--images 20]
 
-prints which share of its attention a query moves where TMT guides it: half the sum of absolute
-differences, mean over queries, heads, guided blocks, and pictures of test_dusk.
+prints which share of its attention a query moves where TMT guides it, and of the attention that a
+key gets, how much it changes: half the sum of absolute differences, and their mean relative to what
+was there; mean over heads, guided blocks, and pictures of test_dusk.
 
 A row is "none", or "<blocks> <nats>", such as "all 2" or "4 -2"; with " inside" only the queries in
 the box are guided, with " control" the oracle sees the box of another image.
@@ -173,7 +174,8 @@ def pictures(split, count=0):
 
 @torch.no_grad()
 def moved(path, images):
-    """The share of the attention that the guidance of a checkpoint's network moves."""
+    """Which share of a query's attention the guidance of a checkpoint's network moves, and by which
+    share it changes what a key gets."""
     network, shares = restore(path)[0].eval(), []
 
     def compare(attention, given):
@@ -181,14 +183,15 @@ def moved(path, images):
         q, k, _ = attention.project(x)
         logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
         if guide is not None:
-            change = (logits + guide.bias).softmax(3) - logits.softmax(3)
-            shares.append(change.abs().sum(3).mean() / 2)
+            before, after = logits.softmax(3), (logits + guide.bias).softmax(3)
+            share, gets = (after - before).abs().sum(3).mean() / 2, before.mean(2)
+            shares.append(torch.stack([share, (after.mean(2) / gets - 1).abs().mean()]))
 
     for block in network.backbone.stage_blocks(network.region.stage):
         block.attn.register_forward_pre_hook(compare)
     for image in images:
         network.segment(image[None].float() / 255)
-    return float(torch.stack(shares).mean())
+    return torch.stack(shares).mean(0).tolist()
 
 
 def write(folder):
@@ -222,7 +225,8 @@ def main():
         moved="",
     )
     if options.moved:
-        print(f"{moved(options.moved, pictures('test_dusk', options.images)[0]):.3f}")
+        found = moved(options.moved, pictures("test_dusk", options.images)[0])
+        print("{:.3f} of a query's attention, {:.3f} of what a key gets".format(*found))
         return
     if options.write:
         return write(options.write)

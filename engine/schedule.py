@@ -38,8 +38,9 @@ UNDECAYED = (
     "classifier.names",
 )
 # What learns beside the network, from features that it does not move: its gradient is clipped by
-# itself (precision.clip).
-APART = ("probe",)
+# itself (precision.clip), and its rate is at least this. At that of a fine-tuned head it would not
+# tell day from dusk after 250 steps.
+APART, ITS_RATE = ("probe",), 1e-3
 
 
 def parameter_groups(model, options):
@@ -48,7 +49,7 @@ def parameter_groups(model, options):
     Norms, biases (all tensors of at most one dimension) and what UNDECAYED names get no decay.
     With `layer_decay`, each layer of the backbone is a part: its rate is lr * layer_decay^n with n
     layers above it (`layers_above` of models/backbones/base.py).
-    What APART names is a part of its own, with the rate of a head and no decay.
+    What APART names is a part of its own, with a rate of ITS_RATE or of a head and no decay.
     Each group has `base_lr`, what `set_lr` scales, and a `label` for the log.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -70,7 +71,7 @@ def parameter_groups(model, options):
         {
             "params": parameters,
             "label": label,
-            "base_lr": options.lr * factor,
+            "base_lr": max(options.lr * factor, ITS_RATE if label in APART else 0.0),
             "weight_decay": options.weight_decay if decay else 0.0,
         }
         for (label, factor, decay), parameters in groups.items()
