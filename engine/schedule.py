@@ -40,7 +40,7 @@ UNDECAYED = (
 # What learns beside the network, from features that it does not move: its gradient is clipped by
 # itself (precision.clip), and its rate is at least this. At that of a fine-tuned head it would not
 # tell day from dusk after 250 steps.
-APART, ITS_RATE = ("probe",), 1e-3
+APART, ITS_RATE = ("probe",), 5e-3
 
 
 def parameter_groups(model, options):

@@ -78,7 +78,7 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay():
 def test_a_probe_has_a_group_of_its_own():
     net = Net()
     net.head = nn.ModuleDict({"probe": nn.Linear(2, 3)})
-    for lr, rate in ((0.01, 0.1), (1e-6, 1e-3)):  # of a head, and one at which it learns
+    for lr, rate in ((0.01, 0.1), (1e-6, 5e-3)):  # of a head, and one at which it learns
         groups = schedule.parameter_groups(net, options(lr=lr))
         groups = [g for g in groups if g["label"] == "probe"]
         assert [(g["base_lr"], g["weight_decay"]) for g in groups] == [(rate, 0)]
