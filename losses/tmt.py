@@ -56,7 +56,7 @@ class RegionAdversarial(Loss):
 
 class RegionProbe(RegionAdversarial):
     """The same of the probe, which learns to tell the domains and moves no feature. A probe that
-    finds no difference stays at log 2 = 0.693."""
+    finds no difference, or learns too slowly, stays at log 2 = 0.693: then T is noise."""
 
     trains = ("probe",)
 
