@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import checkpoint, config, distributed, precision, schedule
+from engine.errors import UserError
 from engine.guard import Guard, end_at
 from engine.log import (
     Averages,
@@ -67,7 +68,11 @@ class Run:
         to_console()
         self.cfg, self.device, self.folder = cfg, device, Path(cfg.folder)
         # Before anything in it is read or removed: another run may be saving there.
-        if self.folder.is_dir():
+        try:
+            begun = self.folder.is_dir()
+        except OSError as error:  # a name that is too long
+            raise UserError(f"cannot write the run folder {self.folder} ({error})") from None
+        if begun:
             claim(self.folder)
         self.path, self.saved = checkpoint.find(cfg)
         self.named = self.path if self.path == Path(cfg.resume) else None

@@ -735,10 +735,11 @@ def test_a_second_run_in_the_same_folder_is_refused_and_touches_nothing(tmp_path
     assert code == 0 and not (folder / "step_0000002.pt.tmp.1").exists(), output
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("name", ["file/run", "r" * 300])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run"):
-        train(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=rf"cannot write the run folder .*{name}"):
+        train(tmp_path / name)
 
 
 def test_processes_predict_with_the_batch_statistics_that_are_saved(tmp_path):
