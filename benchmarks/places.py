@@ -22,6 +22,11 @@ prints which share of its attention a query moves where TMT guides it, and of th
 key gets, how much it changes: half the sum of absolute differences, and their mean relative to what
 was there; mean over heads, guided blocks, and pictures of test_dusk.
 
+    python -m benchmarks.places --doubt CHECKPOINT... [--rows none "all 2" "all -2" "all 2 control"]
+
+lets the network's own doubt take the oracle's place, without training: the entropy of a first look
+at a picture of test_dusk, mean over 9 x 9 cells and ranked, says which keys gain. Printed: mIoU.
+
 A row is "none", or "<blocks> <nats>", such as "all 2" or "4 -2"; with " inside" only the queries in
 the box are guided, with " control" the oracle sees the box of another image.
 """
@@ -42,6 +47,7 @@ from engine.statistics import IGNORE, resize_logits
 from models.blocks import Guide
 from models.build import restore
 from models.heads.base import Head
+from models.heads.region import ranks, uncertainty
 
 CROP, BATCH = (144, 192), 4
 OPTIMIZER = SimpleNamespace(
@@ -173,6 +179,21 @@ def pictures(split, count=0):
 
 
 @torch.no_grad()
+def doubt(path, row, data):
+    """mIoU of a network on pictures where its own doubt guides the second of two looks."""
+    network, _, saved = restore(path)
+    network.eval().oracle = Oracle(network.backbone.depths[0], row)
+    network.head_names.append("oracle")
+    matrix = ConfusionMatrix(saved["classes"])
+    for images, labels in zip(*(part.split(2) for part in data)):
+        images, network.oracle.box = images.float() / 255, None
+        entropy = uncertainty(network.segment(images).logits)[:, None]
+        mean = F.avg_pool2d(entropy, 9, stride=1, padding=4, count_include_pad=False)
+        matrix.update(look(network, images, ranks(mean[:, 0])).argmax(1), labels.long())
+    return matrix.summary()["mIoU"]
+
+
+@torch.no_grad()
 def moved(path, images):
     """Which share of a query's attention the guidance of a checkpoint's network moves, and by which
     share it changes what a key gets."""
@@ -223,7 +244,14 @@ def main():
         rows=ROWS,
         write="",
         moved="",
+        doubt=[""],
     )
+    for path in filter(None, options.doubt):
+        data = pictures("test_dusk")
+        found = {row: f"{doubt(path, row, data):.2f}" for row in options.rows}
+        print(path, found, flush=True)
+    if any(options.doubt):
+        return
     if options.moved:
         found = moved(options.moved, pictures("test_dusk", options.images)[0])
         print("{:.3f} of a query's attention, {:.3f} of what a key gets".format(*found))
