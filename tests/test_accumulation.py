@@ -10,7 +10,7 @@ import torch
 from tests.runs import TINY, TINY_DG, TINY_UDA, assert_same_state, last, leaves, train
 
 SMALL = (
-    "model.frozen_bn=[backbone, decoder, projector]",
+    "model.frozen_bn=[backbone, decoder]",
     "model.decoder.dropout=0.0",
     "optimizer={name: SGD, lr: 1e-2, head_lr_factor: 1.0, momentum: 0.9}",
     "schedule.warmup=0",
@@ -22,7 +22,7 @@ SMALL = (
 )
 TOY = ("data.test.toy.length=1",)
 UDA = ("data.target.length=6", "uda.compare=false", "stages=[]", *TOY)
-DG = ("train.teacher=0.9", "data.test.toy={name: none}", "data.test.fog={name: none}")
+DG = ("model.frozen_bn=[backbone, decoder, projector]", "train.teacher=0.9", "data.test.toy={name: none}", "data.test.fog={name: none}")
 TEACHER = "uda.labelers=[{name: self_training.TeacherConfidence, threshold: 0.2}]"
 CE = "{name: cross_entropy.CrossEntropy}"
 TARGET = "{name: cross_entropy.CrossEntropy, view: target}"
