@@ -22,7 +22,8 @@ SMALL = (
 )
 TOY = ("data.test.toy.length=1",)
 UDA = ("data.target.length=6", "uda.compare=false", "stages=[]", *TOY)
-DG = ("model.frozen_bn=[backbone, decoder, projector]", "train.teacher=0.9", "data.test.toy={name: none}", "data.test.fog={name: none}")
+DG = ("train.teacher=0.9", "data.test.toy={name: none}", "data.test.fog={name: none}")
+DG += ("model.frozen_bn=[backbone, decoder, projector]",)
 TEACHER = "uda.labelers=[{name: self_training.TeacherConfidence, threshold: 0.2}]"
 CE = "{name: cross_entropy.CrossEntropy}"
 TARGET = "{name: cross_entropy.CrossEntropy, view: target}"
