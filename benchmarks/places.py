@@ -140,13 +140,19 @@ def score(network, images, labels, classes):
     return [matrix.summary()["mIoU"] for matrix in matrices]
 
 
-def run(path, row, seed, options, data, test):
-    """One row -> mIoU inside and outside of the boxes before and after the steps."""
-    torch.manual_seed(seed)
+def with_oracle(path, row):
+    """A checkpoint's network with the oracle of a row -> it, names of the classes."""
     network, _, saved = restore(path)
     network.oracle = Oracle(network.backbone.depths[0], row)
     network.head_names.append("oracle")
-    before = score(network, *test, saved["classes"])
+    return network, saved["classes"]
+
+
+def run(path, row, seed, options, data, test):
+    """One row -> mIoU inside and outside of the boxes before and after the steps."""
+    torch.manual_seed(seed)
+    network, classes = with_oracle(path, row)
+    before = score(network, *test, classes)
     teacher, optimizer = Teacher(network, 0.99), schedule.make_optimizer(network, OPTIMIZER)
     generator = torch.Generator().manual_seed(seed)
     network.train()
@@ -167,7 +173,7 @@ def run(path, row, seed, options, data, test):
         optimizer.step()
         optimizer.zero_grad()
         teacher.update(network, torch.tensor(False))
-    return before + score(network.eval(), *test, saved["classes"])
+    return before + score(network.eval(), *test, classes)
 
 
 def pictures(split, count=0):
@@ -181,10 +187,9 @@ def pictures(split, count=0):
 @torch.no_grad()
 def doubt(path, row, data):
     """mIoU of a network on pictures where its own doubt guides the second of two looks."""
-    network, _, saved = restore(path)
-    network.eval().oracle = Oracle(network.backbone.depths[0], row)
-    network.head_names.append("oracle")
-    matrix = ConfusionMatrix(saved["classes"])
+    network, classes = with_oracle(path, row)
+    network.eval()
+    matrix = ConfusionMatrix(classes)
     for images, labels in zip(*(part.split(2) for part in data)):
         images, network.oracle.box = images.float() / 255, None
         entropy = uncertainty(network.segment(images).logits)[:, None]
@@ -246,11 +251,11 @@ def main():
         moved="",
         doubt=[""],
     )
-    for path in filter(None, options.doubt):
-        data = pictures("test_dusk")
-        found = {row: f"{doubt(path, row, data):.2f}" for row in options.rows}
-        print(path, found, flush=True)
     if any(options.doubt):
+        dusk = pictures("test_dusk")
+        for path in options.doubt:
+            found = {row: f"{doubt(path, row, dusk):.2f}" for row in options.rows}
+            print(path, found, flush=True)
         return
     if options.moved:
         found = moved(options.moved, pictures("test_dusk", options.images)[0])

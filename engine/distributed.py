@@ -53,9 +53,10 @@ def init(device="auto", timeout=30):
         try:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
         except (ValueError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
             raise errors.UserError(
-                f"the processes cannot join ({str(error).strip().splitlines()[0]}): start them with "
-                "torchrun, or give each RANK, WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT"
+                f"the processes cannot join ({line}): start them with torchrun, or give each RANK, "
+                "WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT"
             ) from None
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 

@@ -129,6 +129,7 @@ def validate(network, dataset, options, autocast, run):
 
 
 def unseen_of(domains, seen):
+    """The domains that are not of the training domain; all of them where `seen` is None."""
     return [name for name in domains if name not in (seen or ())]
 
 
@@ -183,14 +184,14 @@ def selected_on_target(cfg, val_set, test_sets):
         return False
     part = ("split", "length", "size", "labels", "ignore")
     trains = cfg.data.train if isinstance(cfg.data.train, list) else [cfg.data.train]
-    (own, light), *known = [
+    (own, light), *sources = [
         (
             {"root": cfg.data.root} | {k: v for k, v in spec.items() if k not in part},
             re.findall("_(day|dusk)$", str(spec.get("split", ""))),
         )
         for spec in (cfg.data.val, *trains)
     ]
-    known = any(own == train and of in ([], light) for train, of in known)
+    known = any(own == source and of in ([], light) for source, of in sources)
     shown = {str(image) for image, _ in val_set.samples}
     unseen = [name for name in test_sets if name not in cfg.data.seen]
     shared = [

@@ -55,8 +55,9 @@ What enters the first guided block is grouped, which in all blocks of a ViT are 
 they tell colours, and hardly classes. `look: twice` [ours] sees the picture without guidance first.
 It groups the features of the decoder, and U is the entropy of the network's own class scores, mean
 over each region. Nothing but the probe is trained beside the network, whose losses stay as they
-are; so with `variant: none` it is the network without this head. On CamVid by day to dusk a key gets 16 %
-more or less attention, the probe tells the domains, and nothing is gained over self-training.
+are; so with `variant: none` it is the network without this head. On CamVid by day to dusk a key
+gets 16 % more or less attention, the probe tells the domains, and nothing is gained over
+self-training (docs/results.md).
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
