@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 
@@ -105,8 +106,20 @@ def kill_loaders():
     """At exit Python would wait for them, and they ignore its SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error for each that ends
-    for child in multiprocessing.active_children():
+    killed = multiprocessing.active_children()
+    for child in killed:
         child.kill()
+    for child in killed:
+        child.join(1.0)
+        free_memory(child.pid)
+
+
+def free_memory(pid):
+    """PyTorch takes the name of a batch's shared memory away once it is mapped; a loader that ends
+    before that leaves the memory taken until the machine starts again."""
+    for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def loaders(workers):
@@ -127,6 +140,7 @@ def loader(worker):
     def follow():
         # Closed when the run is gone, whether this process is a fork of it or of a server.
         wait([multiprocessing.parent_process().sentinel])
+        free_memory(os.getpid())
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,18 @@ class Slow(Dataset):
         return index
 
 
+class Mapping(Dataset):
+    """Every loader is in the middle of a batch's shared memory: named, not yet mapped."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        Path(f"/dev/shm/torch_{os.getpid()}_1_1").write_bytes(b"pixels")
+        print(f"named {os.getpid()}", flush=True)
+        time.sleep(1000)
+
+
 def loading(context="fork", broken=False):
     options = {"worker_init_fn": loader, "multiprocessing_context": context}
     return iter(DataLoader(Slow(broken), num_workers=2, **options))
@@ -58,6 +71,11 @@ def fail(statement):
 def load_for_ever(context):
     for _ in loading(context):
         print("busy", flush=True)
+
+
+def map_for_ever(context):
+    options = {"worker_init_fn": loader, "multiprocessing_context": context}
+    next(iter(DataLoader(Mapping(), num_workers=2, **options)))
 
 
 def train_for_ever(_):
@@ -239,6 +257,24 @@ def test_loaders_end_with_a_run_that_is_killed(context):
     started.wait_for("busy")
     started.process.kill()
     started.ends(10)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory with names")
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_loader_that_ends_within_a_batch_leaves_no_shared_memory(context, number):
+    """SIGTERM: the run ends its loaders; SIGKILL: they end themselves."""
+    started = Started(map_for_ever, context)
+    deadline = time.time() + 120
+    while started.output.count("named") < 2:
+        assert time.time() < deadline, started.output
+        started.read()
+        time.sleep(0.01)
+    pids = re.findall(r"named (\d+)", started.output)
+    assert len(pids) == 2, started.output
+    os.kill(started.pid, number)
+    started.ends()
+    assert not [path for pid in pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
 
 
 def test_an_error_keeps_its_sentence_through_a_loader():
