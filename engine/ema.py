@@ -36,13 +36,14 @@ class Teacher(nn.Module):
     def update(self, student, skipped):
         """Call after each optimiser step. Where `skipped` (0-dim bool) is true, only buffers are
         copied."""
-        self.updates += ~skipped
-        alpha = (1 - 1 / (self.updates.double() + 1)).clamp_max(self.momentum)
+        moves = ~skipped
+        self.updates += moves
         if self.followed[0] is not student:
             walks = [(n.parameters(), n.buffers()) for n in (self.network, student)]
             self.followed = student, *([*tensors] for pair in walks for tensors in pair)
         _, mine, my_buffers, theirs, their_buffers = self.followed
-        share = ((1 - alpha) * ~skipped).to(theirs[0].dtype)
+        share = (self.updates.to(theirs[0].dtype) + 1).reciprocal()  # 1 - alpha
+        share = share.clamp_min(1 - self.momentum) * moves
         change = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(change, share)
         torch._foreach_add_(mine, change)
@@ -52,8 +53,8 @@ class Teacher(nn.Module):
     def segment(self, image, **options):
         """What `Segmentor.segment` gives, bit for bit.
 
-        Autocast would cast each weight of the backbone by itself, in every step. Here all of them
-        are cast by one call, into a copy of the backbone that shares everything else.
+        Autocast would cast and turn each weight of the backbone by itself, in every step. Here all
+        of them are cast by one call, into a copy of the backbone that shares everything else.
         """
         kind = image.device.type
         if not torch.is_autocast_enabled(kind) or self.network.cache:
@@ -63,6 +64,16 @@ class Teacher(nn.Module):
         network, halves, wholes = self.cast
         torch._foreach_copy_(halves, wholes)
         return network.segment(image, compiled=True, **options)
+
+
+class Turned(nn.Linear):
+    """A linear layer that does not turn its weight in every call: `turned` is another view of its
+    memory."""
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        y = rows @ self.turned if self.bias is None else torch.addmm(self.bias, rows, self.turned)
+        return y.view(*x.shape[:-1], -1) if x.ndim > 2 else y
 
 
 def lighter(network, dtype):
@@ -78,4 +89,6 @@ def lighter(network, dtype):
                 wholes.append(whole)
                 halves.append(nn.Parameter(whole.to(dtype), requires_grad=False))
                 setattr(module, name, halves[-1])
+        if type(module) is nn.Linear:
+            module.__class__, module.turned = Turned, module.weight.t()
     return copied, halves, wholes

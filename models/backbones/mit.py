@@ -107,7 +107,7 @@ def conv(x, layer):
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patches: (B, h, w, C) -> (B, h / stride, w / stride, C'), rounded up."""
+    """Overlapping patches: (B, C, h, w) -> (B, h / stride, w / stride, C'), rounded up."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -117,7 +117,7 @@ class PatchEmbed(nn.Module):
         )  # eps 1e-5 here and in Attention, 1e-6 elsewhere, as in the release
 
     def forward(self, x):
-        return self.norm(conv(x, self.proj))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
@@ -135,11 +135,12 @@ class Attention(nn.Module):
     def project(self, x):
         """(B, h, w, C) -> queries (B, heads, N, C / heads), keys and values
         (B, heads, M, C / heads)."""
-        small = self.norm(conv(x, self.sr)) if self.reduction > 1 else x
         images, channels = x.shape[0], x.shape[3] // self.heads
         # Rows of pixels: a linear layer would make them of a map, and a map of its result.
-        q = self.q(x.flatten(0, 2)).view(images, -1, self.heads, channels).transpose(1, 2)
-        kv = self.kv(small.flatten(0, 2)).view(images, -1, 2, self.heads, channels)
+        rows = x.flatten(0, 2)
+        small = self.norm(conv(x, self.sr)).flatten(0, 2) if self.reduction > 1 else rows
+        q = self.q(rows).view(images, -1, self.heads, channels).transpose(1, 2)
+        kv = self.kv(small).view(images, -1, 2, self.heads, channels)
         return q, *kv.permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x, bias=None):
@@ -270,9 +271,9 @@ class MiT(Backbone):
                 attention logits of N = h w queries and M keys, row by row, or a Guide of
                 models/blocks.py. -inf hides a key; every query must keep one.
         """
-        x, maps = self.normalize(image).permute(0, 2, 3, 1), []  # channels last from here on
+        x, maps = self.normalize(image), []
         for s in range(1, 5):
-            x = getattr(self, f"patch_embed{s}")(x)
+            x = getattr(self, f"patch_embed{s}")(x)  # channels last, as in the blocks
             keys = tuple(n // self.reductions[s - 1] for n in x.shape[1:3])
             for i, block in enumerate(getattr(self, f"block{s}")):
                 x = run(
@@ -281,6 +282,6 @@ class MiT(Backbone):
                     x,
                     bias(s, i, x.permute(0, 3, 1, 2), keys) if bias else None,
                 )
-            x = getattr(self, f"norm{s}")(x)
-            maps.append(x.permute(0, 3, 1, 2))
+            x = getattr(self, f"norm{s}")(x).permute(0, 3, 1, 2)
+            maps.append(x)
         return maps

@@ -2,15 +2,18 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.ema import Teacher
+from engine.ema import Teacher, Turned
 from engine.precision import autocast
 from models.backbones.mit import MiT
+from models.backbones.swin import Swin
+from models.backbones.vit import ViT
 from models.classifiers.cbp import CBP
 from models.decoders.segformer_mlp import SegFormerMLP
 from models.segmentor import Segmentor
@@ -95,9 +98,19 @@ def test_a_skipped_step_leaves_the_teacher_alone(dtype):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
+BACKBONES = {
+    MiT: {"size": "b0"},
+    ViT: {"size": "t"},  # linear layers of tokens (B, N, C)
+    Swin: {"size": "t"},  # its attention reads the weights themselves, and its mergings have no bias
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_the_teacher_says_is_what_its_network_says_and_no_weight_is_cast_alone(precision):
-    backbone = MiT(size="b0", weights="none")
+def test_what_the_teacher_says_is_what_its_network_says_and_no_weight_is_cast_or_turned_alone(
+    precision, kind
+):
+    backbone = kind(**BACKBONES[kind], weights="none")
     decoder = SegFormerMLP(in_channels=backbone.channels, width=16)
     network = Segmentor(backbone, decoder, CBP(in_channels=16, num_classes=3))
     teacher, image, keys = Teacher(network, 0.5), torch.rand(1, 3, 32, 32), None
@@ -105,27 +118,34 @@ def test_what_the_teacher_says_is_what_its_network_says_and_no_weight_is_cast_al
         keys = keys or [*teacher.state_dict()]
         with autocast(image.device, precision):
             teacher.segment(image)  # makes the copy
-            with Casts() as mine:
+            with Calls() as mine:
                 found = teacher.segment(image)
-            with Casts() as theirs:
+            with Calls() as theirs:
                 expected = teacher.network.segment(image)
         assert torch.equal(found.logits, expected.logits)
         assert torch.equal(found.features, expected.features)
-        weights = len([m for m in backbone.modules() if isinstance(m, (nn.Linear, nn.Conv2d))])
-        saved = 2 * weights if precision == "bf16" else 0  # a weight and a bias of each
-        assert theirs.count - mine.count == saved
+        if precision == "fp32":
+            assert mine.found == theirs.found
+        else:
+            layers = [m for m in backbone.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+            values = [p for layer in layers for p in layer.parameters(recurse=False)]
+            assert theirs.found["_to_copy"] - mine.found["_to_copy"] == len(values)
+            assert mine.found["t"] == (2 * 12 if kind is Swin else 0) < theirs.found["t"]
         with torch.no_grad():
             torch._foreach_add_([*network.parameters()], 0.01)
         teacher.update(network, TAKEN)
     assert [*teacher.state_dict()] == keys
     assert len([*teacher.parameters()]) == len([*network.parameters()])
+    assert not [m for m in teacher.network.modules() if isinstance(m, Turned)]
 
 
-class Casts(TorchDispatchMode):
-    """Counts them."""
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._to_copy.default
+        self.found[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
