@@ -103,6 +103,7 @@ class Output(Record):
     components: Tensor | None = None  # (B, K, M, h, w) scores of a class's components, in training
     regions: Record | None = None  # of heads.region (models/heads/region.py)
     first: "Output | None" = None  # of a first pass, for a head that looks twice
+    maps: tuple = ()  # of the backbone, in a first pass
 
     def scores(self, head):
         """Class scores (B, K, h, w): "logits", "auxiliary", "region", "query0", "query1" ...

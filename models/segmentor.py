@@ -101,6 +101,7 @@ class Segmentor(nn.Module):
         with sizes_named(view.image):
             maps = maps or (self.cache or self.backbone)(view.image, **given)
             output.features = run(self.decoder, False, maps)
+        output.maps = maps if first else ()
         for head in running:
             head(view, maps, output, step)
         output.logits = self.classifier(output.features, output)

@@ -53,11 +53,11 @@ rather than the last ones; `all` harms what lies outside.
 
 What enters the first guided block is grouped, which in all blocks of a ViT are embedded patches:
 they tell colours, and hardly classes. `look: twice` [ours] sees the picture without guidance first.
-It groups the features of the decoder, and U is the entropy of the network's own class scores, mean
-over each region. Nothing but the probe is trained beside the network, whose losses stay as they
-are; so with `variant: none` it is the network without this head. On CamVid by day to dusk a key
-gets 16 % more or less attention, the probe tells the domains, and nothing is gained over
-self-training (docs/results.md).
+It groups the features of the decoder, or the first map of the backbone (`features: backbone`), and
+U is the entropy of the network's own class scores, mean over each region. Nothing but the probe is
+trained beside the network, whose losses stay as they are; so with `variant: none` it is the network
+without this head. On CamVid by day to dusk a key gets 16 % more or less attention, the probe tells
+the domains, and nothing is gained over self-training (docs/results.md).
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
@@ -170,8 +170,10 @@ class Region(Head):
     Args:
         stage, blocks: the last `blocks` of stage `stage` are guided; what enters the first of them
             is grouped. -1: the features of the decoder, for mask and none.
-        look: "twice": a first look without guidance is grouped, with the features of the decoder;
-            the network has no adversary then, and no classifier of the regions.
+        look: "twice": a first look without guidance is grouped; the network has no adversary then,
+            and no classifier of the regions.
+        features: of this first look, which are grouped and which the probe sees: of the "decoder",
+            which tell classes, or the first map of the "backbone", which tells domains better.
         variant: "bias" (TMA), "nats" (the same, stronger), "tvt" (its ancestor), "mask" (TMA on a
             query decoder), or "none": regions and their adversarial loss, attention as it is.
         strength: lambda, or nats; 0 leaves attention as it is.
@@ -213,6 +215,7 @@ class Region(Head):
         strength: NonNegative = 1.0,
         queries: Literal["all", "own"] = "all",
         look: Literal["once", "twice"] = "once",
+        features: Literal["decoder", "backbone"] = "decoder",
         estimator: Literal["adversary", "probe"] = "adversary",
         order: Literal["value", "rank"] = "value",
         favour: Literal["low", "high"] = "low",
@@ -237,7 +240,10 @@ class Region(Head):
                 "-1 for the features of any decoder"
             )
         on_decoder, self.twice = stage == -1, look == "twice"
-        channels = in_channels if on_decoder or self.twice else map_channels[stage - 1]
+        if features == "backbone" and not self.twice:
+            raise ValueError("features=backbone needs look: twice")
+        decoded = on_decoder or (self.twice and features == "decoder")
+        channels = in_channels if decoded else map_channels[0 if self.twice else stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
         allowed = "none or mask" if on_decoder else "none, bias, nats or tvt"
         if variant not in allowed:
@@ -254,6 +260,7 @@ class Region(Head):
             raise ValueError(f"blocks={blocks} must be 1 to {depth}")
         if on_decoder and semantic:
             raise ValueError("semantic needs the head of a stage, which stage=-1 has not")
+        self.decoded = decoded
         self.variant, self.stage, self.cells, self.kappa = variant, stage, [cell, *cells], kappa
         self.queries, self.order, self.favour = queries, order, favour
         self.shuffle, self.semantic, self.coordinates = shuffle, semantic, coordinates
@@ -283,8 +290,11 @@ class Region(Head):
             if stage != self.stage or not self.first <= block <= self.last:
                 return None
             if block == self.first:
-                seen = (output.first.features, output.first.logits) if self.twice else (x, None)
-                output.regions = self.find(seen[0], step, seen[1])
+                if first := output.first:
+                    seen = first.features if self.decoded else first.maps[0]
+                    output.regions = self.find(seen, step, first.logits)
+                else:
+                    output.regions = self.find(x, step)
                 output.regions.tokens, output.regions.keys = x.shape[2:], keys
             guided = self.variant in ("bias", "nats") or (
                 self.variant == "tvt" and block == self.last
@@ -327,8 +337,10 @@ class Region(Head):
         with torch.autocast(maps.device.type, enabled=False):
             maps, found, dense, unsure = precise(maps), [], 0, 0
             logits = self.head(maps) if self.head else logits
+            if self.twice:
+                logits = resize_logits(precise(logits), maps.shape[2:])
             if logits is not None:
-                entropy = uncertainty(precise(logits.detach()))[:, None]
+                entropy = uncertainty(logits.detach())[:, None]
             compared = self.grouped(maps, logits)
             for cell in self.cells:
                 assignment, means = group(compared, cell, self.kappa, self.rounds)

@@ -391,6 +391,7 @@ def test_a_region_that_no_loss_trains_is_refused(given, missing):
         ({"stage": 3}, "stage=3 must be a stage of a transformer"),
         ({"stage": 0}, "stage=0 must be a stage of a transformer"),
         ({"look": "twice"}, "look=twice needs estimator: probe"),
+        ({"features": "backbone"}, "features=backbone needs look: twice"),
         (
             {"look": "twice", "estimator": "probe", "stage": -1, "variant": "none"},
             "and a stage whose blocks it guides",
@@ -414,6 +415,7 @@ class Drawn(dict):
 TWICE = "look: twice, estimator: probe, order: rank"
 VARIANTS = ["bias", "nats, order: rank, queries: own", "tvt", "none"]
 VARIANTS += [f"{variant}, {TWICE}" for variant in ("nats, queries: own", "bias", "tvt", "none")]
+VARIANTS += [f"nats, features: backbone, semantic: 1.0, {TWICE}"]
 
 
 def guided_network(backbone, variant, *options):
@@ -436,7 +438,7 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     network = guided_network(backbone, variant)
     image = torch.rand(1, 3, 64, 96)
     guided = network.segment(image)
-    fine = backbone == "mit.MiT" and TWICE in variant  # features of the decoder, at stride 4
+    fine = backbone == "mit.MiT" and TWICE in variant  # features of the decoder or the first map, at stride 4
     size = (1, 16, 24) if fine else (1, 4, 6)
     assert guided.regions.priority.shape == guided.regions.transferability.shape == size
     drawn = Drawn()
@@ -449,16 +451,22 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     assert torch.allclose(plain.logits, guided.logits) == variant.startswith("none")
 
 
+@pytest.mark.parametrize("features", ["decoder", "backbone"])
 @pytest.mark.parametrize("backbone", ["mit.MiT", "vit.ViT"])
-def test_the_second_look_is_guided_by_what_the_first_has_seen(backbone):
-    network = guided_network(backbone, f"nats, {TWICE}", "model.heads.region.regions=patches")
+def test_the_second_look_is_guided_by_what_the_first_has_seen(backbone, features):
+    variant = f"nats, features: {features}, {TWICE}"
+    network = guided_network(backbone, variant, "model.heads.region.regions=patches")
     image = torch.rand(2, 3, 64, 96)
-    plain = guided_network(backbone, f"none, {TWICE}")
+    plain = guided_network(backbone, f"none, features: {features}, {TWICE}")
     plain.load_state_dict(network.state_dict())
     plain = plain.segment(image)
     output = network.segment(image)
     assert torch.equal(output.first.logits, plain.logits) and output.first.regions is None
     assert not torch.equal(output.logits, plain.logits)
+    seen = network.backbone(image)[0] if features == "backbone" else plain.features
+    tau = network.region.transferability(F.avg_pool2d(seen, 2))
+    found = F.avg_pool2d(output.regions.transferability[:, None], 2)[:, 0]
+    torch.testing.assert_close(found, tau)
     unsure = F.avg_pool2d(uncertainty(plain.logits)[:, None], 2)
     torch.testing.assert_close(F.interpolate(unsure, scale_factor=2)[:, 0], output.regions.uncertainty)
     # A key and a query see the mean of their part of the map.
@@ -468,6 +476,14 @@ def test_the_second_look_is_guided_by_what_the_first_has_seen(backbone):
     keys = F.avg_pool2d(small, reduction).flatten(1)
     bias = network.region.guide(output.regions).bias
     torch.testing.assert_close(bias[:, 0, 0], keys - keys.mean(1, keepdim=True))
+
+
+def test_two_looks_group_a_map_of_another_size_than_the_class_scores():
+    variant = f"nats, features: backbone, semantic: 1.0, {TWICE}"
+    network = guided_network("mit.MiT", variant, "model.decoder={name: fcn.FCN, width: 8}")
+    output = network.segment(torch.rand(1, 3, 64, 96))
+    assert output.logits.shape[2:] == (2, 3)
+    assert output.regions.uncertainty.shape == output.regions.transferability.shape == (1, 16, 24)
 
 
 def test_a_second_look_trains_the_probe_beside_a_network_that_learns_as_before():
