@@ -46,8 +46,8 @@ from engine.metrics import ConfusionMatrix
 from engine.statistics import IGNORE, resize_logits
 from models.blocks import Guide
 from models.build import restore
+from models.heads._transferability import ranks, uncertainty
 from models.heads.base import Head
-from models.heads.region import ranks, uncertainty
 
 CROP, BATCH = (144, 192), 4
 OPTIMIZER = SimpleNamespace(

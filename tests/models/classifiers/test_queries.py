@@ -9,7 +9,8 @@ from engine.step import Output, View
 from losses.cross_entropy import CrossEntropy
 from models.build import build_segmentor
 from models.classifiers.queries import Queries, positions
-from models.heads.region import Regions, uncertainty
+from models.heads._transferability import uncertainty
+from models.heads.region import Regions
 from tests.records import a_step
 
 K, D = 5, 16

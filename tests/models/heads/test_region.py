@@ -19,15 +19,8 @@ from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial, RegionProbe
 from models.build import build_segmentor
 from models.heads._grouping import group, labels_of
-from models.heads.region import (
-    Region,
-    Regions,
-    Reversal,
-    doubt,
-    ranks,
-    reversal,
-    uncertainty,
-)
+from models.heads._transferability import Reversal, doubt, ranks, reversal, uncertainty
+from models.heads.region import Region, Regions
 from tests.records import a_step, an_output
 from tests.runs import TINY_UDA
 
