@@ -21,6 +21,7 @@ from datasets.reading import (
     PICTURES,
     DataError,
     files_below,
+    files_in,
     folders_in,
     read_ids,
     read_image,
@@ -100,7 +101,7 @@ class SegmentationData(Dataset):
         stylised: folder, relative to the root, with a style-transferred copy of each image: the
             same path as the image has below the root, or directly in it a file of the same name;
             .png, .jpg or .jpeg whatever the image has. The copies are read in place of the images;
-            label, `stem` and size are those of the image.
+            label and `stem` are those of the image, and its size must be.
         label_space: {class: [own classes]}, the classes of another label space in the order of
             their ids. They replace CLASSES, PALETTE and SCORED, and `ignore` means them. Own
             classes that no entry names are ignored; a class with an empty list does not occur here
@@ -126,7 +127,7 @@ class SegmentationData(Dataset):
         root,
         split: str | None = None,
         labels: bool = True,
-        ignore: list = (),
+        ignore: list[str] = (),
         augment=None,
         seed=0,
         stylised: str | None = None,
@@ -208,7 +209,9 @@ class SegmentationData(Dataset):
             ("images", [i for i, _ in self.samples]),
             ("labels", [p for _, p in self.samples if p]),
         ):
-            if missing := [str(path) for path in paths if not os.path.isfile(path)]:
+            there = {folder: files_in(folder) for folder in {*map(os.path.dirname, paths)}}
+            unseen = (p for p in paths if os.path.basename(p) not in there[os.path.dirname(p)])
+            if missing := [str(path) for path in unseen if not os.path.isfile(path)]:
                 some = f"{name}: {len(missing)} of {len(paths)} {kind}"
                 raise DataError(f"{some} do not exist, such as {', '.join(missing[:5])}")
         check_different(
@@ -225,8 +228,12 @@ class SegmentationData(Dataset):
             raise DataError(
                 f"{type(self).__name__}: there is no folder {folder} of stylised images"
             )
-        files = files_below(folder, PICTURES)
-        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+        names = {
+            path: path.relative_to(folder).with_suffix("").as_posix()
+            for path in files_below(folder, PICTURES)
+        }
+        check_different(names, "the name '{}' in the folder of stylised images; remove one")
+        found = {name: path for path, name in names.items()}
         copies = {
             image: found.get(stem, found.get(Path(image).stem))
             for image, stem in self._stems().items()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -41,13 +42,21 @@ def build_set(where, specs, **context):
         ConfigError, DataError: a wrong option, or files that cannot be read; the message begins
             with the key.
     """
-    sets = []
-    for spec in specs if isinstance(specs, list) else [specs]:
-        try:
-            sets.append(build("datasets", spec, SET, **context))
-        except (ConfigError, DataError) as error:
-            raise type(error)(f"{where}: {error}") from None
-    return sets[0] if len(sets) == 1 else Several(sets)
+    if not isinstance(specs, list):
+        with named(where):
+            return build("datasets", specs, SET, **context)
+    sets = [build_set(f"{where}.{i}", spec, **context) for i, spec in enumerate(specs)]
+    with named(where):
+        return sets[0] if len(sets) == 1 else Several(sets)
+
+
+@contextmanager
+def named(where):
+    """Within it, the message of an error begins with a key of the configuration."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def build_data(cfg):
@@ -58,7 +67,8 @@ def build_data(cfg):
         UserError: eval.subsets names another class.
     """
     context = {"root": cfg.data.root, "seed": cfg.seed}
-    augment = build("datasets", cfg.data.augment, "Augment")
+    with named("data.augment"):
+        augment = build("datasets", cfg.data.augment, "Augment")
     if cfg.model.cache != "none" and not augment.repeats:
         raise ConfigError(
             f"model.cache stores the maps of every picture, and {cfg.data.augment.name} draws ever "
@@ -79,9 +89,9 @@ def build_data(cfg):
     }
     target, spec = None, cfg.data.target
     if isinstance(spec, list) or spec["name"] != "none":
-        augment = build_any("datasets", cfg.data.target_augment, "Augment") or build(
-            "datasets", cfg.data.augment
-        )
+        with named("data.target_augment"):
+            augment = build_any("datasets", cfg.data.target_augment, "Augment")
+        augment = augment or build("datasets", cfg.data.augment)
         # A target set for training gets no label path at all; its samples are drawn independently
         # of the source's.
         specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]

@@ -8,7 +8,7 @@ video from Cambridge.
 
 Three layouts are recognised by what lies in the folder:
 
-    images/<split>/*  labels/<split>/*.png                  ids 0-10, 255 void; a split may be the
+    images/<split>/*.jpg  labels/<split>/*.png              ids 0-10, 255 void; a split may be the
                                                             name of a list, lists/<split>.txt
     <split>/*.png  <split>annot/*.png                       the SegNet release: ids 0-10, 11 void
     701_StillsRaw_full/*.png  LabeledApproved_full/*_L.png  the original release: 32 colours,
@@ -20,10 +20,11 @@ gives SegNet's split. One sequence, 0001TP, was taken at dusk: train_day has 305
 from general knowledge.
 """
 
+import re
 from pathlib import Path
 
-from datasets.base import SegmentationData
-from datasets.reading import DataError, files_below, read_colors, read_list
+from datasets.base import SegmentationData, check_different
+from datasets.reading import PICTURES, DataError, files_below, read_colors, read_list
 
 CLASSES = (
     "Sky",
@@ -92,7 +93,9 @@ DUSK = "0001TP"  # the sequence that was taken at dusk
 
 def split_of(stem):
     """SegNet's split of a frame of the original release, such as 0016E5_07959."""
-    sequence, frame = stem.split("_")[0], int(stem.split("_")[1].lstrip("f"))
+    if not (match := re.fullmatch(r"(\w+)_f?(\d+)", stem)):
+        raise DataError(f"701_StillsRaw_full/{stem}.png is no frame of CamVid: remove it")
+    sequence, frame = match[1], int(match[2])
     if sequence == "0016E5":
         return "val" if 7959 <= frame <= 8159 and frame % 2 else "train"
     if sequence == "0001TP":
@@ -132,16 +135,16 @@ class CamVid(SegmentationData):
                 f"CamVid in {self.root} has no split '{self.split}'; there are train, val, test, "
                 f"each also with _day or _dusk, and the lists {lists}"
             )
-        files = files_below(self.root / "images" / part, [""], depth=1)
+        files = files_below(self.root / "images" / part, PICTURES, depth=1)
         return self.of_stems(f"{part}/{p.stem}" for p in files)
 
     def of_stems(self, stems):
         """[(image, label)] of stems such as train/0001TP_006690."""
         images = self.root / "images"
-        suffixes = {
-            p.relative_to(images).with_suffix("").as_posix(): p.suffix
-            for p in files_below(images, [""], depth=2)
-        }
+        files = {p: p.relative_to(images) for p in files_below(images, PICTURES, depth=2)}
+        names = {path: below.with_suffix("").as_posix() for path, below in files.items()}
+        check_different(names, "the name '{}', under which their label lies; remove one")
+        suffixes = {name: path.suffix for path, name in names.items()}
         return [
             (images / f"{s}{suffixes.get(s, '.jpg')}", self.root / "labels" / f"{s}.png")
             for s in stems

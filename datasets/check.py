@@ -21,7 +21,7 @@ from engine.build import build
 from engine.config import ConfigError, load
 from engine.metrics import warnings_about
 from engine.pictures import colorize, legend, overlay, stack, strip
-from engine.process import loaders, run
+from engine.process import loader, loaders, run
 
 DRAWN, HEIGHT = 4, 240  # samples per picture, pixels of each
 
@@ -47,10 +47,9 @@ class Measured(Dataset):
 def measure(dataset, name, workers):
     """Walk over a data set -> sizes [(height, width)], counts (number of readable samples, 256),
     problems [text]."""
-    loader = DataLoader(
-        Measured(dataset), batch_size=None, num_workers=loaders(workers), collate_fn=tuple
-    )
-    measured = list(tqdm(loader, desc=name, unit=" images", disable=None, leave=False))
+    options = {"num_workers": loaders(workers), "worker_init_fn": loader}
+    samples = DataLoader(Measured(dataset), batch_size=None, collate_fn=tuple, **options)
+    measured = list(tqdm(samples, desc=name, unit=" images", disable=None, leave=False))
     sizes = [size for size, _, problem in measured if not problem]
     counts = np.array([count for _, count, problem in measured if not problem]).reshape(-1, 256)
     problems = [problem for *_, problem in measured if problem]

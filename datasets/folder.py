@@ -53,7 +53,8 @@ def class_ids(id_map, classes):
         key: i for i, name in enumerate(classes) for key in (i, name)
     }
     for raw, target in id_map.items():
-        if not isinstance(raw, int) or not 0 <= raw < 65536 or target not in known:
+        ids = type(raw) is int and 0 <= raw < 65536 and type(target) in (int, str)  # True is 1
+        if not ids or target not in known:
             raise DataError(
                 f"Folder: id_map cannot make {raw!r} {target!r}; classes: {', '.join(classes)}, "
                 "ignore"
@@ -115,7 +116,7 @@ class Folder(SegmentationData):
         classes: Annotated[list[Text], "[1, 253]"],  # 254 and 255 are taken
         image_dir: str = "images/{split}",
         label_dir: str = "labels/{split}",
-        image_suffix: str | list = ".jpg",
+        image_suffix: str | list[Text] = ".jpg",
         label_suffix: str = ".png",
         list: str | None = None,
         palette: Palette | None = None,

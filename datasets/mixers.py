@@ -181,7 +181,7 @@ class ClassMix(Mixer):
         color: largest change of brightness, contrast, saturation, and shift of hue.
         color_p, blur_p: probability of jitter and of blur (sigma 0.15 to 1.15 pixels) for each
             image.
-    Raises UserError, from `after`: nothing has labelled the target.
+    Raises UserError: images of two sizes; from `after`: nothing has labelled the target.
     """
 
     def __init__(
@@ -198,6 +198,12 @@ class ClassMix(Mixer):
 
     def __call__(self, step):
         source, target = step.source, step.target
+        sizes = ["x".join(map(str, batch.image.shape[2:])) for batch in (source, target)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"mixers.ClassMix pastes the source, {sizes[0]}, onto the target, {sizes[1]}: "
+                "data.augment and data.target_augment must make crops of one size"
+            )
         self.pasted = self.choose(source.label, target.sample)  # (B, H, W)
         mixed = torch.where(self.pasted[:, None], source.image, target.image)
         mixed = self.augment(mixed, target.numbers)

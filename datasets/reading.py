@@ -38,6 +38,8 @@ decode_image = getattr(io, "decode_image", None)  # gone some day: Pillow stays
 PLAIN = b"IHDR IDAT IEND gAMA cHRM sRGB iCCP sBIT pHYs bKGD tIME".split()  # chunks of PNG
 LARGE = 2**28  # bytes; below, memory is not asked for
 
+# Loaders are many; and threads that a fork has lost would be waited for.
+cv2.setNumThreads(1)
 Image.MAX_IMAGE_PIXELS = None  # `check_header` has a limit that depends on the machine
 logger = logging.getLogger("engine")
 told = set()  # formats whose further pages have been mentioned
@@ -82,12 +84,28 @@ def walk(folder, endings, depth, above=(), start=""):
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from None
     for entry in entries:
-        if entry.is_dir():
+        if kind_of(entry) == "folder":
             if depth != 1:
                 below = (*above, real), f"{start}{entry.name}/"
                 yield from walk(entry.path, endings, depth and depth - 1, *below)
         elif depth in (None, 1) and entry.name.lower().endswith(endings):
             yield start + entry.name
+
+
+def kind_of(entry):
+    """An entry of a folder -> "folder", "file", or nothing where a link leads nowhere."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+    except OSError:  # a link to itself
+        return ""
+
+
+def files_in(folder):
+    """Names of the files in a folder, none where it cannot be listed: one list takes a fraction of
+    the time that asking for each file does."""
+    with suppress(OSError), os.scandir(folder) as listed:
+        return {entry.name for entry in listed if kind_of(entry) == "file"}
+    return set()
 
 
 def folders_in(folder):
@@ -284,6 +302,7 @@ def decode(path, kind, rgb=False):
         return pixels, 255, 255
     with opened(path, kind) as picture:
         top, own = depths(picture)
+        picture.filename = ""  # or Pillow maps a TIFF into memory, with the sides of the turned one
         picture.load()
         with suppress(*BROKEN):  # damaged tags say nothing, and do no harm
             ImageOps.exif_transpose(picture, in_place=True)
@@ -321,7 +340,8 @@ def read_image(path):
             f"{path} holds floats from {low:g} to {high:g}: floats of 0..1, or 8 or 16 bits, are "
             "expected"
         )
-    if own == 65535 and int(high) * own < DARK * top:
+    # All zero is black indeed, but where Pillow has kept the high bytes alone.
+    if own == 65535 and int(high) * own < DARK * top and (high or top == 255):
         raise DataError(
             f"{path} has 16 bits a channel and no value above {DARK - 1}: it would be black; scale "
             "the values to 0..65535, or store 8 bits"

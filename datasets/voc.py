@@ -24,6 +24,7 @@ The layout of SBD beside VOC, train_aug's number and that test has 1456 images w
 of VOC's development kit.
 """
 
+import re
 from pathlib import Path
 
 from datasets.base import SegmentationData
@@ -104,7 +105,8 @@ class VOC(SegmentationData):
             files = [folder / f"{name}.txt" for name in choice]
             if all(path.is_file() for path in files):
                 lines = [line for path in files for line in read_list(path)]
-                return list(dict.fromkeys(Path(line.split()[0]).stem for line in lines))
+                names = (Path(line.split()[0]).name for line in lines)
+                return list(dict.fromkeys(re.sub(r"\.(jpg|png)$", "", name) for name in names))
         there = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
         raise DataError(f"VOC has no split '{self.split}': the lists in {folder} are {there}")
 

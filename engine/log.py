@@ -233,7 +233,7 @@ class Log:
         self.folder, self.writer = Path(folder), None
         if not distributed.is_main():
             return
-        self.handler = logging.FileHandler(self.folder / "log.txt")
+        self.handler = logging.FileHandler(self.folder / "log.txt", errors="backslashreplace")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(self.handler)
         threading.excepthook = _thread_failed

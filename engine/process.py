@@ -42,6 +42,9 @@ def run(main, usage):
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(usage)
     signals.install()
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text of any encoding
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -77,7 +80,7 @@ def say(message):
     """Write a line to the standard error, also in a signal handler; nobody may be reading any
     more."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n".encode())
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
 
 
 def leave(code, message=""):

@@ -2,6 +2,8 @@
 said about files that are wrong.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -562,6 +564,27 @@ def test_one_stylised_copy_for_two_images_is_an_error(tmp_path):
         match=r"berlin/1.jpg and .*ulm/1.jpg share the stylised copy .*styled/1.png; give",
     ):
         Folder(root=tmp_path / "data", classes=CLASSES, stylised=copies)
+
+
+def test_two_stylised_copies_of_one_name_are_an_error(tmp_path):
+    copies = styled(tmp_path / "styled", [f"images/{i}.png" for i in range(3)] + ["images/1.jpg"])
+    says = r"styled/images/1.jpg and .*styled/images/1.png share the name 'images/1' .*; remove one"
+    with pytest.raises(DataError, match=says):
+        Files(root=files(tmp_path / "data"), stylised=copies)
+
+
+def test_images_and_labels_that_are_missing_are_found_without_asking_for_each(tmp_path, monkeypatch):
+    files(tmp_path, count=4)
+    asked = []
+    isfile = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or isfile(path))
+    Files(root=tmp_path)
+    assert not asked
+    (tmp_path / "labels" / "1.png").unlink()
+    (tmp_path / "labels" / "2.png").unlink()
+    (tmp_path / "labels" / "2.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"2 of 4 labels do not exist, such as .*1.png, .*2.png"):
+        Files(root=tmp_path)
 
 
 def test_a_stylised_copy_of_another_size_is_named(tmp_path):

@@ -50,6 +50,20 @@ def test_camvid_original_layout_splits_by_sequence_and_frame(tmp_path):
         assert [image.stem for image, _ in CamVid(root=tmp_path, split=split).samples] == stems
 
 
+def test_camvid_names_what_is_no_frame_and_what_shares_a_label(tmp_path):
+    original(tmp_path / "a", "sheet", (0, 0, 0))
+    with pytest.raises(DataError, match=r"701_StillsRaw_full/sheet.png is no frame of CamVid"):
+        CamVid(root=tmp_path / "a")
+    for name in ("1.png", "2.jpg", "2.png"):
+        save(tmp_path / "b" / "images" / "train" / name, picture())
+    (tmp_path / "b" / "images" / "train" / "Thumbs.db").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2.jpg and .*2.png share the name 'train/2', under"):
+        CamVid(root=tmp_path / "b", labels=False)
+    (tmp_path / "b" / "images" / "train" / "2.jpg").unlink()
+    found = CamVid(root=tmp_path / "b", labels=False)
+    assert [image.name for image, _ in found.samples] == ["1.png", "2.png"]
+
+
 def test_camvid_unknown_colour_names_colour_and_file(tmp_path):
     original(tmp_path, "0006R0_f00930", (128, 64, 128), (1, 2, 3))
     with pytest.raises(

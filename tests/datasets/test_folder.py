@@ -137,6 +137,11 @@ def test_folder_names_images_without_label_and_labels_without_image(tmp_path):
         ({"id_map": {0: "lorry"}}, r"0 'lorry'; classes: road, building, car, ignore"),
         ({"id_map": {"7": 0}}, r"id_map cannot make '7'"),
         ({"id_map": {0: 3}}, r"id_map cannot make 0 3"),
+        ({"id_map": {0: True}}, r"id_map cannot make 0 True"),
+        ({"id_map": {True: 0}}, r"id_map cannot make True 0"),
+        ({"id_map": {0: ["road"]}}, r"id_map cannot make 0 \['road'\]"),
+        ({"ignore": [["road"]]}, "'ignore.0' must be a string"),
+        ({"image_suffix": [".jpg", 5]}, "'image_suffix' must be"),
     ],
 )
 def test_folder_options_that_cannot_be_meant_are_named(tmp_path, options, says):

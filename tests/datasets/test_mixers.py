@@ -105,6 +105,13 @@ def test_class_mix_weights_what_it_pastes_as_the_source_and_the_rest_as_the_targ
     assert set(step.views) == {"source", "mixed"}
 
 
+def test_images_of_two_sizes_are_not_pasted():
+    source, target = batch()
+    target.image = target.image[..., 1:]
+    with pytest.raises(UserError, match=r"the source, \d+x\d+, onto the target, .*data.target_augment"):
+        ClassMix()(a_step(source=source, target=target))
+
+
 @pytest.mark.parametrize("mixer", [ClassMix(color_p=1.0, blur_p=1.0), Strong(operations=8, p=1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_does_not_coarsen_the_images(mixer, dtype):

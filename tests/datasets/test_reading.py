@@ -6,9 +6,11 @@ import pickle
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
+from torch.utils.data import DataLoader, Dataset
 
 from datasets import reading
 from datasets.base import DataError
@@ -17,6 +19,7 @@ from datasets.folder import Folder
 from datasets.gta5 import GTA5
 from datasets.reading import (
     files_below,
+    files_in,
     opened,
     read_colors,
     read_ids,
@@ -27,6 +30,7 @@ from datasets.reading import (
 from datasets.voc import VOC
 from engine.build import build
 from engine.errors import UserError
+from engine.process import loader
 from tests.datasets.files import CLASSES, LAYOUTS, column, laid_out, mine, picture, rows, save
 from tests.fuzz import pictures
 from tests.fuzz.pictures import png, tiff
@@ -186,6 +190,17 @@ def test_pictures_are_turned_as_their_exif_tag_says(tmp_path, orientation, suffi
     assert np.array_equal(read_image(path), TURNS[orientation](COLORS))
 
 
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["L", "P", "I;16"])
+def test_labels_that_lie_in_a_tiff_as_they_are_in_memory_are_turned(tmp_path, orientation, kind):
+    ids = np.arange(54).reshape(6, 9).astype(np.uint16 if kind == "I;16" else np.uint8)
+    picture = Image.fromarray(ids)
+    if kind == "P":
+        picture.putpalette(bytes(range(256)) * 3)
+    picture.save(tmp_path / "a.tif", exif=exif(orientation))
+    assert np.array_equal(read_ids(tmp_path / "a.tif"), TURNS[orientation](ids))
+
+
 def phone(root, orientation):
     """A photograph of rows of two colours, stored as `orientation` says, with an upright label."""
     upright = np.repeat(rows((250, 0, 0), (250, 0, 0), (0, 0, 250), (0, 0, 250)), 4, 0)
@@ -202,6 +217,25 @@ def test_a_photograph_of_a_phone_agrees_with_its_label(tmp_path, orientation):
     data, _ = phone(tmp_path, orientation)
     image, label = data.load(0)
     assert np.array_equal(image[..., 2] > 125, label == 1) and len({*label.flat}) == 2
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_a_loader_takes_one_thread_of_opencv(context):
+    options = {"worker_init_fn": loader, "num_workers": 1, "multiprocessing_context": context}
+    assert next(iter(DataLoader(Threads(), batch_size=None, **options))) == 1
+
+
+class Threads(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return cv2.getNumThreads()
+
+
+def test_a_black_picture_of_16_bits_is_black(tmp_path):
+    Image.fromarray(np.zeros((4, 6), np.uint16)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape == (4, 6, 3) and not read_image(tmp_path / "a.png").any()
 
 
 def test_where_sizes_differ_the_exif_tag_is_named(tmp_path):
@@ -411,6 +445,16 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     found = names(tmp_path / "root")
     assert {"berlin/1.png", "ulm/1.png", "own/2.png", "berlin/back/2.png"} <= {*found}
     assert len(found) == len({*found}) < 10
+
+
+def test_a_link_to_itself_is_no_folder_and_no_file(tmp_path):
+    written(tmp_path / "a.png", b"")
+    (tmp_path / "b.png").symlink_to("b.png")
+    (tmp_path / "c.png").symlink_to("nowhere")
+    (tmp_path / "d.png").symlink_to("a.png")
+    (tmp_path / "e.png").mkdir()
+    assert names(tmp_path) == ["a.png", "b.png", "c.png", "d.png"]  # asked for, they are missing
+    assert files_in(tmp_path) == {"a.png", "d.png"} and files_in(tmp_path / "none") == set()
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):

@@ -19,6 +19,7 @@ from datasets.statistics import class_counts
 from datasets.toy import Toy
 from datasets.transforms import Augment
 from engine.config import TARGET, ConfigError, derived_seed, load
+from engine.errors import UserError
 from engine.inference import evaluate
 from engine.prepare import Preparation
 from tests.datasets.files import Files
@@ -314,6 +315,24 @@ def test_a_configuration_names_the_sets_of_a_run():
     assert data.target.parts[0].seed == derived_seed(data.train.seed, TARGET)
     small = build_data(load(TINY, ["data.val={name: none}", f"data.train=[{ONE}]"]))
     assert isinstance(small.train, Toy) and small[1] is small.target is small.monitor is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("data.train=[{toy}, {toy_}]", r"data\.train\.1: .*length"),
+        ("data.train=[{toy}, {other}]", r"data\.train: data sets that are used as one need"),
+        ("data.val={toy_}", r"data\.val: .*length"),
+        ("data.augment.crop=abc", r"data\.augment: .*crop"),
+        ("data.target_augment={name: transforms.Augment, crop: abc}", r"data\.target_augment: "),
+    ],
+)
+def test_what_is_wrong_is_told_with_the_key_it_stands_under(change, says):
+    wrong = ONE.replace("3", "-3")
+    other = "{name: toy.Toy, size: [16, 24], label_space: {road: [Road], sky: [Sky]}}"
+    change = change.replace("{toy_}", wrong).replace("{toy}", ONE).replace("{other}", other)
+    with pytest.raises(UserError, match=f"^{says}"):
+        build_data(load(TINY, [change, f"data.target={ONE}"]))
 
 
 def test_sets_that_do_not_belong_together_are_named():

@@ -39,6 +39,13 @@ def test_voc_lists_are_splits_and_indices_are_classes(tmp_path, home):
     assert row(VOC(root=tmp_path)) == [*range(21), 255]
 
 
+def test_voc_names_may_hold_dots_and_lists_paths(tmp_path):
+    for name in ("a.1", "a.2", "b"):
+        voc_image(tmp_path, name)
+    voc_list(tmp_path, "train", "a.1", "a.2", "/JPEGImages/b.jpg /SegmentationClass/b.png")
+    assert stems(VOC(root=tmp_path)) == ["a.1", "a.2", "b"]
+
+
 @pytest.mark.parametrize(
     "lists", [["train_aug"], ["trainaug"], ["train", "aug"], ["train_aug", "train", "aug"]]
 )

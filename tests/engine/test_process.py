@@ -287,6 +287,13 @@ def test_an_error_keeps_its_sentence_through_a_loader():
     assert torch is not None  # the statements above name it
 
 
+def test_loaders_end_with_a_run_whose_message_names_a_file_that_is_no_text():
+    code, output = Started(fail, r"raise UserError('cannot read \udcdf.png')").ends()
+    assert code == 1 and output == "error: cannot read \\udcdf.png\n"
+    code, output = Started(fail, r"print('\udcdf')").ends()
+    assert (code, output) == (0, "\\udcdf\n")
+
+
 @pytest.mark.parametrize(
     ("workers", "cpus", "ranks", "expected"),
     [(0, 16, 1, 0), (3, 16, 1, 3), ("auto", 16, 1, 8), ("auto", 16, 4, 3), ("auto", 2, 2, 1)],
