@@ -28,7 +28,9 @@ from engine.report import final_report, selected_on_target, validate
 from engine.run import Run
 from engine.statistics import IGNORE, pure_labels, unit
 from engine.step import Batch, Step, View, withheld
+from losses.base import Labeler
 from losses.build import build_losses
+from losses.ppar import Reweight
 from models.build import build_prototypes, build_segmentor, build_tower, joint_channels
 
 logger = logging.getLogger("engine")
@@ -91,7 +93,7 @@ def main(arguments):
     text = "text_attention" in model.heads
     needs_tower = any(part.needs_tower for part in [*losses.values(), reweight] if part)
     alone = cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size()) < 2
-    check_parts(view_of, members, teacher, tower, needs_tower, text, style and alone)
+    check_parts(view_of, members, teacher, tower, needs_tower, text, style and alone, reweight)
     reported = teacher.network if teacher and cfg.eval.weights == "teacher" else model
     student = run.equip(model, cfg)
 
@@ -182,8 +184,12 @@ def main(arguments):
     return run.close()
 
 
-def check_parts(view_of, members, teacher, tower, needs_tower, text, styled_alone=False):
+def check_parts(
+    view_of, members, teacher, tower, needs_tower, text, styled_alone=False, reweight=None
+):
     """Raise ConfigError where a part needs another one that is not configured."""
+    own, face = type(reweight) if reweight else Reweight, Labeler
+    others = own.prepare is face.prepare and own.before is face.before and own.update is face.update
     needed = {
         f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or "
         f"tower (with dg.tower), not {view!r}": {
@@ -197,6 +203,10 @@ def check_parts(view_of, members, teacher, tower, needs_tower, text, styled_alon
         "each process and micro-batch, so raise train.batch_size": not styled_alone,
         "a loss or dg.reweight needs the features of the frozen image tower: set dg.tower": (
             tower or not needs_tower
+        ),
+        "dg.reweight is called after the forward pass alone: it must be ppar.Reweight, or another "
+        "labeler with the method `after` and without prepare, before and update": (
+            own.after is not face.after and others
         ),
         "model.heads.text_attention needs the rows that look at the image: prototypes.text": (
             "text" in members or not text

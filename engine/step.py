@@ -151,7 +151,8 @@ class Step(Record):
     skipped: Tensor = field(default_factory=lambda: torch.tensor(False))  # 0-dim: was not taken
 
     def pixels(self, view):
-        """Labelled pixels of a view, 0-dim, the mean over processes: divide sums over pixels by it.
+        """Labelled pixels of a view, 0-dim, the mean over processes, 1 where there is none: divide
+        sums over pixels by it.
 
         Of the source it is also the mean over the micro-batches of the step, so that every pixel of
         the step weighs the same. Pseudo labels exist only micro-batch by micro-batch: terms on them
@@ -159,7 +160,7 @@ class Step(Record):
         """
         if view not in self.counts:
             self.counts[view] = distributed.mean((self.labels[view] != IGNORE).sum().double())
-        return self.counts[view]
+        return torch.where(self.counts[view] > 0, self.counts[view], 1)
 
     def batch(self, view):
         """What a view shows; all but "source" show the target, if there is one."""

@@ -104,8 +104,9 @@ def comparable(prototypes, name, who, remedy=""):
     """
     chosen = member(prototypes, name, who, remedy)
     if chosen.space != "features":
+        its = "the joint space" if chosen.space == "joint" else "an embedding of its own"
         raise UserError(
-            f"{who} compares features, and the vectors of '{name}' lie in an embedding of its own: "
+            f"{who} compares features, and the vectors of '{name}' lie in {its}: "
             "take another member, another classifier, or protoseg.Contrast or gmmseg.Contrast"
         )
     return chosen

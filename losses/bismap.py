@@ -59,7 +59,7 @@ from engine import distributed
 from engine.errors import UserError
 from engine.ranges import Count, Natural, NonNegative, Share, Size
 from engine.statistics import IGNORE, class_sums, pixel_hash, precise, resize_labels, resize_logits
-from losses.base import Labeler, Loss, member
+from losses.base import Labeler, Loss, member, output_of
 
 
 def resized(logits, size):
@@ -486,7 +486,7 @@ class SymmetricCrossEntropy(Loss):
             loss = self.ce * ce + self.rce * rce
             if self.view in step.weights:
                 loss = loss * step.weights[self.view]
-            return loss.sum() / step.pixels(self.view).to(loss.dtype).clamp_min(1)
+            return loss.sum() / step.pixels(self.view).to(loss.dtype)
 
 
 class Consistency(Loss):
@@ -527,7 +527,8 @@ class Consistency(Loss):
             guide = resized(step.teacher.logits.detach(), kept.shape[-2:]).log_softmax(1)
             divergence = F.kl_div(student, guide, reduction="none", log_target=True).mean(1)
             kept = kept.to(divergence.dtype)
-            pixels = distributed.mean(kept.sum()).clamp_min(1)
+            pixels = distributed.mean(kept.sum())
+            pixels = torch.where(pixels > 0, pixels, 1)
             return self.factor(step.number) * (divergence * kept).sum() / pixels
 
 
@@ -536,7 +537,7 @@ class Distillation(Loss):
     classes.
 
     Args:
-        view: the plain target view.
+        view: one with the pixels that the teacher sees: the target as it comes, or its strong view.
         kd: "linear" is the released form, which has probabilities in the place of
             log-probabilities, sum_c t_c (log t_c - s_c): the gradient is that of -sum_c t_c s_c.
             "kl" is the divergence [R].
@@ -544,12 +545,17 @@ class Distillation(Loss):
 
     needs_teacher = True
 
-    def __init__(self, *, view: str = "target", kd: Literal["linear", "kl"] = "linear"):
+    def __init__(
+        self,
+        *,
+        view: Literal["target", "strong"] = "target",
+        kd: Literal["linear", "kl"] = "linear",
+    ):
         super().__init__()
         self.view, self.kd = view, kd
 
     def forward(self, step):
-        logits = step.outputs[self.view].logits
+        logits = output_of(step, self.view, "bismap.Distillation").logits
         with torch.autocast(logits.device.type, enabled=False):
             student = precise(logits).log_softmax(1)
             guide = resized(step.teacher.logits.detach(), logits.shape[-2:]).log_softmax(1)

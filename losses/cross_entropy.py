@@ -122,7 +122,6 @@ class CrossEntropy(Loss):
             logits = resize_logits(precise(logits), labels.shape[-2:])
             # (B, H, W), 0 where ignored
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-            count = count.to(loss.dtype)
             if self.ohem:
                 kept = self.hard(loss.detach(), labels)
                 loss, count = loss * kept, distributed.mean(kept.sum())
@@ -137,15 +136,14 @@ class CrossEntropy(Loss):
                 loss = loss * weights
                 if self.by_weights:
                     counted = weights * (labels != IGNORE) * (kept if self.ohem else 1)
-                    count = distributed.mean(counted.sum()).to(loss.dtype)
-                    return loss.sum() / torch.where(count > 0, count, 1)
-            return loss.sum() / count.clamp_min(1)
+                    count = distributed.mean(counted.sum())
+            return loss.sum() / torch.where(count > 0, count, 1).to(loss.dtype)
 
     def hard(self, loss, labels):
         """Mask (B, H, W) of the pixels that OHEM keeps; image by image, so that it does not depend
         on the batch."""
-        k = min(self.ohem_min, loss[0].numel())
-        # the k-th largest loss of each image
-        least = loss.flatten(1).topk(k, 1).values[:, -1, None, None]
-        bound = least.clamp_max(-math.log(self.ohem))
+        bound = -math.log(self.ohem)
+        if k := min(self.ohem_min, loss[0].numel()):
+            # the k-th largest loss of each image
+            bound = loss.flatten(1).topk(k, 1).values[:, -1, None, None].clamp_max(bound)
         return ((loss >= bound) & (labels != IGNORE)).to(loss.dtype)

@@ -27,4 +27,4 @@ class Focal(Loss):
         wrong = -torch.expm1(-loss)  # 1 - p_y; the power has no gradient at 0
         loss = wrong.clamp_min(1e-6) ** self.gamma * loss  # 0 where ignored
         loss = loss * step.weights.get(self.view, 1)
-        return loss.sum() / step.pixels(self.view).to(loss.dtype).clamp_min(1)
+        return loss.sum() / step.pixels(self.view).to(loss.dtype)

@@ -41,6 +41,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from engine.errors import UserError
 from engine.ranges import Count, NonNegative, Positive
 from engine.statistics import class_sums, precise, resize_labels
 from losses._views import halve
@@ -148,6 +149,7 @@ class Orthogonality(Loss):
     Args:
         prototypes: whose vectors are w, all of them where a class has several: "classifier" or a
             named member.
+    Raises UserError: nothing trains them.
     """
 
     def __init__(self, *, prototypes: str = "classifier"):
@@ -156,6 +158,11 @@ class Orthogonality(Loss):
 
     def forward(self, step):
         vectors = member(step.prototypes, self.prototypes, "occl.Orthogonality").every()
+        if torch.is_grad_enabled() and not vectors.requires_grad:
+            raise UserError(
+                f"occl.Orthogonality: nothing trains the vectors of '{self.prototypes}'; for cbp.CBP "
+                "set update: gradient or penalty"
+            )
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = F.normalize(precise(vectors), dim=1, eps=1e-6)
             squares, count = (vectors @ vectors.T).square(), len(vectors)

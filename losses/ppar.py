@@ -111,12 +111,20 @@ def image_prototypes(output):
     return precise(output.text)
 
 
+def joint_member(prototypes, name):
+    """A prototype member of the joint space."""
+    chosen = member(prototypes, name, "ppar")
+    if chosen.space != "joint":
+        raise UserError(f"ppar compares embeddings: set prototypes.{name}.space: joint")
+    return chosen
+
+
 def class_vectors(prototypes, name, fallback=None):
     """Unit vectors (K, D) of a member, where it has seen a class, otherwise of `fallback`."""
-    easy = member(prototypes, name, "ppar")
+    easy = joint_member(prototypes, name)
     vectors = precise(easy.means().detach())
     if fallback is not None and name != fallback:
-        others = precise(member(prototypes, fallback, "ppar").means().detach())
+        others = precise(joint_member(prototypes, fallback).means().detach())
         vectors = torch.where(easy.seen[:, None], vectors, others)
     return F.normalize(vectors, dim=-1, eps=1e-6)
 
@@ -133,7 +141,8 @@ def at_labels(scores, labels):
     where there is none."""
     (height, width), (k, h, w) = labels.shape[-2:], scores.shape[1:]
     rows, columns = (
-        torch.arange(n, device=labels.device) * m // n for n, m in ((height, h), (width, w))
+        (2 * torch.arange(n, device=labels.device) + 1) * m // (2 * n)
+        for n, m in ((height, h), (width, w))
     )
     known = labels < k
     place = (torch.where(known, labels, 0) * h + rows[:, None]) * w + columns

@@ -53,7 +53,7 @@ class Contrast(Loss):
             # (K M, N), as the classifier made them
             flat = scores.movedim(0, 2).flatten(2).flatten(0, 1)
             loss = self.cost(flat, flat.gather(0, targets.clamp_min(0)[None])[0]) * (targets >= 0)
-            pixels = step.pixels(self.view).to(loss.dtype).clamp_min(1)
+            pixels = step.pixels(self.view).to(loss.dtype)
             return loss.sum() * (labels.numel() / cells.numel()) / pixels
 
     def cost(self, scores, own):

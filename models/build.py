@@ -76,8 +76,9 @@ def build_segmentor(model, classes, pretrained=True, start=None):
         "num_classes": len(classes),
         "classes": tuple(classes),
     }
-    drawn = pretrained or "init" not in model.classifier
-    spec = model.classifier if drawn else {**model.classifier, "init": "random"}
+    spec = dict(model.classifier)
+    if not pretrained and "init" in spec:  # its file is not needed, nor what says how to read it
+        spec = {k: v for k, v in spec.items() if k not in ("rows", "map")} | {"init": "random"}
     classifier = build("models.classifiers", spec, "Classifier", **context)
     context |= {"joint": joint_channels(model), "classifier": classifier}
     context |= {
@@ -348,6 +349,8 @@ def build_prototypes(specs, joint=0, **context):
         options = {key: value for key, value in spec.items() if key not in ("view", "space")}
         context["in_channels"] = joint if spaces[name] == "joint" else features
         members[name] = build("models.prototypes", options, "Prototypes", **context)
+        if spaces[name] == "joint":
+            members[name].space = "joint"
         if members[name].offline and views[name] != "tower":
             raise ConfigError(
                 f"prototypes.{name}: {spec['name']} is fitted to {members[name].offline} images of "

@@ -1001,6 +1001,8 @@ def step_of(classes, dtype, needs):
     classifier.assign = peer.assign  # as of several components a class
     members = {"classifier": classifier.to(dtype)}
     members |= {name: text().to(dtype) for name in ("text", "visual")}
+    for name in ("text", "visual"):
+        members[name].space = "joint"
     image = torch.zeros(2, 3, 18, 14)
     step = a_step(
         outputs,

@@ -95,6 +95,9 @@ class CBP(Classifier):
         what = f"{num_classes} classes" + f" with {per_class} prototypes each" * (per_class > 1)
         short = ortho and count > in_channels
         wrong = {
+            "rows and map say how a file is read: set init=PATH": (
+                init == "random" and (rows or map)
+            ),
             f"per_class is {per_class}: it must be 1 with a file of rows as init": (
                 per_class > 1 and init != "random"
             ),

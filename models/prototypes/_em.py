@@ -41,7 +41,8 @@ def whole(x):
 
 def expectation(x, *parameters):
     """E step: (M, 2 + 2 D), the moments of x (D, N) under the responsibilities, and parts of sum_n
-    log p(x_n)."""
+    log p(x_n). In float64, as scores are: see models/prototypes/mixtures.py."""
+    x = x.double()
     square = x.square()
     joint = log_joint(x, square, *parameters)
     evidence = joint.logsumexp(0)
@@ -220,9 +221,8 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
         else:
             before = likelihood
 
-    values = torch.cat(
-        [log_joint(x.T, x.T.square(), *parameters).logsumexp(0) for x in pool.split(chunk)]
-    ).cpu()
+    parts = [part.double().T for part in pool.split(chunk)]
+    values = torch.cat([log_joint(x, x.square(), *parameters).logsumexp(0) for x in parts]).cpu()
     parts = distributed.gather((values, torch.full_like(values, share, dtype=torch.float64)))
     values, shares = (torch.cat(part) for part in zip(*parts))
     values, order = values.sort()

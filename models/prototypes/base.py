@@ -25,8 +25,9 @@ class Prototypes(nn.Module):
         vectors: (K, D), or whatever a member makes `means` of.
         offline: images of the training set that `fit` looks at before the first step; 0: it follows
             the training.
-        space: "features" if its vectors are compared with the features; "embedding" for vectors of
-            an embedding of its own (ProtoSeg, GMMSeg).
+        space: "features" if its vectors are compared with the features; "joint" with embeddings in
+            the space of text and images, as the configuration says; "embedding" for vectors of an
+            embedding of its own (ProtoSeg, GMMSeg).
     """
 
     seen: Tensor
@@ -44,7 +45,7 @@ class Prototypes(nn.Module):
         return self.vectors
 
     def every(self) -> Tensor:
-        """All vectors (K M, D), where a class has M of them."""
+        """All vectors (K M, D) that are trained: of cbp.CBP M of each class."""
         return self.means()
 
     def score(self, features: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ it as a share of the fitted vectors.
 
 The square is expanded, x^2/s^2 - 2 x mu/s^2 + mu^2/s^2: two matrix products for all components
 instead of a tensor N x M x D. That cancels where |x| is large against sigma, so a mean is
-subtracted first: in `fit` that of the class, otherwise the mean of the class means, and scores are
-computed in float64. (In float32 a class whose dead channels lie at the floor is off by 5 to 20
-nats; float64 costs the same on a CPU, and the products are small on a GPU.) `fit` is at least
-float32, with autocast off; leave TF32 off as well.
+subtracted first: in `fit` that of the class, otherwise the mean of the class means, and EM and
+scores are computed in float64. (In float32 a class whose dead channels lie at the floor is off by 5
+to 20 nats; float64 costs the same on a CPU, and the products are small on a GPU.)
 
     fit      the paper's, offline: a pool of vectors per class, k-means, then EM.
     update   online [R]: one EM step on the moments s = (pi, pi mu, pi (sigma^2 + mu^2)), s <- m s +
@@ -88,6 +87,9 @@ class Mixtures(Prototypes):
             likelihood_quantiles=torch.full((num_classes, LEVELS), ABSENT),
             reseeded=torch.zeros(num_classes, dtype=torch.long),  # empty components met by `fit`
         )
+        drawn = torch.Generator().manual_seed(seed)
+        noise = torch.randn(components, in_channels, generator=drawn, dtype=torch.float64)
+        self.noise = noise - noise.mean(0)  # of the first visit
 
     def means(self):
         """(K, D), sum_m pi_m mu_m; zero rows for classes not seen yet."""
@@ -190,10 +192,8 @@ class Mixtures(Prototypes):
         self._store(present & self.seen, weights, means + origin, variances)
 
         _, centre, variances = maximisation(new.sum(1, keepdim=True), self.floor)  # (K, 1, D)
-        noise = torch.randn(
-            m, d, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
-        ).to(new)
-        means = centre + 0.5 * variances.sqrt() * (noise - noise.mean(0))
+        self.noise = self.noise.to(new.device)  # copied once: every copy is waited for
+        means = centre + 0.5 * variances.sqrt() * self.noise
         self._store(
             present & ~self.seen, torch.full_like(weights, 1 / m), means + origin, variances
         )

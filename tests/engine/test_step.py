@@ -100,11 +100,13 @@ def test_pixels_are_the_labelled_ones_of_the_view_or_those_of_the_whole_step(mon
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     labels[0, 1] = IGNORE
     step = a_step(None, {"source": labels, "mixed": torch.full_like(labels, IGNORE)})
-    assert step.pixels("source") == 28 and step.pixels("mixed") == 0
+    assert step.pixels("source") == 28 and step.pixels("mixed") == 1  # none: a divisor
     step.labels["source"] = torch.full_like(labels, IGNORE)
     assert step.pixels("source") == 28  # counted once
     whole = a_step(labels=labels, counts={"source": torch.tensor(100.0)})
     assert whole.pixels("source") == 100
+    whole = a_step(labels=labels, counts={"source": torch.tensor(0.25)})  # one pixel in four processes
+    assert whole.pixels("source") == 0.25
     monkeypatch.setattr(distributed, "mean", lambda tensor: (tensor + 4) / 2)
     assert a_step(labels=labels).pixels("source") == 16
 

@@ -18,6 +18,7 @@ from torch import nn
 from datasets.toy import Toy
 from engine import distributed
 from engine.build import build
+from engine.config import ConfigError
 from engine.errors import UserError
 from engine.prepare import Preparation
 from losses import bismap
@@ -883,6 +884,14 @@ def test_consistency_without_a_strong_view_names_the_mixer():
 def distilled(student, teacher, **options):
     step = a_step({"target": an_output(student)}, teacher=an_output(teacher))
     return Distillation(**options)(step)
+
+
+@pytest.mark.parametrize("view", ["source", "mixed"])
+def test_distillation_of_a_view_that_the_teacher_does_not_see_is_refused(view):
+    with pytest.raises(ConfigError, match="option 'view' must be target or strong"):
+        build("losses", {"name": "bismap.Distillation", "view": view})
+    with pytest.raises(UserError, match=r"bismap\.Distillation"):
+        Distillation()(a_step({"source": an_output(torch.zeros(1, K, 2, 2))}))
 
 
 def test_linear_distillation_has_the_gradient_of_minus_the_inner_product():

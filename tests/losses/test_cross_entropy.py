@@ -76,7 +76,7 @@ def naive_ohem(loss, labels, ohem, ohem_min):
     return sum(kept) / len(kept), len(kept)
 
 
-@pytest.mark.parametrize("ohem_min", [1, 200, 10**6])
+@pytest.mark.parametrize("ohem_min", [0, 1, 200, 10**6])
 @pytest.mark.parametrize("ohem", [0.05, 0.3, 0.999999])
 def test_ohem_keeps_hard_pixels_and_a_least_number_per_image(ohem, ohem_min):
     logits, labels = torch.randn(3, 5, 24, 20).double(), patches(3, 24, 20, range(5))

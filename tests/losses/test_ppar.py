@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from engine.build import build
 from engine.config import ConfigError, load
 from engine.errors import UserError
-from engine.statistics import IGNORE
+from engine.statistics import IGNORE, resize_labels
+from losses.bcl import StaticLabels
+from losses.bismap import LikelihoodLabels
 from losses.cross_entropy import CrossEntropy
 from losses.ppar import (
     Alignment,
@@ -85,6 +87,7 @@ def test_what_a_class_is_aligned_to_never_gets_easier(config):
         visual = options_of(cfg.prototypes.visual) | {"offline": 0}
         alignment = options_of(cfg.losses[1])
     member = VisualText(num_classes=K, in_channels=D, **visual).double()
+    member.space = "joint"
     prototypes = {**members(), "visual": member}
     loss = Alignment(num_classes=K, **alignment)
     looks, text = unit(K, D), prototypes["text"].vectors
@@ -196,6 +199,14 @@ def test_scores_are_taken_at_the_label_of_each_pixel():
     assert found[0, 0, 0] == 0
     for b, row, column in ((0, 4, 7), (1, 8, 11), (1, 0, 3)):
         assert found[b, row, column] == scores[b, labels[b, row, column], row // 3, column // 3]
+
+
+@pytest.mark.parametrize("side, cells", [(7, 3), (45, 7), (90, 11), (12, 4)])
+def test_scores_are_taken_from_the_cell_in_which_the_centre_of_the_pixel_lies(side, cells):
+    labels = torch.zeros(1, side, side, dtype=torch.int64)
+    scores = torch.arange(cells * cells).view(1, 1, cells, cells).double()
+    nearest = resize_labels(scores[0], labels.shape[1:])
+    assert torch.equal(at_labels(scores, labels)[0], nearest[0])
 
 
 def weigh(embedding, labels, prototypes, number=100, tower=None, part=None, **options):
@@ -457,6 +468,7 @@ def test_coarse_to_fine_with_prototypes_of_each_image_is_the_same_in_two_process
 def test_no_gradient_reaches_a_member_that_is_learned():
     embedding, labels = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4))
     learned = Linear(num_classes=K, in_channels=D).double()
+    learned.space = "joint"
     prototypes = {**members(seen=torch.arange(K) > 1), "classifier": learned}
     embedding.requires_grad_()
     for order, easy in (("hard", "visual"), ("easy", "classifier"), ("easy", "visual")):
@@ -526,6 +538,15 @@ def test_parts_that_look_at_the_tower_are_refused_without_one():
         check_parts({}, {}, None, None, needs_tower=True, text=False)
 
 
+@pytest.mark.parametrize("part", [LikelihoodLabels(num_classes=K), StaticLabels(num_classes=K)])
+def test_a_labeler_of_which_nothing_runs_is_refused_as_reweight(part):
+    quiet = {"needs_tower": False, "text": False}
+    with pytest.raises(ConfigError, match=r"dg\.reweight is called after .* ppar\.Reweight"):
+        check_parts({}, {}, None, None, **quiet, reweight=part)
+    check_parts({}, {}, None, None, **quiet, reweight=Reweight())
+    check_parts({}, {}, None, None, **quiet)
+
+
 # --- the network's side ----------------------------------------------------------------------------------------------
 
 
@@ -572,6 +593,9 @@ def test_the_student_is_held_to_the_frozen_tower():
 def test_any_member_stands_in_for_the_text():
     embedding, labels = unit(1, D, 4, 4), torch.randint(0, K, (1, 4, 4))
     basis = OrthogonalBasis(num_classes=K, in_channels=D).double()
+    with pytest.raises(UserError, match=r"compares embeddings: set prototypes\.text\.space: joint"):
+        align(Alignment(num_classes=K, order="hard"), embedding, labels, {"text": basis})
+    basis.space = "joint"
     loss = align(Alignment(num_classes=K, order="hard"), embedding, labels, {"text": basis})
     assert torch.isfinite(loss) and loss > 0
     random = RandomDirections(num_classes=K, in_channels=D)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
+from engine.errors import UserError
 from engine.schedule import make_optimizer, parameter_groups
 from losses.occl import Orthogonality
 from losses.protoseg import Contrast
@@ -134,6 +135,9 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_why(tmp_path):
         cbp(2, 3, classes="ab", init=write(tmp_path / "same.pt", torch.ones(2, 3), "ab"))
     with pytest.raises(ValueError, match="per_class is 2"):
         cbp(2, 4, classes="ab", init=file, per_class=2)
+    for option in ({"rows": ["a", "b"]}, {"map": {"a": ["b"]}}):
+        with pytest.raises(ValueError, match="rows and map say how a file is read: set init=PATH"):
+            cbp(2, 4, **option)
 
 
 # --- fewer channels than prototypes ----------------------------------------------------------------------------------
@@ -216,12 +220,15 @@ def test_the_orthogonality_loss_is_the_mean_squared_cosine_and_pulls_apart():
         return Orthogonality()(a_step(prototypes=classifier))
 
     classifier = cbp(update="penalty", ortho=False)
-    torch.testing.assert_close(term(cbp()), torch.tensor(0.0), atol=1e-12, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(term(cbp()), torch.tensor(0.0), atol=1e-12, rtol=0)
+    with pytest.raises(UserError, match="nothing trains the vectors of 'classifier'"):
+        term(cbp())
     value = term(classifier).detach()
     torch.testing.assert_close(
         value.double(), off_diagonal(cosines(classifier.means())).square().mean()
     )
-    assert term(cbp(1)) == 0
+    assert term(cbp(1, update="penalty")) == 0
     trained(classifier, lambda classifier: 100 * term(classifier), steps=20)
     assert term(classifier) < 0.3 * value
 

@@ -17,6 +17,7 @@ def members(easy=None, hard=None, seen=None):
     result = {}
     for name, rows in (("text", hard), ("visual", easy)):
         member = result[name] = RandomDirections(num_classes=K, in_channels=D).double()
+        member.space = "joint"
         if rows is not None:
             member.vectors.copy_(rows)
     if seen is not None:
