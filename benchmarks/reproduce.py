@@ -33,9 +33,10 @@ Each run lives in `runs/<name>/<row>/seed<n>`. A run whose results.json exists i
 was interrupted goes on from its last checkpoint. Where `python eval.py
 runs/<name>/*/seed*/step_*.pt diagnostics=true` (class vectors) or `domains=true` (distances between
 domains) has looked at the runs, the table shows what it found. Grid keys (`seeds=[0]`,
-`common=[...]`) and `runs` (at a time), `threads` (of each run), `folder`, `out` can be set on the
-command line, and `common+=[...]` adds to a list. A failed run is reported with the end of its
-output, and the others go on.
+`common=[...]`) and `runs` (at a time), `threads` (of each run), `folder`, `out`, and `only=[row,
+...]` (which of them to run) can be set on the command line, and `common+=[...]` adds to a list. A
+failed run is reported with the end of its output, and the others go on. A folder whose run had
+other settings than the grid has now is an error: its numbers are not those of the grid.
 
 The grids need their data: most read `data/camvid`, a folder or a link;
 `common+=[data.root=PATH]` names another one.
@@ -49,15 +50,18 @@ import itertools
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from engine.config import ConfigError, read_yaml
 from engine.files import read_json, read_json_lines, read_text, write
 from engine.process import run
+from engine.ranges import Few, Natural, describe, mismatch, show
 
 DEFAULTS = {
     "script": "train_supervised.py",
@@ -71,27 +75,71 @@ DEFAULTS = {
     "out": "benchmarks/results",
     "pairs": None,
     "rows": {},
+    "only": [],
 }
-KEYS = ("name", *DEFAULTS)
+GRID = {
+    "name": str,
+    "script": str,
+    "seeds": list[Natural],
+    "metric": str,
+    "common": list[str],
+    "runs": Few,
+    "threads": Natural,
+    "scalars": list[str],
+    "folder": str,
+    "out": str,
+    "pairs": dict[Literal["sets", "first", "methods"], dict] | None,
+    "rows": dict[str, dict],
+    "only": list[str],
+}
+ROW = {"config": str, "set": list[str], "seeds": list[Natural], "script": str, "after": str}
 LOOKS = ("diagnostics", "domains")  # modes of eval.py whose findings the tables show
-LOCAL = ("runs", "threads", "folder", "out")  # how and where, and no part of what was measured
+# How and where, and no part of what was measured.
+LOCAL = ("runs", "threads", "folder", "out", "only")
+PLACES = re.compile(r"(folder|resume|threads|device|data\.root|data\.workers)=")  # of one run
 
 
 def load_grid(path, overrides):
     """Grid file and `key=value` overrides -> dict with every key of KEYS."""
     if not Path(path).is_file():
         raise ConfigError(f"there is no grid file {path}")
-    grid = DEFAULTS | read_yaml(read_text(path), path)
+    content = read_yaml(read_text(path), path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no grid: it must be a mapping with {', '.join(GRID)}")
+    grid = DEFAULTS | content
     for text in overrides:
         key, _, value = text.partition("=")
         value, more = read_yaml(value, text), key.endswith("+")
         if more and not (isinstance(grid.get(key[:-1]), list) and isinstance(value, list)):
             raise ConfigError(f"'{text}' adds to a list, and one of the two is none")
         grid |= {key[:-1]: grid[key[:-1]] + value} if more else {key: value}
-    for key in [k for k in grid if k not in KEYS] + [k for k in KEYS if k not in grid]:
-        kind = "unknown" if key in grid else "missing"
-        raise ConfigError(f"{path}: {kind} key '{key}'; a grid has {', '.join(KEYS)}")
-    return grid | {"rows": grid["rows"] | paired(**grid["pairs"])} if grid["pairs"] else grid
+    check_kinds(grid, GRID, path)
+    if "name" not in grid:
+        raise ConfigError(f"{path}: the grid has no name")
+    if grid["pairs"]:
+        grid |= {"rows": grid["rows"] | paired(**grid["pairs"])}
+    for row, spec in grid["rows"].items():
+        if "config" not in spec:
+            raise ConfigError(f"{path}: the row '{row}' has no config")
+        check_kinds(spec, ROW, path, f"rows.{row}.")
+    asked = {f"row '{row}': after": s["after"] for row, s in grid["rows"].items() if "after" in s}
+    for where, row in [*asked.items(), *(("only", row) for row in grid["only"])]:
+        if row not in grid["rows"]:
+            raise ConfigError(
+                f"{path}: {where} names the row '{row}'; there are {', '.join(grid['rows'])}"
+            )
+    return grid
+
+
+def check_kinds(content, kinds, path, where=""):
+    """Raise ConfigError where a mapping has an unknown key, or a value that is not of its kind."""
+    for key, value in content.items():
+        if key not in kinds:
+            known = ", ".join(kinds)
+            raise ConfigError(f"{path}: unknown key '{where}{key}'; there are {known}")
+        if found := mismatch(value, kinds[key], where + key):
+            name, wrong, kind = found
+            raise ConfigError(f"{path}: '{name}' must be {describe(kind)}, not {show(wrong)}")
 
 
 def paired(sets, first, methods):
@@ -154,7 +202,9 @@ def execute(todo, at_a_time, threads, after):
         unfinished = {(row, seed) for row, seed, folder, _ in todo if codes.get(folder) != 0}
         ready = [job for job in waiting if (after.get(job[0]), job[1]) not in unfinished]
         if not ready and not running:
-            print(f"{len(waiting)} runs wait for rows that failed", flush=True)
+            for row, seed, *_ in waiting:
+                reason = f"waits for '{after[row]}', which failed or waits itself"
+                print(f"not run: {row}, seed {seed}, {reason}", flush=True)
             return codes | {folder: 1 for _, _, folder, _ in waiting}
         while ready and len(running) < at_a_time:
             row, seed, folder, command = job = ready.pop(0)
@@ -174,6 +224,22 @@ def execute(todo, at_a_time, threads, after):
                     print(f"{folder} failed with code {codes[folder]}:\n{tail}", flush=True)
         time.sleep(0.5)
     return codes
+
+
+def check_settings(todo):
+    """Raise ConfigError where the run in a job's folder is not the one that the grid describes."""
+    for row, seed, folder, command in todo:
+        path = folder / "results.json"
+        told = read_json(path).get("command", "") if path.exists() else ""
+        its, now = ([t for t in c if not PLACES.match(t)] for c in (shlex.split(told), command[1:]))
+        if told and " ".join(its) != " ".join(now):  # older runs wrote it without quotes
+            changes = [f"- {text}" for text in its if text not in now]
+            changes += [f"+ {text}" for text in now if text not in its]
+            raise ConfigError(
+                f"{folder} holds a run of '{row}', seed {seed}, with other settings than the grid "
+                f"has now: {', '.join(changes) or 'their order'}. Remove the folder to run it "
+                "again, or give the grid another name"
+            )
 
 
 def ends_of(path, name):
@@ -321,6 +387,10 @@ def markdown(grid, runs):
     sets = list(dict.fromkeys(name for columns in table.values() for name in columns))
     shown = list(itertools.product(sets, grid["metric"].split(", ")))
     heads = [*(f"{name} {metric}" for name, metric in shown), *grid["scalars"]]
+    summaries = [s for columns in table.values() for by in columns.values() for s in by.values()]
+    known = sorted({key for summary in summaries for key in summary})
+    if wrong := [metric for _, metric in shown if metric not in known]:
+        raise ConfigError(f"no summary has the metric '{wrong[0]}'; there are {', '.join(known)}")
     rows = []
     for row in grid["rows"]:
         columns = table.get(row, {})
@@ -360,7 +430,10 @@ def main(arguments):
     settings = [argument for argument in arguments[1:] if argument != "table"]
     told = [text for text in settings if text.partition("=")[0] not in LOCAL]
     grid = load_grid(arguments[0], settings) | {"file": " ".join([arguments[0], *told])}
-    todo = [job for job in jobs(grid) if not (job[2] / "results.json").exists()]
+    every = jobs(grid)
+    check_settings(every)
+    todo = [job for job in every if not (job[2] / "results.json").exists()]
+    todo = [job for job in todo if not grid["only"] or job[0] in grid["only"]]
     after = {row: spec["after"] for row, spec in grid["rows"].items() if "after" in spec}
     codes = {} if only_table else execute(todo, grid["runs"], grid["threads"], after)
     new, path = collect(grid), Path(grid["out"]) / f"{grid['name']}.json"

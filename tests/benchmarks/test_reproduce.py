@@ -1,6 +1,7 @@
 """benchmarks/reproduce.py: a grid runs, resumes, keeps what was measured, and ends in a table."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_a_row_whose_start_failed_is_not_run(tmp_path, capsys):
     todo = python_jobs(tmp_path, source="raise SystemExit(3)", adapted=f"open({str(done)!r}, 'w')")
     codes = reproduce.execute(todo, 2, 1, {"adapted": "source"})
     assert codes == {tmp_path / "source": 3, tmp_path / "adapted": 1} and not done.exists()
-    assert "1 runs wait for rows that failed" in capsys.readouterr().out
+    assert "not run: adapted, seed 0, waits for 'source', which failed" in capsys.readouterr().out
 
 
 def test_a_seed_stands_in_the_settings_of_a_row(tmp_path):
@@ -198,10 +199,55 @@ def test_a_seed_stands_in_the_settings_of_a_row(tmp_path):
     assert ["stages=[{init: runs/seed7/x.pt}]" in command for command in commands] == [False, True]
 
 
-def test_an_unknown_grid_key_is_an_error(tmp_path):
-    (tmp_path / "g.yaml").write_text("name: x\nrowss: {}\n")
-    with pytest.raises(UserError, match="unknown key 'rowss'"):
-        reproduce.load_grid(tmp_path / "g.yaml", [])
+@pytest.mark.parametrize(
+    ("text", "overrides", "says"),
+    [
+        ("name: x\nrowss: {}", [], "unknown key 'rowss'; there are name, script"),
+        ("rows: {}", [], "the grid has no name"),
+        ("", [], "is no grid: it must be a mapping with name"),
+        ("[a, b]", [], "is no grid"),
+        ("name: x\nrows: [a, b]", [], "'rows' must be a mapping"),
+        ("name: x\nrows: {a: c.yaml}", [], r"'rows\.a' must be a mapping, not 'c\.yaml'"),
+        ("name: x\nrows: {a: {}}", [], "the row 'a' has no config"),
+        ("name: x\nrows: {a: {config: c, sett: []}}", [], r"unknown key 'rows\.a\.sett'; there are config"),
+        ("name: x\nrows: {a: {config: c, set: k=1}}", [], r"'rows\.a\.set' must be a list"),
+        ("name: x\nrows: {a: {config: c, after: b}}", [], "row 'a': after names the row 'b'; there are a"),
+        ("name: x\nrows: {a: {config: c}}", ["only=[b]"], "only names the row 'b'; there are a"),
+        ("name: x", ["runs=0"], "'runs' must be an int"),
+        ("name: x", ["runs=two"], "'runs' must be an int"),
+        ("name: x", ["seeds=0"], "'seeds' must be a list"),
+        ("name: x", ["common=x=1"], "'common' must be a list"),
+        ("name: x\npairs: {set: {}}", [], "'pairs' must be"),
+    ],
+)
+def test_what_a_grid_cannot_mean_is_named_before_anything_starts(tmp_path, text, overrides, says):
+    (tmp_path / "g.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"g.yaml.*{says}"):
+        reproduce.load_grid(tmp_path / "g.yaml", overrides)
+
+
+def test_a_run_with_other_settings_is_not_taken_for_that_of_the_grid(tmp_path, monkeypatch):
+    """One row alone; then a changed grid, a run in another place, a metric that there is not."""
+    grid, folder = tmp_path / "g.yaml", tmp_path / "runs" / "g"
+    grid.write_text("name: g\ncommon: ['x={a: 1}']\nrows:\n  a: {config: a.yaml}\n  b: {config: b.yaml}\n")
+    started = []
+    monkeypatch.setattr(reproduce, "execute", lambda todo, *_: started.extend(todo) or {})
+    options = [f"folder={tmp_path / 'runs'}", f"out={tmp_path}"]
+    reproduce.main([str(grid), *options, "only=[b]"])
+    ((row, _, place, command),) = started
+    assert row == "b" and place == folder / "b" / "seed0"
+    facts = {"step": 3, "iters": 3, "seconds": 60, "commit": "c", "device": "d", "torch": "t"}
+    facts |= {"results": {"toy": {"mIoU": 10.0}}, "seed": 0}
+    for told in (shlex.join(command[1:]), " ".join(command[1:])):
+        place.mkdir(parents=True, exist_ok=True)
+        told = told.replace(f"folder={place}", "folder=/elsewhere data.root=/data threads=4")
+        (place / "results.json").write_text(json.dumps(facts | {"command": told}))
+        reproduce.main([str(grid), *options, "table"])
+        with pytest.raises(UserError, match=r"b/seed0 holds a run of 'b', seed 0, .* \+ y=2\. Rem"):
+            reproduce.main([str(grid), *options, "common+=[y=2]"])
+    with pytest.raises(UserError, match="no summary has the metric 'IoU'; there are mIoU"):
+        reproduce.main([str(grid), *options, "metric=IoU", "table"])
+    assert "| b | 1 | 10.00 |" in (tmp_path / "g.md").read_text()
 
 
 def test_the_table_shows_what_eval_found_in_the_class_vectors_of_the_runs(tmp_path):
