@@ -23,6 +23,7 @@ ways that PyTorch does not come to an end with a free one.
 
 import copy
 import json
+import logging
 import re
 import sys
 import time
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets.base import read_image
+from datasets.base import DataError, read_image
 from engine.config import ConfigError
 from engine.errors import UserError
 from engine.files import replacing
@@ -41,6 +42,8 @@ from engine.statistics import resize_logits
 from engine.weights import reason
 from models.classifiers.cbp import CBP
 from predict import find_pictures, load
+
+logger = logging.getLogger("engine")
 
 ENOUGH = 0.999  # share of ONNX's labels that must be the checkpoint's
 
@@ -125,6 +128,15 @@ def seconds(function, *inputs):
     return result, time.perf_counter() - start
 
 
+def readable(paths):
+    """(path, picture) of those that can be read; the others are named and skipped."""
+    for path in paths:
+        try:
+            yield path, read_image(path)
+        except DataError as error:
+            logger.warning(f"skipped: {error}")
+
+
 @torch.no_grad()
 def main(arguments):
     if len(arguments) < 3:
@@ -138,7 +150,10 @@ def main(arguments):
     if sizes and not match:
         raise ConfigError(f"size={sizes[-1]} must be HEIGHTxWIDTH in pixels, such as 1024x2048")
     size = tuple(map(int, match.groups())) if match else None
-    paths = [path for path in pictures if not size or read_image(path).shape[:2] == size]
+    found = {path: picture.shape[:2] for path, picture in readable(pictures)}
+    if not found:
+        raise ConfigError(f"none of the {len(pictures)} pictures could be read")
+    paths = [path for path in found if not size or found[path] == size]
     if not paths:
         raise ConfigError(
             f"{arguments[2]} has no picture of {sizes[-1]}, by which to check the file"

@@ -156,7 +156,8 @@ def find_pictures(source, out):
     if base.resolve() in out.resolve().parents:
         paths = [path for path in paths if out.resolve() not in path.resolve().parents]
     if not paths:
-        raise DataError(f"there are no pictures ({', '.join(SUFFIXES)}) in {source}")
+        written = "; in a pattern write [[] for a [ of a name" * ("[" in str(source))
+        raise DataError(f"there are no pictures ({', '.join(SUFFIXES)}) in {source}{written}")
     names = {path: path.relative_to(base).with_suffix(".png") for path in paths}
     while shared := {name for name, count in Counter(names.values()).items() if count > 1}:
         names |= {

@@ -38,8 +38,8 @@ def build_parts(cfg, model, train, first=False):
         members, {name: view that a member follows}, losses, their factors, labelers, the same after
         the source weights, style, mixer, whether one of them needs the teacher.
     Raises:
-        ConfigError: a part that is not one, or that needs a teacher where there is none, or labels
-            of a network that has learnt nothing.
+        ConfigError: a part that is not one, or that needs a teacher where there is none, a view
+            that nothing makes, or labels of a network that has learnt nothing.
     """
     classes = tuple(train.CLASSES)
     context = {
@@ -53,6 +53,13 @@ def build_parts(cfg, model, train, first=False):
     losses, factors = build_losses(cfg.losses, model.heads, **context)
     labelers, source_weights, style, mixer = build_adaptation(cfg.uda, **context)
     labeling = [source_weights, *labelers] if source_weights else [*labelers]
+    followed = {f"prototypes.{name}.view": [view] for name, view in view_of.items()}
+    for key, views in (followed | {"model.bn_views": cfg.model.bn_views}).items():
+        if views and not {*views} & {*mixer.views}:
+            raise config.ConfigError(
+                f"{key} names {', '.join(views)}, and {cfg.uda.mixer.name} makes the views "
+                f"{', '.join(mixer.views)}: change one of the two"
+            )
     taught = needs_teacher(cfg, labeling, losses, first)
     return members, view_of, losses, factors, labelers, labeling, style, mixer, taught
 

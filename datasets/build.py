@@ -66,6 +66,8 @@ def build_data(cfg):
         ConfigError: they do not share their classes, or there is nothing to evaluate on.
         UserError: eval.subsets names another class.
     """
+    if not isinstance(cfg.data.train, list) and cfg.data.train["name"] == "none":
+        raise ConfigError("data.train names no data set: docs/data.md has them all")
     context = {"root": cfg.data.root, "seed": cfg.seed}
     with named("data.augment"):
         augment = build("datasets", cfg.data.augment, "Augment")

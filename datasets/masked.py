@@ -46,6 +46,7 @@ class Masked(Mixer):
         blur_p: Share = 0.5,
     ):
         self.mixer = build("datasets", mixer, "Mixer", seed=seed)
+        self.views = (*self.mixer.views, "masked")
         # One number further than the other mixer, whose pictures have colours of their own.
         self.seed, self.block, self.ratio = seed + 1, block, ratio
         self.augment = ColorBlur(seed=self.seed, color=color, color_p=color_p, blur_p=blur_p)

@@ -39,7 +39,13 @@ def changing(image, seed, sample):
 
 
 class Mixer:
-    """The face of a mixer."""
+    """The face of a mixer.
+
+    Attributes:
+        views: names of those that it makes.
+    """
+
+    views = ("source",)
 
     def __call__(self, step):
         """Fill `step.views`, and weights that need no labels."""
@@ -58,6 +64,8 @@ class Source(Mixer):
 
 class SourceTarget(Mixer):
     """Views "source" and "target", the images as they come."""
+
+    views = ("source", "target")
 
     def __call__(self, step):
         step.views["source"] = View(step.source.image, "source")
@@ -194,6 +202,7 @@ class ClassMix(Mixer):
         blur_p: Share = 0.5,
     ):
         self.seed, self.target = seed, target
+        self.views = ("source", "mixed", *["target"] * target)
         self.augment = ColorBlur(seed=seed, color=color, color_p=color_p, blur_p=blur_p)
 
     def __call__(self, step):
@@ -283,6 +292,8 @@ class Strong(Mixer):
         p: probability that a drawn operation is applied.
         cutout: side of the square as a share of the width of the image; it lies inside the image.
     """
+
+    views = ("source", "target", "strong")
 
     def __init__(
         self,

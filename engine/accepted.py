@@ -44,6 +44,8 @@ FREE = (
     "dg.tower.weights",
     "uda.compare",
 )
+# Of these the folder alone: another file, or none, begins elsewhere.
+FILES = ("model.backbone.weights", "model.init", "dg.tower.weights")
 # But these do in train_uda.py: what labels the target, at which size, and what a stage hands on.
 ADAPTS = ("eval.short_side", "eval.weights")
 
@@ -66,6 +68,8 @@ def check_resume(old, new):
     free = re.compile(rf"({'|'.join(free)})(\..*)?")
     kept = ADAPTS if new["data"]["target"] != defaults()["data"]["target"] else ()
     changes = difference(old, new).items()
+    names = {k: [Path(str(value)).name for value in v] for k, v in changes if k in FILES}
+    kept += tuple(key for key, (was, now) in names.items() if was != now)
     changes = {k: v for k, v in changes if k in kept or not free.fullmatch(k)}
     if changes and new["resume"] == "auto":
         changed = [f"{key} {show(a, 40)} -> {show(b, 40)}" for key, (a, b) in changes.items()]

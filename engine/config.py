@@ -237,7 +237,8 @@ def _read_with_bases(path, chain):
     if path in chain:
         raise ConfigError(f"{path} is its own base, through {' -> '.join(p.name for p in chain)}")
     if not path.is_file():
-        raise ConfigError(f"there is no configuration file {path}")
+        asked = f", which {chain[-1]} names as its base" if chain else ""
+        raise ConfigError(f"there is no configuration file {path}{asked}")
     own = read_file(path)
     own = {} if own is None else own
     if not isinstance(own, dict):

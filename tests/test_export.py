@@ -1,6 +1,8 @@
 """export.py: the file's labels are the checkpoint's, for pictures of any size, or no file is written."""
 
 import json
+import logging
+import shutil
 import sys
 
 import numpy as np
@@ -79,6 +81,21 @@ def test_no_file_is_written_whose_labels_are_others(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model.pt2 is not written: \d+ of 8426 labels in 3 pic"):
         export.main([str(run / "best.pt"), str(out), str(run / "in")])
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_picture_that_cannot_be_read_is_skipped_and_none_left_is_said_first(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("engine"), "propagate", True)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no picture")
+    arguments = [str(run / "best.pt"), str(tmp_path / "model.pt2"), str(tmp_path / "in")]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "load", None)  # not even asked
+        with pytest.raises(UserError, match="none of the 1 pictures could be read"):
+            export.main(arguments)
+    shutil.copy(next((run / "in").iterdir()), tmp_path / "in")
+    caplog.clear()
+    export.main(arguments)
+    assert (tmp_path / "model.pt2").is_file() and "skipped: cannot read the image" in caplog.text
 
 
 def test_what_cannot_be_exported_is_one_sentence(run, tmp_path, monkeypatch):

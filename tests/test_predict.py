@@ -245,6 +245,11 @@ def test_a_pattern_names_pictures_by_their_place_below_what_is_fixed(best, tmp_p
         assert written(tmp_path / "in" / "out") == ["a.png", "city/c.png"]
     with pytest.raises(UserError, match=r"there are no pictures .* in .*\*.gif"):
         label(best, tmp_path / "in" / "*.gif", tmp_path / "two")
+    draw(tmp_path / "my [1]" / "a.png")
+    with pytest.raises(UserError, match=r"no pictures .* in .*my \[1\].*; in a pattern write \[\[\] for"):
+        label(best, tmp_path / "my [1]" / "*.png", tmp_path / "two")
+    label(best, tmp_path / "my [[]1]" / "*.png", tmp_path / "two")
+    assert written(tmp_path / "two") == ["my [1]/a.png"]
 
 
 def test_what_is_asked_wrongly_is_said_before_the_network_is_loaded(tmp_path, never_loaded):

@@ -403,3 +403,24 @@ def test_a_start_of_a_later_stage_that_is_not_there_is_found_before_the_first(tm
     with pytest.raises(UserError, match=r"no file \S+step_0000001\.pt, which uda\.compare=true"):
         train(tmp_path / "one", one, config=TINY_UDA)
     train(tmp_path / "one", one, "uda.compare=false", "eval.pictures=0", config=TINY_UDA)
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ("model: {bn_views: [targett]}", "model.bn_views names targett, and .* makes the views source"),
+        (
+            "uda: {labelers: [], mixer: {name: mixers.Source}}, model: {bn_views: [mixed]}",
+            "model.bn_views names mixed, and mixers.Source makes the views source: change one",
+        ),
+        (
+            "uda: {mixer: {name: masked.Masked, mixer: {name: mixers.ClassMix}}},"
+            "prototypes: {far: {name: centroids.Centroids, view: target}}",
+            "prototypes.far.view names target, and masked.Masked makes .* source, mixed, masked",
+        ),
+    ],
+)
+def test_a_view_that_nothing_makes_is_said_before_the_first_stage(tmp_path, second, says):
+    with pytest.raises(UserError, match=says):
+        train(tmp_path / "run", f"stages=[{SOURCE}, {{name: adapt, {second}}}]", config=TINY_UDA)
+    assert not [*(tmp_path / "run").glob("*.pt")]

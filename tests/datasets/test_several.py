@@ -323,6 +323,7 @@ def test_a_configuration_names_the_sets_of_a_run():
         ("data.train=[{toy}, {toy_}]", r"data\.train\.1: .*length"),
         ("data.train=[{toy}, {other}]", r"data\.train: data sets that are used as one need"),
         ("data.val={toy_}", r"data\.val: .*length"),
+        ("data.train={name: none}", r"data\.train names no data set"),
         ("data.augment.crop=abc", r"data\.augment: .*crop"),
         ("data.target_augment={name: transforms.Augment, crop: abc}", r"data\.target_augment: "),
     ],

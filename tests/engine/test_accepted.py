@@ -45,6 +45,18 @@ def test_what_differs_in_a_list_is_named_alone_and_only_the_end_may_move(
         check_resume(plain(load(path, before)), load(path, after))
 
 
+@pytest.mark.parametrize("key", ["model.backbone.weights", "model.init", "dg.tower.weights"])
+def test_weights_may_move_and_not_change(write, key):
+    def configured(value):
+        tower = "dg.tower={name: clip.ViT, size: b}"
+        return load(write(""), [tower, f"{key}={value}"])
+
+    check_resume(plain(configured("a/net.pth")), configured("/b/net.pth"))
+    for before, after in (("none", "a/net.pth"), ("a/net.pth", "none"), ("a/net.pth", "a/other.pth")):
+        with pytest.raises(ConfigError, match=rf"{key} '{before}' -> '{after}'"):
+            check_resume(plain(configured(before)), configured(after))
+
+
 @pytest.mark.parametrize("given", ["log: {every: 7}", "checkpoint: {keep: 1}"])
 def test_how_a_stage_logs_and_saves_may_change(write, given):
     check_resume(

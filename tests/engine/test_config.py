@@ -493,6 +493,14 @@ def test_a_mistake_in_a_base_names_the_base(write):
         load(write("base: wrong.yaml"))
 
 
+def test_a_base_that_is_missing_is_told_with_the_file_that_names_it(write):
+    path = write("base: nowhere.yaml")
+    with pytest.raises(ConfigError, match=rf"no configuration file .*nowhere.yaml, which {path} names"):
+        load(path)
+    with pytest.raises(ConfigError, match=r"no configuration file .*missing.yaml$"):
+        load(path.parent / "missing.yaml")
+
+
 def test_two_files_may_share_a_base_but_a_cycle_is_an_error(write):
     write("seed: 5", "root.yaml")
     write("base: root.yaml", "left.yaml")
