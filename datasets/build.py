@@ -96,10 +96,11 @@ def build_data(cfg):
         augment = augment or build("datasets", cfg.data.augment)
         # A target set for training gets no label path at all; its samples are drawn independently
         # of the source's.
-        specs = [{**one, "labels": False} for one in (spec if isinstance(spec, list) else [spec])]
+        several = isinstance(spec, list)
+        specs = [{**one, "labels": False} for one in (spec if several else [spec])]
         target = build_set(
             "data.target",
-            specs,
+            specs if several else specs[0],
             augment=augment,
             **context | {"seed": derived_seed(cfg.seed, TARGET)},
         )

@@ -34,6 +34,7 @@ MIXED = "{name: cross_entropy.CrossEntropy, view: mixed}"
 METHODS = {
     "CBP + OCCL": (  # OHEM's number of hard pixels; OCCL's centroids
         TINY,
+        "model.classifier.update=penalty",
         f"losses=[{CE}, {{name: occl.OCCL}}, {{name: occl.Orthogonality}},"
         " {name: cross_entropy.CrossEntropy, ohem: 0.05, ohem_min: 100}]",
         {"occl", "cross_entropy_2"},

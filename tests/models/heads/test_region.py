@@ -4,6 +4,7 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from losses.build import build_losses
 from losses.cross_entropy import CrossEntropy
 from losses.tmt import RegionAdversarial, RegionProbe
 from models.build import build_segmentor
+from models.heads import region as region_module
 from models.heads._grouping import group, labels_of
 from models.heads._transferability import Reversal, doubt, ranks, reversal, uncertainty
 from models.heads.region import Region, Regions
@@ -442,6 +444,17 @@ def test_regions_work_in_either_transformer_and_are_drawn(backbone, variant):
     plain = network.segment(image)
     assert plain.regions is None
     assert torch.allclose(plain.logits, guided.logits) == variant.startswith("none")
+
+
+def test_a_key_that_gets_nearly_all_attention_does_not_darken_its_picture(monkeypatch):
+    network, drawn = guided_network("vit.ViT", "nats"), Drawn()
+    sink = torch.ones(1, 25)
+    sink[:, 7] = 1000
+    monkeypatch.setattr(region_module, "received", lambda q, k, guide=None: sink if guide is None else sink / 2)
+    network.region.draw(drawn, 1, network, torch.rand(1, 3, 64, 96))
+    height = drawn["regions"].shape[0] // 2
+    before, after = np.array_split(drawn["regions"][height:], 6, axis=1)[4:]
+    assert before.mean() > 220 and 100 < after.mean() < 150
 
 
 @pytest.mark.parametrize("features", ["decoder", "backbone"])
