@@ -109,11 +109,11 @@ def kill_loaders():
     """At exit Python would wait for them, and they ignore its SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error for each that ends
-    killed = multiprocessing.active_children()
+    killed, soon = multiprocessing.active_children(), time.monotonic() + 1
     for child in killed:
         child.kill()
     for child in killed:
-        child.join(1.0)
+        child.join(max(0, soon - time.monotonic()))
         free_memory(child.pid)
 
 

@@ -160,8 +160,8 @@ class Orthogonality(Loss):
         vectors = member(step.prototypes, self.prototypes, "occl.Orthogonality").every()
         if torch.is_grad_enabled() and not vectors.requires_grad:
             raise UserError(
-                f"occl.Orthogonality: nothing trains the vectors of '{self.prototypes}'; for cbp.CBP "
-                "set update: gradient or penalty"
+                f"occl.Orthogonality: nothing trains the vectors of '{self.prototypes}'; for "
+                "cbp.CBP set update: gradient or penalty"
             )
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = F.normalize(precise(vectors), dim=1, eps=1e-6)

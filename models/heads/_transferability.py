@@ -1,5 +1,5 @@
-"""Transferability and priority of models/heads/region.py: the domain behind a gradient reversal, its
-doubt, the doubt in classes, and ranks."""
+"""Transferability and priority of models/heads/region.py: the domain behind a gradient reversal,
+its doubt, the doubt in classes, and ranks."""
 
 import math
 
