@@ -28,9 +28,8 @@ from engine.report import final_report, selected_on_target, validate
 from engine.run import Run
 from engine.statistics import IGNORE, pure_labels, unit
 from engine.step import Batch, Step, View, withheld
-from losses.base import Labeler
+from losses.base import after_alone
 from losses.build import build_losses
-from losses.ppar import Reweight
 from models.build import build_prototypes, build_segmentor, build_tower, joint_channels
 
 logger = logging.getLogger("engine")
@@ -188,8 +187,6 @@ def check_parts(
     view_of, members, teacher, tower, needs_tower, text, styled_alone=False, reweight=None
 ):
     """Raise ConfigError where a part needs another one that is not configured."""
-    own, face = type(reweight) if reweight else Reweight, Labeler
-    others = own.prepare is face.prepare and own.before is face.before and own.update is face.update
     needed = {
         f"prototypes.{name}: view must be source, none, teacher (with train.teacher above 0) or "
         f"tower (with dg.tower), not {view!r}": {
@@ -206,7 +203,7 @@ def check_parts(
         ),
         "dg.reweight is called after the forward pass alone: it must be ppar.Reweight, or another "
         "labeler with the method `after` and without prepare, before and update": (
-            own.after is not face.after and others
+            not reweight or after_alone(reweight)
         ),
         "model.heads.text_attention needs the rows that look at the image: prototypes.text": (
             "text" in members or not text

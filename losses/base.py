@@ -82,6 +82,13 @@ class Labeler(nn.Module):
         raise NotImplementedError
 
 
+def after_alone(labeler):
+    """Whether `after` is all that a labeler does."""
+    own, face = type(labeler), Labeler
+    others = (own.prepare, own.before, own.update) == (face.prepare, face.before, face.update)
+    return others and own.after is not face.after
+
+
 def member(prototypes, name, who, remedy=""):
     """A prototype member by name.
 

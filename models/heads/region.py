@@ -57,8 +57,8 @@ It groups the features of the decoder, or the first map of the backbone (`featur
 U is the entropy of the network's own class scores, mean over each region. Nothing but the probe is
 trained beside the network, whose losses stay as they are; so with `variant: none` it is the network
 without this head. On CamVid by day to dusk a key gets 16 % more or less attention, the probe tells
-the domains, and nothing is gained over self-training. Nor could it be: after training, an oracle of
-a planted shift gains no more than the box of another picture (docs/results.md).
+the domains, and nothing is gained over self-training. After training, an oracle of a planted shift
+gains no more than the box of another picture (docs/results.md).
 
 Second-hand texts put TMT after the pixel decoder of a Mask2Former: `stage: -1` groups the features
 of the decoder, and `variant: mask` lets every query of models/classifiers/queries.py see the share
@@ -194,8 +194,8 @@ class Region(Head):
         on_decoder, self.twice = stage == -1, look == "twice"
         if features == "backbone" and not self.twice:
             raise ValueError("features=backbone needs look: twice")
-        decoded = on_decoder or (self.twice and features == "decoder")
-        channels = in_channels if decoded else map_channels[0 if self.twice else stage - 1]
+        self.decoded = on_decoder or (self.twice and features == "decoder")
+        channels = in_channels if self.decoded else map_channels[0 if self.twice else stage - 1]
         depth = blocks if on_decoder else depths[stage - 1]
         allowed = "none or mask" if on_decoder else "none, bias, nats or tvt"
         if variant not in allowed:
@@ -212,7 +212,6 @@ class Region(Head):
             raise ValueError(f"blocks={blocks} must be 1 to {depth}")
         if on_decoder and semantic:
             raise ValueError("semantic needs the head of a stage, which stage=-1 has not")
-        self.decoded = decoded
         self.variant, self.stage, self.cells, self.kappa = variant, stage, [cell, *cells], kappa
         self.queries, self.order, self.favour = queries, order, favour
         self.shuffle, self.semantic, self.coordinates = shuffle, semantic, coordinates

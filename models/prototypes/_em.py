@@ -221,8 +221,8 @@ def fit_mixture(pool, share, components, *, iterations, tolerance, start, floor,
         else:
             before = likelihood
 
-    parts = [part.double().T for part in pool.split(chunk)]
-    values = torch.cat([log_joint(x, x.square(), *parameters).logsumexp(0) for x in parts]).cpu()
+    doubles = (part.double().T for part in pool.split(chunk))  # one at a time: a pool is large
+    values = torch.cat([log_joint(x, x.square(), *parameters).logsumexp(0) for x in doubles]).cpu()
     parts = distributed.gather((values, torch.full_like(values, share, dtype=torch.float64)))
     values, shares = (torch.cat(part) for part in zip(*parts))
     values, order = values.sort()
